@@ -1,0 +1,66 @@
+"""Rehearsal-free continual learning for frozen Hugging Face vision models: prompt pools and gradient projection.
+
+Names are imported on first use, so that `pgp_hf.projection` costs torch alone. The adapters register with PEFT as
+soon as both packages are imported, in either order.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .projection import ProjectionConfig
+    from .stream import TaskStream
+    from .trainer import PGPTrainer
+    from .training_args import PGPTrainingArguments
+    from .tuners import L2PConfig
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "L2PConfig": "tuners",
+    "PGPTrainer": "trainer",
+    "PGPTrainingArguments": "training_args",
+    "ProjectionConfig": "projection",
+    "TaskStream": "stream",
+}
+__all__ = ["L2PConfig", "PGPTrainer", "PGPTrainingArguments", "ProjectionConfig", "TaskStream"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+class _RegisterAfterPeft(importlib.abc.MetaPathFinder):
+    """Imports `pgp_hf.tuners` right after PEFT, whenever somebody imports PEFT first after us."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                run(module)
+                importlib.import_module("pgp_hf.tuners")
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+if "peft" in sys.modules:
+    importlib.import_module("pgp_hf.tuners")
+else:
+    sys.meta_path.insert(0, _RegisterAfterPeft())

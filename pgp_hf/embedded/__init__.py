@@ -1,0 +1,89 @@
+"""The embedded default: a small pre-trained backbone and real handwritten digits, both usable with no network.
+
+The backbone's weights were made by this project (`examples/pretrain_embedded.py`); the digits ship inside scikit-learn.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+__all__ = ["digits", "vit_path"]
+
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def vit_path() -> Path:
+    """Folder of the embedded `ViTModel` and its image processor, to hand to `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: The weights are not in the package.
+    """
+    folder = Path(__file__).resolve().parent / "vit"
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"The embedded backbone lacks {folder / name}. Reinstall pgp_hf, or make the weights again with "
+                "`python examples/pretrain_embedded.py`."
+            )
+    return folder
+
+
+def digits(seed: int = 0, test_fraction: float = 0.2) -> DatasetDict:
+    """scikit-learn's 1,797 handwritten digits as images: a fixed, stratified train/test split.
+
+    Args:
+        seed: Chooses the split; the same seed always gives the same rows in the same order.
+        test_fraction: Share of the scans in the test split, strictly between 0 and 1.
+
+    Returns:
+        Splits `train` and `test` with the columns `image` (grey 8x8 PNG, ink light on dark, 0..16 scaled to 0..255)
+        and `label` (`ClassLabel`, "zero" to "nine"). Rows keep scikit-learn's order.
+
+    Raises:
+        TypeError: `seed` is not an integer or `test_fraction` not a number.
+        ValueError: `seed` or `test_fraction` is out of range, or a split would lack a class.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {seed!r} ({type(seed).__name__}).")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in 0..2**32-1, got {seed}.")
+    if isinstance(test_fraction, bool) or not isinstance(test_fraction, (int, float)):
+        raise TypeError(f"test_fraction must be a float, got {test_fraction!r} ({type(test_fraction).__name__}).")
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction must lie strictly between 0 and 1, got {test_fraction}; 0.2 is the default.")
+
+    import numpy as np
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+    from PIL import Image as PILImage
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    scans, labels = load_digits(return_X_y=True)
+    test_rows = round(len(labels) * test_fraction)
+    if not len(DIGIT_NAMES) <= test_rows <= len(labels) - len(DIGIT_NAMES):
+        raise ValueError(
+            f"test_fraction={test_fraction} leaves {test_rows} of {len(labels)} scans for the test split; each split "
+            f"needs at least {len(DIGIT_NAMES)}, one a class. Choose a fraction nearer to 0.2."
+        )
+    rows = train_test_split(np.arange(len(labels)), test_size=test_rows, random_state=seed, stratify=labels)
+    pixels = np.rint(scans * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+
+    def encode(row: int) -> dict[str, bytes | None]:
+        buffer = BytesIO()
+        PILImage.fromarray(pixels[row]).save(buffer, format="PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    features = Features({"image": Image(), "label": ClassLabel(names=list(DIGIT_NAMES))})
+    return DatasetDict(
+        {
+            name: Dataset.from_dict(
+                {"image": [encode(i) for i in chosen], "label": labels[chosen].tolist()}, features=features
+            )
+            for name, chosen in zip(("train", "test"), map(np.sort, rows), strict=True)
+        }
+    )

@@ -1,0 +1,253 @@
+"""The continual-learning metrics as plain functions of one accuracy matrix (numpy only).
+
+Everywhere `A[i][j]` is the accuracy on task `j` after training task `i` (0-based), in percent or as a fraction, and
+`t` is the last row that holds values, so a run under way has metrics too. `None` and NaN mean "not evaluated";
+entries above the diagonal (tasks not yet trained) may be missing, entries on and below it may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Matrix = Sequence[Sequence["float | None"]] | np.ndarray
+
+
+def average_accuracy(matrix: Matrix) -> float:
+    """Average accuracy of the current model over the tasks seen so far (poster, Eq. 35).
+
+        ACC = 1/(t+1) * sum_{j <= t} A[t][j]
+
+    The mean is over tasks, not over images: small tasks count as much as large ones.
+
+    Args:
+        matrix: `A`, shape `(rows, tasks)` with `rows <= tasks`.
+
+    Returns:
+        The average, in the unit of `matrix`.
+
+    Raises:
+        TypeError: an entry is no number.
+        ValueError: the matrix is empty, ragged, out of range, or lacks an entry on or below the diagonal.
+    """
+    return _average(_seen(matrix))
+
+
+def forgetting(matrix: Matrix) -> float:
+    """Mean drop from each earlier task's best accuracy so far to its accuracy now (poster, Eq. 36).
+
+        FOR = 1/t * sum_{i < t} ( max_{i <= j <= t-1} A[j][i] - A[t][i] )
+
+    Eq. 36 as printed has the opposite sign; this is the sign of the tables, where more is worse. The current row
+    takes no part in the maximum, so a task that is now better than ever counts as negative forgetting. 0.0 when only
+    one task is trained.
+
+    Args, Returns and Raises: as for [`average_accuracy`].
+    """
+    return _forgetting(_seen(matrix))
+
+
+def forgetting_clipped(matrix: Matrix) -> float:
+    """Forgetting as the released code computes it: no task counts below zero.
+
+        FOR = 1/t * sum_{i < t} ( max_{i <= j <= t} A[j][i] - A[t][i] )
+
+    The current row takes part in the maximum, which is the one difference to [`forgetting`].
+
+    Args, Returns and Raises: as for [`average_accuracy`].
+    """
+    return _forgetting_clipped(_seen(matrix))
+
+
+def backward_transfer(matrix: Matrix) -> float:
+    """Mean change of each earlier task's accuracy since it was learned (Lopez-Paz and Ranzato, 2017).
+
+        BWT = 1/t * sum_{i < t} ( A[t][i] - A[i][i] )
+
+    Negative when earlier tasks got worse. 0.0 when only one task is trained.
+
+    Args, Returns and Raises: as for [`average_accuracy`].
+    """
+    return _backward_transfer(_seen(matrix))
+
+
+def forward_transfer(matrix: Matrix, baseline: Sequence[float | None] | np.ndarray) -> float:
+    """Mean head start on a task before its training, over the untrained model (Lopez-Paz and Ranzato, 2017).
+
+        FWT = 1/t * sum_{1 <= i <= t} ( A[i-1][i] - b[i] )
+
+    0.0 when only one task is trained.
+
+    Args:
+        matrix: `A`, shape `(rows, tasks)` with `rows <= tasks`; here the entries right above the diagonal,
+            `A[i-1][i]` for `1 <= i <= t`, are needed as well.
+        baseline: `b`, shape `(tasks,)`: accuracy of the untrained model on each task, in the unit of `matrix`.
+            `b[0]` is not used and may be `None`.
+
+    Returns:
+        The transfer, in the unit of `matrix`.
+
+    Raises:
+        TypeError, ValueError: as for [`average_accuracy`], and when `baseline` or one of the entries right above the
+            diagonal is missing; the message names it.
+    """
+    values = _values(matrix)
+    last = len(_seen(matrix)) - 1
+    untrained = _array(baseline, "baseline")
+    if untrained.shape != (values.shape[1],):
+        raise ValueError(
+            f"baseline has shape {untrained.shape}; expected one accuracy of the untrained model for each of the "
+            f"{values.shape[1]} tasks in the matrix (None where unknown)."
+        )
+    _check_range(untrained, "baseline")
+    for task in range(1, last + 1):
+        if np.isnan(values[task - 1, task]):
+            raise ValueError(
+                f"forward transfer needs accuracy_matrix[{task - 1}][{task}], the accuracy on task {task} right "
+                f"before it is trained, which is missing. Evaluate the next task too after each task."
+            )
+        if np.isnan(untrained[task]):
+            raise ValueError(
+                f"forward transfer needs baseline[{task}], the untrained model's accuracy on task {task}, which is "
+                f"missing. Evaluate the model on every task before training."
+            )
+    return _mean([values[task - 1, task] - untrained[task] for task in range(1, last + 1)])
+
+
+def learning_accuracy(matrix: Matrix) -> float:
+    """Mean accuracy of each task right after it was learned (Riemer et al., 2019): plasticity without memory.
+
+        LA = 1/(t+1) * sum_{i <= t} A[i][i]
+
+    Args, Returns and Raises: as for [`average_accuracy`].
+    """
+    return _learning_accuracy(_seen(matrix))
+
+
+def per_task_average_accuracy(matrix: Matrix) -> list[float]:
+    """[`average_accuracy`] as it stood after each task: entry `i` is the mean of `A[i][0..i]` (poster, Eq. 35).
+
+    Args and Raises: as for [`average_accuracy`].
+
+    Returns:
+        `t + 1` averages, in the unit of `matrix`.
+    """
+    return _per_task(_seen(matrix))
+
+
+def summarize(matrix: Matrix) -> dict[str, float | list[float]]:
+    """All metrics that need nothing but the matrix, under the names `results.json` uses.
+
+    Args and Raises: as for [`average_accuracy`].
+
+    Returns:
+        `average_accuracy`, `forgetting`, `forgetting_clipped`, `backward_transfer`, `learning_accuracy` (floats) and
+        `per_task_average_accuracy` (list), as plain Python numbers.
+    """
+    seen = _seen(matrix)
+    return {
+        "average_accuracy": _average(seen),
+        "forgetting": _forgetting(seen),
+        "forgetting_clipped": _forgetting_clipped(seen),
+        "backward_transfer": _backward_transfer(seen),
+        "learning_accuracy": _learning_accuracy(seen),
+        "per_task_average_accuracy": _per_task(seen),
+    }
+
+
+# Below, `a` is a validated square array (t+1, t+1), complete on and below its diagonal.
+
+
+def _average(a: np.ndarray) -> float:
+    return _mean(a[-1])
+
+
+def _forgetting(a: np.ndarray) -> float:
+    return _mean([a[task:-1, task].max() - a[-1, task] for task in range(len(a) - 1)])
+
+
+def _forgetting_clipped(a: np.ndarray) -> float:
+    return _mean([a[task:, task].max() - a[-1, task] for task in range(len(a) - 1)])
+
+
+def _backward_transfer(a: np.ndarray) -> float:
+    return _mean([a[-1, task] - a[task, task] for task in range(len(a) - 1)])
+
+
+def _learning_accuracy(a: np.ndarray) -> float:
+    return _mean(np.diagonal(a))
+
+
+def _per_task(a: np.ndarray) -> list[float]:
+    return [_mean(a[task, : task + 1]) for task in range(len(a))]
+
+
+def _mean(terms: Sequence[float] | np.ndarray) -> float:
+    """A plain float; 0.0 for no terms, which only the metrics over *earlier* tasks can have."""
+    return float(np.mean(terms)) if len(terms) else 0.0
+
+
+def _seen(matrix: Matrix) -> np.ndarray:
+    """The square part `A[:t+1, :t+1]`, checked to be complete on and below the diagonal."""
+    values = _values(matrix)
+    last = int(np.flatnonzero(~np.isnan(values).all(axis=1))[-1])
+    seen = values[: last + 1, : last + 1]
+    holes = np.argwhere(np.isnan(np.tril(seen)))
+    if len(holes):
+        shown = ", ".join(f"[{i}][{j}]" for i, j in holes[:5]) + (", ..." if len(holes) > 5 else "")
+        raise ValueError(
+            f"accuracy_matrix has no value at {shown}; its last row with values is {last}, so every entry [i][j] with "
+            f"j <= i <= {last} must be there. Evaluate all seen tasks after each task."
+        )
+    return seen
+
+
+def _values(matrix: Matrix) -> np.ndarray:
+    """The matrix as float64 `(rows, tasks)`, NaN where not evaluated; shape and range checked."""
+    rows = list(matrix) if np.iterable(matrix) else []
+    lengths = [len(row) if np.iterable(row) else None for row in rows]
+    if not rows or None in lengths or 0 in lengths:
+        raise ValueError(
+            f"accuracy_matrix must be a non-empty list of non-empty rows, one row per trained task and one column per "
+            f"task; got {_short(matrix)}."
+        )
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"accuracy_matrix is ragged: its rows have lengths {lengths}. Give every row one entry per task, None "
+            f"where the task was not evaluated."
+        )
+    if len(rows) > lengths[0]:
+        raise ValueError(
+            f"accuracy_matrix has {len(rows)} rows but only {lengths[0]} columns; row i holds the accuracies after "
+            f"task i, so there are at most as many rows as tasks. Is it transposed?"
+        )
+    values = _array(rows, "accuracy_matrix")
+    if values.ndim != 2:
+        raise ValueError(f"accuracy_matrix must have two dimensions, (rows, tasks); got shape {values.shape}.")
+    _check_range(values, "accuracy_matrix")
+    if np.isnan(values).all():
+        raise ValueError("accuracy_matrix holds no value at all; evaluate at least one task.")
+    return values
+
+
+def _array(values: Any, name: str) -> np.ndarray:
+    try:
+        return np.array(values, dtype=np.float64)  # None becomes NaN
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must hold numbers, None or NaN; got {_short(values)} ({error}).") from error
+
+
+def _check_range(values: np.ndarray, name: str) -> None:
+    wrong = np.argwhere((values < 0) | (values > 100 + 1e-9))  # NaN compares false; 1e-9 for rounding in 100 * k / n
+    if len(wrong):
+        place = "".join(f"[{i}]" for i in wrong[0])
+        raise ValueError(
+            f"{name}{place} is {values[tuple(wrong[0])]}; accuracies lie in [0, 100] (percent) or [0, 1] (fraction)."
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

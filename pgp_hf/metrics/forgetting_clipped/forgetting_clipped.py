@@ -1,0 +1,42 @@
+"""Forgetting clipped at zero, as an `evaluate` module; the formula is `pgp_hf.metrics.forgetting_clipped`."""
+
+import datasets
+import evaluate
+
+from pgp_hf import metrics
+
+DESCRIPTION = """
+Mean drop from each earlier task's best accuracy, the current row included, to its accuracy now:
+1/t * sum_{i < t} (max_{i <= j <= t} A[j][i] - A[t][i]). Never negative.
+"""
+
+INPUTS = """
+Args:
+    accuracy_matrix (list of lists of float): entry [i][j] is the accuracy on task j after training task i, in percent
+        or as a fraction; None where not evaluated. Rows may be fewer than columns while a run is under way.
+Returns:
+    forgetting_clipped (float), in the unit of the matrix.
+Examples:
+    >>> import evaluate
+    >>> metric = evaluate.load("path/to/pgp_hf/metrics/forgetting_clipped")
+    >>> metric.compute(accuracy_matrix=[[90.0, None], [80.0, 95.0]])
+    {'forgetting_clipped': 10.0}
+"""
+
+CITATION = """
+Prompt gradient projection for continual learning, Equation 36, as the released code computes it.
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
+class ForgettingClipped(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=datasets.Features({"accuracy_matrix": datasets.Sequence(datasets.Value("float64"))}),
+        )
+
+    def _compute(self, accuracy_matrix):
+        return {"forgetting_clipped": metrics.forgetting_clipped(accuracy_matrix)}

@@ -1,0 +1,1 @@
+"""What every prompt tuner shares: registration with PEFT, the pool's selection, the head, the output type."""

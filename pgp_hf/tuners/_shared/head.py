@@ -1,0 +1,40 @@
+"""The classification head, rebuilt from an adapter's class names before PEFT copies it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def prepare_head(model: nn.Module, config: Any) -> None:
+    """Make `model.classifier` and `config` (fields `id2label`, `modules_to_save`) agree.
+
+    A new adapter takes its class names from the model; a loaded one gives the model a head of its own size and names,
+    so that a checkpoint works on a bare backbone. Models without a classifier are left alone.
+
+    Raises:
+        ValueError: a second adapter with another number of classes.
+    """
+    head = getattr(model, "classifier", None)
+    if head is None:
+        return
+    linear = getattr(head, "original_module", head)  # wrapped by PEFT once an adapter is there
+    if config.id2label is None:
+        if not isinstance(linear, nn.Linear):
+            return
+        config.id2label = {int(index): name for index, name in model.config.id2label.items()}
+    if config.modules_to_save is None:
+        config.modules_to_save = ["classifier"]
+    classes = len(config.id2label)
+    if not isinstance(linear, nn.Linear) or linear.out_features != classes:
+        if linear is not head:
+            raise ValueError(
+                f"the adapter has {classes} classes, the model's head {linear.out_features} from the adapter before it: "
+                "adapters side by side on one model need the same classes. Load this one on a fresh backbone."
+            )
+        reference = next(model.parameters())
+        model.classifier = nn.Linear(model.config.hidden_size, classes).to(reference.device, reference.dtype)
+        model.num_labels = classes
+    model.config.id2label = dict(config.id2label)
+    model.config.label2id = {name: index for index, name in config.id2label.items()}

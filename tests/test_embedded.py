@@ -1,0 +1,182 @@
+"""The embedded backbone and digits: they load, they are what they say, and the script makes them again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTModel
+
+from pgp_hf.embedded import digits, vit_path
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "examples" / "pretrain_embedded.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("pretrain_embedded", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def classes(script):
+    return script.glyph_classes(script.render_glyphs())
+
+
+@pytest.fixture(scope="module")
+def report():
+    return json.loads((vit_path() / "pretraining.json").read_text(encoding="utf-8"))
+
+
+def pixels_of(split):
+    return [image.tobytes() for image in split["image"]]
+
+
+def test_weights_load_completely_and_are_small():
+    _, loading = ViTModel.from_pretrained(vit_path(), add_pooling_layer=False, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert (vit_path() / "model.safetensors").stat().st_size < 6_000_000
+
+
+def test_only_the_classifier_is_new_in_an_image_classifier():
+    model, loading = AutoModelForImageClassification.from_pretrained(
+        vit_path(), num_labels=10, output_loading_info=True
+    )
+    assert set(loading["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+    assert not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    bare = ViTModel.from_pretrained(vit_path(), add_pooling_layer=False)
+    for name, value in bare.state_dict().items():
+        assert torch.equal(model.vit.state_dict()[name], value), name
+
+
+def test_image_processor_makes_three_channels_of_a_grey_scan_in_the_range_trained_on(script):
+    processor = AutoImageProcessor.from_pretrained(vit_path(), backend="pil")
+    images = digits()["test"][:4]["image"]
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (4, 3, 32, 32)
+    assert pixels.min() == -1 and 0.9 < pixels.max() <= 1
+    torch.testing.assert_close(pixels, script.build_processor()(images, return_tensors="pt")["pixel_values"])
+
+
+def test_digits_are_all_the_real_scans_with_their_labels():
+    data = digits()
+    scans, labels = load_digits(return_X_y=True)
+    expected = Counter((tuple(int(v / 16 * 255 + 0.5) for v in scan), int(y)) for scan, y in zip(scans, labels))
+    found = Counter(
+        (tuple(image), label)
+        for split in data.values()
+        for image, label in zip(pixels_of(split), split["label"], strict=True)
+    )
+    assert found.total() == 1797 and found == expected  # a multiset: nothing lost, nothing in both splits
+    assert data["train"].features["label"].int2str([0, 9]) == ["zero", "nine"]
+    assert data["train"][0]["image"].size == (8, 8) and data["train"][0]["image"].format == "PNG"
+
+
+@pytest.mark.parametrize("test_fraction", [0.1, 0.2, 0.5])
+def test_digits_split_is_stratified(test_fraction):
+    data = digits(seed=3, test_fraction=test_fraction)
+    train, test = (Counter(data[name]["label"]) for name in ("train", "test"))
+    assert set(train) == set(test) == set(range(10))
+    for label in range(10):
+        assert abs(test[label] - test_fraction * (train[label] + test[label])) <= 1
+
+
+def test_digits_split_depends_on_the_seed_alone():
+    first, again, other = digits(seed=1)["test"], digits(seed=1)["test"], digits(seed=2)["test"]
+    assert pixels_of(first) == pixels_of(again) and first["label"] == again["label"]
+    assert pixels_of(first) != pixels_of(other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"seed": -1}, ValueError, "seed must lie in 0.*-1"),
+        ({"seed": "a"}, TypeError, "seed must be an int, got 'a'"),
+        ({"test_fraction": 1.0}, ValueError, "strictly between 0 and 1, got 1.0"),
+        ({"test_fraction": 0.001}, ValueError, "test_fraction=0.001 leaves 2 of 1797"),
+        ({"test_fraction": None}, TypeError, "test_fraction must be a float, got None"),
+    ],
+)
+def test_digits_refuse_nonsense(arguments, error, words):
+    with pytest.raises(error, match=words):
+        digits(**arguments)
+
+
+def test_missing_weights_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("pgp_hf.embedded.__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(FileNotFoundError, match="pretrain_embedded.py"):
+        vit_path()
+
+
+def test_features_beat_random_weights_and_the_report_is_true(script, report):
+    processor = AutoImageProcessor.from_pretrained(vit_path(), backend="pil")
+    backbone = ViTModel.from_pretrained(vit_path(), add_pooling_layer=False)
+    pretrained = script.measure(backbone, processor)
+    random = script.measure(script.build_backbone(seed=report["seed"]), processor)
+    assert pretrained["nearest_class_mean"] > random["nearest_class_mean"] + 30
+    assert pretrained["shrinkage_lda"] > random["shrinkage_lda"] + 5
+    assert report["digits_accuracy"]["pretrained"] == pytest.approx(pretrained, abs=2)
+    assert report["digits_accuracy"]["random"] == pytest.approx(random, abs=2)
+
+
+def test_no_digit_is_among_the_glyphs(classes, report):
+    characters = [character for group in classes for character in group]
+    assert len(characters) == len(set(characters)) > len(classes)
+    assert {"L", "S"} <= {unicodedata.category(character)[0] for character in characters}
+    for character in [*characters, *"".join(report["classes"])]:
+        assert unicodedata.numeric(character, None) is None, character
+        assert unicodedata.category(character)[0] != "N", character
+        assert "DIGIT" not in unicodedata.name(character), character
+
+
+@pytest.mark.parametrize("character", "0 7 ² ⁵ ½ Ⅷ ⑨ ❸ ٣ ३ ๕ 𝟘 一 ↊ ƻ ƽ ⚂ ㍙ Ↄ".split())
+def test_numbers_in_any_dress_are_digits(script, character):
+    assert script.is_digit(character)
+
+
+@pytest.mark.parametrize("character", "A O I l Z ж ა @ + ∞".split())
+def test_letters_and_symbols_are_not_digits(script, character):
+    assert not script.is_digit(character)
+
+
+def test_look_alikes_share_a_class(classes):
+    of = {character: index for index, group in enumerate(classes) for character in group}
+    assert of["A"] == of["Α"] == of["А"]  # Latin, Greek, Cyrillic
+    assert len({of[letter] for letter in "ABEKMSTVWXZ"}) == 11
+
+
+def test_augmented_batches_are_light_on_dark_varied_and_balanced(script, classes):
+    torch.manual_seed(0)
+    sampler = script.GlyphSampler(script.render_glyphs(), classes, "cpu")
+    images, labels = sampler(96)
+    assert images.shape == (96, 3, 32, 32) and images.isfinite().all()
+    assert images.min() >= -1 and images.max() <= 1 and images.mean() < 0
+    assert labels.unique().numel() > 48
+    glyph = sampler.images[:1].float().expand(96, -1, -1, -1) / 255
+    assert script.augment(glyph).std(dim=0).mean() > 0.1
+
+
+def test_script_runs_from_the_command_line(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(SCRIPT), "--steps", "3", "--seed", "5", "--output_dir", str(tmp_path / "vit")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "nearest class mean" in done.stdout
+    names = {"config.json", "model.safetensors", "preprocessor_config.json", "pretraining.json"}
+    assert {path.name for path in (tmp_path / "vit").iterdir()} == names  # and no scratch folder
+    report = json.loads((tmp_path / "vit" / "pretraining.json").read_text(encoding="utf-8"))
+    assert (report["steps"], report["seed"]) == (3, 5)
+    fresh = ViTModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False)
+    assert sum(parameter.numel() for parameter in fresh.parameters()) == report["parameters"]
