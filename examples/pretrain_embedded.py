@@ -88,7 +88,9 @@ def draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
     if box is None:
         return None
     image = image.crop(box)
-    image = image.resize([max(1, round(side * INK / max(image.size))) for side in image.size], Image.Resampling.BICUBIC)
+    image = image.resize(
+        [max(1, round(side * INK / max(image.size))) for side in image.size], Image.Resampling.BICUBIC
+    )
     canvas = Image.new("L", (CANVAS, CANVAS))
     canvas.paste(image, ((CANVAS - image.width) // 2, (CANVAS - image.height) // 2))
     return np.asarray(canvas)
@@ -335,7 +337,9 @@ def main() -> None:
     }
     save(arguments.output_dir, backbone, processor, report)
 
-    print(f"Frozen CLS features on scikit-learn's digits (accuracy in percent, five folds), {report['seconds']} s in all")
+    print(
+        f"Frozen CLS features on scikit-learn's digits (accuracy in percent, five folds), {report['seconds']} s in all"
+    )
     print(f"{'backbone':12}{'nearest class mean':>20}{'shrinkage LDA':>16}")
     for name, row in report["digits_accuracy"].items():
         print(f"{name:12}{row['nearest_class_mean']:20.1f}{row['shrinkage_lda']:16.1f}")

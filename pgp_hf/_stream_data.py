@@ -131,20 +131,20 @@ def resolve_columns(data: datasets.Dataset, label_column: str | None, image_colu
         found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         found = found or [name for name in LABEL_NAMES if name in features]
         label_column = _only(
-            found, "label_column", f"ClassLabel columns or columns named {some(LABEL_NAMES)}", features
+            found, "label_column", f"ClassLabel column, nor one named {' or '.join(LABEL_NAMES)}", features
         )
     if image_column is None:
         found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         hint = "; a column of paths or bytes becomes one by dataset.cast_column(name, datasets.Image())"
-        image_column = _only(found, "image_column", "datasets.Image columns", features, hint)
+        image_column = _only(found, "image_column", "datasets.Image column", features, hint)
     return label_column, image_column
 
 
 def _only(found: list[str], argument: str, what: str, features: datasets.Features, hint: str = "") -> str:
     if len(found) == 1:
         return found[0]
-    state = f"several {what}: {some(found)}" if found else f"no {what}{hint}"
-    raise ValueError(f"{argument} is not clear, the dataset has {state}. Set {argument} to one of {some(features)}")
+    state = f"several candidates {some(found)}" if found else f"no {what}{hint}"
+    raise ValueError(f"{argument} is not clear: the dataset has {state}. Set {argument} to one of {some(features)}")
 
 
 def check_columns(split: str, data: datasets.Dataset, label_column: str, image_column: str) -> None:
@@ -198,7 +198,7 @@ def map_labels(
         if len(outside):
             raise ValueError(
                 f"label column {column!r} holds {some(outside.tolist())}, outside its ClassLabel's "
-                f"0..{len(names) - 1}; name all classes: dataset.cast_column({column!r}, datasets.ClassLabel(names=...))"
+                f"0..{len(names) - 1}; name them all: dataset.cast_column({column!r}, datasets.ClassLabel(names=...))"
             )
     else:
         values = np.unique(raw)
@@ -249,9 +249,38 @@ def at_most(rows: np.ndarray, labels: np.ndarray, limit: int | None, seed: int, 
     return np.sort(np.concatenate(kept)) if kept else rows
 
 
-def warn_of_gaps(names: Sequence[str], counts: dict[str, np.ndarray]) -> None:
-    """Warn of classes that have no image in a split; a task made of such classes only is an error elsewhere."""
-    for split, count in counts.items():
-        if (count == 0).any():
-            empty = [names[label] for label in np.flatnonzero(count == 0)]
-            warnings.warn(f"{len(empty)} classes have no {split} images: {some(empty)}", stacklevel=3)
+def choose_rows(
+    labels: np.ndarray,
+    test_labels: np.ndarray | None,
+    test_fraction: float,
+    seed: int,
+    max_train: int | None,
+    max_test: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers to train and to test on; without test labels the test rows are held out of the train rows."""
+    if test_labels is None:
+        train, test = hold_out(labels, test_fraction, seed)
+        test_labels = labels
+    else:
+        train, test = np.arange(len(labels)), np.arange(len(test_labels))
+    return at_most(train, labels, max_train, seed, split=0), at_most(test, test_labels, max_test, seed, split=1)
+
+
+def cut(
+    split: str, rows: np.ndarray, labels: np.ndarray, tasks: Sequence[tuple[int, ...]], names: Sequence[str]
+) -> list[np.ndarray]:
+    """The chosen `rows` of each task (a tuple of label ids); an empty task is an error, an empty class a warning."""
+    own_labels = labels[rows]
+    of_task = [rows[np.isin(own_labels, classes)] for classes in tasks]
+    for index, own in enumerate(of_task):
+        if len(own) == 0:
+            classes = some(names[label] for label in tasks[index])
+            raise ValueError(
+                f"task {index} (0-based, classes {classes}) has no {split} images; "
+                f"use fewer tasks, another class_order, or add {split} images of these classes"
+            )
+    empty = np.flatnonzero(np.bincount(own_labels, minlength=len(names)) == 0)
+    if len(empty):
+        classes = some(names[label] for label in empty)
+        warnings.warn(f"{len(empty)} classes have no {split} images: {classes}", stacklevel=2)
+    return of_task

@@ -17,7 +17,7 @@ import PIL.Image
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-BATCH_ROWS = 256  # rows of encoded images in memory at a time
+BATCH_ROWS = 64  # rows of encoded images in memory at a time
 THREADS = 4  # decoders release the GIL
 PROGRESS_FROM = 500  # fewer images are checked before a bar could be read
 
@@ -89,13 +89,13 @@ class ImageRows:
         return [digest.hexdigest() for digest in hashes]
 
 
-def _batches(rows: Sequence[int], size: int = BATCH_ROWS) -> Iterator[Sequence[int]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+def _batches(rows: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS))
 
 
 def verify_images(selected: Sequence[tuple[ImageRows, Sequence[int]]], progress: bool) -> None:
     """Decode these rows of each split once; ValueError with the first broken image and how many there are."""
-    jobs = [(split, rows) for split, chosen in selected for rows in _batches(chosen, 32)]
+    jobs = [(split, rows) for split, chosen in selected for rows in _batches(chosen)]
     total = sum(len(rows) for _, rows in jobs)
 
     def errors(job: tuple[ImageRows, Sequence[int]]) -> list[str]:

@@ -175,33 +175,19 @@ class TaskStream:
         if num_tasks > len(label_names):
             raise ValueError(f"num_tasks={num_tasks} is more than the {len(label_names)} classes of {label_column!r}")
 
-        held_out = test is None
-        if held_out:
-            test, test_labels = train, labels
-            train_rows, test_rows = source_data.hold_out(labels, test_fraction, seed or 0)
-        else:
-            train_rows, test_rows = np.arange(len(labels)), np.arange(len(test_labels))
-        train_limit, test_limit = limits.values()
-        train_rows = source_data.at_most(train_rows, labels, train_limit, seed or 0, split=0)
-        test_rows = source_data.at_most(test_rows, test_labels, test_limit, seed or 0, split=1)
-
         order = _class_order(class_order, seed, len(label_names))
         tasks = [Task(t, tuple(part.tolist())) for t, part in enumerate(np.array_split(order, num_tasks))]
-        splits, counts = {}, {}
-        sides = (("train", train, labels, train_rows), ("test", test, test_labels, test_rows))
-        for split, data, all_labels, rows in sides:
-            of_task = [rows[np.isin(all_labels[rows], task.classes)] for task in tasks]
-            for task, own in zip(tasks, of_task, strict=True):
-                if len(own) == 0:
-                    names = [label_names[label] for label in task.classes]
-                    raise ValueError(
-                        f"task {task.index} (0-based, classes {some(names)}) has no {split} images; use fewer tasks, "
-                        f"another class order, or add {split} images of these classes"
-                    )
-            splits[split] = (ImageRows(split, data, image_column, all_labels), of_task)
-            counts[split] = np.bincount(all_labels[rows], minlength=len(label_names))
-        source_data.warn_of_gaps(label_names, counts)
-
+        held_out = test is None
+        rows, test_rows = source_data.choose_rows(labels, test_labels, test_fraction, seed or 0, *limits.values())
+        images = test_images = ImageRows("train", train, image_column, labels)  # held-out rows keep their row numbers
+        if held_out:
+            test = train
+        else:
+            test_images = ImageRows("test", test, image_column, test_labels)
+        splits = [
+            (source, source_data.cut(split, chosen, source.labels, [task.classes for task in tasks], label_names))
+            for split, source, chosen in (("train", images, rows), ("test", test_images, test_rows))
+        ]
         settings = {
             "format": MANIFEST_FORMAT,
             "dataset": {"name": name, "fingerprint": {"train": train._fingerprint, "test": test._fingerprint}},
@@ -217,7 +203,7 @@ class TaskStream:
             "test_fraction": float(test_fraction) if held_out else None,
             **limits,
         }
-        return cls(splits["train"], splits["test"], tasks, label_names, settings)
+        return cls(*splits, tasks, label_names, settings)
 
     def __repr__(self) -> str:
         return f"TaskStream({self.scenario}: {self.num_classes} classes in {self.num_tasks} tasks, seed={self.seed})"
@@ -287,17 +273,17 @@ class TaskStream:
             raise ValueError(f"manifest lacks {some(lacking)}; pass one written by TaskStream.manifest()")
         differences = [_difference(key, own[key], manifest[key]) for key in _SAME if own[key] != manifest[key]]
         for t, (here, there) in enumerate(zip(own["tasks"], manifest["tasks"], strict=False)):
-            if here["classes"] == there["classes"]:
+            if here["classes"] == there.get("classes"):
                 for split in ("train", "test"):
-                    if here[split] != there[split]:
-                        differences.append(
-                            _difference(f"{split} images of task {t} (0-based)", here[split], there[split])
-                        )
+                    if here[split] != there.get(split):
+                        what = f"{split} images of task {t} (0-based)"
+                        differences.append(_difference(what, here[split], there.get(split)))
         if differences:
             causes = [_difference(key, own[key], manifest[key]) for key in _CAUSES if own[key] != manifest[key]]
             hint = f" Settings that differ: {'; '.join(causes)}." if causes else ""
+            shown = differences[:4] + [f"{len(differences) - 4} more differences"] * (len(differences) > 4)
             raise ValueError(
-                f"this stream is not that of the manifest: {'; '.join(differences)}.{hint} "
+                f"this stream is not that of the manifest: {'; '.join(shown)}.{hint} "
                 f"Build it from the same data with the same arguments, or start a new run in another folder"
             )
 

@@ -100,7 +100,7 @@ class Basis:
                 f"expected {(*self.batch_shape, self.dim, self.dim)}."
             )
         moments = moment.sum.to(self.columns.device).reshape(-1, self.dim, self.dim)
-        columns = self.columns.reshape(-1, self.dim, self.rank)
+        columns = self.columns.reshape(len(moments), self.dim, self.rank)
         grown = [
             _extend(m[:, :rank], c, energy)
             for m, rank, c in zip(columns, self.ranks.flatten().tolist(), moments, strict=True)

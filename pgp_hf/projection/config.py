@@ -56,7 +56,9 @@ class ProjectionConfig:
         if self.key_energy is not None:
             check_energy("key_energy", self.key_energy)
         if self.max_images is not None and self.max_images < 1:
-            raise ValueError(f"max_images={self.max_images} leaves no image to take statistics from: use None or >= 1.")
+            raise ValueError(
+                f"max_images={self.max_images} leaves no image to take statistics from: use None or >= 1."
+            )
 
     def to_dict(self) -> dict:
         return asdict(self)

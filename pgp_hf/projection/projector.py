@@ -94,7 +94,9 @@ class NullSpaceProjector:
                 gradient = _local(parameter.grad)
                 gradient.copy_(_project(basis, gradient.to(basis.columns)))
 
-    def attach(self, optimizer: Optimizer, named_parameters: Callable[[], NamedParameters]) -> torch.utils.hooks.RemovableHandle:
+    def attach(
+        self, optimizer: Optimizer, named_parameters: Callable[[], NamedParameters]
+    ) -> torch.utils.hooks.RemovableHandle:
         """Project at every step of `optimizer` from now on.
 
         Optimizer hooks see gradients after accumulation, unscaling and clipping, and do not run for steps that a

@@ -39,7 +39,9 @@ class L2PConfig(PeftConfig):
     )
     interpolate_pos_encoding: bool = field(
         default=False,
-        metadata={"help": "interpolate the position embeddings to the input's size, for a backbone trained at another"},
+        metadata={
+            "help": "interpolate the position embeddings to the input's size, for a backbone trained at another"
+        },
     )
     hidden_size: int | None = field(
         default=None, metadata={"help": "width of the backbone; filled in when the adapter is added"}

@@ -50,7 +50,13 @@ class L2PModel(BaseTuner):
         prepare_head(model, peft_config)
 
     def _create_and_replace(
-        self, peft_config: L2PConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, **_: Any
+        self,
+        peft_config: L2PConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        **_: Any,
     ) -> None:
         if isinstance(target, L2PEmbeddings):
             target.update_layer(adapter_name, peft_config)
@@ -83,7 +89,9 @@ class L2PModel(BaseTuner):
         return self.model
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError("L2P prompts depend on the image and cannot be merged into weights: use unload() to drop them.")
+        raise ValueError(
+            "L2P prompts depend on the image and cannot be merged into weights: use unload() to drop them."
+        )
 
     # ---- the parts -----------------------------------------------------------------------------------------------
 
@@ -205,7 +213,9 @@ class L2PModel(BaseTuner):
         return {f"{stem}.l2p_prompt": layer.l2p_prompt[adapter], f"{stem}.l2p_key": layer.l2p_key[adapter]}
 
     @torch.no_grad()
-    def protected_rows(self, pixel_values: Tensor, prompt_query: Tensor | None = None) -> Iterator[tuple[str, str, Tensor]]:
+    def protected_rows(
+        self, pixel_values: Tensor, prompt_query: Tensor | None = None
+    ) -> Iterator[tuple[str, str, Tensor]]:
         """What these images show to the prompts and keys: (name, role, rows).
 
         For the prompts, the rows that meet them in the first attention: CLS, the image's selected prompts and its
@@ -222,7 +232,9 @@ class L2PModel(BaseTuner):
 
 def _backbone_name(model: nn.Module) -> str:
     for name, module in model.named_modules():
-        if hasattr(getattr(module, "embeddings", None), "patch_embeddings") and hasattr(module.embeddings, "cls_token"):
+        if hasattr(getattr(module, "embeddings", None), "patch_embeddings") and hasattr(
+            module.embeddings, "cls_token"
+        ):
             return name
     raise ValueError(
         f"{type(model).__name__} has no patch embeddings with a CLS token, behind which L2P inserts its prompts: "

@@ -1,0 +1,138 @@
+"""The files of a run: written whole or not at all, safetensors and JSON only.
+
+output_dir/  the last finished task's files, and
+  task-1/ ... task-T/   the same files as they stood when each task ended
+  features/task-1.safetensors ...   head inputs of each task's test images when it ended, for the drift
+  checkpoints/task-t/checkpoint-N/  Trainer checkpoints of the task in training, removed when it ends
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ADAPTER = "adapter_model.safetensors"
+BASES, DESCRIPTION = "projection.safetensors", "projection.json"
+MANIFEST, RESULTS = "stream.json", "results.json"
+FEATURES, CHECKPOINTS = "features", "checkpoints"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically; NaN and infinities are refused, since they are not JSON."""
+    _replace(path, json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; ValueError names a file that is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}): the folder is not a finished task.") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # a tensor twice under two names would be refused as shared storage
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; ValueError names one that is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}).") from error
+
+
+class RunFolder:
+    """Layout of an output folder.
+
+    Args:
+        root: the run's `output_dir`.
+    """
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root)
+
+    def task(self, t: int) -> Path:
+        """Folder of the task with 0-based index t."""
+        return self.root / f"task-{t + 1}"
+
+    def features(self, t: int) -> Path:
+        return self.root / FEATURES / f"task-{t + 1}.safetensors"
+
+    def checkpoints(self, t: int) -> Path:
+        return self.root / CHECKPOINTS / f"task-{t + 1}"
+
+    def last_checkpoint(self, t: int) -> Path | None:
+        """The newest complete Trainer checkpoint of a task: its state file is the one written last."""
+        found = [
+            folder
+            for folder in self.checkpoints(t).glob("checkpoint-*")
+            if folder.name.removeprefix("checkpoint-").isdecimal() and (folder / "trainer_state.json").is_file()
+        ]
+        return max(found, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+
+    def finished_tasks(self) -> int:
+        """How many tasks have ended, counted from the first."""
+        t = 0
+        while self.task(t).is_dir():
+            t += 1
+        return t
+
+    def is_empty(self) -> bool:
+        return not any(self.root.glob("task-*")) and not (self.root / CHECKPOINTS).exists()
+
+    def clear(self) -> None:
+        """Delete an earlier run's files, and nothing else."""
+        for folder in (*self.root.glob("task-*"), self.root / FEATURES, self.root / CHECKPOINTS):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, t: int, write: Any) -> Path:
+        """Write a finished task: `write(folder)` fills a temporary folder, which then takes its place.
+
+        The files are copied to the top level afterwards, each atomically; a run that dies in between has its task.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".task-{t + 1}-", dir=self.root))
+        try:
+            write(temporary)
+            temporary.chmod(0o755)  # mkdtemp is private; a finished task is not
+            shutil.rmtree(self.task(t), ignore_errors=True)
+            os.replace(temporary, self.task(t))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.promote(t)
+        return self.task(t)
+
+    def promote(self, t: int) -> None:
+        """Copy a finished task's files to the top level."""
+        for file in sorted(self.task(t).rglob("*")):
+            if file.is_file():
+                target = self.root / file.relative_to(self.task(t))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _replace(target, file.read_bytes())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

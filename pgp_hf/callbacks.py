@@ -1,0 +1,76 @@
+"""Events of a stream, beside those of a Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from .training_args import PGPTrainingArguments
+
+
+class StreamCallback(TrainerCallback):
+    """A `TrainerCallback` that may also listen to a stream. Tasks are counted from 0; kwargs always hold `model`
+    and `stream`. Each event receives `args, state, control` first."""
+
+    def on_stream_begin(
+        self, args: PGPTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first task; kwargs: `first_task` (above 0 in a resumed run)."""
+
+    def on_task_begin(
+        self, args: PGPTrainingArguments, state: TrainerState, control: TrainerControl, task: int, **kwargs: Any
+    ) -> None:
+        """Before a task trains."""
+
+    def on_task_end(
+        self,
+        args: PGPTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        task: int,
+        results: dict[str, Any],
+        folder: Path,
+        **kwargs: Any,
+    ) -> None:
+        """After a task was trained, its statistics gathered, all seen tasks evaluated, and `folder` written."""
+
+    def on_stream_end(
+        self,
+        args: PGPTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        results: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        """After the last task."""
+
+
+class StreamProgress(StreamCallback):
+    """One line when a task starts and one when it ends, on the main process."""
+
+    def on_task_begin(self, args, state, control, task, stream=None, **kwargs):  # type: ignore[override]
+        if state.is_world_process_zero:
+            names = [stream.label_names[label] for label in stream.tasks[task].classes]
+            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            tqdm.write(f"Task {task + 1} of {stream.num_tasks}: {len(stream.train(task))} images of {shown}")
+
+    def on_task_end(self, args, state, control, task, results, folder, **kwargs):  # type: ignore[override]
+        if state.is_world_process_zero:
+            tqdm.write(
+                f"  average accuracy {results['average_accuracy']:.2f} %, forgetting {results['forgetting']:.2f}, "
+                f"drift {results['drift'][-1]:.3f}, protected rank {results['projection_rank'][-1]} -> {folder}"
+            )
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the training images which epoch it is, for their augmentation."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):  # type: ignore[override]
+        if hasattr(self.trainer.train_dataset, "set_epoch"):
+            self.trainer.train_dataset.set_epoch(int((state.epoch or 0) + 1e-6))

@@ -1,0 +1,477 @@
+"""`PGPTrainer`: a `transformers.Trainer` that learns a stream of tasks and projects every update of the prompts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast, set_seed
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import PredictionOutput, TrainOutput
+
+from . import artifacts, model_card, plots
+from .artifacts import RunFolder
+from .callbacks import SetEpoch, StreamProgress
+from .evaluation import StreamResults, head_inputs, keep_classes, relative_drift
+from .images import AugmentedImages, CachedQueries, ImageCollator
+from .projection import Projection, ProjectionConfig
+from .stream import TaskStream
+from .training_args import PGPTrainingArguments
+
+
+class PGPTrainer(Trainer):
+    """Learns a `TaskStream` task by task.
+
+    After each task: statistics of its training images (deterministic views, no random number consumed) grow the
+    projection's bases; the test images of all tasks so far are evaluated; the task's folder is written.
+
+    Args:
+        model: a `PeftModel` with a prompt adapter of this package and a classification head.
+        args: training arguments; each task is trained with them.
+        stream: the tasks.
+        projection: what is protected; `ProjectionConfig()` by default, `method="none"` for none.
+        processing_class: the backbone's image processor, for training, evaluation and the saved folder.
+        kwargs: any other argument of `Trainer`.
+
+    Attributes:
+        results: `StreamResults` so far.
+        projection: the `Projection` with its bases.
+
+    Raises:
+        TypeError: a model without a prompt adapter, or one without a head.
+        ValueError: a head that does not fit the stream, a missing image processor, DeepSpeed or FSDP1.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: PGPTrainingArguments,
+        stream: TaskStream,
+        projection: ProjectionConfig | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_model(model, stream)
+        if processing_class is None and kwargs.get("data_collator") is None:
+            raise ValueError(
+                "processing_class is missing: pass the backbone's image processor, for example "
+                "AutoImageProcessor.from_pretrained(name, backend='pil')."
+            )
+        self.stream = stream
+        self.projection = Projection(projection)
+        kwargs.setdefault("compute_loss_func", self._task_loss)
+        kwargs.setdefault("compute_metrics", _accuracy)
+        kwargs.setdefault("data_collator", ImageCollator(processing_class))
+        super().__init__(model, args, processing_class=processing_class, **kwargs)
+        if self.is_deepspeed_enabled or (
+            self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1
+        ):
+            raise ValueError(
+                "DeepSpeed and FSDP1 step flattened parameters, which cannot be projected: use plain data parallelism "
+                "(accelerate launch --multi_gpu) or FSDP2; prompts are too small to gain from sharding."
+            )
+        if stream.scenario == "online":
+            self.args.num_train_epochs = 1
+        config = self.tuner.config
+        self.folder = RunFolder(self.args.output_dir)
+        self.results = StreamResults(
+            method=config.peft_type.lower(),
+            projection=self.projection.config.method,
+            scenario=stream.scenario,
+            num_tasks=stream.num_tasks,
+            seed=self.args.seed,
+            eval_mask=self.args.eval_mask,
+            batchwise_prompt=config.batchwise_prompt,
+        )
+        self.task: int | None = None  # in training, or trained last
+        self._features: dict[int, np.ndarray] = {}
+        self._queries: dict[int, Tensor] = {}
+        self._eval_classes: list[int] | None = None
+        self._recording = False
+        self.add_callback(SetEpoch(self))
+        if not self.args.disable_tqdm:
+            self.add_callback(StreamProgress)
+
+    # ---- the stream ----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Learn every task of the stream.
+
+        Args:
+            resume_from_checkpoint: True continues the run in `output_dir` exactly where it stopped, within a task too;
+                a path continues the run in that folder, writing to `output_dir`. An empty folder starts a new run.
+
+        Returns:
+            Steps and mean training loss over the tasks trained by this call; `metrics` is the results file's content.
+
+        Raises:
+            ValueError: images that do not decode, an `output_dir` that holds another run, a run that does not fit.
+            FloatingPointError: a loss that is not finite; the tasks finished before stay as they are.
+        """
+        first, checkpoint = self._start(resume_from_checkpoint)
+        if self.args.verify_images:
+            if self.is_world_process_zero():
+                self.stream.verify(progress=not self.args.disable_tqdm)
+            self.accelerator.wait_for_everyone()
+        self._fire("on_stream_begin", first_task=first)
+        steps, loss = 0, 0.0
+        for t in range(first, self.stream.num_tasks):
+            output = self.train_task(t, resume_from_checkpoint=checkpoint, **kwargs)
+            steps, loss, checkpoint = steps + output.global_step, loss + output.training_loss, None
+        results = self.results.to_dict()
+        self._fire("on_stream_end", results=results)
+        return TrainOutput(steps, loss / max(self.stream.num_tasks - first, 1), results)
+
+    def train_task(self, t: int, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """Learn the task with 0-based index t, then gather statistics, evaluate, and write its folder.
+
+        Raises:
+            ValueError: a task out of turn.
+        """
+        if t != len(self.results.matrix):
+            raise ValueError(
+                f"t={t} is not the next task: {len(self.results.matrix)} of {self.stream.num_tasks} tasks are trained, "
+                f"so t={len(self.results.matrix)} comes next (counted from 0)."
+            )
+        self.task = t
+        # a function of (seed, task) alone: paired runs and resumed runs see the same random numbers
+        set_seed(_task_seed(self.args.seed, t))
+        self.train_dataset = AugmentedImages(
+            self.stream.train(t), self.args.augmentation, self.args.crop_min_scale, self.args.seed, t
+        )
+        self.eval_dataset = {f"task_{j + 1}": self.stream.test(j) for j in range(t + 1)}
+        self._eval_classes = self.stream.seen_classes(t) if self.args.eval_mask == "seen" else None
+        if self.args.reinit_optimizer:
+            self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+        self.projection.projector.anchor(self._prompt_parameters())
+        self._fire("on_task_begin", task=t)
+
+        started = time.perf_counter()
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._count("train", started)
+
+        if self.projection.active:
+            started = time.perf_counter()
+            self._gather_statistics(t)
+            self._count("statistics", started)
+        self.results.rank.append(self.projection.rank)
+        self.evaluate_stream()
+        self._write_task(t)
+        self._fire("on_task_end", task=t, results=self.results.to_dict(), folder=self.folder.task(t))
+        return output
+
+    def evaluate_stream(self) -> dict[str, Any]:
+        """Evaluate every task trained so far, and take the figures into `results`.
+
+        Class-incremental and online: a prediction may be any class seen so far, and no task id enters.
+        Task-incremental: a prediction is one of its own task's classes.
+
+        Returns:
+            The content of `results.json`.
+        """
+        if self.task is None:
+            raise ValueError("no task has been trained yet: call train() or train_task(0) first.")
+        started = time.perf_counter()
+        t, row, usage, drifts = self.task, [], [], []
+        seen = self._eval_classes
+        for j in range(t + 1):
+            if self.stream.scenario == "task_incremental":
+                self._eval_classes = list(self.stream.tasks[j].classes)
+            output = self._record(j)
+            logits, features, selected = output.predictions
+            row.append(float(100 * np.mean(logits.argmax(-1) == output.label_ids)))
+            usage.append(np.bincount(selected.ravel(), minlength=self.tuner.config.pool_size).tolist())
+            if j < t:
+                drifts.append(relative_drift(self._features[j], features))
+            else:
+                self._features[t] = features
+        self._eval_classes = seen
+        self.results.matrix[t:] = [row]
+        self.results.drift[t:] = [float(np.mean(drifts)) if drifts else 0.0]
+        self.results.usage = usage
+        self._count("evaluation", started)
+        results = self.results.to_dict()
+        logs = {f"eval_task_{j + 1}_accuracy": accuracy for j, accuracy in enumerate(row)}
+        self.log(
+            {
+                **logs,
+                "eval_average_accuracy": results["average_accuracy"],
+                "eval_forgetting": results["forgetting"],
+                "eval_drift": results["drift"][-1],
+                "eval_projection_rank": results["projection_rank"][-1] if results["projection_rank"] else 0,
+            }
+        )
+        return results
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    @property
+    def tuner(self) -> Any:
+        """The prompt tuner inside the `PeftModel`."""
+        return self.accelerator.unwrap_model(self.model).base_model
+
+    def _prompt_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.tuner.prompt_parameters().items())
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self.projection.active:
+            self.projection.projector.attach(getattr(optimizer, "optimizer", optimizer), self._prompt_parameters)
+        return optimizer
+
+    def _task_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Cross-entropy over the task's classes minus the pull term, averaged over the whole step's images."""
+        classes = (
+            self.stream.seen_classes(self.task)
+            if self.args.train_mask == "seen"
+            else self.stream.tasks[self.task].classes
+        )
+        index = torch.tensor(list(classes), device=labels.device)
+        position = labels.new_full((self.stream.num_classes,), -100)
+        position[index] = torch.arange(len(index), device=labels.device)
+        losses = F.cross_entropy(
+            outputs.logits.float()[:, index],
+            position[labels],
+            reduction="none",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        pull = getattr(outputs, "prompt_similarity", None)
+        if pull is not None:
+            losses = losses - self.tuner.config.pull_constraint_coeff * pull
+        return losses.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.results.images_trained += len(inputs["pixel_values"]) * self.args.world_size
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            kept = (
+                f"task {self.task} is kept in {self.folder.task(self.task - 1)}"
+                if self.task
+                else "no task was finished"
+            )
+            raise FloatingPointError(
+                f"the loss became {loss.item()} in task {self.task + 1} at step {self.state.global_step + 1} of "
+                f"{self.state.max_steps} (learning rate {self._get_learning_rate():g}); {kept}. "
+                "Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16."
+            )
+        return loss
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Tensor | None]:
+        """One evaluation batch: loss, logits with unseen classes masked, labels.
+
+        While a stream is evaluated, the logits come with the head's inputs and the selected prompts.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels", None)
+        head = self.accelerator.unwrap_model(self.model).get_base_model().classifier
+        with torch.no_grad(), head_inputs(head) as features:
+            outputs = model(**inputs)
+        logits = keep_classes(outputs.logits.float(), self._eval_classes)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        if prediction_loss_only:
+            return loss, None, None
+        if self._recording:
+            logits = (logits, features[0].float(), self.tuner.selected_prompts)
+        return loss, logits, labels
+
+    def _record(self, j: int) -> PredictionOutput:
+        """Predictions, features and selections for the test images of task j."""
+        images = self.stream.test(j)
+        if self.args.cache_queries:
+            if j not in self._queries:
+                self._queries[j] = self._test_queries(j)
+            images = CachedQueries(images, self._queries[j])
+        compute_metrics, self.compute_metrics, self._recording = self.compute_metrics, None, True
+        try:
+            return self.predict(images, metric_key_prefix=f"eval_task_{j + 1}")
+        finally:
+            self.compute_metrics, self._recording = compute_metrics, False
+
+    @torch.no_grad()
+    def _test_queries(self, j: int) -> Tensor:
+        """Queries `(N, d)` of a task's test images, on every process, in the batches that evaluation will use."""
+        queries = []
+        for batch in self.get_test_dataloader(self.stream.test(j)):
+            with self.accelerator.autocast():
+                query = self.tuner.query(self._prepare_inputs(batch)["pixel_values"])
+            queries.append(self.accelerator.gather_for_metrics(query).cpu())
+        return torch.cat(queries)
+
+    # ---- statistics ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _gather_statistics(self, t: int) -> None:
+        """Show the task's training images, unaugmented, to the projection; each process takes its share."""
+        images, limit = self.stream.train(t), self.projection.config.max_images
+        indices = np.arange(len(images))
+        if limit is not None and limit < len(images):
+            indices = np.sort(np.random.default_rng([self.args.seed, t]).permutation(indices)[:limit])
+        share = indices[self.args.process_index :: self.args.world_size]
+        if len(share) == 0:
+            raise ValueError(
+                f"{len(indices)} images for the statistics of task {t + 1} are too few for {self.args.world_size} "
+                "processes: use fewer processes, or raise max_images."
+            )
+        loader = DataLoader(
+            Subset(images, share.tolist()),
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),  # the loader draws a seed, which must not come from the training's numbers
+        )
+        self.model.eval()
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        for batch in tqdm(loader, desc="statistics", leave=False, disable=hidden):
+            inputs = self._prepare_inputs({k: v for k, v in batch.items() if k != "labels"})
+            self.projection.observe(self.tuner, inputs)
+        several = self.args.world_size > 1
+        self.projection.end_task(
+            {name: tuple(parameter.shape) for name, parameter in self._prompt_parameters()},
+            reduce=(lambda tensor: self.accelerator.reduce(tensor, "sum")) if several else None,
+            broadcast=broadcast if several else None,
+        )
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.folder.checkpoints(self.task)) if self.task is not None else super()._get_output_dir(trial)
+
+    def _write_task(self, t: int) -> None:
+        if self.is_world_process_zero():
+            features = torch.from_numpy(np.ascontiguousarray(self._features[t]))
+            artifacts.write_tensors(self.folder.features(t), {"features": features})
+            self.folder.publish(t, self._write_files)
+            shutil.rmtree(self.folder.checkpoints(t), ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _write_files(self, folder: Path) -> None:
+        """The files of the contract, as they stand now."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(folder, save_embedding_layers=False)  # else it asks the Hub for the base's config
+        if hasattr(self.processing_class, "save_pretrained"):
+            self.processing_class.save_pretrained(folder)
+        bases, description = self.projection.state()
+        results, manifest = self.results.to_dict(), self.stream.manifest()
+        artifacts.write_tensors(folder / artifacts.BASES, bases)
+        artifacts.write_json(folder / artifacts.DESCRIPTION, description)
+        artifacts.write_json(folder / artifacts.MANIFEST, manifest)
+        artifacts.write_json(folder / artifacts.RESULTS, results)
+        plots.save_figures(results, folder / "figures")
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        model_card.save_card(results, manifest, adapter, description, folder)
+
+    def _start(self, resume: str | bool | None) -> tuple[int, str | None]:
+        """Index of the first task to train, and the checkpoint to enter it by."""
+        if not resume:
+            if self.is_world_process_zero():
+                if self.args.overwrite_output_dir:
+                    self.folder.clear()
+                elif not self.folder.is_empty():
+                    raise ValueError(
+                        f"output_dir={self.args.output_dir} holds an earlier run ({self.folder.finished_tasks()} finished "
+                        "tasks): continue it with resume_from_checkpoint=True, delete it with "
+                        "overwrite_output_dir=True, or choose another folder."
+                    )
+            self.accelerator.wait_for_everyone()
+            return 0, None
+        source = self.folder if resume is True else RunFolder(resume)
+        finished = source.finished_tasks()
+        if finished:
+            self._load_task(source, finished - 1)
+        checkpoint = source.last_checkpoint(finished) if finished < self.stream.num_tasks else None
+        if not finished and checkpoint is None:
+            warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=3)
+        return finished, None if checkpoint is None else str(checkpoint)
+
+    def _load_task(self, source: RunFolder, t: int) -> None:
+        """Take over the state that the run in `source` had when task t ended."""
+        folder = source.task(t)
+        self.stream.check_manifest(artifacts.read_json(folder / artifacts.MANIFEST))
+        self.results.load(artifacts.read_json(folder / artifacts.RESULTS))
+        description = artifacts.read_json(folder / artifacts.DESCRIPTION)
+        for name, value in self.projection.config.to_dict().items():
+            if description.get(name) != value:
+                raise ValueError(
+                    f"the run in {source.root} has projection {name}={description.get(name)!r}, this one {value!r}: "
+                    "continue with the same projection."
+                )
+        self.projection.load_state(artifacts.read_tensors(folder / artifacts.BASES), description)
+        model = self.accelerator.unwrap_model(self.model)
+        adapter = model.active_adapter
+        weights = load_peft_weights(str(folder), device=str(self.args.device))
+        problems = set_peft_model_state_dict(model, weights, adapter_name=adapter)
+        if problems.unexpected_keys:
+            raise ValueError(
+                f"{folder} holds parameters that this model lacks: {problems.unexpected_keys[0]} and others."
+            )
+        self._features = {j: artifacts.read_tensors(source.features(j))["features"].numpy() for j in range(t + 1)}
+        self.task = t
+        if source.root != self.folder.root and self.is_world_process_zero():
+            for j in range(t + 1):
+                shutil.copytree(source.task(j), self.folder.task(j), dirs_exist_ok=True)
+                artifacts.write_tensors(self.folder.features(j), artifacts.read_tensors(source.features(j)))
+        self.accelerator.wait_for_everyone()
+
+    # ---- small ---------------------------------------------------------------------------------------------------
+
+    def _count(self, activity: str, started: float) -> None:
+        self.results.seconds[activity] += time.perf_counter() - started
+
+    def _fire(self, event: str, **kwargs: Any) -> None:
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, event):
+                getattr(callback, event)(
+                    self.args, self.state, self.control, model=self.model, stream=self.stream, **kwargs
+                )
+
+
+def _task_seed(seed: int, t: int) -> int:
+    return int(np.random.SeedSequence([seed, t]).generate_state(1)[0])
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
+
+
+def _check_model(model: Any, stream: TaskStream) -> None:
+    if not isinstance(model, PeftModel) or not hasattr(model.base_model, "prompt_parameters"):
+        raise TypeError(
+            f"model is a {type(model).__name__} without a prompt adapter: wrap it by "
+            "peft.get_peft_model(model, pgp_hf.L2PConfig(...))."
+        )
+    head = getattr(model.get_base_model(), "classifier", None)
+    if head is None:
+        raise TypeError(
+            f"{type(model.get_base_model()).__name__} has no classifier: use a model with a head, for example "
+            "AutoModelForImageClassification."
+        )
+    if not isinstance(stream, TaskStream):
+        raise TypeError(f"stream is a {type(stream).__name__}: pass a pgp_hf.TaskStream.")
+    config = model.base_model.config
+    classes = len(config.id2label or {})
+    if classes != stream.num_classes:
+        raise ValueError(
+            f"the model's head has {classes} outputs, the stream {stream.num_classes} classes: load the backbone with "
+            f"num_labels={stream.num_classes} (and ignore_mismatched_sizes=True if it had a head)."
+        )

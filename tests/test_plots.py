@@ -1,0 +1,214 @@
+"""Figures: what is drawn, that it is a PNG written whole, and that pyplot is left alone."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pgp_hf import metrics, plots
+
+
+def make_results(tasks: int, rows: int | None = None, seed: int = 0, pool: int = 10) -> dict:
+    rng = np.random.default_rng(seed)
+    rows = rows or tasks
+    matrix = [[float(rng.uniform(40, 99)) if j <= i else None for j in range(tasks)] for i in range(rows)]
+    return {
+        "accuracy_matrix": matrix,
+        **metrics.summarize(matrix),
+        "drift": [0.01 * i for i in range(rows)],
+        "projection_rank": [3 + i for i in range(rows)],
+        "prompt_usage": rng.integers(0, 50, (rows, pool)).tolist(),
+    }
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The matplotlib figures behind the files, in the order they were saved."""
+    seen = []
+    save = plots._save
+
+    def record(fig, path):
+        seen.append(fig)
+        return save(fig, path)
+
+    monkeypatch.setattr(plots, "_save", record)
+    return seen
+
+
+def lines(fig) -> dict[str, dict[str, list[float]]]:
+    """Panel title -> label -> drawn values."""
+    return {
+        axes.get_title(loc="left"): {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+        for axes in fig.axes
+        if axes.lines
+    }
+
+
+def cells(fig) -> dict[tuple[int, int], str]:
+    return {(int(t.get_position()[1]), int(t.get_position()[0])): t.get_text() for t in fig.axes[0].texts}
+
+
+@pytest.mark.parametrize("tasks", [1, 5, 20])
+def test_save_figures_writes_three_pngs_and_nothing_else(tmp_path, tasks):
+    results = make_results(tasks)
+    written = plots.save_figures(results, tmp_path / "new" / "figures")
+    assert [path.name for path in written] == ["accuracy_matrix.png", "task_curves.png", "prompt_usage.png"]
+    assert sorted(path.name for path in (tmp_path / "new" / "figures").iterdir()) == sorted(p.name for p in written)
+    for path in written:
+        with Image.open(path) as image:
+            image.load()
+            assert image.format == "PNG" and min(image.size) > 200
+            assert np.asarray(image.convert("L")).std() > 1  # not blank
+
+
+def test_prompt_usage_is_drawn_only_where_recorded(tmp_path):
+    results = make_results(3)
+    del results["prompt_usage"]
+    assert [p.name for p in plots.save_figures(results, tmp_path)] == ["accuracy_matrix.png", "task_curves.png"]
+    assert plots.figure_names(results) == ["accuracy_matrix.png", "task_curves.png"]
+
+
+def test_matrix_cells_hold_the_numbers_and_nulls_stay_blank(tmp_path, figures):
+    results = make_results(4, rows=3)
+    results["accuracy_matrix"][0][2] = 12.34  # evaluated before it was trained
+    plots.accuracy_matrix(results, tmp_path / "a.png")
+    expected = {
+        (i, j): f"{value:.1f}"
+        for i, row in enumerate(results["accuracy_matrix"])
+        for j, value in enumerate(row)
+        if value is not None
+    }
+    assert cells(figures[0]) == expected
+    drawn = figures[0].axes[0].images[0].get_array()
+    assert drawn.shape == (4, 4) and int((~np.ma.getmaskarray(drawn)).sum()) == len(expected)
+
+
+def test_curves_of_one_run(tmp_path, figures):
+    results = make_results(5)
+    plots.task_curves(results, tmp_path / "c.png")
+    panels = lines(figures[0])
+    (accuracy,), (forgetting,), (drift,), (rank,) = (list(panel.values()) for panel in panels.values())
+    assert accuracy == pytest.approx(results["per_task_average_accuracy"])
+    assert forgetting[0] == 0 and forgetting[-1] == pytest.approx(results["forgetting"])
+    assert forgetting[2] == pytest.approx(metrics.forgetting(results["accuracy_matrix"][:3]))
+    assert drift == pytest.approx(results["drift"]) and rank == pytest.approx(results["projection_rank"])
+    assert not figures[0].legends
+
+
+def test_curves_of_several_runs_differ_in_colour_marker_and_dash(tmp_path, figures):
+    runs = {f"run {k}": make_results(4 + k % 2, seed=k) for k in range(9)}
+    plots.task_curves(runs, tmp_path / "c.png")
+    fig = figures[0]
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == list(runs)
+    for axes in fig.axes:
+        styles = [(line.get_color(), line.get_marker(), str(line.get_linestyle())) for line in axes.lines]
+        assert len(set(styles)) == len(runs)
+        assert len({(marker, dash) for _, marker, dash in styles}) == len(runs)  # told apart without colour
+    first, last = (panel for panel in (fig.axes[0], fig.axes[-1]))
+    assert [line.get_label() for line in first.lines] == [line.get_label() for line in last.lines] == list(runs)
+
+
+def test_a_run_without_some_values_keeps_its_style_and_empty_panels_go(tmp_path, figures):
+    with_rank, without = make_results(3), make_results(3, seed=1)
+    without["projection_rank"] = [None, None, None]
+    for run in (with_rank, without):
+        run["drift"] = []
+    plots.task_curves({"L2P": without, "L2P-PGP": with_rank}, tmp_path / "c.png")
+    panels = lines(figures[0])
+    assert list(panels) == ["Average accuracy (%)", "Forgetting (points)", "Protected rank"]
+    assert list(panels["Protected rank"]) == ["L2P-PGP"]
+    colours = [{line.get_label(): line.get_color() for line in axes.lines} for axes in figures[0].axes if axes.lines]
+    assert colours[0]["L2P-PGP"] == colours[2]["L2P-PGP"] != colours[0]["L2P"]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["L2P", "L2P-PGP"]
+
+
+def test_usage_is_a_share_of_each_tasks_selections(tmp_path, figures):
+    plots.prompt_usage({"prompt_usage": [[30, 10, 0, 0], [0, 0, 0, 0], None, [1, 1, 1, 1]]}, tmp_path / "u.png")
+    drawn = figures[0].axes[0].images[0].get_array()
+    assert drawn[0].tolist() == [75, 25, 0, 0] and drawn[3].tolist() == [25, 25, 25, 25]
+    assert np.ma.getmaskarray(drawn)[1:3].all()
+    assert cells(figures[0])[0, 0] == "75"
+
+
+def test_large_pools_have_no_numbers_and_few_ticks(tmp_path, figures):
+    plots.prompt_usage(make_results(20, pool=100), tmp_path / "u.png")
+    axes = figures[0].axes[0]
+    assert not axes.texts and len(axes.get_xticks()) <= 25
+    assert [t.get_text() for t in axes.get_xticklabels()][:3] == ["1", "5", "10"]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 10, 20])
+def test_no_text_overlaps_or_leaves_the_figure(tmp_path, figures, tasks):
+    """Measured on the canvas: ticks, titles, labels and cell numbers of every figure."""
+    plots.save_figures(make_results(tasks), tmp_path)
+    plots.task_curves({f"a rather long label {k}": make_results(tasks, seed=k) for k in range(4)}, tmp_path / "m.png")
+    for fig in figures:
+        fig.canvas.draw()
+        boxes = []
+        for axes in fig.axes:
+            if not axes.axison:
+                continue
+            texts = [*axes.texts, axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
+            texts += [*axes.get_xticklabels(), *axes.get_yticklabels()]
+            low, high = sorted(axes.get_ylim())
+            texts = [t for t in texts if t.get_text() and t.get_visible()]
+            hidden = {
+                t for t, y in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True) if not low <= y <= high
+            }
+            low, high = sorted(axes.get_xlim())
+            hidden |= {
+                t for t, x in zip(axes.get_xticklabels(), axes.get_xticks(), strict=True) if not low <= x <= high
+            }
+            boxes += [(t.get_text(), t.get_window_extent()) for t in texts if t not in hidden]
+        boxes += [(t.get_text(), t.get_window_extent()) for legend in fig.legends for t in legend.get_texts()]
+        for text, box in boxes:
+            assert fig.bbox.x0 - 1 <= box.x0 and box.x1 <= fig.bbox.x1 + 1, text
+            assert fig.bbox.y0 - 1 <= box.y0 and box.y1 <= fig.bbox.y1 + 1, text
+        for k, (text, box) in enumerate(boxes):
+            for other, another in boxes[k + 1 :]:
+                apart = box.x1 <= another.x0 + 1 or another.x1 <= box.x0 + 1
+                assert apart or box.y1 <= another.y0 + 1 or another.y1 <= box.y0 + 1, (text, other)
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    path = plots.accuracy_matrix(make_results(2), tmp_path / "a.png")
+    before = path.read_bytes()
+
+    def cut(self, target, **kwargs):
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", cut)
+    with pytest.raises(OSError, match="disk full"):
+        plots.accuracy_matrix(make_results(3), path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_pyplot_stays_out_of_it(tmp_path):
+    before = "matplotlib.pyplot" in sys.modules
+    plots.save_figures(make_results(2), tmp_path)
+    assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+@pytest.mark.parametrize(
+    ("draw", "results", "message"),
+    [
+        (plots.accuracy_matrix, {}, "no 'accuracy_matrix'"),
+        (plots.accuracy_matrix, {"accuracy_matrix": [[1.0], [1.0, 2.0]]}, r"lengths \[1, 2\]"),
+        (plots.task_curves, {}, "no run"),
+        (plots.task_curves, {"L2P": {"drift": [0.0]}}, "'L2P' has no 'accuracy_matrix'"),
+        (plots.prompt_usage, make_results(2) | {"prompt_usage": None}, "no 'prompt_usage'"),
+        (plots.prompt_usage, {"prompt_usage": [[1, -1]]}, "negative"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, draw, results, message):
+    with pytest.raises(ValueError, match=message):
+        draw(results, tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"\.png"):
+        plots.accuracy_matrix(make_results(1), tmp_path / "x.pdf")
+    assert not list(tmp_path.iterdir())
