@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from .training_args import PGPTrainingArguments
 
@@ -48,14 +48,33 @@ class StreamCallback(TrainerCallback):
         """After the last task."""
 
 
-class StreamProgress(StreamCallback):
-    """One line when a task starts and one when it ends, on the main process."""
+class StreamProgress(ProgressCallback, StreamCallback):
+    """Progress bars that say which task they belong to, and a line when a task starts and ends."""
+
+    task = 0
 
     def on_task_begin(self, args, state, control, task, stream=None, **kwargs):  # type: ignore[override]
+        self.task = task
         if state.is_world_process_zero:
             names = [stream.label_names[label] for label in stream.tasks[task].classes]
             shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
             tqdm.write(f"Task {task + 1} of {stream.num_tasks}: {len(stream.train(task))} images of {shown}")
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[override]
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(f"  training task {self.task + 1}")
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):  # type: ignore[override]
+        if state.is_world_process_zero and self.prediction_bar is None:
+            self.prediction_bar = tqdm(
+                total=len(eval_dataloader), desc="  evaluation", leave=False, dynamic_ncols=True
+            )
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[override]
+        if "train_runtime" not in (logs or {}):  # the task's line says it
+            super().on_log(args, state, control, logs=logs, **kwargs)
 
     def on_task_end(self, args, state, control, task, results, folder, **kwargs):  # type: ignore[override]
         if state.is_world_process_zero:

@@ -72,7 +72,7 @@ class StreamResults:
     def to_dict(self) -> dict[str, Any]:
         full = [[*row, *[None] * (self.num_tasks - len(row))] for row in self.matrix]
         full += [[None] * self.num_tasks for _ in range(self.num_tasks - len(full))]
-        summary = metrics.summarize(self.matrix)
+        summary = metrics.summarize(full)
         results = {
             "method": self.method,
             "projection": self.projection,

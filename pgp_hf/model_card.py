@@ -86,7 +86,7 @@ def render_card(
         data,
         template_str=_template().read_text(encoding="utf-8"),
         title=name,
-        base_name=_public_name(base),
+        base_name=_public_name(base) if base else None,
         base_is_local=not _is_hub_id(base),
         snippet=_snippet(base, num_classes, repo_id),
         pool=_pool(adapter_config, batchwise),
@@ -185,7 +185,7 @@ def _model_name(peft_type: str, method: str, dataset: str | None, repo_id: str |
 
 def _snippet(base: str, num_classes: int, repo_id: str | None) -> str:
     """Loads backbone and adapter; a backbone with a head of another size is no obstacle."""
-    source = base if _is_hub_id(base) else f"path/to/{_public_name(base)}"
+    source = base if _is_hub_id(base) else f"path/to/{_public_name(base) if base else 'the-backbone'}"
     adapter = repo_id if _is_hub_id(repo_id) else "path/to/this/folder"
     return f"""import pgp_hf  # registers the adapter with PEFT
 from peft import PeftModel

@@ -207,7 +207,8 @@ def _heat_map(values: np.ndarray, *, low: float, high: float, bar: str, decimals
     written = columns <= 24 and rows <= 24
     cell = 0.52 if max(rows, columns) <= 12 else 0.38
     width = cell if written else 6.5 / columns
-    fig = _figure(max(3.6, width * columns + 1.9), max(2.6, cell * rows + 1.4))
+    flat = columns >= 2 * rows  # then the colour bar lies below
+    fig = _figure(max(3.6, width * columns + 1.9), max(2.6, cell * rows + (1.9 if flat else 1.4)))
     axes = fig.add_subplot()
     colours = matplotlib.colormaps[_MAP].with_extremes(bad="white")
     image = axes.imshow(
@@ -224,7 +225,6 @@ def _heat_map(values: np.ndarray, *, low: float, high: float, bar: str, decimals
     axes.set_yticks(*_ticks(rows))
     axes.tick_params(length=0, labelsize=9)
     axes.spines[:].set_color("#BBBBBB")
-    flat = columns >= 2 * rows
     strip = fig.colorbar(image, ax=axes, location="bottom" if flat else "right", shrink=0.85, aspect=25, pad=0.03)
     strip.set_label(bar, fontsize=9)
     strip.ax.tick_params(labelsize=8)

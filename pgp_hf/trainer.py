@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, ProgressCallback, Trainer
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from . import artifacts, model_card, plots
@@ -101,6 +101,7 @@ class PGPTrainer(Trainer):
         self._recording = False
         self.add_callback(SetEpoch(self))
         if not self.args.disable_tqdm:
+            self.pop_callback(ProgressCallback)
             self.add_callback(StreamProgress)
 
     # ---- the stream ----------------------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ class PGPTrainer(Trainer):
         artifacts.write_json(folder / artifacts.RESULTS, results)
         plots.save_figures(results, folder / "figures")
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        model_card.save_card(results, manifest, adapter, description, folder)
+        model_card.save_card(folder / "README.md", results, manifest, adapter, description)
 
     def _start(self, resume: str | bool | None) -> tuple[int, str | None]:
         """Index of the first task to train, and the checkpoint to enter it by."""

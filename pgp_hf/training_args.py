@@ -26,8 +26,10 @@ class PGPTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "schedule within each task"})
     optim: str = field(default="adamw_torch", metadata={"help": "optimizer; AdamW without weight decay is Adam"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False: images are read lazily"})
-    save_strategy: str = field(default="epoch", metadata={"help": "when to write a checkpoint to resume from"})
-    save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept while a task trains"})
+    save_strategy: str = field(
+        default="epoch",
+        metadata={"help": "when to write a checkpoint to resume from; they are removed when their task ends"},
+    )
 
     reinit_optimizer: bool = field(default=True, metadata={"help": "start each task with a fresh optimizer"})
     train_mask: Literal["task", "seen"] = field(

@@ -73,7 +73,7 @@ def test_image_processor_makes_three_channels_of_a_grey_scan_in_the_range_traine
 def test_digits_are_all_the_real_scans_with_their_labels():
     data = digits()
     scans, labels = load_digits(return_X_y=True)
-    expected = Counter((tuple(int(v / 16 * 255 + 0.5) for v in scan), int(y)) for scan, y in zip(scans, labels))
+    expected = Counter((tuple(int(v / 16 * 255 + 0.5) for v in scan), int(y)) for scan, y in zip(scans, labels, strict=True))
     found = Counter(
         (tuple(image), label)
         for split in data.values()

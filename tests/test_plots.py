@@ -51,7 +51,7 @@ def cells(fig) -> dict[tuple[int, int], str]:
     return {(int(t.get_position()[1]), int(t.get_position()[0])): t.get_text() for t in fig.axes[0].texts}
 
 
-@pytest.mark.parametrize("tasks", [1, 5, 20])
+@pytest.mark.parametrize("tasks", [1, 5])
 def test_save_figures_writes_three_pngs_and_nothing_else(tmp_path, tasks):
     results = make_results(tasks)
     written = plots.save_figures(results, tmp_path / "new" / "figures")
@@ -140,7 +140,7 @@ def test_large_pools_have_no_numbers_and_few_ticks(tmp_path, figures):
     assert [t.get_text() for t in axes.get_xticklabels()][:3] == ["1", "5", "10"]
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 10, 20])
+@pytest.mark.parametrize("tasks", [1, 2, 5, 20])
 def test_no_text_overlaps_or_leaves_the_figure(tmp_path, figures, tasks):
     """Measured on the canvas: ticks, titles, labels and cell numbers of every figure."""
     plots.save_figures(make_results(tasks), tmp_path)

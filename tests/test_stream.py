@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 
 import datasets
+import fsspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -479,18 +480,18 @@ def test_folder_of_image_files_is_hashed_by_content_not_place(tmp_path, cache):
         here.verify()
 
 
-def test_rows_that_hold_a_path_or_url_are_hashed_by_their_file(tmp_path):
-    files = []
-    for i in range(12):
-        files.append(tmp_path / f"{i}.png")
-        files[-1].write_bytes(pixel(i))
-    names = [str(file) if i % 2 else file.as_uri() for i, file in enumerate(files)]
+@pytest.mark.parametrize("remote", [False, True])
+def test_rows_that_hold_a_path_or_url_are_hashed_by_their_file(tmp_path, remote):
+    files = fsspec.filesystem("memory" if remote else "file")
+    names = [f"memory://stream/{i}.png" if remote else str(tmp_path / f"{i}.png") for i in range(12)]
+    for i, name in enumerate(names):
+        files.pipe_file(name, pixel(i))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
     data = datasets.Dataset.from_dict({"image": names, "label": cycle(12)}, features=features)
     stream, same = (TaskStream.from_dataset(rows, num_tasks=2) for rows in (data, make(cycle(12))))
     stream.check_manifest(same.manifest())
     assert numbers_of(stream.test(1)) == numbers_of(same.test(1))
-    files[7].unlink()
+    files.rm(names[7])
     with pytest.raises(ValueError, match=r"image in row 7 of the train split is broken: FileNotFoundError"):
         TaskStream.from_dataset(data, num_tasks=2).manifest()
 

@@ -1,0 +1,1 @@
+"""Reference methods that prompts have to beat, one file a method."""

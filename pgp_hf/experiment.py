@@ -1,0 +1,318 @@
+"""What the example scripts share: their arguments, the stream, the backbone, the paired run and its table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from accelerate.utils import set_seed
+from peft import PeftConfig, get_peft_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, PreTrainedModel
+
+from . import artifacts, embedded, metrics, plots
+from .baselines.frozen import cls_features, frozen_matrices
+from .images import ImageCollator
+from .projection import ProjectionConfig
+from .stream import TaskStream
+from .trainer import PGPTrainer
+from .training_args import PGPTrainingArguments
+
+
+@dataclass
+class DataArguments:
+    """The stream of tasks."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, or local folder of parquet or image files; without it, the handwritten digits of scikit-learn"
+        },
+    )
+    train_dir: str | None = field(
+        default=None, metadata={"help": "local folder of training images, one folder a class"}
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "the same for test images"})
+    image_column_name: str | None = field(default=None, metadata={"help": "image column, when there are several"})
+    label_column_name: str | None = field(default=None, metadata={"help": "label column, when there are several"})
+    num_tasks: int = field(default=10, metadata={"help": "tasks that the classes are cut into"})
+    scenario: Literal["class_incremental", "task_incremental", "online"] = field(
+        default="class_incremental", metadata={"help": "how tasks are learned and tested; online is one epoch a task"}
+    )
+    class_order_seed: int | None = field(
+        default=None, metadata={"help": "seed of the class order and of the images kept; --seed when not given"}
+    )
+    max_train_samples_per_class: int | None = field(default=None, metadata={"help": "training images kept per class"})
+    max_eval_samples_per_class: int | None = field(default=None, metadata={"help": "test images kept per class"})
+
+    def load(self, seed: int) -> TaskStream:
+        """The stream."""
+        if self.dataset_name and self.train_dir:
+            raise ValueError("give --dataset_name or --train_dir, not both.")
+        if self.train_dir:
+            folders = {"train": f"{self.train_dir}/**"}
+            if self.validation_dir:
+                folders["validation"] = f"{self.validation_dir}/**"
+            source: Any = datasets.load_dataset("imagefolder", data_files=folders)
+        else:
+            source = self.dataset_name or embedded.digits()
+        return TaskStream.from_dataset(
+            source,
+            num_tasks=self.num_tasks,
+            label_column=self.label_column_name,
+            image_column=self.image_column_name,
+            scenario=self.scenario,
+            seed=seed if self.class_order_seed is None else self.class_order_seed,
+            max_train_samples_per_class=self.max_train_samples_per_class,
+            max_eval_samples_per_class=self.max_eval_samples_per_class,
+        )
+
+
+@dataclass
+class ModelArguments:
+    """The frozen backbone."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or local folder of a ViT; without it, the small backbone inside this package"},
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the Hub"})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "side of the input in pixels, a multiple of the patch size; the backbone's own by default"},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+
+    @property
+    def source(self) -> str:
+        return self.model_name_or_path or str(embedded.vit_path())
+
+    def processor(self) -> Any:
+        """The backbone's image processor, at `image_size`."""
+        processor = AutoImageProcessor.from_pretrained(
+            self.source, revision=self.model_revision or "main", backend="pil"
+        )
+        if self.image_size is not None:
+            processor.size = {"height": self.image_size, "width": self.image_size}
+        return processor
+
+    def backbone(self, stream: TaskStream) -> PreTrainedModel:
+        """The backbone with a new head for the stream's classes.
+
+        Raises:
+            ValueError: an image size that the patches do not divide.
+        """
+        model = AutoModelForImageClassification.from_pretrained(
+            self.source,
+            revision=self.model_revision or "main",
+            num_labels=stream.num_classes,
+            id2label=stream.id2label,
+            label2id={name: label for label, name in stream.id2label.items()},
+            ignore_mismatched_sizes=True,
+            attn_implementation=self.attn_implementation,
+        )
+        patch = getattr(model.config, "patch_size", 1)
+        if self.image_size is not None and (self.image_size < patch or self.image_size % patch):
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of the backbone's patch size {patch}: "
+                f"choose, for example, {max(1, round(self.image_size / patch)) * patch}."
+            )
+        # a checkpoint's own head has the same shape when its classes are as many: start from a new one all the same
+        model.classifier.weight.data.normal_(std=model.config.initializer_range)
+        model.classifier.bias.data.zero_()
+        return model
+
+    def interpolates(self, model: PreTrainedModel) -> bool:
+        """Whether inputs have another size than the backbone was trained at."""
+        return self.image_size is not None and self.image_size != model.config.image_size
+
+
+@dataclass
+class RunArguments:
+    """The projection and the comparison."""
+
+    projection: Literal["pgp", "none"] = field(
+        default="pgp", metadata={"help": "gradient projection: that of PGP (ICLR 2024), or none"}
+    )
+    energy: float = field(
+        default=ProjectionConfig.energy,
+        metadata={"help": ProjectionConfig.__dataclass_fields__["energy"].metadata["help"]},
+    )
+    key_energy: float = field(
+        default=ProjectionConfig.key_energy,  # type: ignore[assignment]
+        metadata={"help": "the same for the keys and old queries, in (0, 1]"},
+    )
+    apply_to: Literal["update", "gradient"] = field(
+        default="update", metadata={"help": ProjectionConfig.__dataclass_fields__["apply_to"].metadata["help"]}
+    )
+    max_images: int | None = field(
+        default=None, metadata={"help": ProjectionConfig.__dataclass_fields__["max_images"].metadata["help"]}
+    )
+    no_compare: bool = field(
+        default=False,
+        metadata={"help": "skip the unprojected twin, which otherwise is trained first, and the frozen rows"},
+    )
+
+    def config(self) -> ProjectionConfig:
+        return ProjectionConfig(self.projection, self.energy, self.key_energy, self.apply_to, self.max_images)
+
+
+def parse(
+    description: str, prompt_arguments: type, embedded_defaults: Sequence[str], argv: Sequence[str] | None = None
+):
+    """Parse the arguments of an example.
+
+    Args:
+        description: shown by `--help`.
+        prompt_arguments: dataclass of the method's own arguments.
+        embedded_defaults: arguments put before the user's when neither a model nor data are named.
+        argv: the command line without the program, `sys.argv[1:]` by default.
+
+    Returns:
+        `(model, data, prompt, run, training)` arguments.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given = {argument.split("=")[0] for argument in argv}
+    if not given & {"--model_name_or_path", "--dataset_name", "--train_dir"}:
+        argv = [*embedded_defaults, *argv]
+        if not given & {"--output_dir", "--overwrite_output_dir", "--resume_from_checkpoint"}:
+            argv = ["--overwrite_output_dir", "true", *argv]  # the default folder is scratch
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, prompt_arguments, RunArguments, PGPTrainingArguments), description=description
+    )
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def run(
+    name: str,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    args: PGPTrainingArguments,
+    adapter: Callable[[bool], PeftConfig],
+) -> dict[str, Any]:
+    """Train the run and, unless told otherwise, its unprojected twin; print and write the comparison.
+
+    Both start from the same seed, the same class order and the same initial prompts, and see the same images in the
+    same order.
+
+    Args:
+        name: of the method, for example "L2P".
+        adapter: makes the adapter's configuration, given whether position embeddings are interpolated.
+
+    Returns:
+        Results by row name.
+    """
+    resume: Any = {"true": True, "false": None}.get(
+        str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint
+    )
+    stream, processor = data_args.load(args.seed), model_args.processor()
+    rows: dict[str, dict[str, Any]] = {}
+
+    def train(projection: ProjectionConfig, output_dir: Path) -> PGPTrainer:
+        set_seed(args.seed)
+        backbone = model_args.backbone(stream)
+        model = get_peft_model(backbone, adapter(model_args.interpolates(backbone)))
+        arguments = replace_output(args, output_dir)
+        trainer = PGPTrainer(model, arguments, stream, projection=projection, processing_class=processor)
+        label = name if projection.method == "none" else f"{name}-{projection.method.upper()}"
+        if trainer.is_world_process_zero():
+            print(f"\n{label} -> {output_dir}", flush=True)
+        trainer.train(resume_from_checkpoint=resume)
+        rows[label] = trainer.results.to_dict()
+        return trainer
+
+    output_dir, projection = Path(args.output_dir), run_args.config()
+    compare = not run_args.no_compare
+    if compare and projection.method != "none":
+        train(replace(projection, method="none"), output_dir / "baseline")
+    trainer = train(projection, output_dir)
+    if trainer.is_world_process_zero():
+        if compare:
+            rows = {**frozen_rows(trainer, stream, model_args), **rows}
+        report(rows, output_dir)
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+    return rows
+
+
+def replace_output(args: PGPTrainingArguments, output_dir: Path) -> PGPTrainingArguments:
+    """The same training arguments with another `output_dir`."""
+    import copy
+
+    other = copy.copy(args)
+    other.output_dir = str(output_dir)
+    return other
+
+
+def frozen_rows(trainer: PGPTrainer, stream: TaskStream, model_args: ModelArguments) -> dict[str, dict[str, Any]]:
+    """Results of the frozen backbone without prompts."""
+    backbone, collator = trainer.tuner.backbone, ImageCollator(trainer.processing_class)
+    interpolate = model_args.interpolates(trainer.tuner.model)
+
+    def features(images: Any) -> Any:
+        return cls_features(
+            backbone,
+            images,
+            collator,
+            batch_size=trainer.args.eval_batch_size,
+            interpolate_pos_encoding=interpolate,
+            progress=not trainer.args.disable_tqdm,
+        )
+
+    with trainer.accelerator.unwrap_model(trainer.model).disable_adapter():
+        train = [features(stream.train(t)) for t in range(stream.num_tasks)]
+        test = [features(stream.test(t)) for t in range(stream.num_tasks)]
+    return {
+        f"frozen, {name}": {**metrics.summarize(matrix), "accuracy_matrix": matrix, "drift": [0.0] * stream.num_tasks}
+        for name, matrix in frozen_matrices(stream, train, test).items()
+    }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """A plain-text table: average accuracy after each task, then the figures at the end of the stream."""
+    tasks = max(len(row["per_task_average_accuracy"]) for row in rows.values())
+    head = ["", *(f"task {t + 1}" for t in range(tasks)), "avg acc", "forgetting", "drift"]
+    body = [
+        [
+            name,
+            *(f"{value:.2f}" for value in row["per_task_average_accuracy"]),
+            f"{row['average_accuracy']:.2f}",
+            f"{row['forgetting']:.2f}",
+            f"{row['drift'][-1]:.3f}",
+        ]
+        for name, row in rows.items()
+    ]
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in [head, *body]
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def report(rows: dict[str, dict[str, Any]], output_dir: Path) -> None:
+    """Print the table, write it and its curves, and say where everything is."""
+    print(
+        "\nAverage accuracy over the tasks seen, after each task (%); at the end: average accuracy, forgetting, drift\n"
+    )
+    print(table(rows))
+    artifacts.write_json(output_dir / "comparison.json", rows)
+    trained = {name: row for name, row in rows.items() if "method" in row}
+    plots.task_curves(trained, output_dir / "figures" / "comparison.png")
+    tasks = max(len(row["drift"]) for row in trained.values())
+    print(
+        f"\nWritten to {output_dir}: the adapter after the last task, bases, results.json, README.md (model card);"
+        f"\n  task-1 ... task-{tasks}: the same as it stood after each task; figures/: accuracy matrix, curves, comparison;"
+        f"\n  comparison.json: this table"
+        + (
+            "; baseline/: the same files of the run without projection."
+            if (output_dir / "baseline").exists()
+            else "."
+        )
+    )
