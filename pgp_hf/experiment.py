@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +14,9 @@ from typing import Any, Literal
 import datasets
 from accelerate.utils import set_seed
 from peft import PeftConfig, get_peft_model
+from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, PreTrainedModel
+from transformers.utils import logging
 
 from . import artifacts, embedded, metrics, plots
 from .baselines.frozen import cls_features, frozen_matrices
@@ -105,15 +110,16 @@ class ModelArguments:
         Raises:
             ValueError: an image size that the patches do not divide.
         """
-        model = AutoModelForImageClassification.from_pretrained(
-            self.source,
-            revision=self.model_revision or "main",
-            num_labels=stream.num_classes,
-            id2label=stream.id2label,
-            label2id={name: label for label, name in stream.id2label.items()},
-            ignore_mismatched_sizes=True,
-            attn_implementation=self.attn_implementation,
-        )
+        with _quiet():  # the report of a new head is no news here
+            model = AutoModelForImageClassification.from_pretrained(
+                self.source,
+                revision=self.model_revision or "main",
+                num_labels=stream.num_classes,
+                id2label=stream.id2label,
+                label2id={name: label for label, name in stream.id2label.items()},
+                ignore_mismatched_sizes=True,
+                attn_implementation=self.attn_implementation,
+            )
         patch = getattr(model.config, "patch_size", 1)
         if self.image_size is not None and (self.image_size < patch or self.image_size % patch):
             raise ValueError(
@@ -225,6 +231,7 @@ def run(
         rows[label] = trainer.results.to_dict()
         return trainer
 
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
     output_dir, projection = Path(args.output_dir), run_args.config()
     compare = not run_args.no_compare
     if compare and projection.method != "none":
@@ -239,10 +246,19 @@ def run(
     return rows
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers at its errors alone."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def replace_output(args: PGPTrainingArguments, output_dir: Path) -> PGPTrainingArguments:
     """The same training arguments with another `output_dir`."""
-    import copy
-
     other = copy.copy(args)
     other.output_dir = str(output_dir)
     return other
@@ -260,15 +276,14 @@ def frozen_rows(trainer: PGPTrainer, stream: TaskStream, model_args: ModelArgume
             collator,
             batch_size=trainer.args.eval_batch_size,
             interpolate_pos_encoding=interpolate,
-            progress=not trainer.args.disable_tqdm,
         )
 
     with trainer.accelerator.unwrap_model(trainer.model).disable_adapter():
-        train = [features(stream.train(t)) for t in range(stream.num_tasks)]
-        test = [features(stream.test(t)) for t in range(stream.num_tasks)]
+        tasks = tqdm(range(stream.num_tasks), desc="frozen features", leave=False, disable=trainer.args.disable_tqdm)
+        train, test = zip(*((features(stream.train(t)), features(stream.test(t))) for t in tasks), strict=True)
     return {
         f"frozen, {name}": {**metrics.summarize(matrix), "accuracy_matrix": matrix, "drift": [0.0] * stream.num_tasks}
-        for name, matrix in frozen_matrices(stream, train, test).items()
+        for name, matrix in frozen_matrices(stream, list(train), list(test)).items()
     }
 
 
@@ -310,9 +325,5 @@ def report(rows: dict[str, dict[str, Any]], output_dir: Path) -> None:
         f"\nWritten to {output_dir}: the adapter after the last task, bases, results.json, README.md (model card);"
         f"\n  task-1 ... task-{tasks}: the same as it stood after each task; figures/: accuracy matrix, curves, comparison;"
         f"\n  comparison.json: this table"
-        + (
-            "; baseline/: the same files of the run without projection."
-            if (output_dir / "baseline").exists()
-            else "."
-        )
+        + ("; baseline/: the same files of the run without projection." if (output_dir / "baseline").exists() else ".")
     )

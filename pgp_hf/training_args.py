@@ -56,6 +56,8 @@ class PGPTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch warns at every loader otherwise
         if self.push_to_hub:
             raise ValueError(
                 "push_to_hub=True would upload checkpoints and optimizer state, not finished tasks: train without it, "

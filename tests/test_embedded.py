@@ -31,8 +31,13 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def classes(script):
-    return script.glyph_classes(script.render_glyphs())
+def rendered(script):
+    return script.render_glyphs()
+
+
+@pytest.fixture(scope="module")
+def classes(script, rendered):
+    return script.glyph_classes(rendered)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,9 @@ def test_image_processor_makes_three_channels_of_a_grey_scan_in_the_range_traine
 def test_digits_are_all_the_real_scans_with_their_labels():
     data = digits()
     scans, labels = load_digits(return_X_y=True)
-    expected = Counter((tuple(int(v / 16 * 255 + 0.5) for v in scan), int(y)) for scan, y in zip(scans, labels, strict=True))
+    expected = Counter(
+        (tuple(int(v / 16 * 255 + 0.5) for v in scan), int(y)) for scan, y in zip(scans, labels, strict=True)
+    )
     found = Counter(
         (tuple(image), label)
         for split in data.values()
@@ -154,12 +161,12 @@ def test_letters_and_symbols_are_not_digits(script, character):
 def test_look_alikes_share_a_class(classes):
     of = {character: index for index, group in enumerate(classes) for character in group}
     assert of["A"] == of["Α"] == of["А"]  # Latin, Greek, Cyrillic
-    assert len({of[letter] for letter in "ABEKMSTVWXZ"}) == 11
+    assert len({of[letter] for letter in "ABEKMSVWXZ"}) == 10
 
 
-def test_augmented_batches_are_light_on_dark_varied_and_balanced(script, classes):
+def test_augmented_batches_are_light_on_dark_varied_and_balanced(script, rendered, classes):
     torch.manual_seed(0)
-    sampler = script.GlyphSampler(script.render_glyphs(), classes, "cpu")
+    sampler = script.GlyphSampler(rendered, classes, "cpu")
     images, labels = sampler(96)
     assert images.shape == (96, 3, 32, 32) and images.isfinite().all()
     assert images.min() >= -1 and images.max() <= 1 and images.mean() < 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
@@ -187,6 +188,15 @@ def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="disk full"):
         plots.accuracy_matrix(make_results(3), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):
+    """Moved in, not written over: whoever has the old file open still reads it whole."""
+    path = plots.accuracy_matrix(make_results(2), tmp_path / "a.png")
+    before = path.read_bytes()
+    os.link(path, tmp_path / "old.png")
+    plots.accuracy_matrix(make_results(3), path)
+    assert (tmp_path / "old.png").read_bytes() == before != path.read_bytes()
 
 
 def test_pyplot_stays_out_of_it(tmp_path):

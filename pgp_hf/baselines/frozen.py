@@ -15,7 +15,6 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.neighbors import NearestCentroid
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from ..stream import TaskStream
 
@@ -34,14 +33,13 @@ def cls_features(
     *,
     batch_size: int = 64,
     interpolate_pos_encoding: bool = False,
-    progress: bool = False,
 ) -> np.ndarray:
     """The backbone's final CLS features of all images, `(N, d)` float32; the model's mode is restored."""
     device, training = next(backbone.parameters()).device, backbone.training
     backbone.eval()
     loader = DataLoader(images, batch_size=batch_size, collate_fn=collator, generator=torch.Generator())
     features = []
-    for batch in tqdm(loader, desc="frozen features", leave=False, disable=not progress):
+    for batch in loader:
         pixels = batch["pixel_values"].to(device)
         output = backbone(pixels, interpolate_pos_encoding=interpolate_pos_encoding)
         features.append(output.last_hidden_state[:, 0].float().cpu().numpy())
