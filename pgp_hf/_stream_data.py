@@ -171,7 +171,7 @@ def check_columns(split: str, data: datasets.Dataset, label_column: str, image_c
 def read_labels(split: str, data: datasets.Dataset, column: str) -> np.ndarray:
     """The label column as stored, int64 of shape (rows,); unlabelled rows (None or -1) are an error."""
     # Arrow, not numpy format: there an integer column with a null turns into floats.
-    values = data.with_format(None).select_columns([column]).with_format("arrow")[:].column(column)
+    values = data.select_columns([column]).with_format("arrow")[:].column(column)
     labels = values.drop_null().cast(pa.int64()).to_numpy()
     missing = values.null_count + int((labels == -1).sum())
     if missing:

@@ -43,7 +43,7 @@ class ImageRows:
         self.split = split
         self.labels = labels
         self._feature = datasets.Image(mode=data.features[image_column].mode)
-        self._arrow = data.with_format(None).select_columns([image_column]).with_format("arrow")
+        self._arrow = data.select_columns([image_column]).with_format("arrow")
 
     def encoded(self, rows: Sequence[int]) -> list[dict[str, Any] | None]:
         """The stored `{"bytes", "path"}` of these rows."""

@@ -72,6 +72,7 @@ class PGPTrainer(Trainer):
         self.projection = Projection(projection)
         kwargs.setdefault("compute_loss_func", self._task_loss)
         kwargs.setdefault("compute_metrics", _accuracy)
+        kwargs.setdefault("eval_dataset", {"task_1": stream.test(0)})  # grows with the tasks
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         if self.is_deepspeed_enabled or (

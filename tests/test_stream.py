@@ -253,7 +253,9 @@ def test_limit_per_class_is_independent_of_order_and_other_classes():
     base = rows_of(2, labels)
     assert base == rows_of(2, labels, class_order=[5, 4, 3, 2, 1, 0])
     assert base != rows_of(2, labels, seed=1)
-    assert base[0][:2] != base[1] or base[0][1:] != base[1]  # train and test draw separately
+    for split, limit, found in ((0, 3, base[0]), (1, 2, base[1])):
+        drawn = np.random.default_rng([0, split, 2]).choice(np.arange(2, 60, 6), limit, replace=False)
+        assert found == sorted(drawn)
     others = [label if label == 2 else (label + 1 if label == 1 else label) % 6 for label in labels]
     others = [0 if (label == 2 and i % 6 != 2) else label for i, label in enumerate(others)]  # class 1 gone
     with warnings.catch_warnings():
@@ -623,6 +625,8 @@ def test_check_manifest_refuses_what_is_no_manifest(splits):
         stream.check_manifest([])
     with pytest.raises(ValueError, match="format must be 1, got 2"):
         stream.check_manifest({**stream.manifest(), "format": 2})
+    with pytest.raises(ValueError, match=r"label_values\[0\]: 0 here, 1 in the manifest"):
+        stream.check_manifest({**stream.manifest(), "label_values": [1, 2, 3, 4, 5, 6]})
     with pytest.raises(ValueError, match=r"lacks \['class_order', 'tasks'\]"):
         own = stream.manifest()
         stream.check_manifest({key: own[key] for key in own if key not in ("class_order", "tasks")})

@@ -1,0 +1,140 @@
+"""Runs that must agree: resumed and straight, paired twins, accumulated and whole batches, cached and live queries."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from pgp_hf import ProjectionConfig
+from pgp_hf.artifacts import RunFolder
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class StopAt(TrainerCallback):
+    """Ends the process's work, as a kill would, at a step of a task."""
+
+    def __init__(self, task, step):
+        self.task, self.step = task, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.task == self.task and state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    trainer = tiny.trainer(folder, augmentation="crop_flip")
+    trainer.train()
+    return trainer, folder
+
+
+@pytest.mark.parametrize(("task", "step", "kwargs"), [(1, 6, {}), (0, 3, {"save_strategy": "steps", "save_steps": 2})])
+def test_resumed_is_straight(straight, tmp_path, task, step, kwargs):
+    """Stopped within a task, after an epoch's checkpoint or in the middle of one, and continued: the same to the bit."""
+    stop = StopAt(task, step)
+    trainer = tiny.trainer(tmp_path, augmentation="crop_flip", callbacks=[stop], **kwargs)
+    stop.trainer = trainer
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert RunFolder(tmp_path).last_checkpoint(task) is not None
+    torch.manual_seed(99)  # whatever the new process starts with
+    resumed = tiny.trainer(tmp_path, augmentation="crop_flip", **kwargs)
+    resumed.train(resume_from_checkpoint=True)
+    reference, folder = straight
+    for t in (1, 2, 3):
+        assert equal(weights(tmp_path / f"task-{t}"), weights(folder / f"task-{t}"))
+    bases, expected = (load_file(f / "projection.safetensors") for f in (tmp_path, folder))
+    assert equal(bases, expected)
+    assert tiny.same_results(resumed.results.to_dict(), reference.results.to_dict())
+
+
+def test_resume_in_another_folder_and_of_a_finished_run(straight, tmp_path):
+    reference, folder = straight
+    shutil.copytree(folder / "task-1", tmp_path / "a" / "task-1")
+    shutil.copytree(folder / "features", tmp_path / "a" / "features")
+    resumed = tiny.trainer(tmp_path / "b", augmentation="crop_flip")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a"))
+    assert equal(weights(tmp_path / "b"), weights(folder))
+    assert sorted(p.name for p in (tmp_path / "b").glob("task-*")) == ["task-1", "task-2", "task-3"]
+    finished = tiny.trainer(tmp_path / "b", augmentation="crop_flip")
+    assert finished.train(resume_from_checkpoint=True).global_step == 0
+    assert tiny.same_results(finished.results.to_dict(), reference.results.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 4}, "seed=3"),
+        ({"stream": lambda: tiny.stream(seed=1)}, "class_order|order"),
+        ({"stream": lambda: tiny.stream(dataset=tiny.data(seed=5))}, "sha256|content|differ"),
+        ({"projection": ProjectionConfig(energy=0.5)}, "energy=0.9"),
+    ],
+)
+def test_another_run_is_not_continued(straight, change, message):
+    _, folder = straight
+    before = (folder / "results.json").read_bytes()
+    change = {k: v() if callable(v) else v for k, v in change.items()}
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer(folder, augmentation="crop_flip", **change).train(resume_from_checkpoint=True)
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_twins_are_paired(tmp_path, straight):
+    """With and without projection: the same run, to the bit, until a basis exists."""
+    _, folder = straight
+    twin = tiny.trainer(tmp_path, augmentation="crop_flip", projection=ProjectionConfig(method="none"))
+    twin.train()
+    assert equal(weights(tmp_path / "task-1"), weights(folder / "task-1"))
+    assert not equal(weights(tmp_path / "task-2"), weights(folder / "task-2"))
+
+
+def test_accumulated_batches_are_whole_batches(tmp_path):
+    finals = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        trainer = tiny.trainer(
+            tmp_path / str(size), per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
+        )
+        trainer.train()
+        finals.append((weights(tmp_path / str(size)), trainer.results.drift))
+    for name, whole in finals[0][0].items():
+        assert torch.allclose(whole, finals[1][0][name], atol=1e-4), name
+    assert finals[0][1] == pytest.approx(finals[1][1], abs=1e-3)
+
+
+def test_cached_queries_are_live_queries(tmp_path):
+    results = {}
+    for cached in (True, False):
+        trainer = tiny.trainer(tmp_path / str(cached), cache_queries=cached)
+        trainer.train()
+        results[cached] = trainer.results.to_dict(), trainer._features
+    assert tiny.same_results(results[True][0], results[False][0])
+    assert all((results[True][1][t] == results[False][1][t]).all() for t in range(3))
+
+
+def test_workers_change_nothing(tmp_path, straight):
+    """Augmentation is a function of counters: two loader workers see what one process sees."""
+    _, folder = straight
+    trainer = tiny.trainer(tmp_path, augmentation="crop_flip", dataloader_num_workers=2)
+    trainer.train_task(0)
+    assert equal(weights(tmp_path / "task-1"), weights(folder / "task-1"))
+
+
+def test_evaluation_batch_size_changes_nothing(tmp_path, straight):
+    reference, _ = straight
+    trainer = tiny.trainer(tmp_path, augmentation="crop_flip", per_device_eval_batch_size=3)
+    trainer.train_task(0)
+    assert trainer.results.matrix[0] == reference.results.matrix[0]
+    assert torch.allclose(torch.from_numpy(trainer._features[0]), torch.from_numpy(reference._features[0]), atol=1e-5)
