@@ -88,7 +88,8 @@ class Basis:
 
         Args:
             moment: second moment of the finished task, of this basis's batch shape and dimension.
-            energy: share in (0, 1]; 1 protects every direction that was seen, up to float64 rounding.
+            energy: share in (0, 1]; 1 protects every direction that was seen, up to float64 rounding (a direction
+                counts as seen above `max(n, rows) * eps` of the energy, the bound that numpy's matrix_rank uses).
 
         Raises:
             ValueError: shapes that differ, or an energy outside (0, 1].
@@ -99,10 +100,11 @@ class Basis:
                 f"moment of shape {tuple(moment.sum.shape)} does not fit a basis of shape {tuple(self.columns.shape)}: "
                 f"expected {(*self.batch_shape, self.dim, self.dim)}."
             )
+        noise = max(self.dim, moment.rows) * EPS  # constant rows round the same way each time
         moments = moment.sum.to(self.columns.device).reshape(-1, self.dim, self.dim)
         columns = self.columns.reshape(len(moments), self.dim, self.rank)
         grown = [
-            _extend(m[:, :rank], c, energy)
+            _extend(m[:, :rank], c, energy, noise)
             for m, rank, c in zip(columns, self.ranks.flatten().tolist(), moments, strict=True)
         ]
         width = max(m.shape[1] for m in grown)
@@ -113,11 +115,10 @@ class Basis:
         return f"Basis(dim={self.dim}, rank={self.rank}, batch_shape={self.batch_shape})"
 
 
-def _extend(m: Tensor, c: Tensor, energy: float) -> Tensor:
-    """One basis `(n, r)` grown for one moment `(n, n)`; see `Basis.extend`."""
-    n = m.shape[0]
+def _extend(m: Tensor, c: Tensor, energy: float, noise: float) -> Tensor:
+    """One basis `(n, r)` grown for one moment `(n, n)`, `noise` the relative rounding; see `Basis.extend`."""
     total = c.trace()
-    noise = n * EPS * total  # what rounding leaves of a zero eigenvalue
+    noise = noise * total  # what rounding leaves of a zero eigenvalue
     missing = energy * total - (m * (c @ m)).sum() - noise
     if total <= 0 or missing <= 0:
         return m
@@ -126,7 +127,7 @@ def _extend(m: Tensor, c: Tensor, energy: float) -> Tensor:
     values, vectors = torch.linalg.eigh((residual + residual.mT) / 2)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     r = int((values.cumsum(0) < missing).sum()) + 1
-    r = min(r, int((values > noise).sum()), n - m.shape[1])
+    r = min(r, int((values > noise).sum()), m.shape[0] - m.shape[1])
     new = vectors[:, :r]
     for _ in range(2):  # twice is enough: eigenvectors of small values may lean into M
         new = torch.linalg.qr(new - m @ (m.mT @ new)).Q

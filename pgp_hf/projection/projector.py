@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class NullSpaceProjector:
     Args:
         bases: basis of each protected parameter, by name.
         apply_to: "update" or "gradient".
+
+    Attributes:
+        bases: the same; setting it drops the anchors, since a task's bases hold from the value it starts at.
     """
 
     def __init__(self, bases: dict[str, Basis] | None = None, apply_to: str = "update") -> None:
@@ -36,6 +39,14 @@ class NullSpaceProjector:
             raise ValueError(f"apply_to={apply_to!r} is unknown: choose one of {', '.join(APPLY_TO)}.")
         self.bases = dict(bases or {})
         self.apply_to = apply_to
+
+    @property
+    def bases(self) -> dict[str, Basis]:
+        return self._bases
+
+    @bases.setter
+    def bases(self, bases: dict[str, Basis]) -> None:
+        self._bases = bases
         self._anchors: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -45,16 +56,9 @@ class NullSpaceProjector:
         Raises:
             ValueError: a basis whose parameter is missing, or a parameter that its basis does not fit.
         """
-        parameters = dict(named_parameters)
-        missing = sorted(set(self.bases) - set(parameters))
-        if missing:
-            raise ValueError(
-                f"no parameter is named {missing[0]!r}, which has a basis: the parameters given are "
-                f"{', '.join(sorted(parameters)) or 'none'}."
-            )
         self._anchors = {}
-        for name, basis in self.bases.items():
-            value = _local(parameters[name])
+        for name, basis, parameter in list(self._protected(named_parameters)):
+            value = _local(parameter)
             block = basis.dim * _product(basis.batch_shape)
             if value.shape[-1] != basis.dim or value.numel() % block:
                 raise ValueError(
@@ -72,27 +76,36 @@ class NullSpaceProjector:
 
         Raises:
             RuntimeError: `anchor` has not been called since the bases were set.
+            ValueError: a basis whose parameter is missing.
         """
-        for name, parameter in named_parameters:
-            if (basis := self.bases.get(name)) is None or basis.rank == 0:
-                continue
+        for name, basis, parameter in self._protected(named_parameters):
             if name not in self._anchors:
                 raise RuntimeError(f"{name} has no anchor: call anchor(named_parameters) at the task's start.")
-            value, anchor = _local(parameter), self._anchors[name].to(parameter.device)
-            if basis.full:
-                value.copy_(anchor)  # exactly: nothing may move
-            else:
-                start = anchor.to(basis.columns)
+            if basis.rank:
+                value, start = _local(parameter), self._anchors[name].to(basis.columns)
                 value.copy_(start + _project(basis, value.to(basis.columns) - start))
 
     @torch.no_grad()
     def project_gradients_(self, named_parameters: NamedParameters) -> None:
-        """Replace each protected parameter's gradient g by `g (I - M M^T)`, in place."""
-        for name, parameter in named_parameters:
-            basis = self.bases.get(name)
-            if basis is not None and basis.rank and parameter.grad is not None:
+        """Replace each protected parameter's gradient g by `g (I - M M^T)`, in place.
+
+        Raises:
+            ValueError: a basis whose parameter is missing.
+        """
+        for _, basis, parameter in self._protected(named_parameters):
+            if basis.rank and parameter.grad is not None:
                 gradient = _local(parameter.grad)
                 gradient.copy_(_project(basis, gradient.to(basis.columns)))
+
+    def _protected(self, named_parameters: NamedParameters) -> Iterator[tuple[str, Basis, Tensor]]:
+        parameters = dict(named_parameters)
+        for name, basis in self.bases.items():
+            if name not in parameters:  # a wrapper's prefix, say, would leave it unprotected
+                raise ValueError(
+                    f"no parameter is named {name!r}, which has a basis: the parameters given are "
+                    f"{', '.join(sorted(parameters)) or 'none'}."
+                )
+            yield name, basis, parameters[name]
 
     def attach(
         self, optimizer: Optimizer, named_parameters: Callable[[], NamedParameters]
@@ -115,7 +128,9 @@ class NullSpaceProjector:
 
 
 def _project(basis: Basis, tensor: Tensor) -> Tensor:
-    return basis.project(tensor.reshape(*basis.batch_shape, -1, basis.dim)).reshape(tensor.shape)
+    rows = basis.project(tensor.reshape(*basis.batch_shape, -1, basis.dim))
+    full = basis.ranks == basis.dim
+    return rows.masked_fill(full[..., None, None], 0).reshape(tensor.shape)  # where rounding would leave a little
 
 
 def _local(tensor: Tensor) -> Tensor:
