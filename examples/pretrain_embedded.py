@@ -37,8 +37,8 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 import pgp_hf.embedded
 
-# Text faces with many scripts. Licences (both allow any use of rendered glyphs), beside the fonts in matplotlib:
-# DejaVu: "Bitstream Vera Fonts Copyright" and public-domain changes (LICENSE_DEJAVU); STIX: SIL-like (LICENSE_STIX).
+# Text faces with many scripts. Only renderings are used, no font is copied; the terms stand beside the fonts in
+# matplotlib: LICENSE_DEJAVU ("Bitstream Vera Fonts Copyright"; DejaVu changes are in public domain) and LICENSE_STIX.
 FACES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ._atomic import replacing
+
 ADAPTER = "adapter_model.safetensors"
 BASES, DESCRIPTION = "projection.safetensors", "projection.json"
 MANIFEST, RESULTS = "stream.json", "results.json"
@@ -27,27 +29,25 @@ FEATURES, CHECKPOINTS = "features", "checkpoints"
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically; NaN and infinities are refused, since they are not JSON."""
-    _replace(path, json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
+    text = json.dumps(content, indent=2, allow_nan=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
     """Read JSON; ValueError names a file that is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}): the folder is not a finished task.") from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # a tensor twice under two names would be refused as shared storage
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # a tensor twice under two names would be refused as shared storage
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(own, temporary)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -123,16 +123,5 @@ class RunFolder:
         """Copy a finished task's files to the top level."""
         for file in sorted(self.task(t).rglob("*")):
             if file.is_file():
-                target = self.root / file.relative_to(self.task(t))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _replace(target, file.read_bytes())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+                with replacing(self.root / file.relative_to(self.task(t))) as temporary:
+                    shutil.copyfile(file, temporary)

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ._atomic import replacing
 from .plots import figure_names
 
 _FIGURE_TEXTS = {
@@ -127,15 +128,9 @@ def save_card(
         ValueError, FileNotFoundError: as [`render_card`] does; an earlier card then stays as it was.
     """
     card = render_card(results, manifest, adapter_config, projection, repo_id=repo_id)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as part:
         part.write_text(str(card), encoding="utf-8", newline="\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    return Path(path)
 
 
 _SUMMARY = ("average_accuracy", "forgetting", "forgetting_clipped", "backward_transfer", "learning_accuracy")

@@ -79,11 +79,12 @@ class NullSpaceProjector:
             ValueError: a basis whose parameter is missing.
         """
         for name, basis, parameter in self._protected(named_parameters):
+            if basis.rank == 0:
+                continue
             if name not in self._anchors:
                 raise RuntimeError(f"{name} has no anchor: call anchor(named_parameters) at the task's start.")
-            if basis.rank:
-                value, start = _local(parameter), self._anchors[name].to(basis.columns)
-                value.copy_(start + _project(basis, value.to(basis.columns) - start))
+            value, start = _local(parameter), self._anchors[name].to(basis.columns)
+            value.copy_(start + _project(basis, value.to(basis.columns) - start))
 
     @torch.no_grad()
     def project_gradients_(self, named_parameters: NamedParameters) -> None:

@@ -50,6 +50,8 @@ class Projection:
     @torch.no_grad()
     def observe(self, model: Any, inputs: dict[str, Tensor]) -> None:
         """Add one batch of the finished task to the statistics; the model is in eval mode."""
+        if not self.active:
+            return
         for name, role, rows in METHODS[self.config.method](model, inputs):
             energy = self.config.key_energy if role == "key" else self.config.energy
             if energy is None:
@@ -76,12 +78,13 @@ class Projection:
         Warns:
             UserWarning: a basis that has become full, which means that its parameter cannot move any more.
         """
+        bases = dict(self.bases)
         for name in sorted(self._moments):
             moment, energy = self._moments[name], self._energies[name]
             if reduce is not None:
                 moment.sum = reduce(moment.sum)
                 moment.rows = int(reduce(torch.tensor(moment.rows, device=moment.sum.device)))
-            old = self.bases.get(name, Basis.empty(moment.dim, moment.batch_shape, moment.sum.device))
+            old = bases.get(name, Basis.empty(moment.dim, moment.batch_shape, moment.sum.device))
             basis = old.to(moment.sum.device).extend(moment, energy)
             if broadcast is not None:
                 rank = int(broadcast(torch.tensor(basis.rank, device=moment.sum.device)))
@@ -95,7 +98,7 @@ class Projection:
                     f"Lower its energy ({energy}) to keep some plasticity.",
                     stacklevel=2,
                 )
-            self.bases[name] = basis
+            bases[name] = basis
             before = self.info.get(name, {"samples": 0, "rank_per_task": []})
             self.info[name] = {
                 "shape": [*basis.batch_shape, torch.Size(shapes[name]).numel() // _block(basis), basis.dim],
@@ -105,6 +108,7 @@ class Projection:
                 "samples": before["samples"] + moment.rows,
                 "rank_per_task": [*before["rank_per_task"], basis.rank],
             }
+        self.projector.bases = bases
         self._moments, self._energies = {}, {}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -21,7 +21,11 @@ def launch(folder: Path, processes: int, batch: int) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
     port = ["--main_process_port", "0"] if processes > 1 else []
     done = subprocess.run(
-        [*command, *port, str(SCRIPT), str(folder), str(batch)], env=environment, capture_output=True, text=True, timeout=250
+        [*command, *port, str(SCRIPT), str(folder), str(batch)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

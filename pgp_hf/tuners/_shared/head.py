@@ -11,7 +11,8 @@ def prepare_head(model: nn.Module, config: Any) -> None:
     """Make `model.classifier` and `config` (fields `id2label`, `modules_to_save`) agree.
 
     A new adapter takes its class names from the model; a loaded one gives the model a head of its own size and names,
-    so that a checkpoint works on a bare backbone. Models without a classifier are left alone.
+    so that a checkpoint works on a bare backbone. Models without a classifier are left alone, and so is a head that
+    the adapter does not save.
 
     Raises:
         ValueError: a second adapter with another number of classes.
@@ -26,6 +27,8 @@ def prepare_head(model: nn.Module, config: Any) -> None:
         config.id2label = {int(index): name for index, name in model.config.id2label.items()}
     if config.modules_to_save is None:
         config.modules_to_save = ["classifier"]
+    if "classifier" not in config.modules_to_save:
+        return
     classes = len(config.id2label)
     if not isinstance(linear, nn.Linear) or linear.out_features != classes:
         if linear is not head:

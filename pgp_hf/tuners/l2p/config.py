@@ -63,7 +63,7 @@ class L2PConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = extend_peft_type("L2P")
         for name, least in (("pool_size", 1), ("prompt_length", 0), ("top_k", 0), ("pull_constraint_coeff", 0)):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # also NaN
                 raise ValueError(f"{name}={getattr(self, name)} is too small: it must be at least {least}.")
         if self.top_k > self.pool_size:
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .._shared.pool import cosine_similarity, select_top_k
 from .config import L2PConfig
@@ -22,6 +23,7 @@ class L2PEmbeddings(nn.Module, BaseTunerLayer):
         bypass: set during the query pass, which must see the frozen model.
         selected: `(B, top_k)` indices chosen for the last batch, or None.
         inserted: number of prompt tokens in the last output.
+        hooks: handles of the tuner's hooks around this layer's model; adapters side by side share them.
     """
 
     adapter_layer_names = ("l2p_prompt", "l2p_key")
@@ -36,6 +38,7 @@ class L2PEmbeddings(nn.Module, BaseTunerLayer):
         self.bypass = False
         self.selected: Tensor | None = None
         self.inserted = 0
+        self.hooks: list[RemovableHandle] = []
         self.update_layer(adapter_name, config)
 
     def __getattr__(self, name: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
@@ -67,10 +68,10 @@ class L2PModel(BaseTuner):
         setattr(parent, target_name, layer)
 
     def _post_injection_hook(self, model: nn.Module, config: L2PConfig, adapter_name: str) -> None:
-        if "_hooks" in self.__dict__:  # a second adapter shares them
+        self._similarity: Tensor | None = None
+        if self.layer.hooks:  # transformers' own load_adapter makes a tuner for each adapter of a model
             return
-        self.__dict__["_similarity"] = None
-        self.__dict__["_hooks"] = [
+        self.layer.hooks = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
             self.backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
             self.backbone.register_forward_hook(self._after_backbone),
@@ -79,13 +80,14 @@ class L2PModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model without adapter and hooks, as it was before."""
-        for hook in self.__dict__.pop("_hooks", []):
+        for hook in self.layer.hooks:
             hook.remove()
-        backbone = self.backbone
-        backbone.embeddings = self.layer.base_layer
-        for name, module in list(self.model.named_children()):
-            if hasattr(module, "original_module"):
-                setattr(self.model, name, module.original_module)
+        self.backbone.embeddings = self.layer.base_layer
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.original_module)
+        del self.model.peft_config  # else the next get_peft_model would take its adapters over
         return self.model
 
     def _check_merge_allowed(self) -> None:
@@ -107,7 +109,7 @@ class L2PModel(BaseTuner):
     @property
     def config(self) -> L2PConfig:
         """Configuration of the active adapter."""
-        return self.peft_config[self.active_adapters[0]]
+        return self.peft_config[self.layer.active_adapters[0]]
 
     @property
     def selected_prompts(self) -> Tensor | None:
@@ -139,7 +141,7 @@ class L2PModel(BaseTuner):
         if self.layer.bypass:
             return None
         default = getattr(model.config, "return_dict", True)
-        self.__dict__["_as_tuple"] = not kwargs.get("return_dict", default)
+        self._as_tuple = not kwargs.get("return_dict", default)
         return args, {**kwargs, "return_dict": True}  # the hooks below need names; _after_model undoes it
 
     def _before_backbone(self, backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -147,7 +149,7 @@ class L2PModel(BaseTuner):
         if layer.bypass:
             return None
         query = kwargs.pop("prompt_query", None)
-        self.__dict__["_similarity"] = layer.selected = None
+        self._similarity = layer.selected = None
         if layer.adapter is None:
             return args, kwargs
         config = self.config
@@ -168,7 +170,7 @@ class L2PModel(BaseTuner):
                 "one CLS feature of the frozen model per image."
             )
         similarity = layer.select(query, config)
-        self.__dict__["_similarity"] = similarity if self.training else None
+        self._similarity = similarity if self.model.training else None
         return args, kwargs
 
     def _after_backbone(self, backbone: nn.Module, args: tuple, output: ModelOutput) -> ModelOutput | None:
@@ -193,8 +195,7 @@ class L2PModel(BaseTuner):
         if self.layer.bypass:
             return None
         # popped: a graph tensor left on a module would break copy.deepcopy
-        similarity = self.__dict__["_similarity"]
-        self.__dict__["_similarity"] = None
+        similarity, self._similarity = self._similarity, None
         if similarity is not None:
             changes = {}
             if getattr(output, "loss", None) is not None:
@@ -208,7 +209,7 @@ class L2PModel(BaseTuner):
 
     def prompt_parameters(self) -> dict[str, nn.Parameter]:
         """The active adapter's prompts and keys, by their names in `adapter_model.safetensors`."""
-        layer, adapter = self.layer, self.active_adapters[0]
+        layer, adapter = self.layer, self.layer.active_adapters[0]
         stem = f"base_model.model.{self.config.target_modules[0]}"
         return {f"{stem}.l2p_prompt": layer.l2p_prompt[adapter], f"{stem}.l2p_key": layer.l2p_key[adapter]}
 
@@ -225,6 +226,7 @@ class L2PModel(BaseTuner):
         prompt_name, key_name = self.prompt_parameters()
         query = self.query(pixel_values) if prompt_query is None else prompt_query
         self.layer.select(query, self.config)
+        pixel_values = pixel_values.to(self.layer.position_embeddings.dtype)  # as ViTModel does
         tokens = self.layer(pixel_values, interpolate_pos_encoding=self.config.interpolate_pos_encoding)
         yield prompt_name, "prompt", tokens.flatten(0, 1)
         yield key_name, "key", F.normalize(query.float(), dim=-1)

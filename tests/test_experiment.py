@@ -1,0 +1,144 @@
+"""The example scripts, as a user runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from pgp_hf import experiment
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "run_l2p_pgp.py"
+
+
+def launch(*arguments, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--num_processes",
+            "1",
+            str(SCRIPT),
+            *map(str, arguments),
+        ],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("run_l2p_pgp", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["run_l2p_pgp"] = module  # HfArgumentParser resolves the dataclass's annotations there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["run_l2p_pgp"]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """A backbone folder and a folder of parquet files, of unusual sizes and column names."""
+    root = tmp_path_factory.mktemp("local")
+    tiny.backbone(num_labels=9, patch_size=4, hidden_size=36).save_pretrained(root / "vit")
+    tiny.processor().save_pretrained(root / "vit")
+    data = tiny.data(classes=7).rename_columns({"image": "img", "label": "fine_label"})
+    for split, rows in data.items():
+        rows.to_parquet(root / "data" / f"{split}.parquet")
+    return root
+
+
+def test_local_backbone_and_data_side_by_side(local, tmp_path):
+    out = tmp_path / "out"
+    done = launch(
+        *("--model_name_or_path", local / "vit", "--dataset_name", local / "data", "--image_column_name", "img"),
+        *("--label_column_name", "fine_label", "--num_tasks", 3, "--image_size", 24, "--num_train_epochs", 1),
+        *("--pool_size", 4, "--top_k", 2, "--energy", 0.9, "--output_dir", out, "--max_train_samples_per_class", 6),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((out / "comparison.json").read_text())
+    assert list(rows) == ["frozen, nearest class mean", "frozen, shrinkage LDA", "L2P", "L2P-PGP"]
+    assert rows["L2P"]["accuracy_matrix"][0] == rows["L2P-PGP"]["accuracy_matrix"][0]  # paired
+    assert json.loads((out / "results.json").read_text()) == rows["L2P-PGP"]
+    assert json.loads((out / "baseline" / "results.json").read_text()) == rows["L2P"]
+    assert (out / "figures" / "comparison.png").is_file() and (out / "task-3").is_dir()
+    assert json.loads((out / "adapter_config.json").read_text())["interpolate_pos_encoding"] is True
+    for name, row in rows.items():
+        assert f"{name}" in done.stdout and f"{row['average_accuracy']:.2f}" in done.stdout
+    assert str(out) in done.stdout and "training task 3" in done.stderr
+    manifest = (out / "stream.json").read_text()
+    assert str(tmp_path.parent) not in manifest and json.loads(manifest)["tasks"][0]["train"]["num_images"] == 18
+
+
+def test_the_embedded_default_is_used_when_nothing_is_named(script):
+    model, data, prompt, run, training = experiment.parse("", script.L2PArguments, script.EMBEDDED, [])
+    assert (data.num_tasks, training.output_dir, training.overwrite_output_dir) == (5, "out/l2p_pgp", True)
+    assert model.source.endswith("vit") and training.augmentation == "none"
+    *_, training = experiment.parse(
+        "", script.L2PArguments, script.EMBEDDED, ["--output_dir", "x", "--augmentation=flip"]
+    )
+    assert (training.output_dir, training.overwrite_output_dir, training.augmentation) == ("x", False, "flip")
+    arguments = ["--model_name_or_path", "m", "--output_dir", "x"]
+    _, data, *_, training = experiment.parse("", script.L2PArguments, script.EMBEDDED, arguments)
+    assert (data.num_tasks, training.augmentation, training.num_train_epochs) == (10, "crop_flip", 5)
+
+
+def test_help_explains_every_argument(script, capsys):
+    with pytest.raises(SystemExit):
+        experiment.parse(script.__doc__, script.L2PArguments, script.EMBEDDED, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name in ("--projection", "--energy", "--top_k", "--num_tasks", "--image_size", "--train_mask", "--no_compare"):
+        assert name in text
+    assert "accelerate launch examples/run_l2p_pgp.py" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_tasks", "11"], "num_tasks.*11"),
+        (["--top_k", "30"], "top_k=30 is above pool_size=10"),
+        (["--energy", "1.5"], r"energy=1.5 is outside \(0, 1\]"),
+        (["--image_size", "30"], "image_size=30 is not a multiple of the backbone's patch size 8"),
+        (["--dataset_name", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--dataset_name", "a", "--train_dir", "b"], "not both"),
+        (["--label_column_name", "nothing"], "nothing"),
+    ],
+)
+def test_bad_arguments_stop_before_training(script, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["run", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true", *arguments])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        script.main()
+    assert not list((tmp_path / "out").glob("task-*"))
+
+
+def test_table_lines_up():
+    rows = {
+        "a": {
+            "per_task_average_accuracy": [100.0, 5.0],
+            "average_accuracy": 5.0,
+            "forgetting": -1.0,
+            "drift": [0, 0.25],
+        },
+        "a longer name": {
+            "per_task_average_accuracy": [1.0, 2.0],
+            "average_accuracy": 2.0,
+            "forgetting": 10.5,
+            "drift": [0, 1],
+        },
+    }
+    lines = experiment.table(rows).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].split() == ["a", "100.00", "5.00", "5.00", "-1.00", "0.250"]

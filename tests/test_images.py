@@ -1,0 +1,83 @@
+"""Augmentation by counters, and the collator."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from pgp_hf.images import AugmentedImages, CachedQueries, ImageCollator, _random_box
+
+
+def pixels(view, epoch):
+    view.set_epoch(epoch)
+    return [np.asarray(view[i]["image"]) for i in range(len(view))]
+
+
+@pytest.fixture(scope="module")
+def images():
+    return tiny.stream().train(0)
+
+
+@pytest.mark.parametrize("kind", ["none", "flip", "crop_flip"])
+def test_views_depend_on_seed_task_epoch_and_index_alone(images, kind):
+    first = AugmentedImages(images, kind, 0.2, seed=1, task=0)
+    expected = pixels(first, 0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    again = AugmentedImages(images, kind, 0.2, seed=1, task=0)
+    again.set_epoch(0)
+    backwards = [np.asarray(again[i]["image"]) for i in reversed(range(len(again)))][::-1]
+    assert all(np.array_equal(a, b) for a, b in zip(expected, backwards, strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+    others = [
+        pixels(first, 1),
+        pixels(AugmentedImages(images, kind, 0.2, seed=2, task=0), 0),
+        pixels(AugmentedImages(images, kind, 0.2, seed=1, task=1), 0),
+    ]
+    for other in others:
+        same = [np.array_equal(a, b) for a, b in zip(expected, other, strict=True)]
+        assert all(same) if kind == "none" else not all(same)
+
+
+def test_flip_turns_about_half_of_the_images(images):
+    plain = pixels(AugmentedImages(images, "none", 1.0, 0, 0), 0)
+    flipped, epochs = 0, 30
+    view = AugmentedImages(images, "flip", 1.0, 0, 0)
+    for epoch in range(epochs):
+        for a, b in zip(plain, pixels(view, epoch), strict=True):
+            assert np.array_equal(a, b) or np.array_equal(a[:, ::-1], b)
+            flipped += not np.array_equal(a, b)
+    assert 0.4 < flipped / (epochs * len(plain)) < 0.6
+
+
+@pytest.mark.parametrize("size", [(32, 32), (500, 300), (9, 60), (200, 3)])
+@pytest.mark.parametrize("smallest", [0.05, 0.5, 1.0])
+def test_crops_lie_inside_and_keep_area_and_ratio(size, smallest):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        left, top, right, bottom = _random_box(size, smallest, rng)
+        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+        if (left, top, right, bottom) != (0, 0, *size) and min(size) > 20:
+            width, height = right - left, bottom - top
+            assert width * height / (size[0] * size[1]) > 0.85 * smallest
+            assert 0.6 < width / height < 1.6
+
+
+def test_collator_is_the_image_processor(images):
+    processor = tiny.processor()
+    batch = ImageCollator(processor)([images[i] for i in (0, 5, 3)])
+    expected = processor([images[i]["image"] for i in (0, 5, 3)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"], expected)
+    assert batch["labels"].tolist() == images.labels[[0, 5, 3]].tolist()
+    assert "prompt_query" not in batch
+
+
+def test_cached_queries_travel_with_their_images(images):
+    queries = torch.randn(len(images), 7)
+    view = CachedQueries(images, queries)
+    batch = ImageCollator(tiny.processor())([view[i] for i in (4, 1)])
+    assert torch.equal(batch["prompt_query"], queries[[4, 1]])
+    assert len(view) == len(images)
