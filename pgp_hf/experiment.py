@@ -15,7 +15,13 @@ import datasets
 from accelerate.utils import set_seed
 from peft import PeftConfig, get_peft_model
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, PreTrainedModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from . import artifacts, embedded, metrics, plots
@@ -265,26 +271,37 @@ def replace_output(args: PGPTrainingArguments, output_dir: Path) -> PGPTrainingA
 
 
 def frozen_rows(trainer: PGPTrainer, stream: TaskStream, model_args: ModelArguments) -> dict[str, dict[str, Any]]:
-    """Results of the frozen backbone without prompts."""
-    backbone, collator = trainer.tuner.backbone, ImageCollator(trainer.processing_class)
-    interpolate = model_args.interpolates(trainer.tuner.model)
-
-    def features(images: Any) -> Any:
-        return cls_features(
-            backbone,
-            images,
-            collator,
-            batch_size=trainer.args.eval_batch_size,
-            interpolate_pos_encoding=interpolate,
-        )
-
+    """Results of the backbone without prompts; for the embedded one also with random weights, as a floor."""
+    model = trainer.tuner.model
+    backbones = {"frozen": trainer.tuner.backbone}
+    if model_args.model_name_or_path is None:
+        set_seed(trainer.args.seed)
+        backbones = {"random": AutoModel.from_config(model.config).to(model.device), **backbones}
+    rows = {}
     with trainer.accelerator.unwrap_model(trainer.model).disable_adapter():
-        tasks = tqdm(range(stream.num_tasks), desc="frozen features", leave=False, disable=trainer.args.disable_tqdm)
-        train, test = zip(*((features(stream.train(t)), features(stream.test(t))) for t in tasks), strict=True)
-    return {
-        f"frozen, {name}": {**metrics.summarize(matrix), "accuracy_matrix": matrix, "drift": [0.0] * stream.num_tasks}
-        for name, matrix in frozen_matrices(stream, list(train), list(test)).items()
-    }
+        for label, backbone in backbones.items():
+            train, test = (
+                [
+                    cls_features(
+                        backbone,
+                        images(t),
+                        ImageCollator(trainer.processing_class),
+                        batch_size=trainer.args.eval_batch_size,
+                        interpolate_pos_encoding=model_args.interpolates(model),
+                    )
+                    for t in tqdm(
+                        range(stream.num_tasks),
+                        desc=f"  {label} features",
+                        leave=False,
+                        disable=trainer.args.disable_tqdm,
+                    )
+                ]
+                for images in (stream.train, stream.test)
+            )
+            for name, matrix in frozen_matrices(stream, train, test).items():
+                drift = [0.0] * stream.num_tasks
+                rows[f"{label}, {name}"] = {**metrics.summarize(matrix), "accuracy_matrix": matrix, "drift": drift}
+    return rows
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
