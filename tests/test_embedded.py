@@ -138,11 +138,12 @@ def test_features_beat_random_weights_and_the_report_is_true(script, report):
     assert report["digits_accuracy"]["random"] == pytest.approx(random, abs=2)
 
 
-def test_no_digit_is_among_the_glyphs(classes, report):
+def test_no_digit_is_among_the_glyphs(script, classes, report):
     characters = [character for group in classes for character in group]
     assert len(characters) == len(set(characters)) > len(classes)
     assert {"L", "S"} <= {unicodedata.category(character)[0] for character in characters}
     for character in [*characters, *"".join(report["classes"])]:
+        assert not script.is_digit(character), character
         assert unicodedata.numeric(character, None) is None, character
         assert unicodedata.category(character)[0] != "N", character
         assert "DIGIT" not in unicodedata.name(character), character

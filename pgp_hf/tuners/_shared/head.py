@@ -37,7 +37,10 @@ def prepare_head(model: nn.Module, config: Any) -> None:
                 "adapters side by side on one model need the same classes. Load this one on a fresh backbone."
             )
         reference = next(model.parameters())
-        model.classifier = nn.Linear(model.config.hidden_size, classes).to(reference.device, reference.dtype)
+        # real memory also where PEFT makes new modules without any (low_cpu_mem_usage)
+        fresh = nn.Linear(model.config.hidden_size, classes, device="meta", dtype=reference.dtype)
+        model.classifier = fresh.to_empty(device=reference.device)
+        model.classifier.reset_parameters()
         model.num_labels = classes
     model.config.id2label = dict(config.id2label)
     model.config.label2id = {name: index for index, name in config.id2label.items()}

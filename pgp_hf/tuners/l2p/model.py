@@ -140,8 +140,8 @@ class L2PModel(BaseTuner):
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.layer.bypass:
             return None
-        default = getattr(model.config, "return_dict", True)
-        self._as_tuple = not kwargs.get("return_dict", default)
+        return_dict = kwargs.get("return_dict")
+        self._as_tuple = not (model.config.return_dict if return_dict is None else return_dict)
         return args, {**kwargs, "return_dict": True}  # the hooks below need names; _after_model undoes it
 
     def _before_backbone(self, backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
