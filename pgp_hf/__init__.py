@@ -17,18 +17,19 @@ if TYPE_CHECKING:
     from .stream import TaskStream
     from .trainer import PGPTrainer
     from .training_args import PGPTrainingArguments
-    from .tuners import L2PConfig
+    from .tuners import DualPromptConfig, L2PConfig
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "DualPromptConfig": "tuners",
     "L2PConfig": "tuners",
     "PGPTrainer": "trainer",
     "PGPTrainingArguments": "training_args",
     "ProjectionConfig": "projection",
     "TaskStream": "stream",
 }
-__all__ = ["L2PConfig", "PGPTrainer", "PGPTrainingArguments", "ProjectionConfig", "TaskStream"]
+__all__ = ["DualPromptConfig", "L2PConfig", "PGPTrainer", "PGPTrainingArguments", "ProjectionConfig", "TaskStream"]
 
 
 def __getattr__(name: str) -> Any:

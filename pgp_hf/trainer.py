@@ -84,7 +84,8 @@ class PGPTrainer(Trainer):
             )
         if stream.scenario == "online":
             self.args.num_train_epochs = 1
-        config = self.tuner.config
+        self.tuner.prepare_stream(stream.num_tasks)
+        config = self.tuner.adapter_config
         self.folder = RunFolder(self.args.output_dir)
         self.results = StreamResults(
             method=config.peft_type.lower(),
@@ -93,7 +94,7 @@ class PGPTrainer(Trainer):
             num_tasks=stream.num_tasks,
             seed=self.args.seed,
             eval_mask=self.args.eval_mask,
-            batchwise_prompt=config.batchwise_prompt,
+            batchwise_prompt=getattr(config, "batchwise_prompt", False),
         )
         self.task: int | None = None  # in training, or trained last
         self._features: dict[int, np.ndarray] = {}
@@ -157,6 +158,7 @@ class PGPTrainer(Trainer):
         if self.args.reinit_optimizer:
             self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
+        self.tuner.begin_task(t)
         self.projection.projector.anchor(self._prompt_parameters())
         self._fire("on_task_begin", task=t)
 
@@ -194,7 +196,7 @@ class PGPTrainer(Trainer):
             output = self._record(j)
             logits, features, selected = output.predictions
             row.append(float(100 * np.mean(logits.argmax(-1) == output.label_ids)))
-            usage.append(np.bincount(selected.ravel(), minlength=self.tuner.config.pool_size).tolist())
+            usage.append(np.bincount(selected.ravel(), minlength=self.tuner.adapter_config.pool_size).tolist())
             if j < t:
                 drifts.append(relative_drift(self._features[j], features))
             else:
@@ -230,8 +232,11 @@ class PGPTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if new and self.projection.active:
-            self.projection.projector.attach(getattr(optimizer, "optimizer", optimizer), self._prompt_parameters)
+        if new:
+            plain = getattr(optimizer, "optimizer", optimizer)
+            plain.register_step_post_hook(lambda *_: self.tuner.after_step())
+            if self.projection.active:
+                self.projection.projector.attach(plain, self._prompt_parameters)
         return optimizer
 
     def _task_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -252,7 +257,7 @@ class PGPTrainer(Trainer):
         )
         pull = getattr(outputs, "prompt_similarity", None)
         if pull is not None:
-            losses = losses - self.tuner.config.pull_constraint_coeff * pull
+            losses = losses - self.tuner.adapter_config.pull_constraint_coeff * pull
         return losses.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -429,6 +434,7 @@ class PGPTrainer(Trainer):
             )
         self._features = {j: artifacts.read_tensors(source.features(j))["features"].numpy() for j in range(t + 1)}
         self.task = t
+        self.tuner.resume_after(t)
         if source.root != self.folder.root and self.is_world_process_zero():
             for j in range(t + 1):
                 shutil.copytree(source.task(j), self.folder.task(j), dirs_exist_ok=True)
@@ -470,7 +476,7 @@ def _check_model(model: Any, stream: TaskStream) -> None:
         )
     if not isinstance(stream, TaskStream):
         raise TypeError(f"stream is a {type(stream).__name__}: pass a pgp_hf.TaskStream.")
-    config = model.base_model.config
+    config = model.base_model.adapter_config
     classes = len(config.id2label or {})
     if classes != stream.num_classes:
         raise ValueError(

@@ -34,6 +34,13 @@ class ProjectionConfig:
         default=0.95,
         metadata={"help": "the same for the keys and old queries, in (0, 1]; None leaves the keys unprojected"},
     )
+    value_energy: float | None = field(
+        default=0.95,
+        metadata={
+            "help": "the same for prefix values and the attention that old queries pay to them, in (0, 1]; None leaves "
+            "the values unprojected"
+        },
+    )
     apply_to: str = field(
         default="update",
         metadata={
@@ -53,8 +60,9 @@ class ProjectionConfig:
         if self.apply_to not in APPLY_TO:
             raise ValueError(f"apply_to={self.apply_to!r} is unknown: choose one of {', '.join(APPLY_TO)}.")
         check_energy("energy", self.energy)
-        if self.key_energy is not None:
-            check_energy("key_energy", self.key_energy)
+        for name in ("key_energy", "value_energy"):
+            if getattr(self, name) is not None:
+                check_energy(name, getattr(self, name))
         if self.max_images is not None and self.max_images < 1:
             raise ValueError(
                 f"max_images={self.max_images} leaves no image to take statistics from: use None or >= 1."

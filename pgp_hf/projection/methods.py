@@ -17,7 +17,7 @@ class Observation(NamedTuple):
 
     Attributes:
         name: the parameter's name as in the adapter's checkpoint.
-        role: "prompt" or "key"; each has its own energy.
+        role: "prompt", "key" (of a pool) or "value" (of a prefix); each has its own energy.
         rows: `(*batch, N, n)`: the parameter, reshaped to `(*batch, rows, n)`, shall not move along them.
     """
 

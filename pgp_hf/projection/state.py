@@ -53,7 +53,7 @@ class Projection:
         if not self.active:
             return
         for name, role, rows in METHODS[self.config.method](model, inputs):
-            energy = self.config.key_energy if role == "key" else self.config.energy
+            energy = getattr(self.config, {"prompt": "energy", "key": "key_energy", "value": "value_energy"}[role])
             if energy is None:
                 continue
             if name not in self._moments:

@@ -1,8 +1,10 @@
 """Prompt tuners as PEFT methods. Importing this module registers them with PEFT."""
 
 from ._shared.registration import register
+from .dualprompt import DualPromptConfig, DualPromptModel
 from .l2p import L2PConfig, L2PModel
 
 register("l2p", L2PConfig, L2PModel)
+register("dualprompt", DualPromptConfig, DualPromptModel)
 
-__all__ = ["L2PConfig", "L2PModel"]
+__all__ = ["DualPromptConfig", "DualPromptModel", "L2PConfig", "L2PModel"]

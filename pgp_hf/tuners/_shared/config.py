@@ -1,0 +1,54 @@
+"""Settings that every prompt adapter has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from peft import PeftConfig
+
+from .registration import extend_peft_type
+
+
+@dataclass
+class PromptConfig(PeftConfig):
+    """Base of the adapters' configurations; `method_name` is the PEFT type."""
+
+    method_name: ClassVar[str]
+
+    pull_constraint_coeff: float = field(
+        default=0.1, metadata={"help": "weight of the pull term, which draws selected keys to the query"}
+    )
+    interpolate_pos_encoding: bool = field(
+        default=False,
+        metadata={
+            "help": "interpolate the position embeddings to the input's size, for a backbone trained at another"
+        },
+    )
+    hidden_size: int | None = field(
+        default=None, metadata={"help": "width of the backbone; filled in when the adapter is added"}
+    )
+    id2label: dict[int, str] | None = field(
+        default=None,
+        metadata={"help": "class names; filled in from the model, so that every loader can rebuild the head"},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "names of the wrapped modules; found when the adapter is added"}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "unused; PEFT reads it"})
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "modules trained and saved whole; the classifier by default, [] for none"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type(self.method_name)
+        self._at_least(pull_constraint_coeff=0)
+        if self.id2label is not None:
+            self.id2label = {int(index): name for index, name in self.id2label.items()}  # JSON has string keys
+
+    def _at_least(self, **least: int) -> None:
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name}={getattr(self, name)} is too small: it must be at least {value}.")

@@ -1,0 +1,52 @@
+"""Settings of the DualPrompt adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .._shared.config import PromptConfig
+
+
+@dataclass
+class DualPromptConfig(PromptConfig):
+    """General prompts shared by all tasks and one expert entry per task, as prefixes; the defaults are PGP's.
+
+    Raises:
+        ValueError: sizes that are negative, a layer named twice or negative.
+    """
+
+    method_name = "DUALPROMPT"
+
+    pool_size: int = field(default=10, metadata={"help": "number of expert entries, one per task"})
+    general_length: int = field(default=5, metadata={"help": "length of the general prefixes; 0 leaves them out"})
+    expert_length: int = field(default=5, metadata={"help": "length of the expert prefixes; 0 leaves them out"})
+    general_layers: list[int] = field(
+        default_factory=lambda: [0, 1], metadata={"help": "layers, counted from 0, that take the general prefixes"}
+    )
+    expert_layers: list[int] = field(
+        default_factory=lambda: [2, 3, 4], metadata={"help": "layers that take the expert prefixes"}
+    )
+    grow_pool: bool = field(
+        default=False, metadata={"help": "enlarge the pool when a stream has more tasks than entries"}
+    )
+    copy_previous: bool = field(
+        default=True, metadata={"help": "start a task's expert entry from that of the task before it"}
+    )
+    pull_constraint_coeff: float = field(
+        default=1.0, metadata={"help": "weight of the pull term, which draws a task's key to its queries"}
+    )
+    learned_entries: int | None = field(
+        default=None,
+        metadata={
+            "help": "entries that tasks have used so far; prediction chooses among these. Filled in by training"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(pool_size=1, general_length=0, expert_length=0)
+        for name in ("general_layers", "expert_layers"):
+            layers = list(getattr(self, name))
+            if len(set(layers)) != len(layers) or any(layer < 0 for layer in layers):
+                raise ValueError(f"{name}={layers}: name each layer once, counted from 0.")
+            setattr(self, name, layers)

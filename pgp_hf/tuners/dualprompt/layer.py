@@ -1,0 +1,86 @@
+"""A ViT's attention with general and expert prefixes, and its embeddings with the experts' keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._shared.attention import install, uninstall
+from .._shared.layer import PromptLayer, uniform
+from .config import DualPromptConfig
+
+
+class DualPromptEmbeddings(PromptLayer):
+    """Wraps the embeddings to hold the experts' keys, `(pool_size, d)`; the forward pass is the backbone's own."""
+
+    adapter_layer_names = ("dualprompt_key",)
+
+    def update_layer(self, adapter_name: str, config: DualPromptConfig) -> None:
+        key = uniform(config.pool_size, self.position_embeddings.shape[-1])
+        self.add_parameters(adapter_name, config.inference_mode, dualprompt_key=key)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base_layer(*args, **kwargs)
+
+
+class DualPromptAttention(PromptLayer):
+    """Wraps a `ViTAttention`: keys become `[p_k; k]`, values `[p_v; v]`; queries and the sequence stay.
+
+    Prefixes stand in the space of projected keys and values (no W_k, W_v, LayerNorm or position), per head. Each
+    parameter has the axis last along which a projection acts, the batch of heads first:
+
+        dualprompt_general_key    (H, L, dh)       dualprompt_general_value  (H, dh, L)
+        dualprompt_expert_key     (H, M, L, dh)    dualprompt_expert_value   (H, M, L, dh)
+
+    Attributes:
+        record: a list that receives queries and prefix weights of the next forward passes, or None.
+    """
+
+    adapter_layer_names = (
+        "dualprompt_general_key",
+        "dualprompt_general_value",
+        "dualprompt_expert_key",
+        "dualprompt_expert_value",
+    )
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.record: list[tuple[Tensor, Tensor]] | None = None
+        install(base_layer)
+
+    def release(self) -> None:
+        uninstall(self.base_layer)
+
+    def update_layer(self, adapter_name: str, config: DualPromptConfig, general: bool, expert: bool) -> None:
+        heads, width, parameters = self.base_layer.num_attention_heads, self.base_layer.head_dim, {}
+        if general:
+            parameters["dualprompt_general_key"] = uniform(heads, config.general_length, width)
+            parameters["dualprompt_general_value"] = uniform(heads, width, config.general_length)
+        if expert:
+            shape = heads, config.pool_size, config.expert_length, width
+            parameters["dualprompt_expert_key"] = uniform(*shape)
+            parameters["dualprompt_expert_value"] = uniform(*shape)
+        self.add_parameters(adapter_name, config.inference_mode, **parameters)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        prefix = self._prefix(len(hidden_states))
+        if prefix is not None:
+            kwargs.update(prefix_key=prefix[0], prefix_value=prefix[1], record=self.record)
+        return self.base_layer(hidden_states, *args, **kwargs)
+
+    def _prefix(self, batch: int) -> tuple[Tensor, Tensor] | None:
+        """Prefix keys and values of the running batch, `(B, H, L, dh)` each, general before expert."""
+        name, keys, values = self.adapter, [], []
+        if name is None or self.selected is None:
+            return None
+        if name in self.dualprompt_general_key:
+            keys.append(self.dualprompt_general_key[name].expand(batch, -1, -1, -1))
+            values.append(self.dualprompt_general_value[name].mT.expand(batch, -1, -1, -1))
+        if name in self.dualprompt_expert_key:
+            entry = self.selected[:, 0]
+            keys.append(self.dualprompt_expert_key[name][:, entry].transpose(0, 1))
+            values.append(self.dualprompt_expert_value[name][:, entry].transpose(0, 1))
+        length = sum(key.shape[2] for key in keys)
+        return (torch.cat(keys, dim=2), torch.cat(values, dim=2)) if length else None

@@ -1,0 +1,185 @@
+"""The DualPrompt tuner: a task's expert entry by task id in training, by key in prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .._shared.layer import uniform
+from .._shared.model import PromptTuner
+from .._shared.pool import cosine_similarity
+from .config import DualPromptConfig
+from .layer import DualPromptAttention, DualPromptEmbeddings
+
+EXPERT = ("dualprompt_expert_key", "dualprompt_expert_value")
+GENERAL = ("dualprompt_general_key", "dualprompt_general_value")
+
+
+class DualPromptModel(PromptTuner):
+    """Adds DualPrompt to a `ViTModel` or `ViTForImageClassification` of any size.
+
+    In training every image uses the expert entry of the task set by `begin_task`; in prediction each image uses the
+    entry whose key is nearest to its query, among those that tasks have used. An entry whose task has ended never
+    moves again.
+    """
+
+    prefix = "dualprompt_"
+
+    def _targets(self, config: DualPromptConfig, stem: str, backbone: nn.Module) -> list[str]:
+        layers = sorted({*config.general_layers, *config.expert_layers})
+        depth = len(backbone.layers)
+        if layers and layers[-1] >= depth:
+            raise ValueError(
+                f"layer {layers[-1]} is beyond the backbone's {depth} layers (0 to {depth - 1}): "
+                "set general_layers and expert_layers accordingly."
+            )
+        return [f"{stem}embeddings", *(f"{stem}layers.{index}.attention" for index in layers)]
+
+    def _wrap(self, config: DualPromptConfig, adapter_name: str, target: nn.Module, name: str) -> nn.Module:
+        if name.endswith("embeddings"):
+            layer = target if isinstance(target, DualPromptEmbeddings) else DualPromptEmbeddings(target)
+            layer.update_layer(adapter_name, config)
+            return layer
+        index = int(name.split(".")[-2])
+        layer = target if isinstance(target, DualPromptAttention) else DualPromptAttention(target)
+        layer.update_layer(adapter_name, config, index in config.general_layers, index in config.expert_layers)
+        return layer
+
+    @property
+    def attentions(self) -> list[DualPromptAttention]:
+        """The attention modules with prefixes."""
+        return [layer for layer in self.layers if isinstance(layer, DualPromptAttention)]
+
+    # ---- tasks ---------------------------------------------------------------------------------------------------
+
+    def prepare_stream(self, num_tasks: int) -> None:
+        """Check that every task has an entry, or make room.
+
+        Raises:
+            ValueError: more tasks than entries, without `grow_pool`.
+        """
+        config = self.adapter_config
+        if num_tasks <= config.pool_size:
+            return
+        if not config.grow_pool:
+            raise ValueError(
+                f"{num_tasks} tasks need as many expert entries, pool_size={config.pool_size}: set pool_size={num_tasks}, "
+                "or grow_pool=True to enlarge the pool."
+            )
+        self.grow(num_tasks)
+
+    @torch.no_grad()
+    def grow(self, pool_size: int) -> None:
+        """Enlarge the pool to `pool_size` entries; those there already keep their values."""
+        name, extra = self.active_adapters[0], pool_size - self.adapter_config.pool_size
+        for layer in self.layers:
+            for container, dim in (("dualprompt_key", 0), *((expert, 1) for expert in EXPERT)):
+                parameters = getattr(layer, container, {})
+                if name in parameters:
+                    old = parameters[name]
+                    shape = [extra if axis == dim else size for axis, size in enumerate(old.shape)]
+                    grown = torch.cat([old, uniform(*shape).to(old)], dim)
+                    parameters[name] = nn.Parameter(grown, requires_grad=old.requires_grad)
+        self.adapter_config.pool_size = pool_size
+
+    @torch.no_grad()
+    def begin_task(self, task: int) -> None:
+        """Use entry `task` from now on, and hold the others where they are."""
+        config = self.adapter_config
+        if task >= config.pool_size:
+            raise ValueError(
+                f"task {task + 1} has no expert entry: pool_size={config.pool_size}, set it to at least {task + 1}."
+            )
+        self.__dict__["_task"] = task
+        config.learned_entries = task + 1
+        if config.copy_previous and task > 0:
+            for parameter, dim in self._entries():
+                if dim == 1:  # prefixes; each key starts at random
+                    parameter[:, task] = parameter[:, task - 1]
+        self.__dict__["_finished"] = [parameter.detach().clone() for parameter, _ in self._entries()]
+
+    def resume_after(self, task: int) -> None:
+        self.adapter_config.learned_entries = task + 1
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Put back whatever momentum or weight decay moved in the entries of other tasks."""
+        for (parameter, dim), kept in zip(self._entries(), self.__dict__["_finished"], strict=True):
+            current = parameter.select(dim, self.__dict__["_task"]).clone()
+            parameter.copy_(kept)
+            parameter.select(dim, self.__dict__["_task"]).copy_(current)
+
+    def _entries(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """The active adapter's parameters that have an axis of entries, and that axis."""
+        name = self.active_adapters[0]
+        for layer in self.layers:
+            for container, dim in (("dualprompt_key", 0), *((expert, 1) for expert in EXPERT)):
+                parameters = getattr(layer, container, {})
+                if name in parameters:
+                    yield parameters[name], dim
+
+    # ---- a forward pass ------------------------------------------------------------------------------------------
+
+    def _select(self, query: Tensor, config: DualPromptConfig) -> Tensor:
+        similarity = cosine_similarity(query, self.layer.dualprompt_key[self.layer.adapter])
+        task = self.__dict__.get("_task")
+        if self.training and task is not None:
+            selected = torch.full((len(query), 1), task, device=query.device)
+        else:
+            known = config.learned_entries or config.pool_size
+            selected = similarity.detach()[:, :known].argmax(-1, keepdim=True)
+        for layer in self.layers:
+            layer.selected = selected
+        return similarity.gather(1, selected).sum(-1)
+
+    # ---- what a projection protects ------------------------------------------------------------------------------
+
+    def prompt_parameters(self) -> dict[str, nn.Parameter]:
+        """The general prefixes, by their names in `adapter_model.safetensors`.
+
+        Experts are not among them: a finished entry never moves at all, and the entry in training is new to old inputs.
+        """
+        name = self.active_adapters[0]
+        return {
+            f"base_model.model.{path}.{container}": getattr(layer, container)[name]
+            for path, layer in self.model.named_modules()
+            if isinstance(layer, DualPromptAttention)
+            for container in GENERAL
+            if name in getattr(layer, container) and getattr(layer, container)[name].numel()
+        }
+
+    @torch.no_grad()
+    def protected_rows(
+        self, pixel_values: Tensor, prompt_query: Tensor | None = None
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """What these images show to the general prefixes, per layer and head.
+
+        One head's output for the query rows Q is `A_p P_v + A_x V`, where `[A_p, A_x] = softmax(Q [P_k; K]^T / sqrt dh)`.
+
+        Keys: the weights stay when `Q dP_k^T = 0`; the rows are the queries, `(H, B * T, dh)`.
+        Values: given the weights, the output changes by `A_p dP_v`; it stays when every column of dP_v is orthogonal to
+        the weights that the queries give to the L slots, so the rows are those of A_p, `(H, B * T, L)`, and the value
+        prefixes are stored transposed, `(H, dh, L)`.
+        """
+        names = {layer: path for path, layer in self.model.named_modules() if isinstance(layer, DualPromptAttention)}
+        general = [layer for layer in self.attentions if self.active_adapters[0] in layer.dualprompt_general_key]
+        for layer in general:
+            layer.record = []
+        try:
+            self.model(pixel_values, **({} if prompt_query is None else {"prompt_query": prompt_query}))
+            for layer in general:
+                stem = f"base_model.model.{names[layer]}"
+                for query, weights in layer.record:
+                    length = layer.dualprompt_general_key[self.active_adapters[0]].shape[1]
+                    yield f"{stem}.dualprompt_general_key", "prompt", _by_head(query)
+                    yield f"{stem}.dualprompt_general_value", "value", _by_head(weights[..., :length])
+        finally:
+            for layer in general:
+                layer.record = None
+
+
+def _by_head(tensor: Tensor) -> Tensor:
+    """`(B, H, T, n)` to `(H, B * T, n)`."""
+    return tensor.transpose(0, 1).flatten(1, 2)
