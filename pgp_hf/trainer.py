@@ -84,7 +84,7 @@ class PGPTrainer(Trainer):
             )
         if stream.scenario == "online":
             self.args.num_train_epochs = 1
-        self.tuner.prepare_stream(stream.num_tasks)
+        self.tuner.prepare_stream([list(task.classes) for task in stream.tasks])
         config = self.tuner.adapter_config
         self.folder = RunFolder(self.args.output_dir)
         self.results = StreamResults(

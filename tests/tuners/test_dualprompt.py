@@ -153,14 +153,14 @@ def test_a_task_starts_from_the_entry_before_it():
 
 def test_more_tasks_than_entries(tmp_path):
     with pytest.raises(
-        ValueError, match="3 tasks need as many expert entries, pool_size=2: set pool_size=3, or grow_pool"
+        ValueError, match="3 tasks need as many entries, pool_size=2: set pool_size=3, or grow_pool"
     ):
         tiny.trainer(tmp_path, model=make(pool_size=2))
     trainer = tiny.trainer(tmp_path, model=make(pool_size=2, grow_pool=True), num_train_epochs=1)
     trainer.train()
     loaded = PeftModel.from_pretrained(tiny.backbone(), tmp_path)
     assert loaded.base_model.adapter_config.pool_size == 3
-    with pytest.raises(ValueError, match="task 4 has no expert entry: pool_size=3"):
+    with pytest.raises(ValueError, match="task 4 has no entry: pool_size=3"):
         trainer.tuner.begin_task(3)
 
 

@@ -53,8 +53,8 @@ class PromptTuner(BaseTuner):
     ) -> Iterator[tuple[str, str, Tensor]]:
         """What these images show to those parameters: (name, role, rows)."""
 
-    def prepare_stream(self, num_tasks: int) -> None:
-        """Called once before a stream of `num_tasks` tasks."""
+    def prepare_stream(self, tasks: list[list[int]]) -> None:
+        """Called once before a stream; `tasks` has the classes of each task."""
 
     def begin_task(self, task: int) -> None:
         """Called before the 0-based task trains."""

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .._shared.layer import uniform
-from .._shared.model import PromptTuner
+from .._shared.entries import TaskEntryTuner
 from .._shared.pool import cosine_similarity
 from .config import DualPromptConfig
 from .layer import DualPromptAttention, DualPromptEmbeddings
@@ -17,7 +16,7 @@ EXPERT = ("dualprompt_expert_key", "dualprompt_expert_value")
 GENERAL = ("dualprompt_general_key", "dualprompt_general_value")
 
 
-class DualPromptModel(PromptTuner):
+class DualPromptModel(TaskEntryTuner):
     """Adds DualPrompt to a `ViTModel` or `ViTForImageClassification` of any size.
 
     In training every image uses the expert entry of the task set by `begin_task`; in prediction each image uses the
@@ -54,79 +53,26 @@ class DualPromptModel(PromptTuner):
 
     # ---- tasks ---------------------------------------------------------------------------------------------------
 
-    def prepare_stream(self, num_tasks: int) -> None:
-        """Check that every task has an entry, or make room.
-
-        Raises:
-            ValueError: more tasks than entries, without `grow_pool`.
-        """
-        config = self.adapter_config
-        if num_tasks <= config.pool_size:
-            return
-        if not config.grow_pool:
-            raise ValueError(
-                f"{num_tasks} tasks need as many expert entries, pool_size={config.pool_size}: set pool_size={num_tasks}, "
-                "or grow_pool=True to enlarge the pool."
-            )
-        self.grow(num_tasks)
-
-    @torch.no_grad()
-    def grow(self, pool_size: int) -> None:
-        """Enlarge the pool to `pool_size` entries; those there already keep their values."""
-        name, extra = self.active_adapters[0], pool_size - self.adapter_config.pool_size
-        for layer in self.layers:
-            for container, dim in (("dualprompt_key", 0), *((expert, 1) for expert in EXPERT)):
-                parameters = getattr(layer, container, {})
-                if name in parameters:
-                    old = parameters[name]
-                    shape = [extra if axis == dim else size for axis, size in enumerate(old.shape)]
-                    grown = torch.cat([old, uniform(*shape).to(old)], dim)
-                    parameters[name] = nn.Parameter(grown, requires_grad=old.requires_grad)
-        self.adapter_config.pool_size = pool_size
-
-    @torch.no_grad()
-    def begin_task(self, task: int) -> None:
-        """Use entry `task` from now on, and hold the others where they are."""
-        config = self.adapter_config
-        if task >= config.pool_size:
-            raise ValueError(
-                f"task {task + 1} has no expert entry: pool_size={config.pool_size}, set it to at least {task + 1}."
-            )
-        self.__dict__["_task"] = task
-        config.learned_entries = task + 1
-        if config.copy_previous and task > 0:
-            for parameter, dim in self._entries():
-                if dim == 1:  # prefixes; each key starts at random
+    def _start_entry(self, task: int) -> None:
+        if self.adapter_config.copy_previous and task > 0:
+            for container, axis in self._entries():
+                if axis == 1:  # prefixes; each key starts at random
+                    parameter = container[self.active_adapters[0]]
                     parameter[:, task] = parameter[:, task - 1]
-        self.__dict__["_finished"] = [parameter.detach().clone() for parameter, _ in self._entries()]
 
-    def resume_after(self, task: int) -> None:
-        self.adapter_config.learned_entries = task + 1
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Put back whatever momentum or weight decay moved in the entries of other tasks."""
-        for (parameter, dim), kept in zip(self._entries(), self.__dict__["_finished"], strict=True):
-            current = parameter.select(dim, self.__dict__["_task"]).clone()
-            parameter.copy_(kept)
-            parameter.select(dim, self.__dict__["_task"]).copy_(current)
-
-    def _entries(self) -> Iterator[tuple[nn.Parameter, int]]:
-        """The active adapter's parameters that have an axis of entries, and that axis."""
-        name = self.active_adapters[0]
+    def _entries(self) -> Iterator[tuple[nn.ParameterDict, int]]:
         for layer in self.layers:
-            for container, dim in (("dualprompt_key", 0), *((expert, 1) for expert in EXPERT)):
+            for container, axis in (("dualprompt_key", 0), *((expert, 1) for expert in EXPERT)):
                 parameters = getattr(layer, container, {})
-                if name in parameters:
-                    yield parameters[name], dim
+                if self.active_adapters[0] in parameters:
+                    yield parameters, axis
 
     # ---- a forward pass ------------------------------------------------------------------------------------------
 
     def _select(self, query: Tensor, config: DualPromptConfig) -> Tensor:
         similarity = cosine_similarity(query, self.layer.dualprompt_key[self.layer.adapter])
-        task = self.__dict__.get("_task")
-        if self.training and task is not None:
-            selected = torch.full((len(query), 1), task, device=query.device)
+        if self.training and self._task is not None:
+            selected = torch.full((len(query), 1), self._task, device=query.device)
         else:
             known = config.learned_entries or config.pool_size
             selected = similarity.detach()[:, :known].argmax(-1, keepdim=True)

@@ -1,0 +1,89 @@
+"""Entries that belong to one task each: used by it alone, and never moved after it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .layer import uniform
+from .model import PromptTuner
+
+
+class TaskEntryTuner(PromptTuner):
+    """A tuner with parameters whose entries, along one axis, belong to tasks.
+
+    The adapter's configuration has `pool_size` (number of entries), `grow_pool` and `learned_entries`.
+    """
+
+    _task: int | None = None
+    _kept: list[Tensor] | None = None
+
+    @abstractmethod
+    def _entries(self) -> Iterator[tuple[nn.ParameterDict, int]]:
+        """The containers of such parameters, and the axis of entries in each."""
+
+    def _fresh(self, *shape: int) -> Tensor:
+        """Initial values of new entries."""
+        return uniform(*shape)
+
+    def prepare_stream(self, tasks: list[list[int]]) -> None:
+        """Check that every task has an entry, or make room.
+
+        Raises:
+            ValueError: more tasks than entries, without `grow_pool`.
+        """
+        config = self.adapter_config
+        if len(tasks) <= config.pool_size:
+            return
+        if not config.grow_pool:
+            raise ValueError(
+                f"{len(tasks)} tasks need as many entries, pool_size={config.pool_size}: set pool_size={len(tasks)}, "
+                "or grow_pool=True to enlarge the pool."
+            )
+        self.grow(len(tasks))
+
+    @torch.no_grad()
+    def grow(self, pool_size: int) -> None:
+        """Enlarge the pool to `pool_size` entries; those there already keep their values."""
+        name, extra = self.active_adapters[0], pool_size - self.adapter_config.pool_size
+        for container, axis in self._entries():
+            old = container[name]
+            fresh = self._fresh(*(extra if i == axis else size for i, size in enumerate(old.shape))).to(old)
+            container[name] = nn.Parameter(torch.cat([old, fresh], axis), requires_grad=old.requires_grad)
+        self.adapter_config.pool_size = pool_size
+
+    @torch.no_grad()
+    def begin_task(self, task: int) -> None:
+        """Use entry `task` from now on, and hold the others where they are.
+
+        Raises:
+            ValueError: there is no such entry.
+        """
+        config = self.adapter_config
+        if task >= config.pool_size:
+            raise ValueError(
+                f"task {task + 1} has no entry: pool_size={config.pool_size}, set it to at least {task + 1}."
+            )
+        self._task, config.learned_entries = task, task + 1
+        self._start_entry(task)
+        name = self.active_adapters[0]
+        self._kept = [container[name].detach().clone() for container, _ in self._entries()]
+
+    def _start_entry(self, task: int) -> None:
+        """Set the values that a task's entry starts from."""
+
+    def resume_after(self, task: int) -> None:
+        self._task, self.adapter_config.learned_entries = None, task + 1
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Put back whatever momentum or weight decay moved in the entries of other tasks."""
+        name = self.active_adapters[0]
+        for (container, axis), kept in zip(self._entries(), self._kept or [], strict=True):
+            parameter = container[name]
+            current = parameter.select(axis, self._task).clone()
+            parameter.copy_(kept)
+            parameter.select(axis, self._task).copy_(current)
