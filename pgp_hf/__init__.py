@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,12 @@ if TYPE_CHECKING:
     from .stream import TaskStream
     from .trainer import PGPTrainer
     from .training_args import PGPTrainingArguments
-    from .tuners import DualPromptConfig, L2PConfig
+    from .tuners import ClipPromptConfig, DualPromptConfig, L2PConfig
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "ClipPromptConfig": "tuners",
     "DualPromptConfig": "tuners",
     "L2PConfig": "tuners",
     "PGPTrainer": "trainer",
@@ -29,7 +29,15 @@ _HOME = {
     "ProjectionConfig": "projection",
     "TaskStream": "stream",
 }
-__all__ = ["DualPromptConfig", "L2PConfig", "PGPTrainer", "PGPTrainingArguments", "ProjectionConfig", "TaskStream"]
+__all__ = [
+    "ClipPromptConfig",
+    "DualPromptConfig",
+    "L2PConfig",
+    "PGPTrainer",
+    "PGPTrainingArguments",
+    "ProjectionConfig",
+    "TaskStream",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -43,17 +51,19 @@ def __dir__() -> list[str]:
 
 
 class _RegisterAfterPeft(importlib.abc.MetaPathFinder):
-    """Imports `pgp_hf.tuners` right after PEFT, whenever somebody imports PEFT first after us."""
+    """Imports `pgp_hf.tuners` right after PEFT, when somebody imports PEFT after us."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != "peft":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
+                if self in sys.meta_path:  # only now: a mere look for PEFT must not use the finder up
+                    sys.meta_path.remove(self)
                 run(module)
                 importlib.import_module("pgp_hf.tuners")
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import metrics
 
@@ -23,17 +22,6 @@ def keep_classes(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
     mask = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
     mask[list(classes)] = False
     return logits.masked_fill(mask, float("-inf"))
-
-
-@contextlib.contextmanager
-def head_inputs(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what `head` reads while the context is open, one `(B, d)` tensor a forward pass."""
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 def relative_drift(before: np.ndarray, after: np.ndarray) -> float:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from . import artifacts, model_card, plots
 from .artifacts import RunFolder
 from .callbacks import SetEpoch, StreamProgress
-from .evaluation import StreamResults, head_inputs, keep_classes, relative_drift
+from .evaluation import StreamResults, keep_classes, relative_drift
 from .images import AugmentedImages, CachedQueries, ImageCollator
 from .projection import Projection, ProjectionConfig
 from .stream import TaskStream
@@ -165,6 +165,7 @@ class PGPTrainer(Trainer):
         started = time.perf_counter()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._count("train", started)
+        self.tuner.end_task(t)
 
         if self.projection.active:
             started = time.perf_counter()
@@ -194,9 +195,10 @@ class PGPTrainer(Trainer):
             if self.stream.scenario == "task_incremental":
                 self._eval_classes = list(self.stream.tasks[j].classes)
             output = self._record(j)
-            logits, features, selected = output.predictions
+            logits, features, *selected = output.predictions
             row.append(float(100 * np.mean(logits.argmax(-1) == output.label_ids)))
-            usage.append(np.bincount(selected.ravel(), minlength=self.tuner.adapter_config.pool_size).tolist())
+            pool_size = self.tuner.adapter_config.pool_size
+            usage += [np.bincount(entries.ravel(), minlength=pool_size).tolist() for entries in selected]
             if j < t:
                 drifts.append(relative_drift(self._features[j], features))
             else:
@@ -204,7 +206,7 @@ class PGPTrainer(Trainer):
         self._eval_classes = seen
         self.results.matrix[t:] = [row]
         self.results.drift[t:] = [float(np.mean(drifts)) if drifts else 0.0]
-        self.results.usage = usage
+        self.results.usage = usage or None
         self._count("evaluation", started)
         results = self.results.to_dict()
         logs = {f"eval_task_{j + 1}_accuracy": accuracy for j, accuracy in enumerate(row)}
@@ -250,7 +252,7 @@ class PGPTrainer(Trainer):
         position = labels.new_full((self.stream.num_classes,), -100)
         position[index] = torch.arange(len(index), device=labels.device)
         losses = F.cross_entropy(
-            outputs.logits.float()[:, index],
+            self.tuner.class_logits(outputs).float()[:, index],
             position[labels],
             reduction="none",
             label_smoothing=self.args.label_smoothing_factor,
@@ -291,21 +293,26 @@ class PGPTrainer(Trainer):
         """
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels", None)
-        head = self.accelerator.unwrap_model(self.model).get_base_model().classifier
-        with torch.no_grad(), head_inputs(head) as features:
-            outputs = model(**inputs)
-        logits = keep_classes(outputs.logits.float(), self._eval_classes)
+        features: list[Tensor] = []
+        watch = self.tuner.watch_features(lambda tensor: features.append(tensor.detach().float()))
+        try:
+            with torch.no_grad():
+                outputs = model(**inputs)
+        finally:
+            watch.remove()
+        logits = keep_classes(self.tuner.class_logits(outputs).float(), self._eval_classes)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         if prediction_loss_only:
             return loss, None, None
         if self._recording:
-            logits = (logits, features[0].float(), self.tuner.selected_prompts)
+            selected = self.tuner.selected_prompts
+            logits = (logits, features[0], *([] if selected is None else [selected]))
         return loss, logits, labels
 
     def _record(self, j: int) -> PredictionOutput:
         """Predictions, features and selections for the test images of task j."""
         images = self.stream.test(j)
-        if self.args.cache_queries:
+        if self.args.cache_queries and self.tuner.query is not None:
             if j not in self._queries:
                 self._queries[j] = self._test_queries(j)
             images = CachedQueries(images, self._queries[j])
@@ -468,16 +475,15 @@ def _check_model(model: Any, stream: TaskStream) -> None:
             f"model is a {type(model).__name__} without a prompt adapter: wrap it by "
             "peft.get_peft_model(model, pgp_hf.L2PConfig(...))."
         )
-    head = getattr(model.get_base_model(), "classifier", None)
-    if head is None:
+    config = model.base_model.adapter_config
+    if config.id2label is None:
         raise TypeError(
             f"{type(model.get_base_model()).__name__} has no classifier: use a model with a head, for example "
-            "AutoModelForImageClassification."
+            "AutoModelForImageClassification (a CLIPModel takes its class names from ClipPromptConfig.for_classes)."
         )
     if not isinstance(stream, TaskStream):
         raise TypeError(f"stream is a {type(stream).__name__}: pass a pgp_hf.TaskStream.")
-    config = model.base_model.adapter_config
-    classes = len(config.id2label or {})
+    classes = len(config.id2label)
     if classes != stream.num_classes:
         raise ValueError(
             f"the model's head has {classes} outputs, the stream {stream.num_classes} classes: load the backbone with "

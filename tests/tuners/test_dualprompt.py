@@ -152,9 +152,7 @@ def test_a_task_starts_from_the_entry_before_it():
 
 
 def test_more_tasks_than_entries(tmp_path):
-    with pytest.raises(
-        ValueError, match="3 tasks need as many entries, pool_size=2: set pool_size=3, or grow_pool"
-    ):
+    with pytest.raises(ValueError, match="3 tasks need as many entries, pool_size=2: set pool_size=3, or grow_pool"):
         tiny.trainer(tmp_path, model=make(pool_size=2))
     trainer = tiny.trainer(tmp_path, model=make(pool_size=2, grow_pool=True), num_train_epochs=1)
     trainer.train()

@@ -88,7 +88,7 @@ def test_loads_on_a_fresh_backbone_of_any_head(saved, make_vit, make_images, num
 
 def test_loads_as_a_backbone(make_l2p, make_vit, make_images, tmp_path):
     model = train(make_l2p("backbone"), make_images())
-    assert model.base_model.config.id2label is None and model.base_model.config.modules_to_save is None
+    assert model.base_model.adapter_config.id2label is None and model.base_model.adapter_config.modules_to_save is None
     assert list(load_file(save(model, tmp_path) / "adapter_model.safetensors")) == [
         "base_model.model.embeddings.l2p_key",
         "base_model.model.embeddings.l2p_prompt",
@@ -141,7 +141,7 @@ def test_named_adapters(saved, make_l2p, make_vit, make_images, tmp_path):
     first.set_adapter("other")
     assert torch.equal(predict(first, images), predict(other, images))
     assert first.base_model.selected_prompts.shape == (5, 1)
-    assert first.base_model.config.pool_size == 4
+    assert first.base_model.adapter_config.pool_size == 4
     assert learning(first) == {name.replace("default", "other") for name in learning(other)}
     assert first.base_model.prompt_parameters().keys() == other.base_model.prompt_parameters().keys()
     frozen = {n: p.clone() for n, p in first.named_parameters() if "other" not in n}
@@ -165,7 +165,7 @@ def test_named_adapters(saved, make_l2p, make_vit, make_images, tmp_path):
 def test_added_adapters_start_afresh(make_l2p, make_images):
     model = make_l2p()
     model.add_adapter("new", L2PConfig(pool_size=8, prompt_length=2, top_k=5))
-    assert "new" in model.peft_config and model.base_model.config.pool_size == 6
+    assert "new" in model.peft_config and model.base_model.adapter_config.pool_size == 6
     model.set_adapter("new")
     assert predict(model, make_images()).shape == (5, 4)
     assert model.base_model.layer.inserted == 10 and model.base_model.selected_prompts.shape == (5, 5)
@@ -176,7 +176,7 @@ def test_added_adapters_start_afresh(make_l2p, make_images):
 
 def test_the_head_is_saved_by_default_and_left_alone_on_request(make_l2p, make_vit, make_images, tmp_path):
     images = make_images()
-    assert make_l2p().base_model.config.modules_to_save == ["classifier"]
+    assert make_l2p().base_model.adapter_config.modules_to_save == ["classifier"]
     model = train(make_l2p(l2p={"modules_to_save": []}), images)
     assert not any("classifier" in name for name in learning(model))
     folder = save(model, tmp_path)
@@ -266,9 +266,7 @@ def test_refuses_models_without_patches(make):
 
 
 def bert():
-    return BertConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
-    )
+    return BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
 
 
 def test_refuses_an_adapter_for_another_width(saved, make_vit):

@@ -50,5 +50,5 @@ class PromptConfig(PeftConfig):
 
     def _at_least(self, **least: int) -> None:
         for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name}={getattr(self, name)} is too small: it must be at least {value}.")
+            if not getattr(self, name) >= value:  # catches NaN
+                raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be at least {value}.")

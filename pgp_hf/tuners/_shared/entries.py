@@ -48,7 +48,7 @@ class TaskEntryTuner(PromptTuner):
     @torch.no_grad()
     def grow(self, pool_size: int) -> None:
         """Enlarge the pool to `pool_size` entries; those there already keep their values."""
-        name, extra = self.active_adapters[0], pool_size - self.adapter_config.pool_size
+        name, extra = self.adapter, pool_size - self.adapter_config.pool_size
         for container, axis in self._entries():
             old = container[name]
             fresh = self._fresh(*(extra if i == axis else size for i, size in enumerate(old.shape))).to(old)
@@ -69,7 +69,7 @@ class TaskEntryTuner(PromptTuner):
             )
         self._task, config.learned_entries = task, task + 1
         self._start_entry(task)
-        name = self.active_adapters[0]
+        name = self.adapter
         self._kept = [container[name].detach().clone() for container, _ in self._entries()]
 
     def _start_entry(self, task: int) -> None:
@@ -81,7 +81,7 @@ class TaskEntryTuner(PromptTuner):
     @torch.no_grad()
     def after_step(self) -> None:
         """Put back whatever momentum or weight decay moved in the entries of other tasks."""
-        name = self.active_adapters[0]
+        name = self.adapter
         for (container, axis), kept in zip(self._entries(), self._kept or [], strict=True):
             parameter = container[name]
             current = parameter.select(axis, self._task).clone()

@@ -62,3 +62,17 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 def uniform(*shape: int) -> Tensor:
     """Uniform in (-1, 1), as the released code of L2P and DualPrompt initialises prompts and keys."""
     return torch.empty(*shape).uniform_(-1, 1)
+
+
+def strip_prompts(output: Any, n: int) -> None:
+    """Take the tokens 1..n, the prompts behind CLS, out of a backbone's output, so that it has its unprompted shapes."""
+
+    def without(tensor: Tensor, dim: int) -> Tensor:
+        rest = tensor.narrow(dim, 1 + n, tensor.shape[dim] - 1 - n)
+        return torch.cat([tensor.narrow(dim, 0, 1), rest], dim=dim)
+
+    output.last_hidden_state = without(output.last_hidden_state, 1)
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(without(hidden, 1) for hidden in output.hidden_states)
+    if getattr(output, "attentions", None) is not None:
+        output.attentions = tuple(without(without(weights, -1), -2) for weights in output.attentions)

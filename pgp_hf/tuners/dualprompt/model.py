@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._shared.entries import TaskEntryTuner
 from .._shared.pool import cosine_similarity
+from .._shared.vit import ViTPromptTuner
 from .config import DualPromptConfig
 from .layer import DualPromptAttention, DualPromptEmbeddings
 
@@ -16,7 +17,7 @@ EXPERT = ("dualprompt_expert_key", "dualprompt_expert_value")
 GENERAL = ("dualprompt_general_key", "dualprompt_general_value")
 
 
-class DualPromptModel(TaskEntryTuner):
+class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
     """Adds DualPrompt to a `ViTModel` or `ViTForImageClassification` of any size.
 
     In training every image uses the expert entry of the task set by `begin_task`; in prediction each image uses the
@@ -57,14 +58,14 @@ class DualPromptModel(TaskEntryTuner):
         if self.adapter_config.copy_previous and task > 0:
             for container, axis in self._entries():
                 if axis == 1:  # prefixes; each key starts at random
-                    parameter = container[self.active_adapters[0]]
+                    parameter = container[self.adapter]
                     parameter[:, task] = parameter[:, task - 1]
 
     def _entries(self) -> Iterator[tuple[nn.ParameterDict, int]]:
         for layer in self.layers:
             for container, axis in (("dualprompt_key", 0), *((expert, 1) for expert in EXPERT)):
                 parameters = getattr(layer, container, {})
-                if self.active_adapters[0] in parameters:
+                if self.adapter in parameters:
                     yield parameters, axis
 
     # ---- a forward pass ------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ class DualPromptModel(TaskEntryTuner):
 
         Experts are not among them: a finished entry never moves at all, and the entry in training is new to old inputs.
         """
-        name = self.active_adapters[0]
+        name = self.adapter
         return {
             f"base_model.model.{path}.{container}": getattr(layer, container)[name]
             for path, layer in self.model.named_modules()
@@ -110,7 +111,7 @@ class DualPromptModel(TaskEntryTuner):
         prefixes are stored transposed, `(H, dh, L)`.
         """
         names = {layer: path for path, layer in self.model.named_modules() if isinstance(layer, DualPromptAttention)}
-        general = [layer for layer in self.attentions if self.active_adapters[0] in layer.dualprompt_general_key]
+        general = [layer for layer in self.attentions if self.adapter in layer.dualprompt_general_key]
         for layer in general:
             layer.record = []
         try:
@@ -118,7 +119,7 @@ class DualPromptModel(TaskEntryTuner):
             for layer in general:
                 stem = f"base_model.model.{names[layer]}"
                 for query, weights in layer.record:
-                    length = layer.dualprompt_general_key[self.active_adapters[0]].shape[1]
+                    length = layer.dualprompt_general_key[self.adapter].shape[1]
                     yield f"{stem}.dualprompt_general_key", "prompt", _by_head(query)
                     yield f"{stem}.dualprompt_general_value", "value", _by_head(weights[..., :length])
         finally:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from .._shared.model import PromptTuner
+from .._shared.layer import strip_prompts
 from .._shared.pool import cosine_similarity, select_top_k
+from .._shared.vit import ViTPromptTuner
 from .config import L2PConfig
 from .layer import L2PEmbeddings
 
 
-class L2PModel(PromptTuner):
+class L2PModel(ViTPromptTuner):
     """Adds an L2P prompt pool to a `ViTModel` or `ViTForImageClassification` of any size.
 
     Each image gets the `top_k` prompts whose keys are nearest to its query. Behind the backbone the prompt tokens are
@@ -55,23 +56,19 @@ class L2PModel(PromptTuner):
         if n == 0:
             return None
         hidden = output.last_hidden_state
-        output.last_hidden_state = _without(hidden, n)
+        strip_prompts(output, n)
         if self.adapter_config.head_type == "prompt":
             head_input = hidden[:, 1 : 1 + n].mean(1, keepdim=True)
             output.last_hidden_state = torch.cat([head_input, hidden[:, 1 + n :]], dim=1)
         if getattr(output, "pooler_output", None) is not None:
             output.pooler_output = backbone.pooler(output.last_hidden_state)
-        if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(_without(h, n) for h in output.hidden_states)
-        if getattr(output, "attentions", None) is not None:
-            output.attentions = tuple(_without(_without(a, n, dim=-1), n, dim=-2) for a in output.attentions)
         return output
 
     # ---- what a projection protects ------------------------------------------------------------------------------
 
     def prompt_parameters(self) -> dict[str, nn.Parameter]:
         """The active adapter's prompts and keys, by their names in `adapter_model.safetensors`."""
-        layer, adapter = self.layer, self.active_adapters[0]
+        layer, adapter = self.layer, self.adapter
         stem = f"base_model.model.{self.adapter_config.target_modules[0]}"
         return {f"{stem}.l2p_prompt": layer.l2p_prompt[adapter], f"{stem}.l2p_key": layer.l2p_key[adapter]}
 
@@ -88,11 +85,7 @@ class L2PModel(PromptTuner):
         prompt_name, key_name = self.prompt_parameters()
         query = self.query(pixel_values) if prompt_query is None else prompt_query
         self._select(query, self.adapter_config)
+        pixel_values = pixel_values.to(self.layer.position_embeddings.dtype)  # the ViT does this before its embeddings
         tokens = self.layer(pixel_values, interpolate_pos_encoding=self.adapter_config.interpolate_pos_encoding)
         yield prompt_name, "prompt", tokens.flatten(0, 1)
         yield key_name, "key", F.normalize(query.float(), dim=-1)
-
-
-def _without(tensor: Tensor, n: int, dim: int = 1) -> Tensor:
-    """`tensor` without the entries 1..n along `dim`."""
-    return torch.cat([tensor.narrow(dim, 0, 1), tensor.narrow(dim, 1 + n, tensor.shape[dim] - 1 - n)], dim=dim)

@@ -1,0 +1,59 @@
+"""Settings of the CLIP prompt adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .._shared.config import PromptConfig
+
+
+@dataclass
+class ClipPromptConfig(PromptConfig):
+    """A text context per task, and image prompts shared by all; the defaults are those of PGP's code.
+
+    Made by `for_classes`, which tokenises the class names; `CLIPModel` has no head to read them from.
+
+    Raises:
+        ValueError: sizes that are negative; class names and tokens that do not agree.
+    """
+
+    method_name = "CLIP_PROMPT"
+
+    pool_size: int = field(default=10, metadata={"help": "number of text contexts, one per task"})
+    text_length: int = field(default=16, metadata={"help": "context tokens before the class name; 0 for none"})
+    image_length: int = field(default=10, metadata={"help": "image prompt tokens behind CLS; 0 for none"})
+    grow_pool: bool = field(
+        default=False, metadata={"help": "add contexts when a stream has more tasks than there are"}
+    )
+    class_tokens: list[list[int]] | None = field(
+        default=None, metadata={"help": "token ids of each class name, start and end tokens included"}
+    )
+    learned_entries: int | None = field(
+        default=None, metadata={"help": "contexts that tasks have used so far; filled in by training"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(pool_size=1, text_length=0, image_length=0)
+        names, tokens = self.id2label or {}, self.class_tokens or []
+        if len(names) != len(tokens):
+            raise ValueError(
+                f"{len(names)} class names, but class_tokens for {len(tokens)}: use ClipPromptConfig.for_classes(tokenizer, names)."
+            )
+
+    @classmethod
+    def for_classes(
+        cls, tokenizer: Any, names: Sequence[str], template: str = "{}", **kwargs: Any
+    ) -> ClipPromptConfig:
+        """The configuration for class names.
+
+        Args:
+            tokenizer: the checkpoint's `CLIPTokenizer`.
+            names: of the classes, in the order of their labels.
+            template: text around the name, such as "a photo of a {}.".
+            kwargs: any field.
+        """
+        texts = [template.format(str(name).replace("_", " ")) for name in names]
+        return cls(class_tokens=tokenizer(texts)["input_ids"], id2label=dict(enumerate(map(str, names))), **kwargs)

@@ -1,0 +1,203 @@
+"""The CLIP prompt tuner: classifies images against all class names, each under its own task's context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .._shared.entries import TaskEntryTuner
+from .._shared.layer import strip_prompts
+from .config import ClipPromptConfig
+from .layer import ClipImagePrompt, ClipTextContext
+
+
+class ClipPromptModel(TaskEntryTuner):
+    """Adds CLIP prompts to a `CLIPModel` of any size.
+
+    `model(pixel_values)` without text classifies: `logits_per_image` `(B, C)` holds the cosine of the image with every
+    class name times the model's logit scale. The text features of classes whose task has ended are read from a table,
+    those of classes that no task has brought yet are zero-shot; the running task's are computed with its context. With
+    `input_ids` the model is CLIP with image prompts. No task id enters a prediction.
+    """
+
+    prefix = "clip_prompt_"
+    _live: list[int] | None = None  # classes whose text features are computed in each pass
+    _classifies = False
+    _as_tuple = False
+    _tasks: list[list[int]] = []
+
+    # ---- injection -----------------------------------------------------------------------------------------------
+
+    def _prepare_adapter_config(self, peft_config: ClipPromptConfig, model_config: dict) -> ClipPromptConfig:
+        model = self.model
+        if not all(hasattr(model, name) for name in ("vision_model", "text_model", "visual_projection")):
+            raise ValueError(f"{type(model).__name__} has no vision and text towers: CLIP prompts need a CLIPModel.")
+        self._check_width(peft_config, model.config.vision_config.hidden_size)
+        room = model.config.text_config.max_position_embeddings
+        longest = max((len(tokens) for tokens in peft_config.class_tokens or []), default=0) + peft_config.text_length
+        if longest > room:
+            raise ValueError(
+                f"the longest class name takes {longest} tokens with text_length={peft_config.text_length}, the text "
+                f"tower has {room} positions: shorten text_length to at most {peft_config.text_length - longest + room}."
+            )
+        peft_config.target_modules = ["vision_model.embeddings", "text_model.embeddings"]
+        return peft_config
+
+    def _wrap(self, config: ClipPromptConfig, adapter_name: str, target: nn.Module, name: str) -> nn.Module:
+        if name.startswith("vision_model"):
+            layer = target if isinstance(target, ClipImagePrompt) else ClipImagePrompt(target)
+            layer.update_layer(adapter_name, config)
+        else:
+            layer = target if isinstance(target, ClipTextContext) else ClipTextContext(target)
+            layer.update_layer(adapter_name, config, self.model.config.projection_dim)
+        return layer
+
+    def _post_injection_hook(self, model: nn.Module, config: ClipPromptConfig, adapter_name: str) -> None:
+        self._install_hooks(
+            [
+                model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
+                self.backbone.register_forward_hook(self._after_backbone),
+                model.register_forward_hook(self._after_model),
+            ]
+        )
+        table = self.text_layer.clip_prompt_features[adapter_name]
+        if not config.inference_mode and table.device.type != "meta" and len(table):
+            table.copy_(self._text_features(range(len(table)), None, config))
+
+    # ---- the parts -----------------------------------------------------------------------------------------------
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The vision tower."""
+        return self.model.vision_model
+
+    @property
+    def text_layer(self) -> ClipTextContext:
+        return self.model.text_model.embeddings
+
+    def class_logits(self, output: ModelOutput) -> Tensor:
+        return output.logits_per_image
+
+    def watch_features(self, callback: Callable[[Tensor], Any]) -> Any:
+        """Calls back with the image embeddings `(B, P)` that the class names are compared with."""
+        return self.model.visual_projection.register_forward_hook(lambda module, args, output: callback(output))
+
+    # ---- tasks ---------------------------------------------------------------------------------------------------
+
+    def _entries(self) -> Iterator[tuple[nn.ParameterDict, int]]:
+        yield self.text_layer.clip_prompt_context, 0
+
+    def _fresh(self, *shape: int) -> Tensor:
+        return 0.02 * torch.randn(*shape)
+
+    def prepare_stream(self, tasks: list[list[int]]) -> None:
+        super().prepare_stream(tasks)
+        self._tasks = tasks
+
+    def begin_task(self, task: int) -> None:
+        super().begin_task(task)
+        if self.adapter_config.text_length:
+            self._live = list(self._tasks[task])
+
+    @torch.no_grad()
+    def end_task(self, task: int) -> None:
+        """Keep the text features of the task's classes: its context is final."""
+        if self._live:
+            features = self._text_features(self._live, task, self.adapter_config)
+            self.text_layer.clip_prompt_features[self.adapter][self._live] = features
+        self._live = None
+
+    def resume_after(self, task: int) -> None:
+        super().resume_after(task)
+        self._live = None
+
+    # ---- a forward pass ------------------------------------------------------------------------------------------
+
+    def _texts(self, classes: Any, context: int, config: ClipPromptConfig) -> dict[str, Tensor]:
+        """Token ids `(N, S)` of class names behind `context` placeholders, with attention mask."""
+        rows = [
+            [config.class_tokens[c][0], *[config.class_tokens[c][0]] * context, *config.class_tokens[c][1:]]
+            for c in classes
+        ]
+        width, device = max(map(len, rows)), self.model.logit_scale.device
+        # the end token pads: the tower pools at its first occurrence
+        ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    @torch.no_grad()
+    def _text_features(self, classes: Any, entry: int | None, config: ClipPromptConfig) -> Tensor:
+        """Projected text features `(N, P)` under a context, or zero-shot for entry None."""
+        layer, training = self.text_layer, [m for m in self.model.text_model.modules() if m.training]
+        before, layer.entry = layer.entry, entry
+        try:
+            for module in training:
+                module.training = False
+            texts = self._texts(classes, 0 if entry is None else config.text_length, config)
+            return self.model.get_text_features(**texts, return_dict=True).pooler_output
+        finally:
+            layer.entry = before
+            for module in training:
+                module.training = True
+
+    def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self._classifies = False
+        if self.text_layer.adapter is None or args or kwargs.get("input_ids") is not None:
+            return None
+        config, kwargs = self.adapter_config, dict(kwargs)
+        kwargs.pop("num_items_in_batch", None)
+        if not config.class_tokens:
+            raise ValueError(
+                "the adapter has no class names: make its configuration by ClipPromptConfig.for_classes(tokenizer, "
+                "names), or pass input_ids."
+            )
+        return_dict = kwargs.get("return_dict")
+        self._as_tuple = not (model.config.return_dict if return_dict is None else return_dict)
+        if config.interpolate_pos_encoding:
+            kwargs.setdefault("interpolate_pos_encoding", True)
+        self._classifies = True
+        self.text_layer.entry = self._task if self._live else None
+        # the towers run together: without a running task, one class keeps the text tower busy for nothing
+        texts = self._texts(self._live or [0], config.text_length if self._live else 0, config)
+        return args, {**kwargs, **texts, "return_dict": True}
+
+    def _after_backbone(self, backbone: nn.Module, args: tuple, output: ModelOutput) -> ModelOutput | None:
+        n = self.layer.inserted
+        if n == 0 or self.layer.adapter is None:
+            return None
+        strip_prompts(output, n)
+        return output
+
+    def _after_model(self, model: nn.Module, args: tuple, output: ModelOutput) -> Any:
+        if not self._classifies:
+            return None
+        self._classifies, self.text_layer.entry = False, None
+        table = self.text_layer.clip_prompt_features[self.adapter].to(output.image_embeds.dtype)
+        table = table / table.pow(2).sum(dim=-1, keepdim=True).pow(0.5)  # as CLIPModel has it, to the bit
+        if self._live:
+            table = table.index_copy(
+                0, torch.tensor(self._live, device=table.device), output.text_embeds.to(table.dtype)
+            )
+        output.text_embeds = table
+        output.logits_per_text = table @ output.image_embeds.t() * model.logit_scale.exp()
+        output.logits_per_image = output.logits_per_text.t()
+        return output.to_tuple() if self._as_tuple else output
+
+    # ---- what a projection protects ------------------------------------------------------------------------------
+
+    def prompt_parameters(self) -> dict[str, nn.Parameter]:
+        """The image prompt, by its name in `adapter_model.safetensors`; finished text contexts never move at all."""
+        prompt = self.layer.clip_prompt_image[self.adapter]
+        return {"base_model.model.vision_model.embeddings.clip_prompt_image": prompt} if len(prompt) else {}
+
+    @torch.no_grad()
+    def protected_rows(self, pixel_values: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+        """What these images show to the image prompt: CLS, prompts and patches before the pre-norm, `(B * S, d)`."""
+        pixel_values = pixel_values.to(self.layer.class_embedding.dtype)
+        tokens = self.layer(pixel_values, interpolate_pos_encoding=self.adapter_config.interpolate_pos_encoding)
+        for name in self.prompt_parameters():
+            yield name, "prompt", tokens.flatten(0, 1)
