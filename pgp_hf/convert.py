@@ -65,7 +65,9 @@ def timm_config(state_dict: Mapping[str, Tensor], num_heads: int | None = None) 
     positions = shape("pos_embed", 3)[1]
     grid = math.isqrt(max(positions - 1, 0))
     if height != patch:
-        raise ValueError(f"the patches are {height} x {patch}: only square ones can be told from shapes; pass a config.")
+        raise ValueError(
+            f"the patches are {height} x {patch}: only square ones can be told from shapes; pass a config."
+        )
     if grid == 0 or grid * grid + 1 != positions:
         raise ValueError(
             f"'pos_embed' has {positions} positions, not 1 + a square number (CLS and a square grid of patches): "

@@ -1,0 +1,56 @@
+"""Learn a stream of tasks with DualPrompt, its general prefixes projected (PGP) and not, side by side.
+
+    accelerate launch examples/run_dualprompt_pgp.py
+
+runs on what the package ships (a small backbone, scikit-learn's handwritten digits): no network, a few minutes on a
+CPU. With a backbone and data of your own, from the Hub or from local folders:
+
+    accelerate launch examples/run_dualprompt_pgp.py --model_name_or_path google/vit-base-patch16-224-in21k \
+        --dataset_name uoft-cs/cifar100 --label_column_name fine_label --num_tasks 10 --output_dir out/cifar100
+
+Several processes: `accelerate launch --multi_gpu --num_processes 2 ...` (on CPUs with ACCELERATE_USE_CPU=1 before it).
+An interrupted run continues with the same command and `--resume_from_checkpoint true`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pgp_hf import DualPromptConfig
+from pgp_hf.experiment import parse, run
+
+# used when neither a model nor data are named; anything given on the command line wins
+EMBEDDED = "--output_dir out/dualprompt_pgp --num_tasks 5 --num_train_epochs 3 --augmentation none".split()
+
+
+@dataclass
+class DualPromptArguments:
+    """The prefixes."""
+
+    pool_size: int = field(default=10, metadata={"help": "expert entries, one per task"})
+    general_length: int = field(default=5, metadata={"help": "length of the general prefixes"})
+    expert_length: int = field(default=5, metadata={"help": "length of the expert prefixes"})
+    general_layers: list[int] = field(
+        default_factory=lambda: [0, 1], metadata={"help": "layers, from 0, that take the general prefixes"}
+    )
+    expert_layers: list[int] = field(
+        default_factory=lambda: [2, 3, 4], metadata={"help": "layers that take the expert prefixes"}
+    )
+    pull_constraint_coeff: float = field(
+        default=1.0, metadata={"help": "weight of the term that draws a task's key to its queries"}
+    )
+    copy_previous: bool = field(default=True, metadata={"help": "start an entry from that of the task before it"})
+    grow_pool: bool = field(default=False, metadata={"help": "enlarge the pool when there are more tasks than entries"})
+
+
+def main() -> None:
+    model_args, data_args, prompt_args, run_args, training_args = parse(__doc__, DualPromptArguments, EMBEDDED)
+
+    def adapter(interpolate: bool) -> DualPromptConfig:
+        return DualPromptConfig(**vars(prompt_args), interpolate_pos_encoding=interpolate)
+
+    run("DualPrompt", model_args, data_args, run_args, training_args, adapter)
+
+
+if __name__ == "__main__":
+    main()

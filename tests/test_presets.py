@@ -1,0 +1,368 @@
+"""Presets: the published table, the command line's precedence, the dry run, and two steps of training with each."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import importlib
+import json
+
+import datasets
+import numpy as np
+import pytest
+import tiny
+
+from pgp_hf import experiment, presets
+
+ALL = [(method, name) for method in ("l2p", "dualprompt", "clip") for name in presets.names(method)]
+CIFAR = {"dataset_name": "uoft-cs/cifar100", "label_column_name": "fine_label", "num_classes": 100}
+TINY = {"dataset_name": "zh-plus/tiny-imagenet", "label_column_name": "label", "num_classes": 200}
+RENDITIONS = {"dataset_name": "axiong/imagenet-r", "label_column_name": "wnid", "num_classes": 200}
+BIRDS = {"dataset_name": "bentrevett/caltech-ucsd-birds-200-2011", "label_column_name": "label", "num_classes": 200}
+
+# data, tasks, batch, epochs, lr before and after scaling by batch / 256, prompt length, top-k, head, seed
+L2P = {
+    "cifar100-10": (CIFAR, 10, 16, 5, 0.03, 0.001875, 5, 5, "prompt", 42),
+    "cifar100-20": (CIFAR, 20, 16, 5, 0.03, 0.001875, 5, 5, "prompt", 53),
+    "tinyimagenet-10": (TINY, 10, 16, 5, 0.03, 0.001875, 5, 5, "prompt", 52),
+    "imagenet-r-10": (RENDITIONS, 10, 16, 50, 0.005, 0.0003125, 30, 1, "prompt", 59),
+    "cub200-5": (BIRDS, 5, 16, 5, 0.03, 0.001875, 5, 5, "token", 42),
+}
+# data, tasks, batch, epochs, lr before and after, length of general and expert prompts, seed
+DUALPROMPT = {
+    "cifar100-10": (CIFAR, 10, 24, 20, 0.03, 0.0028125, 5, 5, 59),
+    "cifar100-20": (CIFAR, 20, 24, 20, 0.03, 0.0028125, 5, 5, 42),
+    "tinyimagenet-10": (TINY, 10, 24, 5, 0.03, 0.0028125, 5, 5, 52),
+    "imagenet-r-10": (RENDITIONS, 10, 24, 50, 0.005, 0.00046875, 5, 20, 43),
+    "cub200-5": (BIRDS, 5, 24, 10, 0.03, 0.0028125, 5, 5, 51),
+}
+ONLINE = ("cifar100-10", "cifar100-20", "tinyimagenet-10")
+
+
+def prompt_arguments(method):
+    """A dataclass of the arguments that a method's presets set, as its example script has one."""
+    types = {}
+    for name in presets.names(method):
+        for key, value in presets.load(method, name)["prompts"].items():
+            types[key] = list[int] if isinstance(value, list) else type(value)
+    return dataclasses.make_dataclass("Prompts", types.items())
+
+
+def parse(method, name, *arguments):
+    argv = ["--preset", name, *map(str, arguments)]
+    return experiment.parse("", prompt_arguments(method), ["--num_tasks", "3"], argv, method=method)
+
+
+def dry_run(capsys, method, name, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        parse(method, name, "--dry_run", *arguments)
+    assert not stop.value.code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_line_of_the_table_has_a_preset():
+    online = {f"{name}-online" for name in ONLINE}
+    assert set(presets.names("l2p")) == set(L2P) | online
+    assert set(presets.names("dualprompt")) == set(DUALPROMPT) | online
+    assert presets.names("clip") == ["cifar100-10"]
+
+
+def check_common(settings, data, tasks, batch, epochs, lr, scaled, seed):
+    training = settings["training"]
+    expected = {
+        "per_device_train_batch_size": batch,
+        "images_per_step": batch,
+        "learning_rate": scaled,
+        "learning_rate_per_256_images": lr,
+        "seed": seed,
+        "optim": "adamw_torch",
+        "weight_decay": 0,
+        "max_grad_norm": 1,
+        "lr_scheduler_type": "constant",
+        "reinit_optimizer": True,
+        "train_mask": "task",
+        "num_train_epochs": epochs,
+    }
+    assert {key: training[key] for key in expected} == expected
+    assert lr * batch / 256 == pytest.approx(scaled, rel=1e-12)
+    assert settings["data"]["num_tasks"] == tasks and settings["data"]["class_order"] == "label"
+    for key in ("dataset_name", "label_column_name"):
+        assert settings["data"][key] == data[key]
+    assert settings["model"]["model_name_or_path"] == "google/vit-base-patch16-224-in21k"
+    images = settings["preprocessing"]
+    assert (images["image_size"], images["image_mean"], images["image_std"]) == (224, [0], [1])
+    assert (images["augmentation"], images["crop_min_scale"]) == ("crop_flip", 0.05)
+
+
+@pytest.mark.parametrize("name", presets.names("l2p"))
+def test_l2p_is_as_in_the_table(capsys, name):
+    settings = dry_run(capsys, "l2p", name)
+    data, tasks, batch, epochs, lr, scaled, length, top_k, head, seed = L2P[name.removesuffix("-online")]
+    online = name.endswith("-online")
+    check_common(settings, data, tasks, batch, 1 if online else epochs, lr, scaled, seed)
+    assert settings["data"]["scenario"] == ("online" if online else "class_incremental")
+    assert settings["prompts"] == {
+        "pool_size": 10,
+        "prompt_length": length,
+        "top_k": top_k,
+        "pull_constraint_coeff": 0.1,
+        "head_type": head,
+        "batchwise_prompt": False,  # predictions depend on their own image alone; see `differs`
+    }
+
+
+@pytest.mark.parametrize("name", presets.names("dualprompt"))
+def test_dualprompt_is_as_in_the_table(capsys, name):
+    settings = dry_run(capsys, "dualprompt", name)
+    data, tasks, batch, epochs, lr, scaled, general, expert, seed = DUALPROMPT[name.removesuffix("-online")]
+    online = name.endswith("-online")
+    check_common(settings, data, tasks, batch, 1 if online else epochs, lr, scaled, seed)
+    assert settings["data"]["scenario"] == ("online" if online else "class_incremental")
+    assert settings["prompts"] == {
+        "pool_size": 10,
+        "general_length": general,
+        "expert_length": expert,
+        "general_layers": [0, 1],
+        "expert_layers": [2, 3, 4],
+        "copy_previous": True,
+        "grow_pool": tasks > 10,  # more tasks than entries
+        "pull_constraint_coeff": 1,
+    }
+
+
+def test_clip_is_as_in_the_table(capsys):
+    settings = dry_run(capsys, "clip", "cifar100-10")
+    assert settings["prompts"] == {"image_length": 10, "text_length": 16}
+    assert settings["model"]["model_name_or_path"] == "openai/clip-vit-base-patch16"
+    training = settings["training"]
+    assert (training["optim"], training["optim_args"], training["seed"]) == ("sgd", "momentum=0.9", 1997)
+    assert (training["learning_rate"], training["weight_decay"], training["max_grad_norm"]) == (0.01, 2e-4, 0)
+    assert (training["per_device_train_batch_size"], training["num_train_epochs"]) == (32, 5)
+    assert training["lr_scheduler_type"] == "cosine" and settings["data"]["num_tasks"] == 10
+    assert settings["preprocessing"]["image_mean"] == [0.507, 0.487, 0.441]
+
+
+@pytest.mark.parametrize(("method", "name"), ALL)
+def test_every_preset_says_what_it_is(method, name):
+    preset = presets.load(method, name)
+    assert set(preset) == {"about", "differs", "unsure", "preprocessing", *presets.GROUPS}
+    fields = {
+        "model": experiment.ModelArguments,
+        "data": experiment.DataArguments,
+        "training": experiment.PGPTrainingArguments,
+    }
+    for group, arguments in fields.items():
+        assert set(preset[group]) <= {field.name for field in dataclasses.fields(arguments)}
+    assert set(preset["preprocessing"]) == {"train", "test", "pixels"}
+    assert any("not pinned" in text for text in preset["unsure"])
+    assert (preset["model"]["model_revision"], preset["data"]["dataset_revision"]) == ("main", "main")
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "config"),
+    [("l2p", "l2p", "L2PConfig"), ("dualprompt", "dualprompt", "DualPromptConfig")]
+    + [("clip", "clip_prompt", "ClipPromptConfig")],
+)
+def test_prompts_are_settings_of_the_method(method, module, config):
+    module = f"pgp_hf.tuners.{module}.config"
+    made = getattr(pytest.importorskip(module, reason=f"{module} is not there yet"), config)
+    for name in presets.names(method):
+        wanted = presets.load(method, name)["prompts"]
+        settings = made(**wanted)
+        assert {key: getattr(settings, key) for key in wanted} == wanted
+
+
+def test_the_command_line_wins(capsys):
+    own = ["--num_train_epochs", "2", "--learning_rate=0.5", "--top_k", "3", "--class_order", "random", "--seed", "7"]
+    own += ["--image_mean", "0.1", "0.2", "0.3", "--model_name_or_path", "mine", "--max_grad_norm", "0"]
+    model, data, prompts, run, training = parse("l2p", "cifar100-10", *own)
+    assert (training.num_train_epochs, training.learning_rate, training.max_grad_norm, training.seed) == (2, 0.5, 0, 7)
+    assert (prompts.top_k, prompts.prompt_length, data.class_order, data.num_tasks) == (3, 5, "random", 10)
+    assert (model.image_mean, model.image_std) == ([0.1, 0.2, 0.3], [1.0])
+    settings = dry_run(capsys, "l2p", "cifar100-10", *own)
+    assert settings["training"]["learning_rate"] == 0.5 and settings["data"]["class_order_seed"] == 7
+    # the order on the command line does not matter
+    argv = [*own, "--preset=cifar100-10"]
+    assert vars(experiment.parse("", prompt_arguments("l2p"), [], argv, method="l2p")[2]) == vars(prompts)
+
+
+def test_another_source_drops_what_belongs_to_the_presets_own():
+    model, data, *_ = parse("l2p", "imagenet-r-10")
+    assert (model.model_revision, data.dataset_split) == ("main", "test")
+    model, data, *_ = parse("l2p", "imagenet-r-10", "--dataset-name", "mine", "--model-name-or-path=other")
+    assert (model.model_name_or_path, model.model_revision) == ("other", None)
+    assert (data.dataset_name, data.dataset_revision, data.dataset_split) == ("mine", None, None)
+    assert (data.label_column_name, data.num_tasks) == ("wnid", 10)
+    _, data, *_ = parse("l2p", "imagenet-r-10", "--train_dir", "folder")
+    assert (data.dataset_name, data.label_column_name, data.num_tasks) == (None, None, 10)
+
+
+def test_unknown_presets_are_named_with_the_known():
+    with pytest.raises(ValueError, match="preset 'cifar10' is unknown: choose one of cifar100-10, cifar100-10-online"):
+        parse("l2p", "cifar10")
+    with pytest.raises(ValueError, match="preset 'cub200-5' is unknown: choose one of cifar100-10.$"):
+        parse("clip", "cub200-5")
+    for name in ("../l2p/cifar100-10", ""):
+        with pytest.raises(ValueError, match="is unknown: choose one of"):
+            parse("dualprompt", name)
+    with pytest.raises(ValueError, match="method None has none"):
+        experiment.parse("", prompt_arguments("l2p"), [], ["--preset", "cifar100-10"])
+
+
+def test_abbreviations_are_refused():
+    """They would be read by the parser but not recognised as given, so that a preset's value could win."""
+    with pytest.raises(ValueError, match="--dataset_na"):
+        parse("l2p", "cifar100-10", "--dataset_na", "x")
+
+
+def test_a_dry_run_reads_and_writes_nothing_else(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    opened = []
+    real = builtins.open
+
+    def watch(file, mode="r", *args, **kwargs):
+        if set(mode) & set("wax+"):
+            opened.append(file)
+        return real(file, mode, *args, **kwargs)
+
+    def refuse(*_, **__):
+        raise AssertionError("a dry run loads nothing")
+
+    monkeypatch.setattr(builtins, "open", watch)
+    for name in ("AutoImageProcessor", "AutoModelForImageClassification"):
+        monkeypatch.setattr(getattr(experiment, name), "from_pretrained", refuse)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    settings = dry_run(capsys, "l2p", "cub200-5")
+    assert settings["preset"] == "cub200-5" and settings["method"] == "l2p" and "CUB" in settings["about"]
+    assert settings["projection"]["method"] == "pgp" and settings["projection"]["unprojected twin"] is True
+    assert settings["training"]["output_dir"] == "out/l2p_cub200-5"
+    assert settings["preprocessing"]["as the preset has it"]["test"] == "the whole image resized to 224 x 224"
+    assert opened == [] and list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit):  # without a preset: the embedded default
+        experiment.parse("", prompt_arguments("l2p"), ["--num_tasks", "3"], ["--dry_run", *PROMPTS], method="l2p")
+    settings = json.loads(capsys.readouterr().out)
+    assert settings["preset"] is None and settings["data"]["num_tasks"] == 3
+    assert settings["preprocessing"]["image_size"] == "the backbone's own"
+
+
+PROMPTS = "--pool_size 4 --prompt_length 2 --top_k 2 --pull_constraint_coeff 0.1 --head_type token".split()
+PROMPTS += ["--batchwise_prompt", "false"]
+
+
+# ---- preprocessing and data that presets ask for ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "mean"), [([0.0], [0.0, 0.0, 0.0]), ([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])])
+def test_mean_and_deviation_replace_the_processors(tmp_path, given, mean):
+    tiny.processor().save_pretrained(tmp_path)
+    tiny.backbone().save_pretrained(tmp_path)
+    processor = experiment.ModelArguments(str(tmp_path), image_mean=given, image_std=[1.0]).processor()
+    image = tiny.data(classes=2)["train"][0]["image"]
+    pixels = processor([image], return_tensors="np")["pixel_values"][0]
+    expected = np.moveaxis(np.asarray(image) / 255, -1, 0) - np.array(mean)[:, None, None]
+    np.testing.assert_allclose(pixels, expected, atol=1e-6)
+    for wrong, message in (({"image_mean": [0.1, 0.2]}, "has 2 numbers"), ({"image_std": [0.0]}, "above 0")):
+        with pytest.raises(ValueError, match=message):
+            experiment.ModelArguments(str(tmp_path), **wrong).processor()
+
+
+def test_one_split_with_names_as_labels(tmp_path):
+    """ImageNet-R as it is on the Hub: no train split, WordNet ids as strings."""
+    folder(tmp_path, classes=6, label="wnid", one_split=True)
+    arguments = {"dataset_name": str(tmp_path), "num_tasks": 3, "label_column_name": "wnid"}
+    with pytest.raises(ValueError, match="no split 'train', only .'test'.: name one with --dataset_split"):
+        experiment.DataArguments(**arguments).load(0)
+    arguments |= {"dataset_split": "test", "test_fraction": 0.34}
+    stream = experiment.DataArguments(**arguments, class_order="label").load(5)
+    assert stream.label_names == sorted(stream.label_names) == [f"n{label:08}" for label in range(6)]
+    assert stream.class_order == list(range(6)) and stream.seed == 5
+    assert [len(stream.train(t)) for t in range(3)] == [4, 4, 4] and [len(stream.test(t)) for t in range(3)] == [
+        2,
+        2,
+        2,
+    ]
+    manifest = stream.manifest()
+    assert manifest["dataset"]["name"] == tmp_path.name and manifest["test_fraction"] == 0.34
+    again = experiment.DataArguments(**arguments, class_order="label").load(6).manifest()
+    assert again["tasks"] != manifest["tasks"]  # the seed draws the images held out, the order stays
+    assert experiment.DataArguments(**arguments).load(5).class_order != list(range(6))
+
+
+@pytest.mark.parametrize("label_type", ["class", "integer"])
+def test_label_order(monkeypatch, label_type):
+    rows = tiny.data(classes=4)
+    if label_type == "integer":
+        rows = rows.cast_column("label", datasets.Value("int32"))
+    data = experiment.DataArguments(dataset_name="x", num_tasks=2, class_order="label")
+    monkeypatch.setattr(data, "_named", lambda name: rows)
+    assert data.load(0).class_order == [0, 1, 2, 3]
+
+
+# ---- two steps of training -------------------------------------------------------------------------------------------
+
+
+def folder(path, classes, label, one_split, image="image", seed=0):
+    """Parquet files of random 8-pixel images: two a class to train on and one to test on, or three in one split."""
+    rng = np.random.default_rng(seed)
+    kind = datasets.Value("string") if label == "wnid" else datasets.ClassLabel(num_classes=classes)
+    features = datasets.Features({image: datasets.Image(), label: kind})
+    for split, count in {"test": 3}.items() if one_split else {"train": 2, "test": 1}.items():
+        labels = rng.permutation(np.repeat(np.arange(classes), count)).tolist()
+        rows = {
+            image: list(rng.integers(0, 256, (len(labels), 8, 8, 3), dtype=np.uint8)),
+            label: [f"n{n:08}" for n in labels] if label == "wnid" else labels,
+        }
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path / f"{split}.parquet")
+
+
+def config_of(method):
+    if method == "l2p":
+        return importlib.import_module("pgp_hf").L2PConfig
+    module = pytest.importorskip("pgp_hf.tuners.dualprompt", reason="DualPrompt is not there yet")
+    return module.DualPromptConfig
+
+
+# by default one with strings as labels in a single split, and one online; the others differ in numbers alone
+QUICK = {("l2p", "imagenet-r-10"), ("l2p", "cifar100-10-online")}
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow], id="-".join(case))
+        for case in ALL
+        if case[0] != "clip"
+    ],
+)
+def test_two_steps_on_random_data(tmp_path, monkeypatch, method, name):
+    for drawing in ("save_figures", "task_curves"):  # most of the time otherwise
+        monkeypatch.setattr(experiment.plots, drawing, lambda *_: [])
+    config = config_of(method)
+    line = (L2P if method == "l2p" else DUALPROMPT)[name.removesuffix("-online")]
+    preset = presets.load(method, name)
+    data = preset["data"]
+    one_split = "dataset_split" in data
+    folder(tmp_path / "data", line[0]["num_classes"], data["label_column_name"], one_split, data["image_column_name"])
+    layers = 1 if method == "l2p" else 1 + max(preset["prompts"]["expert_layers"])
+    backbone = tiny.backbone(image_size=preset["model"]["image_size"], patch_size=56, num_hidden_layers=layers)
+    backbone.save_pretrained(tmp_path / "vit")
+    tiny.processor().save_pretrained(tmp_path / "vit")
+    own = ["--model_name_or_path", tmp_path / "vit", "--dataset_name", tmp_path / "data", "--max_steps", 2]
+    own += ["--output_dir", tmp_path / "out", "--use_cpu", "true", "--disable_tqdm", "true", "--no_compare"]
+    own += ["--save_strategy", "no", "--dataloader_num_workers", 0, "--verify_images", "false"]
+    own += ["--dataset_split", data["dataset_split"]] if one_split else []
+    model_args, data_args, prompts, run_args, training_args = parse(method, name, *own)
+
+    def adapter(interpolate):
+        assert interpolate is False  # the preset's image size is the backbone's
+        return config(**vars(prompts), interpolate_pos_encoding=interpolate)
+
+    rows = experiment.run(method, model_args, data_args, run_args, training_args, adapter)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert rows == {f"{method}-PGP": results}
+    assert len(results["accuracy_matrix"]) == results["num_tasks"] == line[1]
+    assert results["scenario"] == data["scenario"] and results["seed"] == line[-1]
+    stream = json.loads((tmp_path / "out" / "stream.json").read_text())
+    assert stream["class_order"] == list(range(line[0]["num_classes"]))
+    processor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (processor["image_mean"], processor["image_std"]) == ([0.0] * 3, [1.0] * 3)
