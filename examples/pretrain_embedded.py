@@ -1,23 +1,26 @@
-"""Pre-train the embedded backbone: a small `ViTModel` that learns to tell rendered glyphs apart.
+"""Pre-train the embedded backbones on rendered glyphs: a small `ViTModel`, or with `--clip` a small `CLIPModel`.
 
     python examples/pretrain_embedded.py
+    python examples/pretrain_embedded.py --clip
 
-It needs no network and no data set: the glyphs (letters and symbols of many scripts, never a digit) are drawn from the
-fonts inside matplotlib. At the end the frozen features are measured on scikit-learn's handwritten digits, which the
-backbone has never seen, next to those of a backbone with random weights.
+It needs no network and no data set: the glyphs (letters and symbols of many scripts) are drawn from the fonts inside
+matplotlib. The ViT learns to tell them apart and never sees a digit. CLIP starts from that ViT, adds a text tower, and
+learns to match glyphs with their Unicode names; typeset digits and their names are among them, handwritten ones are
+not. At the end each is measured on scikit-learn's handwritten digits, next to a model with random weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
-import re
+import random
 import tempfile
 import time
 import unicodedata
-from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib
@@ -26,173 +29,33 @@ import sklearn
 import torch
 import torch.nn.functional as F
 import transformers
-from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageFilter, ImageFont
+from PIL import Image
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import NearestCentroid
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
 
 import pgp_hf.embedded
+from pgp_hf.embedded.glyphs import DIGITS, FACES, GlyphSampler, glyph_classes, render_glyphs
 
-# Text faces with many scripts. Only renderings are used, no font is copied; the terms stand beside the fonts in
-# matplotlib: LICENSE_DEJAVU ("Bitstream Vera Fonts Copyright"; DejaVu changes are in public domain) and LICENSE_STIX.
-FACES = (
-    *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
-    *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
-    *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
-    *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
+PROMPT = "{}"  # of zero-shot classification: the bare class name
+# Texts of training. The bare name is as frequent as all others together; they put it at many positions, since learned
+# context tokens will stand before it.
+TEMPLATES = (
+    "the character {}",
+    "a photo of the {}.",
+    "a picture of the character {}",
+    "a small grey picture of the printed character {}.",
+    "a grey picture of the light shape on dark paper that people call {}",
+    "this is a small and noisy grey picture of one printed character , which has the name {}.",
 )
-MIN_FACES = 8  # a glyph drawn by fewer faces has too little variety
-CANVAS, INK = 64, 52  # pixels: side of a rendering, and the longer side of the glyph inside it
-SAME, DIFFERENT = 0.88, 0.82  # correlation of mean renderings: above, one class; between, left out; below, a new class
-MAX_CLASSES = {"L": 180, "P": 10, "S": 20}  # letters, punctuation, symbols: the most widely drawn shapes of each
-SCAN_SIZES = (8, 8, 8, 12, 16, 32)  # pixels of the imitated scan; the digits are 8x8, enlarged by the image processor
-NUMBER_WORDS = frozenset(
-    "DIGIT NUMBER NUMERAL FRACTION ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN HUNDRED".split()
-)
-
-
-def is_digit(character: str) -> bool:
-    """Whether a character is, contains or is named after a number: digits of any script, circled, roman, tone two..."""
-    name = unicodedata.name(character, "")
-    return (
-        any(unicodedata.numeric(part, None) is not None for part in unicodedata.normalize("NFKD", character))
-        or unicodedata.category(character).startswith("N")
-        or any(sign.isdigit() for sign in name)
-        or not NUMBER_WORDS.isdisjoint(re.split("[ -]", name))
-    )
-
-
-def is_plain_glyph(character: str) -> bool:
-    """Letters, punctuation and symbols that stand alone: no digits, no modifiers, no accented or derived forms."""
-    category = unicodedata.category(character)
-    return (
-        category[0] in "LPS"
-        and category not in ("Lm", "Sk")
-        and unicodedata.normalize("NFKD", character) == character
-        and " WITH " not in unicodedata.name(character, "")
-        and not is_digit(character)
-    )
-
-
-def draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
-    """One glyph, light on dark, centred, its longer side `INK` pixels: uint8 (CANVAS, CANVAS), or None if blank."""
-    mask = font.getmask(character, mode="L")
-    if 0 in mask.size:
-        return None
-    image = Image.frombytes("L", mask.size, bytes(mask))
-    box = image.getbbox()
-    if box is None:
-        return None
-    image = image.crop(box)
-    image = image.resize(
-        [max(1, round(side * INK / max(image.size))) for side in image.size], Image.Resampling.BICUBIC
-    )
-    canvas = Image.new("L", (CANVAS, CANVAS))
-    canvas.paste(image, ((CANVAS - image.width) // 2, (CANVAS - image.height) // 2))
-    return np.asarray(canvas)
-
-
-def render_glyphs() -> dict[str, list[np.ndarray]]:
-    """Every plain glyph in every face that has it; letters first, the most widely drawn first."""
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    paths = [folder / f"{face}.ttf" for face in FACES]
-    if missing := [path.name for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"matplotlib {matplotlib.__version__} lacks the fonts {missing} in {folder}.")
-    covers = [{chr(code) for code in FT2Font(str(path)).get_charmap()} for path in paths]
-    fonts = [ImageFont.truetype(str(path), CANVAS) for path in paths]
-    count = Counter(character for cover in covers for character in cover)
-    characters = [c for c, n in count.items() if n >= MIN_FACES and is_plain_glyph(c)]
-    characters.sort(key=lambda c: (unicodedata.category(c)[0], -count[c], c))
-    rendered = {}
-    for character in characters:
-        drawn = [draw(font, character) for font, cover in zip(fonts, covers, strict=True) if character in cover]
-        drawn = [image for image in drawn if image is not None]
-        if len(drawn) >= MIN_FACES:
-            rendered[character] = drawn
-    return rendered
-
-
-def glyph_classes(rendered: dict[str, list[np.ndarray]]) -> list[str]:
-    """Group look-alikes (A, Alpha, small capital A...) by the correlation of their blurred mean renderings.
-
-    Returns:
-        One string per class: the characters that share it, its model first.
-    """
-    models: list[np.ndarray] = []
-    classes: list[str] = []
-    room = dict(MAX_CLASSES)
-    for character, images in rendered.items():
-        mean = Image.fromarray(np.mean(images, axis=0).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1.5))
-        shape = np.asarray(mean, dtype=np.float32).ravel()
-        shape -= shape.mean()
-        shape /= np.linalg.norm(shape)
-        overlap = np.stack(models) @ shape if models else np.zeros(1)
-        nearest = int(overlap.argmax())
-        if overlap[nearest] > SAME:
-            classes[nearest] += character
-        elif overlap[nearest] < DIFFERENT and room[unicodedata.category(character)[0]]:
-            room[unicodedata.category(character)[0]] -= 1
-            models.append(shape)
-            classes.append(character)
-    return classes
-
-
-class GlyphSampler:
-    """Balanced random batches of augmented glyphs; everything after the rendering happens on whole batches of tensors.
-
-    Args:
-        rendered: Output of `render_glyphs`.
-        classes: Output of `glyph_classes`.
-        device: Where batches are made.
-    """
-
-    def __init__(self, rendered: dict[str, list[np.ndarray]], classes: list[str], device: str) -> None:
-        images = [[image for character in group for image in rendered[character]] for group in classes]
-        self.images = torch.from_numpy(np.concatenate([np.stack(group) for group in images]))[:, None].to(device)
-        self.count = torch.tensor([len(group) for group in images], device=device)
-        self.start = self.count.cumsum(0) - self.count
-
-    def __call__(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Images (batch, 3, 32, 32) in -1..1 and labels (batch,)."""
-        device = self.images.device
-        labels = torch.randint(len(self.count), (batch_size,), device=device)
-        rows = self.start[labels] + (torch.rand(batch_size, device=device) * self.count[labels]).long()
-        return augment(self.images[rows].float() / 255), labels
-
-
-def augment(glyphs: Tensor) -> Tensor:
-    """Stroke weight, affine and elastic deformation, a coarse noisy scan: (batch, 1, CANVAS, CANVAS) -> (batch, 3, 32, 32)."""
-    n, device = len(glyphs), glyphs.device
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(n, device=device).uniform_(low, high)
-
-    # Pen: blend towards a dilated (weight > 0) or eroded (weight < 0) glyph.
-    weight = uniform(-0.5, 1).view(n, 1, 1, 1)
-    thick, thin = F.max_pool2d(glyphs, 5, 1, 2), -F.max_pool2d(-glyphs, 3, 1, 1)
-    glyphs = glyphs + torch.where(weight > 0, weight * (thick - glyphs), -weight * (thin - glyphs))
-    # Hand: rotation, shear, stretch and shift, then a smooth random displacement.
-    angle, shear = uniform(-0.26, 0.26), uniform(-0.3, 0.3)
-    width, height = uniform(0.75, 1.25), uniform(0.85, 1.25)
-    cos, sin = angle.cos(), angle.sin()
-    theta = torch.stack(
-        [cos / width, (shear - sin) / width, uniform(-0.12, 0.12), sin / height, cos / height, uniform(-0.12, 0.12)], 1
-    )
-    grid = F.affine_grid(theta.view(n, 2, 3), list(glyphs.shape), align_corners=False)
-    elastic = F.interpolate(0.07 * torch.randn(n, 2, 5, 5, device=device), CANVAS, mode="bicubic", align_corners=True)
-    glyphs = F.grid_sample(glyphs, grid + elastic.permute(0, 2, 3, 1), align_corners=False)
-    # Scanner: contrast, resolution, noise; enlarged bilinearly as the image processor does.
-    glyphs = glyphs * uniform(0.75, 1.25).view(n, 1, 1, 1)
-    scans = []
-    for size, part in zip(SCAN_SIZES, glyphs.tensor_split(len(SCAN_SIZES)), strict=True):
-        scan = F.adaptive_avg_pool2d(part, size)
-        scan = (scan + 0.04 * torch.randn_like(scan)).clamp(0, 1)
-        scans.append(F.interpolate(scan, 32, mode="bilinear", align_corners=False))
-    return (torch.cat(scans) * 2 - 1).expand(-1, 3, -1, -1)
+TEXT_LENGTH = 48  # tokens: 16 of learned context and the longest names, or the longest template with them
+MERGES = 600  # of the tokenizer: the words of the names, nearly whole
+DIGIT_WEIGHT = 8  # how much likelier a digit is drawn for a batch than another glyph
 
 
 def build_backbone(seed: int) -> ViTModel:
@@ -222,45 +85,175 @@ def build_processor() -> ViTImageProcessorPil:
     )
 
 
+def optimize(
+    parameters: list[nn.Parameter], steps: int, learning_rate: float, forward: Callable[[], tuple[Tensor, Tensor]]
+) -> float:
+    """AdamW on a one-cycle schedule; `forward` draws a batch and gives its loss and which examples were right.
+
+    Returns:
+        Training accuracy in percent over the last tenth of the steps.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    accuracies: list[float] = []
+    bar = tqdm(range(steps), desc="pre-training", unit="step")
+    for step in bar:
+        loss, hits = forward()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        accuracies.append(100 * hits.float().mean().item())
+        if step % 25 == 0:
+            bar.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{np.mean(accuracies[-25:]):.1f}%")
+    return float(np.mean(accuracies[-max(1, steps // 10) :]))
+
+
 def pretrain(backbone: ViTModel, sampler: GlyphSampler, steps: int, batch_size: int, learning_rate: float) -> float:
     """Supervised glyph classification, in place; the linear head is thrown away.
 
     Returns:
         Training accuracy in percent over the last tenth of the steps.
     """
-    device = backbone.device
-    head = nn.Linear(backbone.config.hidden_size, len(sampler.count), device=device)
-    parameters = [*backbone.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    hits: list[float] = []
-    backbone.train()
-    bar = tqdm(range(steps), desc="pre-training", unit="step")
-    for step in bar:
+    head = nn.Linear(backbone.config.hidden_size, len(sampler.count), device=backbone.device)
+
+    def forward() -> tuple[Tensor, Tensor]:
         images, labels = sampler(batch_size)
         logits = head(backbone(pixel_values=images).last_hidden_state[:, 0])
-        loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
-        hits.append(100 * (logits.argmax(1) == labels).float().mean().item())
-        if step % 25 == 0:
-            bar.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{np.mean(hits[-25:]):.1f}%")
+        return F.cross_entropy(logits, labels, label_smoothing=0.1), logits.argmax(1) == labels
+
+    backbone.train()
+    accuracy = optimize([*backbone.parameters(), *head.parameters()], steps, learning_rate, forward)
     backbone.eval()
-    return float(np.mean(hits[-max(1, steps // 10) :]))
+    return accuracy
+
+
+def build_tokenizer(names: Iterable[str]) -> CLIPTokenizer:
+    """A byte-level BPE tokenizer for the names and templates, its vocabulary in the order of OpenAI's.
+
+    256 bytes, 256 bytes at the end of a word, the merges, start, end: no text is unknown, and the end token, which also
+    pads, has the highest id.
+    """
+    texts = [*names, *(t.format(name) for t in TEMPLATES for name in pgp_hf.embedded.DIGIT_NAMES)]
+    alphabet = sorted(ByteLevel.alphabet())
+    endings = [f"{byte}</w>" for byte in alphabet]
+    trainer = BpeTrainer(
+        vocab_size=len(alphabet) + len(endings) + MERGES,
+        special_tokens=endings,  # listed, for otherwise their ids, and with them ties, vary from run to run
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    model = CLIPTokenizer().backend_tokenizer
+    model.train_from_iterator(texts, trainer)
+    merges = [tuple(merge) for merge in json.loads(model.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *endings, *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_LENGTH)
+
+
+def build_clip(tokenizer: CLIPTokenizer, vit: ViTConfig, seed: int) -> CLIPModel:
+    """A `CLIPModel` of about 1.4 million random parameters: a ViT's size and a text tower for `tokenizer`."""
+    torch.manual_seed(seed)
+    common = {"hidden_act": vit.hidden_act, "projection_dim": 64}
+    vision = {
+        name: getattr(vit, name)
+        for name in "image_size patch_size num_channels hidden_size num_hidden_layers num_attention_heads "
+        "intermediate_size layer_norm_eps".split()
+    }
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,  # where CLIPModel pools
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = CLIPConfig(
+        vision_config={**vision, **common},
+        text_config={**text, **common},
+        projection_dim=common["projection_dim"],
+        logit_scale_init_value=math.log(1 / 0.07),
+    )
+    return CLIPModel(config)
 
 
 @torch.no_grad()
-def measure(backbone: ViTModel, processor: ViTImageProcessorPil) -> dict[str, float]:
-    """Accuracy in percent of two classifiers on frozen CLS features of all digits, five-fold cross-validated."""
-    backbone.eval()
-    splits = pgp_hf.embedded.digits().values()
-    images = [image for split in splits for image in split["image"]]
-    labels = np.concatenate([split["label"] for split in splits])
-    pixels = processor(images, return_tensors="pt")["pixel_values"].to(backbone.device)
-    features = torch.cat([backbone(pixel_values=part).last_hidden_state[:, 0] for part in pixels.split(256)])
+def start_from_vit(clip: CLIPModel, vit: ViTModel) -> None:
+    """Copy a ViT into CLIP's vision tower, in place.
+
+    All but two things have their place: the bias of the patch embedding goes into the patches' positions, and the norm
+    before the first block, which a ViT lacks, gets the mean scale of the ViT's tokens.
+    """
+    tower, source = clip.vision_model, vit.embeddings
+    positions = source.position_embeddings[0].clone()
+    positions[1:] += source.patch_embeddings.projection.bias
+    tower.embeddings.class_embedding.copy_(source.cls_token[0, 0])
+    tower.embeddings.patch_embedding.weight.copy_(source.patch_embeddings.projection.weight)
+    tower.embeddings.position_embedding.weight.copy_(positions)
+    tower.pre_layrnorm.weight.fill_(positions.std(dim=1).mean())
+    tower.post_layernorm.load_state_dict(vit.layernorm.state_dict())
+    for target, block in zip(tower.encoder.layers, vit.layers, strict=True):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(target.self_attn, name).load_state_dict(getattr(block.attention, name).state_dict())
+        target.self_attn.out_proj.load_state_dict(block.attention.o_proj.state_dict())
+        target.mlp.load_state_dict(block.mlp.state_dict())
+        target.layer_norm1.load_state_dict(block.layernorm_before.state_dict())
+        target.layer_norm2.load_state_dict(block.layernorm_after.state_dict())
+
+
+def glyph_names(character: str) -> list[str]:
+    """What a glyph is called: its Unicode name in lower case, and for a digit also the number word alone."""
+    name = unicodedata.name(character).lower()
+    return [name, name.removeprefix("digit ")] if character in DIGITS else [name]
+
+
+def pretrain_clip(
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    sampler: GlyphSampler,
+    classes: list[str],
+    seed: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+) -> float:
+    """Contrastive training on pairs of glyph and text, in place; a batch has no glyph class twice.
+
+    Returns:
+        Share of images matched with their own text in percent, over the last tenth of the steps.
+    """
+    chance = random.Random(seed)
+    weights = torch.tensor([float(DIGIT_WEIGHT if group in DIGITS else 1) for group in classes], device=clip.device)
+    names = [[name for character in group for name in glyph_names(character)] for group in classes]
+
+    def forward() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(100))
+        # shuffled, for the heavy classes come first and the place in the batch decides the scan's resolution
+        labels = torch.multinomial(weights, batch_size)[torch.randperm(batch_size, device=clip.device)]
+        templates = [PROMPT if chance.random() < 0.5 else chance.choice(TEMPLATES) for _ in labels]
+        texts = [t.format(chance.choice(names[label])) for t, label in zip(templates, labels.tolist(), strict=True)]
+        tokens = tokenizer(texts, padding=True, return_tensors="pt").to(clip.device)
+        output = clip(**tokens, pixel_values=sampler.augmented(labels), return_loss=True)
+        right = output.logits_per_image.argmax(1) == torch.arange(batch_size, device=clip.device)
+        return output.loss, right
+
+    clip.train()
+    accuracy = optimize(list(clip.parameters()), steps, learning_rate, forward)
+    clip.eval()
+    with torch.no_grad():
+        clip.logit_scale.clamp_(max=math.log(100))
+    return accuracy
+
+
+def cross_validate(features: Tensor, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy in percent of two classifiers on frozen features, five-fold cross-validated."""
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
     classifiers = {
         "nearest_class_mean": NearestCentroid(),
@@ -272,12 +265,50 @@ def measure(backbone: ViTModel, processor: ViTImageProcessorPil) -> dict[str, fl
     }
 
 
-def save(output_dir: Path, backbone: ViTModel, processor: ViTImageProcessorPil, report: dict) -> None:
-    """Write weights, configuration, image processor and report; each file appears whole or not at all."""
+def load_scans(processor: ViTImageProcessorPil) -> tuple[Tensor, np.ndarray, int]:
+    """Pixels and labels of all digits, train split first, and the number of rows in that split."""
+    train, test = pgp_hf.embedded.digits().values()
+    pixels = processor([*train["image"], *test["image"]], return_tensors="pt")["pixel_values"]
+    return pixels, np.concatenate([train["label"], test["label"]]), len(train)
+
+
+@torch.no_grad()
+def measure(backbone: ViTModel, processor: ViTImageProcessorPil) -> dict[str, float]:
+    """Accuracy in percent of two classifiers on frozen CLS features of all digits, five-fold cross-validated."""
+    backbone.eval()
+    pixels, labels, _ = load_scans(processor)
+    pixels = pixels.to(backbone.device)
+    features = torch.cat([backbone(pixel_values=part).last_hidden_state[:, 0] for part in pixels.split(256)])
+    return cross_validate(features, labels)
+
+
+@torch.no_grad()
+def measure_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, processor: ViTImageProcessorPil) -> dict[str, float]:
+    """Accuracy in percent on digits: zero-shot with `PROMPT`, and two classifiers on image features as in `measure`."""
+    clip.eval()
+    pixels, labels, train_rows = load_scans(processor)
+    texts = [PROMPT.format(name) for name in pgp_hf.embedded.DIGIT_NAMES]
+    tokens = tokenizer(texts, padding=True, return_tensors="pt").to(clip.device)
+    names = F.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1)
+    parts = pixels.to(clip.device).split(256)
+    features = torch.cat([F.normalize(clip.get_image_features(part).pooler_output, dim=-1) for part in parts])
+    right = 100.0 * ((features @ names.T).argmax(1).cpu().numpy() == labels)
+    zero_shot = {"zero_shot": float(right.mean()), "zero_shot_test_split": float(right[train_rows:].mean())}
+    return {**zero_shot, **cross_validate(features, labels)}
+
+
+def save(output_dir: Path, parts: Iterable, report: dict) -> None:
+    """Write model, processors and report; each file appears whole or not at all.
+
+    Args:
+        output_dir: The folder, made if need be.
+        parts: What has `save_pretrained`.
+        report: Content of `pretraining.json`.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".tmp-") as scratch:
-        backbone.save_pretrained(scratch)
-        processor.save_pretrained(scratch)
+        for part in parts:
+            part.save_pretrained(scratch)
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (Path(scratch) / "pretraining.json").write_text(text + "\n", encoding="utf-8")
         for path in Path(scratch).iterdir():
@@ -287,48 +318,70 @@ def save(output_dir: Path, backbone: ViTModel, processor: ViTImageProcessorPil, 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_dir = Path(pgp_hf.embedded.__file__).parent / "vit"
-    parser.add_argument(
-        "--output_dir", type=Path, default=default_dir, help="folder for the weights (default: the package's own)"
-    )
+    parser.add_argument("--clip", action="store_true", help="train the CLIPModel, not the ViTModel")
+    parser.add_argument("--output_dir", type=Path, help="folder for the weights (default: the package's own)")
     parser.add_argument("--seed", type=int, default=0, help="initial weights and augmentation (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2250, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 2250, with --clip 1500)")
     parser.add_argument("--batch_size", type=int, default=96, help="glyphs a step (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak of the one-cycle schedule (1e-3)")
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.steps is None:
+        arguments.steps = 1500 if arguments.clip else 2250
     for name in ("steps", "batch_size", "learning_rate"):
         if getattr(arguments, name) <= 0:
             parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
+    if arguments.output_dir is None:
+        arguments.output_dir = Path(pgp_hf.embedded.__file__).parent / ("clip" if arguments.clip else "vit")
     return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
     began = time.perf_counter()
-    rendered = render_glyphs()
+    rendered = render_glyphs(with_digits=arguments.clip)
     classes = glyph_classes(rendered)
     sampler = GlyphSampler(rendered, classes, arguments.device)
     print(f"{len(classes)} glyph classes, {len(sampler.images)} renderings, {len(FACES)} faces")
 
     processor = build_processor()
-    backbone = build_backbone(arguments.seed).to(arguments.device)
-    random_accuracy = measure(backbone, processor)
-    glyph_accuracy = pretrain(backbone, sampler, arguments.steps, arguments.batch_size, arguments.learning_rate)
-    accuracy = measure(backbone, processor)
+    schedule = {name: getattr(arguments, name) for name in ("steps", "batch_size", "learning_rate")}
+    if arguments.clip:
+        if arguments.batch_size > len(classes):
+            raise SystemExit(f"--batch_size {arguments.batch_size} is more than the {len(classes)} glyph classes.")
+        trained = (
+            "CLIPModel, contrastively on rendered glyphs and their Unicode names, typeset digits included; the vision "
+            "tower started from the embedded ViTModel"
+        )
+        names = [name for group in classes for character in group for name in glyph_names(character)]
+        tokenizer = build_tokenizer(names)
+        vit = ViTModel.from_pretrained(pgp_hf.embedded.vit_path(), add_pooling_layer=False)
+        model = build_clip(tokenizer, vit.config, arguments.seed).to(arguments.device)
+        random_accuracy = measure_clip(model, tokenizer, processor)
+        start_from_vit(model, vit)
+        glyph_accuracy = pretrain_clip(model, tokenizer, sampler, classes, arguments.seed, **schedule)
+        accuracy = measure_clip(model, tokenizer, processor)
+        parts = (model, tokenizer, processor)
+        extra = {"prompt": PROMPT, "vocabulary": len(tokenizer), "logit_scale": model.logit_scale.exp().item()}
+    else:
+        trained = "ViTModel, supervised classification of rendered glyphs (no digits); CLS feature, head thrown away"
+        model = build_backbone(arguments.seed).to(arguments.device)
+        random_accuracy = measure(model, processor)
+        glyph_accuracy = pretrain(model, sampler, **schedule)
+        accuracy = measure(model, processor)
+        parts, extra = (model, processor), {}
 
     report = {
-        "trained": "ViTModel, supervised classification of rendered glyphs (no digits); CLS feature, head thrown away",
+        "trained": trained,
         "seed": arguments.seed,
-        "steps": arguments.steps,
-        "batch_size": arguments.batch_size,
-        "learning_rate": arguments.learning_rate,
+        **schedule,
         "seconds": round(time.perf_counter() - began, 1),
-        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "num_classes": len(classes),
         "num_renderings": len(sampler.images),
         "num_faces": len(FACES),
         "glyph_accuracy": glyph_accuracy,
+        **extra,
         "digits_accuracy": {"pretrained": accuracy, "random": random_accuracy},
         "versions": {
             "python": platform.python_version(),
@@ -339,14 +392,14 @@ def main() -> None:
         },
         "classes": classes,
     }
-    save(arguments.output_dir, backbone, processor, report)
+    save(arguments.output_dir, parts, report)
 
     print(
-        f"Frozen CLS features on scikit-learn's digits (accuracy in percent, five folds), {report['seconds']} s in all"
+        f"Accuracy in percent on scikit-learn's digits (classifiers on frozen features), {report['seconds']} s in all"
     )
-    print(f"{'backbone':12}{'nearest class mean':>20}{'shrinkage LDA':>16}")
+    print(f"{'weights':12}" + "".join(f"{name.replace('_', ' '):>22}" for name in accuracy))
     for name, row in report["digits_accuracy"].items():
-        print(f"{name:12}{row['nearest_class_mean']:20.1f}{row['shrinkage_lda']:16.1f}")
+        print(f"{name:12}" + "".join(f"{value:22.1f}" for value in row.values()))
     print(f"Saved in {arguments.output_dir}")
 
 

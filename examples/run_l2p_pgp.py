@@ -8,6 +8,7 @@ CPU. With a backbone and data of your own, from the Hub or from local folders:
     accelerate launch examples/run_l2p_pgp.py --model_name_or_path google/vit-base-patch16-224-in21k \
         --dataset_name uoft-cs/cifar100 --label_column_name fine_label --num_tasks 10 --output_dir out/cifar100
 
+The published settings by name: `--preset cifar100-10`; `--preset cifar100-10 --dry_run` prints what they are.
 Several processes: `accelerate launch --multi_gpu --num_processes 2 ...` (on CPUs with ACCELERATE_USE_CPU=1 before it).
 An interrupted run continues with the same command and `--resume_from_checkpoint true`.
 """
@@ -16,7 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pgp_hf import L2PConfig
+from peft import PeftModel, get_peft_model
+
+from pgp_hf import L2PConfig, TaskStream
 from pgp_hf.experiment import parse, run
 
 # used when neither a model nor data are named; anything given on the command line wins
@@ -43,12 +46,14 @@ class L2PArguments:
 
 
 def main() -> None:
-    model_args, data_args, prompt_args, run_args, training_args = parse(__doc__, L2PArguments, EMBEDDED)
+    model_args, data_args, prompt_args, run_args, training_args = parse(__doc__, L2PArguments, EMBEDDED, method="l2p")
 
-    def adapter(interpolate: bool) -> L2PConfig:
-        return L2PConfig(**vars(prompt_args), interpolate_pos_encoding=interpolate)
+    def make_model(stream: TaskStream) -> PeftModel:
+        backbone = model_args.backbone(stream)
+        interpolate = model_args.interpolates(backbone)
+        return get_peft_model(backbone, L2PConfig(**vars(prompt_args), interpolate_pos_encoding=interpolate))
 
-    run("L2P", model_args, data_args, run_args, training_args, adapter)
+    run("L2P", model_args, data_args, run_args, training_args, make_model)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,14 @@ class RunFolder:
     def is_empty(self) -> bool:
         return not any(self.root.glob("task-*")) and not (self.root / CHECKPOINTS).exists()
 
+    def check_unused(self) -> None:
+        """Raise ValueError when there is an earlier run."""
+        if not self.is_empty():
+            raise ValueError(
+                f"output_dir={self.root} holds an earlier run ({self.finished_tasks()} finished tasks): continue it with "
+                "resume_from_checkpoint=True, delete it with overwrite_output_dir=True, or choose another folder."
+            )
+
     def clear(self) -> None:
         """Delete an earlier run's files, and nothing else."""
         for folder in (*self.root.glob("task-*"), self.root / FEATURES, self.root / CHECKPOINTS):

@@ -401,12 +401,8 @@ class PGPTrainer(Trainer):
             if self.is_world_process_zero():
                 if self.args.overwrite_output_dir:
                     self.folder.clear()
-                elif not self.folder.is_empty():
-                    raise ValueError(
-                        f"output_dir={self.args.output_dir} holds an earlier run ({self.folder.finished_tasks()} finished "
-                        "tasks): continue it with resume_from_checkpoint=True, delete it with "
-                        "overwrite_output_dir=True, or choose another folder."
-                    )
+                else:
+                    self.folder.check_unused()
             self.accelerator.wait_for_everyone()
             return 0, None
         source = self.folder if resume is True else RunFolder(resume)

@@ -11,8 +11,9 @@ import datasets
 import numpy as np
 import pytest
 import tiny
+from peft import get_peft_model
 
-from pgp_hf import experiment, presets
+from pgp_hf import arguments, experiment, presets
 
 ALL = [(method, name) for method in ("l2p", "dualprompt", "clip") for name in presets.names(method)]
 CIFAR = {"dataset_name": "uoft-cs/cifar100", "label_column_name": "fine_label", "num_classes": 100}
@@ -230,7 +231,7 @@ def test_a_dry_run_reads_and_writes_nothing_else(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(builtins, "open", watch)
     for name in ("AutoImageProcessor", "AutoModelForImageClassification"):
-        monkeypatch.setattr(getattr(experiment, name), "from_pretrained", refuse)
+        monkeypatch.setattr(getattr(arguments, name), "from_pretrained", refuse)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     settings = dry_run(capsys, "l2p", "cub200-5")
     assert settings["preset"] == "cub200-5" and settings["method"] == "l2p" and "CUB" in settings["about"]
@@ -353,11 +354,12 @@ def test_two_steps_on_random_data(tmp_path, monkeypatch, method, name):
     own += ["--dataset_split", data["dataset_split"]] if one_split else []
     model_args, data_args, prompts, run_args, training_args = parse(method, name, *own)
 
-    def adapter(interpolate):
-        assert interpolate is False  # the preset's image size is the backbone's
-        return config(**vars(prompts), interpolate_pos_encoding=interpolate)
+    def make_model(stream):
+        backbone = model_args.backbone(stream)
+        assert not model_args.interpolates(backbone)  # the preset's image size is the backbone's
+        return get_peft_model(backbone, config(**vars(prompts)))
 
-    rows = experiment.run(method, model_args, data_args, run_args, training_args, adapter)
+    rows = experiment.run(method, model_args, data_args, run_args, training_args, make_model)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert rows == {f"{method}-PGP": results}
     assert len(results["accuracy_matrix"]) == results["num_tasks"] == line[1]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.neighbors import NearestCentroid
-from torch import nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..stream import TaskStream
@@ -26,25 +26,17 @@ CLASSIFIERS: dict[str, Callable[[], Any]] = {
 
 
 @torch.no_grad()
-def cls_features(
-    backbone: nn.Module,
+def extract_features(
+    extract: Callable[[Tensor], Tensor],
     images: Dataset,
-    collator: Callable[[list], dict[str, torch.Tensor]],
+    collator: Callable[[list], dict[str, Tensor]],
     *,
+    device: torch.device | str = "cpu",
     batch_size: int = 64,
-    interpolate_pos_encoding: bool = False,
 ) -> np.ndarray:
-    """The backbone's final CLS features of all images, `(N, d)` float32; the model's mode is restored."""
-    device, training = next(backbone.parameters()).device, backbone.training
-    backbone.eval()
+    """Features `(N, d)`, float32, of all images; `extract` maps pixel values `(B, 3, H, W)` to `(B, d)`."""
     loader = DataLoader(images, batch_size=batch_size, collate_fn=collator, generator=torch.Generator())
-    features = []
-    for batch in loader:
-        pixels = batch["pixel_values"].to(device)
-        output = backbone(pixels, interpolate_pos_encoding=interpolate_pos_encoding)
-        features.append(output.last_hidden_state[:, 0].float().cpu().numpy())
-    backbone.train(training)
-    return np.concatenate(features)
+    return np.concatenate([extract(batch["pixel_values"].to(device)).float().cpu().numpy() for batch in loader])
 
 
 def frozen_matrices(

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from pgp_hf.baselines.frozen import SHRINKAGE, cls_features, frozen_matrices
+from pgp_hf.baselines.frozen import SHRINKAGE, extract_features, frozen_matrices
 from pgp_hf.images import ImageCollator
 
 
@@ -24,15 +24,14 @@ def features_of(stream, spread, seed=0):
     return [draw(stream.train(t)) for t in range(3)], [draw(stream.test(t)) for t in range(3)]
 
 
-def test_cls_features_are_the_backbones(tmp_path):
-    model = tiny.backbone()
-    model.train()
+def test_features_are_the_frozen_backbones():
+    """Also in training mode and with an adapter on top."""
+    model = tiny.model().train()
     images, collator = tiny.stream().test(1), ImageCollator(tiny.processor())
-    features = cls_features(model.vit, images, collator, batch_size=3)
-    assert model.vit.training
+    features = extract_features(model.base_model.frozen_features, images, collator, batch_size=3)
     batch = collator([images[i] for i in range(len(images))])
     with torch.no_grad():
-        expected = model.eval().vit(batch["pixel_values"]).last_hidden_state[:, 0]
+        expected = tiny.backbone().eval().vit(batch["pixel_values"]).last_hidden_state[:, 0]
     assert np.allclose(features, expected.numpy(), atol=1e-5)
 
 

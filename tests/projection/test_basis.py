@@ -117,6 +117,18 @@ def test_energy_one_protects_what_was_seen_and_nothing_else(dim, seen, count, ch
     assert basis.extend(again, 1.0).rank == seen
 
 
+def test_weak_new_directions_are_orthogonal_to_the_old_ones():
+    """Eigenvectors of a residual that is small beside what is protected already lean into it by rounding."""
+    rng = np.random.default_rng(0)
+    frame = np.linalg.qr(rng.normal(size=(N, N)))[0]
+    old = Basis.empty(N).extend(moment_of(rng.normal(size=(40, 4)) @ frame[:4]), 1.0)
+    rows = rng.normal(size=(40, 4)) @ frame[:4] + 1e-6 * rng.normal(size=(40, 2)) @ frame[4:6]
+    new = old.extend(moment_of(rows), 1.0)
+    assert new.rank == 6
+    assert (new.columns.mT @ new.columns - torch.eye(6)).abs().max() < 1e-12
+    assert new.project(torch.from_numpy(frame[4:6])).abs().max() < 1e-2
+
+
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
 def test_projector_is_symmetric_and_idempotent(batch):
     rows = torch.from_numpy(np.random.default_rng(0).normal(size=(*batch, 5, 7)))

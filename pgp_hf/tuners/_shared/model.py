@@ -148,6 +148,10 @@ class PromptTuner(BaseTuner):
         """Pool entries `(B, k)` of the last forward pass; None where nothing is selected."""
         return self.layer.selected
 
+    @abstractmethod
+    def frozen_features(self, pixel_values: Tensor) -> Tensor:
+        """The backbone's features `(B, d)` of images, as they are without any prompt."""
+
     def watch_features(self, callback: Callable[[Tensor], Any]) -> Any:
         """Calls back with what the head reads, `(B, d)`, at each forward pass; returns a handle to `remove()`."""
         return self.model.classifier.register_forward_pre_hook(lambda module, args: callback(args[0]))

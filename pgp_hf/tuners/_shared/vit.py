@@ -89,6 +89,9 @@ class ViTPromptTuner(PromptTuner):
             for module in training:
                 module.training = True
 
+    def frozen_features(self, pixel_values: Tensor) -> Tensor:
+        return self.query(pixel_values)
+
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.layer.bypass:
             return None

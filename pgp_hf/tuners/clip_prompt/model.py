@@ -86,6 +86,21 @@ class ClipPromptModel(TaskEntryTuner):
         """Calls back with the image embeddings `(B, P)` that the class names are compared with."""
         return self.model.visual_projection.register_forward_hook(lambda module, args, output: callback(output))
 
+    @torch.no_grad()
+    def frozen_features(self, pixel_values: Tensor) -> Tensor:
+        """Image embeddings `(B, P)`, not normalised."""
+        self.layer.bypass = True
+        try:
+            interpolate = self.adapter_config.interpolate_pos_encoding
+            return self.model.get_image_features(pixel_values, interpolate_pos_encoding=interpolate).pooler_output
+        finally:
+            self.layer.bypass = False
+
+    def zero_shot_features(self) -> Tensor:
+        """Text features `(C, P)` of the class names without any context."""
+        config = self.adapter_config
+        return self._text_features(range(len(config.class_tokens)), None, config)
+
     # ---- tasks ---------------------------------------------------------------------------------------------------
 
     def _entries(self) -> Iterator[tuple[nn.ParameterDict, int]]:
