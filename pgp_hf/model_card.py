@@ -89,7 +89,8 @@ def render_card(
         title=name,
         base_name=_public_name(base) if base else None,
         base_is_local=not _is_hub_id(base),
-        snippet=_snippet(base, num_classes, repo_id),
+        snippet=_snippet(base, num_classes, repo_id, peft_type == "CLIP_PROMPT"),
+        clip=peft_type == "CLIP_PROMPT",
         pool=_pool(adapter_config, batchwise),
         num_classes=num_classes,
         num_tasks=num_tasks,
@@ -178,18 +179,20 @@ def _model_name(peft_type: str, method: str, dataset: str | None, repo_id: str |
     return re.sub(r"[^a-z0-9]+", "-", "-".join(filter(None, parts)).lower()).strip("-")
 
 
-def _snippet(base: str, num_classes: int, repo_id: str | None) -> str:
+def _snippet(base: str, num_classes: int, repo_id: str | None, clip: bool) -> str:
     """Loads backbone and adapter; a backbone with a head of another size is no obstacle."""
     source = base if _is_hub_id(base) else f"path/to/{_public_name(base) if base else 'the-backbone'}"
+    source = json.dumps(source, ensure_ascii=False)
     adapter = repo_id if _is_hub_id(repo_id) else "path/to/this/folder"
+    kind = "CLIPModel" if clip else "AutoModelForImageClassification"
+    size = "" if clip else f", num_labels={num_classes}, ignore_mismatched_sizes=True"
+    use = "\nlogits = model(pixel_values=pixel_values).logits_per_image  # one column a class" if clip else ""
     return f"""import pgp_hf  # registers the adapter with PEFT
 from peft import PeftModel
-from transformers import AutoModelForImageClassification
+from transformers import {kind}
 
-base = AutoModelForImageClassification.from_pretrained(
-    {json.dumps(source, ensure_ascii=False)}, num_labels={num_classes}, ignore_mismatched_sizes=True
-)
-model = PeftModel.from_pretrained(base, {json.dumps(adapter)}).eval()"""
+base = {kind}.from_pretrained({source}{size})
+model = PeftModel.from_pretrained(base, {json.dumps(adapter)}).eval(){use}"""
 
 
 # What the card says.
@@ -253,6 +256,19 @@ def _update_rule(facts: Mapping[str, Any]) -> str:
 
 
 def _pool(config: Mapping[str, Any], batchwise: bool) -> str:
+    """The prompts, by the adapter's own settings."""
+    get = {key: _text(value) for key, value in config.items()}.get
+    if config.get("peft_type") == "DUALPROMPT":
+        return (
+            f"general prefixes of length {get('general_length')} in layers {get('general_layers')} and "
+            f"{get('pool_size')} expert prefixes of length {get('expert_length')} in layers {get('expert_layers')}, "
+            "one per task, found by key"
+        )
+    if config.get("peft_type") == "CLIP_PROMPT":
+        return (
+            f"{get('text_length')} context tokens per task before each class name and {get('image_length')} image "
+            "prompt tokens shared by all tasks"
+        )
     size, length, top_k = (_text(config.get(key)) for key in ("pool_size", "prompt_length", "top_k"))
     return f"{size} prompts of {length} tokens, {top_k} of them selected for each {'batch' if batchwise else 'image'}"
 

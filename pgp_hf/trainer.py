@@ -376,7 +376,7 @@ class PGPTrainer(Trainer):
             features = torch.from_numpy(np.ascontiguousarray(self._features[t]))
             artifacts.write_tensors(self.folder.features(t), {"features": features})
             self.folder.publish(t, self._write_files)
-            shutil.rmtree(self.folder.checkpoints(t), ignore_errors=True)
+            shutil.rmtree(self.folder.checkpoints(t).parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _write_files(self, folder: Path) -> None:

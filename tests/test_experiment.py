@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "run_l2p_pgp.py"
 
 
-def launch(*arguments, cwd):
+def launch(*arguments, cwd, script=SCRIPT):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
     return subprocess.run(
         [
@@ -81,6 +81,19 @@ def test_local_backbone_and_data_side_by_side(local, tmp_path):
     assert str(out) in done.stdout and "training task 3" in done.stderr
     manifest = (out / "stream.json").read_text()
     assert str(tmp_path.parent) not in manifest and json.loads(manifest)["tasks"][0]["train"]["num_images"] == 18
+
+
+@pytest.mark.parametrize(("method", "label"), [("dualprompt", "DualPrompt"), ("clip", "CLIP")])
+def test_the_other_methods_on_the_embedded_default(tmp_path, method, label):
+    few = ("--max_train_samples_per_class", 4, "--max_eval_samples_per_class", 3, "--num_train_epochs", 1)
+    done = launch(*few, cwd=tmp_path, script=SCRIPT.with_name(f"run_{method}_pgp.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out" / f"{method}_pgp"
+    rows = json.loads((out / "comparison.json").read_text())
+    assert list(rows)[-2:] == [label, f"{label}-PGP"]
+    assert ("frozen, zero-shot" in rows) is (method == "clip")
+    assert rows[label]["accuracy_matrix"][0] == rows[f"{label}-PGP"]["accuracy_matrix"][0]
+    assert "scikit-learn digits" in (out / "README.md").read_text() and (out / "task-5").is_dir()
 
 
 def test_the_embedded_default_is_used_when_nothing_is_named(script):

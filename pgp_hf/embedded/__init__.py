@@ -97,11 +97,9 @@ def digits(seed: int = 0, test_fraction: float = 0.2) -> DatasetDict:
         return {"bytes": buffer.getvalue(), "path": None}
 
     features = Features({"image": Image(), "label": ClassLabel(names=list(DIGIT_NAMES))})
-    return DatasetDict(
-        {
-            name: Dataset.from_dict(
-                {"image": [encode(i) for i in chosen], "label": labels[chosen].tolist()}, features=features
-            )
-            for name, chosen in zip(("train", "test"), map(np.sort, rows), strict=True)
-        }
-    )
+    splits = DatasetDict()
+    for name, chosen in zip(("train", "test"), map(np.sort, rows), strict=True):
+        columns = {"image": [encode(i) for i in chosen], "label": labels[chosen].tolist()}
+        splits[name] = Dataset.from_dict(columns, features=features)
+        splits[name].info.dataset_name = "scikit-learn digits"
+    return splits

@@ -203,6 +203,8 @@ def test_a_stream_is_learned_and_loads_as_it_was(run, images):
     results = json.loads((folder / "results.json").read_text())
     assert results["method"] == "clip_prompt" and "prompt_usage" not in results
     assert results["projection_rank"][0] > 0
+    card = (folder / "README.md").read_text()
+    assert "CLIPModel.from_pretrained" in card and "4 context tokens per task" in card and "linear head" not in card
     trained = trainer.model.eval()
     loaded = PeftModel.from_pretrained(clip(), folder).eval()
     assert torch.equal(loaded(pixel_values=images).logits_per_image, trained(pixel_values=images).logits_per_image)

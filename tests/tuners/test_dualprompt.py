@@ -195,6 +195,7 @@ def test_finished_experts_never_move(tmp_path, extra):
 def test_movement_of_general_prefixes_lies_outside_the_bases_per_head(tmp_path):
     trainer = tiny.trainer(tmp_path, model=make(), projection=ProjectionConfig(energy=0.9), weight_decay=0.1)
     trainer.train()
+    assert "3 expert prefixes of length 5 in layers [1]" in (tmp_path / "README.md").read_text()
     before, after = (load_file(tmp_path / t / "adapter_model.safetensors") for t in ("task-1", "task-2"))
     bases = load_file(tmp_path / "task-1" / "projection.safetensors")
     description = json.loads((tmp_path / "task-1" / "projection.json").read_text())

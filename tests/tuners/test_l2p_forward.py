@@ -215,6 +215,8 @@ def test_dropout_does_not_reach_the_query(make_vit, make_l2p, make_images, train
     first, second = (model(images).logits for _ in range(2))
     assert not torch.equal(first, second)  # there was dropout in the prompted pass
     assert [module.training for module in model.modules()] == modes
+    prompts = model.base_model.layer(images)[:, 1:7]
+    assert (0.3 < float((prompts == 0).float().mean()) < 0.7) == training  # prompts are dropped like other tokens
 
 
 def test_modes_survive_an_error_in_the_query(make_l2p):

@@ -80,6 +80,7 @@ def test_loads_on_a_fresh_backbone_of_any_head(saved, make_vit, make_images, num
     assert torch.equal(predict(loaded, make_images()), expected)
     assert loaded.get_base_model().config.id2label == {0: "ant", 1: "bee", 2: "cat", 3: "dog"}
     assert loaded.get_base_model().config.label2id["cat"] == 2 and loaded.get_base_model().num_labels == 4
+    assert not any(p.is_meta for p in loaded.parameters())
     assert learning(loaded) == (learning(model) if options == {"is_trainable": True} else set())
     if options == {"is_trainable": True}:
         train(loaded, make_images())

@@ -41,7 +41,7 @@ def test_top_k_per_image(top_k):
 
 def test_batchwise_majority():
     """Every image gets the entries that most images voted for."""
-    similarity = torch.tensor([[3.0, 2, 1, 0], [3, 1, 2, 0], [0, 3, 1, 2]])  # votes: 0 1 | 0 2 | 1 3
+    similarity = torch.tensor([[0.0, 3, 1, 2], [3, 1, 2, 0], [3, 2, 1, 0]])  # votes: 1 3 | 0 2 | 0 1
     assert select_top_k(similarity, 2, batchwise=True).sort().values.tolist() == [[0, 1]] * 3
-    assert select_top_k(similarity, 2)[2].tolist() == [1, 3]
+    assert select_top_k(similarity, 2)[0].tolist() == [1, 3]
     assert select_top_k(similarity, 0, batchwise=True).shape == (3, 0)
