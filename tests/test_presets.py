@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-import importlib
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import tiny
-from peft import get_peft_model
+from transformers import CLIPConfig, CLIPModel
 
-from pgp_hf import arguments, experiment, presets
+from pgp_hf import arguments, embedded, experiment, presets
 
 ALL = [(method, name) for method in ("l2p", "dualprompt", "clip") for name in presets.names(method)]
 CIFAR = {"dataset_name": "uoft-cs/cifar100", "label_column_name": "fine_label", "num_classes": 100}
@@ -152,8 +154,8 @@ def test_every_preset_says_what_it_is(method, name):
         "data": experiment.DataArguments,
         "training": experiment.PGPTrainingArguments,
     }
-    for group, arguments in fields.items():
-        assert set(preset[group]) <= {field.name for field in dataclasses.fields(arguments)}
+    for group, kind in fields.items():
+        assert set(preset[group]) <= {field.name for field in dataclasses.fields(kind)}
     assert set(preset["preprocessing"]) == {"train", "test", "pixels"}
     assert any("not pinned" in text for text in preset["unsure"])
     assert (preset["model"]["model_revision"], preset["data"]["dataset_revision"]) == ("main", "main")
@@ -166,7 +168,7 @@ def test_every_preset_says_what_it_is(method, name):
 )
 def test_prompts_are_settings_of_the_method(method, module, config):
     module = f"pgp_hf.tuners.{module}.config"
-    made = getattr(pytest.importorskip(module, reason=f"{module} is not there yet"), config)
+    made = getattr(importlib.import_module(module), config)
     for name in presets.names(method):
         wanted = presets.load(method, name)["prompts"]
         settings = made(**wanted)
@@ -316,55 +318,54 @@ def folder(path, classes, label, one_split, image="image", seed=0):
         datasets.Dataset.from_dict(rows, features=features).to_parquet(path / f"{split}.parquet")
 
 
-def config_of(method):
-    if method == "l2p":
-        return importlib.import_module("pgp_hf").L2PConfig
-    module = pytest.importorskip("pgp_hf.tuners.dualprompt", reason="DualPrompt is not there yet")
-    return module.DualPromptConfig
+# by default one with strings as labels in a single split, one online, and CLIP; the others differ in numbers alone
+QUICK = {("l2p", "imagenet-r-10"), ("l2p", "cifar100-10-online"), ("clip", "cifar100-10")}
 
 
-# by default one with strings as labels in a single split, and one online; the others differ in numbers alone
-QUICK = {("l2p", "imagenet-r-10"), ("l2p", "cifar100-10-online")}
+def save_backbone(method, preset, target):
+    """A random backbone of the preset's image size in few patches, with image processor and, for CLIP, tokenizer."""
+    size = {"image_size": preset["model"]["image_size"], "patch_size": 56}
+    if method == "clip":
+        own = embedded.clip_path()
+        for file in own.glob("tokenizer*"):
+            (target / file.name).write_bytes(file.read_bytes())
+        settings = json.loads((own / "config.json").read_text())
+        vision = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1, "intermediate_size": 48, **size}
+        CLIPModel(CLIPConfig(text_config=settings["text_config"], vision_config=vision)).save_pretrained(target)
+    else:
+        layers = 1 if method == "l2p" else 1 + max(preset["prompts"]["expert_layers"])
+        tiny.backbone(num_hidden_layers=layers, **size).save_pretrained(target)
+    tiny.processor().save_pretrained(target)
 
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [
-        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow], id="-".join(case))
-        for case in ALL
-        if case[0] != "clip"
-    ],
+    [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow], id="-".join(case)) for case in ALL],
 )
 def test_two_steps_on_random_data(tmp_path, monkeypatch, method, name):
+    """Through the example script, as a user starts it."""
     for drawing in ("save_figures", "task_curves"):  # most of the time otherwise
         monkeypatch.setattr(experiment.plots, drawing, lambda *_: [])
-    config = config_of(method)
-    line = (L2P if method == "l2p" else DUALPROMPT)[name.removesuffix("-online")]
+    lines = {"l2p": L2P, "dualprompt": DUALPROMPT, "clip": {"cifar100-10": (CIFAR, 10, 1997)}}
+    line = lines[method][name.removesuffix("-online")]
     preset = presets.load(method, name)
     data = preset["data"]
     one_split = "dataset_split" in data
     folder(tmp_path / "data", line[0]["num_classes"], data["label_column_name"], one_split, data["image_column_name"])
-    layers = 1 if method == "l2p" else 1 + max(preset["prompts"]["expert_layers"])
-    backbone = tiny.backbone(image_size=preset["model"]["image_size"], patch_size=56, num_hidden_layers=layers)
-    backbone.save_pretrained(tmp_path / "vit")
-    tiny.processor().save_pretrained(tmp_path / "vit")
-    own = ["--model_name_or_path", tmp_path / "vit", "--dataset_name", tmp_path / "data", "--max_steps", 2]
+    (tmp_path / "backbone").mkdir()
+    save_backbone(method, preset, tmp_path / "backbone")
+    own = ["--model_name_or_path", tmp_path / "backbone", "--dataset_name", tmp_path / "data", "--max_steps", 2]
     own += ["--output_dir", tmp_path / "out", "--use_cpu", "true", "--disable_tqdm", "true", "--no_compare"]
     own += ["--save_strategy", "no", "--dataloader_num_workers", 0, "--verify_images", "false"]
     own += ["--dataset_split", data["dataset_split"]] if one_split else []
-    model_args, data_args, prompts, run_args, training_args = parse(method, name, *own)
-
-    def make_model(stream):
-        backbone = model_args.backbone(stream)
-        assert not model_args.interpolates(backbone)  # the preset's image size is the backbone's
-        return get_peft_model(backbone, config(**vars(prompts)))
-
-    rows = experiment.run(method, model_args, data_args, run_args, training_args, make_model)
+    script = Path(__file__).parents[1] / "examples" / f"run_{method}_pgp.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--preset", name, *map(str, own)])
+    runpy.run_path(str(script), run_name="__main__")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert rows == {f"{method}-PGP": results}
     assert len(results["accuracy_matrix"]) == results["num_tasks"] == line[1]
     assert results["scenario"] == data["scenario"] and results["seed"] == line[-1]
     stream = json.loads((tmp_path / "out" / "stream.json").read_text())
     assert stream["class_order"] == list(range(line[0]["num_classes"]))
     processor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
-    assert (processor["image_mean"], processor["image_std"]) == ([0.0] * 3, [1.0] * 3)
+    pixels = ([0.507, 0.487, 0.441], [0.267, 0.256, 0.276]) if method == "clip" else ([0.0] * 3, [1.0] * 3)
+    assert (processor["image_mean"], processor["image_std"]) == pixels

@@ -194,6 +194,7 @@ def test_the_head_is_saved_by_default_and_left_alone_on_request(make_l2p, make_v
 def test_further_modules_to_save(make_l2p, make_vit, make_images, tmp_path):
     images = make_images()
     model = train(make_l2p(l2p={"modules_to_save": ["classifier", "layernorm"]}), images)
+    assert not model.base_model.query(images).requires_grad  # although the backbone now has parameters that learn
     loaded = PeftModel.from_pretrained(make_vit(num_labels=9), save(model, tmp_path))
     assert torch.equal(predict(loaded, images), predict(model, images))
     base = model.unload()
