@@ -179,7 +179,11 @@ class ModelArguments:
             self.source, revision=self.model_revision or "main", backend="pil"
         )
         if self.image_size is not None:
-            processor.size = {"height": self.image_size, "width": self.image_size}
+            square = {"height": self.image_size, "width": self.image_size}
+            if getattr(processor, "do_center_crop", False):  # CLIP's: short side, then the middle
+                processor.size, processor.crop_size = {"shortest_edge": self.image_size}, square
+            else:
+                processor.size = square
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if values is None:
@@ -260,7 +264,7 @@ class RunArguments:
     )
     value_energy: float | None = field(
         default=ProjectionConfig.value_energy,
-        metadata={"help": ProjectionConfig.__dataclass_fields__["value_energy"].metadata["help"]},
+        metadata={"help": "the same for prefix values and the attention that old queries pay to them, in (0, 1]"},
     )
     apply_to: Literal["update", "gradient"] = field(
         default="update", metadata={"help": ProjectionConfig.__dataclass_fields__["apply_to"].metadata["help"]}

@@ -107,8 +107,20 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete an earlier run's files, and nothing else."""
-        for folder in (*self.root.glob("task-*"), self.root / FEATURES, self.root / CHECKPOINTS):
+        for task in self.root.glob("task-*"):
+            for file in task.rglob("*"):
+                if file.is_file():
+                    (self.root / file.relative_to(task)).unlink(missing_ok=True)
+        for folder in (*self.root.glob("task-*"), *self.root.glob(".task-*")):
             shutil.rmtree(folder, ignore_errors=True)
+        for folder in (FEATURES, CHECKPOINTS):
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+
+    def adopt(self, source: RunFolder, tasks: int) -> None:
+        """Copy the first `tasks` finished tasks of another run, each whole or not at all."""
+        for t in range(tasks):
+            write_tensors(self.features(t), read_tensors(source.features(t)))
+            self.publish(t, lambda folder, t=t: shutil.copytree(source.task(t), folder, dirs_exist_ok=True))
 
     def publish(self, t: int, write: Any) -> Path:
         """Write a finished task: `write(folder)` fills a temporary folder, which then takes its place.

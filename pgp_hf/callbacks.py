@@ -84,11 +84,14 @@ class StreamProgress(ProgressCallback, StreamCallback):
             )
 
 
-class SetEpoch(TrainerCallback):
-    """Tells the training images which epoch it is, for their augmentation."""
+class FollowTraining(TrainerCallback):
+    """Tells the tuner when a task's steps begin, and the training images which epoch it is, for their augmentation."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[override]
+        self.trainer.tuner.training_starts()  # a checkpoint has been loaded, processes agree
 
     def on_epoch_begin(self, args, state, control, **kwargs):  # type: ignore[override]
         if hasattr(self.trainer.train_dataset, "set_epoch"):

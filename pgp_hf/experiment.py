@@ -78,7 +78,7 @@ def run(
     if trainer.is_world_process_zero():
         if compare:
             rows = {**frozen_rows(trainer, stream, model_args), **rows}
-        report(rows, output_dir)
+        report(rows, output_dir, twin=compare and projection.method != "none")
     trainer.accelerator.wait_for_everyone()
     trainer.end()
     return rows
@@ -94,7 +94,8 @@ def frozen_rows(trainer: PGPTrainer, stream: TaskStream, model_args: ModelArgume
     if model_args.kind == "vit" and model_args.model_name_or_path is None:
         set_seed(trainer.args.seed)
         random = AutoModel.from_config(tuner.model.config).to(tuner.model.device).eval()
-        extractors = {"random": lambda pixels: random(pixels).last_hidden_state[:, 0], **extractors}
+        position = {"interpolate_pos_encoding": tuner.adapter_config.interpolate_pos_encoding}
+        extractors = {"random": lambda pixels: random(pixels, **position).last_hidden_state[:, 0], **extractors}
     matrices = {}
     for label, extract in extractors.items():
         train, test = (
@@ -161,7 +162,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def report(rows: dict[str, dict[str, Any]], output_dir: Path) -> None:
+def report(rows: dict[str, dict[str, Any]], output_dir: Path, twin: bool) -> None:
     """Print the table, write it and its curves, and say where everything is."""
     print(
         "\nAverage accuracy over the tasks seen, after each task (%); at the end: average accuracy, forgetting, drift\n"
@@ -175,5 +176,5 @@ def report(rows: dict[str, dict[str, Any]], output_dir: Path) -> None:
         f"\nWritten to {output_dir}: the adapter after the last task, bases, results.json, README.md (model card);"
         f"\n  task-1 ... task-{tasks}: the same as it stood after each task; figures/: accuracy matrix, curves, comparison;"
         f"\n  comparison.json: this table"
-        + ("; baseline/: the same files of the run without projection." if (output_dir / "baseline").exists() else ".")
+        + ("; baseline/: the same files of the run without projection." if twin else ".")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 import warnings
@@ -22,7 +23,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from . import artifacts, model_card, plots
 from .artifacts import RunFolder
-from .callbacks import SetEpoch, StreamProgress
+from .callbacks import FollowTraining, StreamProgress
 from .evaluation import StreamResults, keep_classes, relative_drift
 from .images import AugmentedImages, CachedQueries, ImageCollator
 from .projection import Projection, ProjectionConfig
@@ -68,6 +69,11 @@ class PGPTrainer(Trainer):
                 "processing_class is missing: pass the backbone's image processor, for example "
                 "AutoImageProcessor.from_pretrained(name, backend='pil')."
             )
+        if any(part is not None for part in kwargs.get("optimizers", ())):
+            raise ValueError(
+                "optimizers=(...) would be used for one task and without projection: name it by args.optim, or pass "
+                "optimizer_cls_and_kwargs=(torch.optim.SGD, {...}), from which each task makes its own."
+            )
         self.stream = stream
         self.projection = Projection(projection)
         kwargs.setdefault("compute_loss_func", self._task_loss)
@@ -83,6 +89,10 @@ class PGPTrainer(Trainer):
                 "(accelerate launch --multi_gpu) or FSDP2; prompts are too small to gain from sharding."
             )
         if stream.scenario == "online":
+            if self.args.max_steps > 0:
+                raise ValueError(
+                    f"max_steps={self.args.max_steps} and scenario='online', one epoch, exclude each other."
+                )
             self.args.num_train_epochs = 1
         self.tuner.prepare_stream([list(task.classes) for task in stream.tasks])
         config = self.tuner.adapter_config
@@ -99,9 +109,9 @@ class PGPTrainer(Trainer):
         self.task: int | None = None  # in training, or trained last
         self._features: dict[int, np.ndarray] = {}
         self._queries: dict[int, Tensor] = {}
-        self._eval_classes: list[int] | None = None
+        self._scored: int | None = None  # task whose test images are being evaluated
         self._recording = False
-        self.add_callback(SetEpoch(self))
+        self.add_callback(FollowTraining(self))
         if not self.args.disable_tqdm:
             self.pop_callback(ProgressCallback)
             self.add_callback(StreamProgress)
@@ -153,8 +163,7 @@ class PGPTrainer(Trainer):
         self.train_dataset = AugmentedImages(
             self.stream.train(t), self.args.augmentation, self.args.crop_min_scale, self.args.seed, t
         )
-        self.eval_dataset = {f"task_{j + 1}": self.stream.test(j) for j in range(t + 1)}
-        self._eval_classes = self.stream.seen_classes(t) if self.args.eval_mask == "seen" else None
+        self.eval_dataset = self._test_sets(t)
         if self.args.reinit_optimizer:
             self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
@@ -190,10 +199,7 @@ class PGPTrainer(Trainer):
             raise ValueError("no task has been trained yet: call train() or train_task(0) first.")
         started = time.perf_counter()
         t, row, usage, drifts = self.task, [], [], []
-        seen = self._eval_classes
         for j in range(t + 1):
-            if self.stream.scenario == "task_incremental":
-                self._eval_classes = list(self.stream.tasks[j].classes)
             output = self._record(j)
             logits, features, *selected = output.predictions
             row.append(float(100 * np.mean(logits.argmax(-1) == output.label_ids)))
@@ -203,7 +209,6 @@ class PGPTrainer(Trainer):
                 drifts.append(relative_drift(self._features[j], features))
             else:
                 self._features[t] = features
-        self._eval_classes = seen
         self.results.matrix[t:] = [row]
         self.results.drift[t:] = [float(np.mean(drifts)) if drifts else 0.0]
         self.results.usage = usage or None
@@ -280,6 +285,21 @@ class PGPTrainer(Trainer):
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
+    def _test_sets(self, t: int) -> dict[str, Any]:
+        return {f"task_{j + 1}": self.stream.test(j) for j in range(t + 1)}
+
+    def _allowed_classes(self) -> list[int] | None:
+        """Classes that a prediction may take now; None for all."""
+        if self.stream.scenario == "task_incremental" and self._scored is not None:
+            return list(self.stream.tasks[self._scored].classes)
+        return None if self.args.eval_mask == "none" or self.task is None else self.stream.seen_classes(self.task)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As a `Trainer`'s; notes whose test images these are, which the task-incremental scenario needs."""
+        found = re.search(r"task_(\d+)$", metric_key_prefix)
+        self._scored = int(found[1]) - 1 if found else None
+        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -300,7 +320,7 @@ class PGPTrainer(Trainer):
                 outputs = model(**inputs)
         finally:
             watch.remove()
-        logits = keep_classes(self.tuner.class_logits(outputs).float(), self._eval_classes)
+        logits = keep_classes(self.tuner.class_logits(outputs).float(), self._allowed_classes())
         loss = None if labels is None else F.cross_entropy(logits, labels)
         if prediction_loss_only:
             return loss, None, None
@@ -342,7 +362,7 @@ class PGPTrainer(Trainer):
         if limit is not None and limit < len(images):
             indices = np.sort(np.random.default_rng([self.args.seed, t]).permutation(indices)[:limit])
         share = indices[self.args.process_index :: self.args.world_size]
-        if len(share) == 0:
+        if len(indices) < self.args.world_size:
             raise ValueError(
                 f"{len(indices)} images for the statistics of task {t + 1} are too few for {self.args.world_size} "
                 "processes: use fewer processes, or raise max_images."
@@ -397,6 +417,11 @@ class PGPTrainer(Trainer):
 
     def _start(self, resume: str | bool | None) -> tuple[int, str | None]:
         """Index of the first task to train, and the checkpoint to enter it by."""
+        if self.results.matrix and not resume:
+            raise ValueError(
+                f"this trainer has trained {len(self.results.matrix)} tasks already: go on with "
+                "train(resume_from_checkpoint=True) or train_task, or make a new trainer."
+            )
         if not resume:
             if self.is_world_process_zero():
                 if self.args.overwrite_output_dir:
@@ -406,9 +431,22 @@ class PGPTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             return 0, None
         source = self.folder if resume is True else RunFolder(resume)
+        elsewhere = source.root.resolve() != self.folder.root.resolve()
+        if elsewhere and self.is_world_process_zero():
+            self.folder.clear() if self.args.overwrite_output_dir else self.folder.check_unused()
         finished = source.finished_tasks()
         if finished:
+            if not self.args.reinit_optimizer and finished < self.stream.num_tasks:
+                raise ValueError(
+                    "reinit_optimizer=False carries the optimizer's state from task to task, which finished tasks do "
+                    "not keep: such a run cannot be resumed exactly. Start anew, or use reinit_optimizer=True."
+                )
             self._load_task(source, finished - 1)
+            if self.is_world_process_zero():
+                if elsewhere:
+                    self.folder.adopt(source, finished)
+                self.folder.promote(finished - 1)  # a run may have died before it came to that
+            self.accelerator.wait_for_everyone()
         checkpoint = source.last_checkpoint(finished) if finished < self.stream.num_tasks else None
         if not finished and checkpoint is None:
             warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=3)
@@ -429,6 +467,12 @@ class PGPTrainer(Trainer):
         self.projection.load_state(artifacts.read_tensors(folder / artifacts.BASES), description)
         model = self.accelerator.unwrap_model(self.model)
         adapter = model.active_adapter
+        saved = artifacts.read_json(folder / "adapter_config.json")
+        for name, value in self.tuner.adapter_config.settings().items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"the adapter in {folder} has {name}={saved.get(name)!r}, this one {value!r}: continue with the same."
+                )
         weights = load_peft_weights(str(folder), device=str(self.args.device))
         problems = set_peft_model_state_dict(model, weights, adapter_name=adapter)
         if problems.unexpected_keys:
@@ -438,11 +482,7 @@ class PGPTrainer(Trainer):
         self._features = {j: artifacts.read_tensors(source.features(j))["features"].numpy() for j in range(t + 1)}
         self.task = t
         self.tuner.resume_after(t)
-        if source.root != self.folder.root and self.is_world_process_zero():
-            for j in range(t + 1):
-                shutil.copytree(source.task(j), self.folder.task(j), dirs_exist_ok=True)
-                artifacts.write_tensors(self.folder.features(j), artifacts.read_tensors(source.features(j)))
-        self.accelerator.wait_for_everyone()
+        self.eval_dataset = self._test_sets(t)
 
     # ---- small ---------------------------------------------------------------------------------------------------
 
@@ -462,7 +502,7 @@ def _task_seed(seed: int, t: int) -> int:
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
+    return {"accuracy": float(100 * np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
 def _check_model(model: Any, stream: TaskStream) -> None:

@@ -63,6 +63,14 @@ class PGPTrainingArguments(TrainingArguments):
                 "push_to_hub=True would upload checkpoints and optimizer state, not finished tasks: train without it, "
                 "then upload a finished task, for example `hf upload USER/NAME OUTPUT_DIR/task-3`."
             )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}=True would cast the prompts for good, and rounding undoes the projection: use bf16=True, "
+                    "which keeps them in float32."
+                )
+        if not self.eval_do_concat_batches:
+            raise ValueError("eval_do_concat_batches=False leaves test images in pieces: leave it True.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the images before they are read: leave it False.")
         if self.deepspeed:

@@ -27,7 +27,7 @@ def launch(*arguments, cwd, script=SCRIPT):
             "accelerate.commands.launch",
             "--num_processes",
             "1",
-            str(SCRIPT),
+            str(script),
             *map(str, arguments),
         ],
         cwd=cwd,

@@ -252,7 +252,7 @@ def test_trainers_own_evaluation_keeps_working(tmp_path):
     )
     trainer.train_task(0)
     metrics = trainer.evaluate()
-    assert 100 * metrics["eval_task_1_accuracy"] == pytest.approx(trainer.results.matrix[0][0])
+    assert metrics["eval_task_1_accuracy"] == pytest.approx(trainer.results.matrix[0][0])
 
 
 def test_bfloat16_autocast_trains(tmp_path):
@@ -314,6 +314,43 @@ def test_an_output_folder_with_another_run_is_left_alone(run, tmp_path):
     assert (tmp_path / "task-3").is_dir()
 
 
+def test_a_trained_trainer_does_not_start_over(tmp_path):
+    trainer = tiny.trainer(tmp_path, overwrite_output_dir=True)
+    trainer.train_task(0)
+    with pytest.raises(ValueError, match="has trained 1 tasks already"):
+        trainer.train()
+    assert (tmp_path / "task-1").is_dir()
+
+
+def test_a_resumed_trainer_masks_as_the_one_before(run):
+    trainer, folder = run
+    resumed = tiny.trainer(folder)
+    resumed.train(resume_from_checkpoint=True)
+    assert list(resumed.eval_dataset) == ["task_1", "task_2", "task_3"]
+    resumed.task = 0  # as after the first task
+    logits = resumed.predict(resumed.stream.test(0)).predictions
+    assert np.isneginf(logits).sum(1).tolist() == [4] * 8
+
+
+def test_ready_made_optimizers_are_refused(tmp_path):
+    model = tiny.model()
+    with pytest.raises(ValueError, match="without projection"):
+        tiny.trainer(tmp_path, model=model, optimizers=(torch.optim.SGD(model.parameters()), None))
+
+
+def test_online_and_max_steps_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="max_steps=5 and scenario='online'"):
+        tiny.trainer(tmp_path, stream=tiny.stream(scenario="online"), max_steps=5)
+
+
+def test_task_incremental_evaluation_by_the_trainers_own_method(tmp_path):
+    trainer = tiny.trainer(tmp_path, stream=tiny.stream(scenario="task_incremental"))
+    trainer.train_task(0)
+    trainer.train_task(1)
+    metrics = trainer.evaluate()
+    assert [metrics[f"eval_task_{j}_accuracy"] for j in (1, 2)] == pytest.approx(trainer.results.matrix[1])
+
+
 def test_tasks_come_in_turn(tmp_path):
     trainer = tiny.trainer(tmp_path)
     with pytest.raises(ValueError, match="t=1 is not the next task: 0 of 3 tasks are trained, so t=0 comes next"):
@@ -340,6 +377,8 @@ def test_models_that_do_not_fit(tmp_path, make, error, message):
     [
         ({"push_to_hub": True}, "push_to_hub"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"bf16_full_eval": True}, "bf16_full_eval=True would cast the prompts"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches"),
         ({"crop_min_scale": 0.0}, r"crop_min_scale=0.0 is outside \(0, 1\]"),
         ({"train_mask": "all"}, "train_mask='all' is unknown: choose one of task, seen"),
         ({"eval_mask": "all"}, "eval_mask='all'"),

@@ -7,10 +7,11 @@ import shutil
 import pytest
 import tiny
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from pgp_hf import ProjectionConfig
+from pgp_hf import DualPromptConfig, L2PConfig, ProjectionConfig
 from pgp_hf.artifacts import RunFolder
 
 
@@ -61,6 +62,25 @@ def test_resumed_is_straight(straight, tmp_path, task, step, kwargs):
     assert tiny.same_results(resumed.results.to_dict(), reference.results.to_dict())
 
 
+@pytest.mark.parametrize("method", ["l2p", "dualprompt"])
+def test_resumed_in_the_first_task_by_a_process_that_was_seeded_otherwise(tmp_path, method):
+    def model(seed):
+        base = tiny.backbone()
+        torch.manual_seed(seed)
+        dual = DualPromptConfig(general_layers=[0], expert_layers=[1], pool_size=3)
+        return get_peft_model(
+            base, dual if method == "dualprompt" else L2PConfig(pool_size=5, prompt_length=2, top_k=2)
+        )
+
+    tiny.trainer(tmp_path / "straight", model=model(1)).train()
+    stop = StopAt(0, 6)
+    stop.trainer = trainer = tiny.trainer(tmp_path / "stopped", model=model(1), callbacks=[stop])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    tiny.trainer(tmp_path / "stopped", model=model(2)).train(resume_from_checkpoint=True)
+    assert equal(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
+
+
 def test_resume_in_another_folder_and_of_a_finished_run(straight, tmp_path):
     reference, folder = straight
     shutil.copytree(folder / "task-1", tmp_path / "a" / "task-1")
@@ -69,6 +89,8 @@ def test_resume_in_another_folder_and_of_a_finished_run(straight, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "a"))
     assert equal(weights(tmp_path / "b"), weights(folder))
     assert sorted(p.name for p in (tmp_path / "b").glob("task-*")) == ["task-1", "task-2", "task-3"]
+    with pytest.raises(ValueError, match="holds an earlier run"):  # never a mix of two runs
+        tiny.trainer(tmp_path / "b", augmentation="crop_flip").train(resume_from_checkpoint=str(tmp_path / "a"))
     finished = tiny.trainer(tmp_path / "b", augmentation="crop_flip")
     assert finished.train(resume_from_checkpoint=True).global_step == 0
     assert tiny.same_results(finished.results.to_dict(), reference.results.to_dict())
@@ -81,14 +103,18 @@ def test_resume_in_another_folder_and_of_a_finished_run(straight, tmp_path):
         ({"stream": lambda: tiny.stream(seed=1)}, "class_order|order"),
         ({"stream": lambda: tiny.stream(dataset=tiny.data(seed=5))}, "sha256|content|differ"),
         ({"projection": ProjectionConfig(energy=0.5)}, "energy=0.9"),
+        ({"model": lambda: tiny.model(top_k=3)}, "has top_k=2, this one 3"),
+        ({"reinit_optimizer": False}, "cannot be resumed exactly"),
     ],
 )
-def test_another_run_is_not_continued(straight, change, message):
+def test_another_run_is_not_continued(straight, tmp_path, change, message):
     _, folder = straight
     before = (folder / "results.json").read_bytes()
     change = {k: v() if callable(v) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=message):
-        tiny.trainer(folder, augmentation="crop_flip", **change).train(resume_from_checkpoint=True)
+        shutil.copytree(folder, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "task-3")
+        tiny.trainer(tmp_path / "run", augmentation="crop_flip", **change).train(resume_from_checkpoint=True)
     assert (folder / "results.json").read_bytes() == before
 
 

@@ -195,6 +195,7 @@ def test_given_queries_are_the_computed_ones(make_vit, make_l2p, make_images, ki
         assert not equal(other, live)
         with model.disable_adapter():
             assert equal(model(images, prompt_query=query), make_vit(kind)(images))
+            assert model.base_model.selected_prompts is None
     for wrong in (query[:-1], query[:, :-1]):
         with pytest.raises(ValueError, match=r"prompt_query of shape .*expected \(5, 24\)"):
             model(images, prompt_query=wrong)

@@ -133,6 +133,16 @@ def test_bfloat16_backbone(make_vit, make_l2p, make_images, kind):
     assert all(p[a].grad.isfinite().all() and p[a].grad.any() for p in (layer.l2p_prompt, layer.l2p_key) for a in p)
 
 
+def test_prompts_in_the_backbones_precision_on_request(make_vit, make_images):
+    from peft import get_peft_model
+
+    from pgp_hf import L2PConfig
+
+    model = get_peft_model(make_vit().bfloat16(), L2PConfig(), autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.eval()(make_images(2)).logits.isfinite().all()
+
+
 def test_it_learns(make_l2p, make_images):
     """Ten images by heart: the loss falls, keys approach their queries."""
     model, images = make_l2p(), make_images(8)

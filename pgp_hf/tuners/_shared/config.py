@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 
@@ -52,3 +52,8 @@ class PromptConfig(PeftConfig):
         for name, value in least.items():
             if not getattr(self, name) >= value:  # catches NaN
                 raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be at least {value}.")
+
+    def settings(self) -> dict[str, Any]:
+        """The method's own settings, as JSON has them: what must agree for a run to be continued."""
+        given = {one.name for one in fields(PeftConfig)} | {"id2label", "learned_entries", "class_tokens"}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in given}

@@ -57,7 +57,7 @@ class TaskEntryTuner(PromptTuner):
 
     @torch.no_grad()
     def begin_task(self, task: int) -> None:
-        """Use entry `task` from now on, and hold the others where they are.
+        """Use entry `task` from now on.
 
         Raises:
             ValueError: there is no such entry.
@@ -69,8 +69,10 @@ class TaskEntryTuner(PromptTuner):
             )
         self._task, config.learned_entries = task, task + 1
         self._start_entry(task)
-        name = self.adapter
-        self._kept = [container[name].detach().clone() for container, _ in self._entries()]
+
+    def training_starts(self) -> None:
+        """Hold the entries of other tasks where they are now."""
+        self._kept = [container[self.adapter].detach().clone() for container, _ in self._entries()]
 
     def _start_entry(self, task: int) -> None:
         """Set the values that a task's entry starts from."""

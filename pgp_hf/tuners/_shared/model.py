@@ -46,6 +46,9 @@ class PromptTuner(BaseTuner):
     def begin_task(self, task: int) -> None:
         """Called before the 0-based task trains."""
 
+    def training_starts(self) -> None:
+        """Called when a task's first step is near, after a checkpoint was loaded."""
+
     def end_task(self, task: int) -> None:
         """Called after the 0-based task has trained."""
 

@@ -49,6 +49,13 @@ class ViTPromptTuner(PromptTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         prepare_head(model, peft_config)
+        inside = [name for name, _ in self.backbone.named_modules() if name]
+        for saved in peft_config.modules_to_save or []:
+            if any(name == saved or name.endswith(f".{saved}") for name in inside):
+                raise ValueError(
+                    f"modules_to_save={peft_config.modules_to_save}: {saved!r} is in the backbone, which must stay frozen "
+                    "for queries to mean the same in every task. Name modules outside it, such as the classifier."
+                )
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self._install_hooks(
