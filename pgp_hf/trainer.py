@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, ProgressCallback, Trainer
-from transformers.trainer_utils import PredictionOutput, TrainOutput
+from transformers import ProgressCallback, Trainer
+from transformers.trainer_utils import TrainOutput
 
 from .artifacts import RunFolder
-from .callbacks import FollowTraining, StreamProgress
-from .evaluation import StreamResults, keep_classes, relative_drift
-from .images import AugmentedImages, CachedQueries, ImageCollator
+from .callbacks import FollowTraining, PushTasks, StreamProgress
+from .evaluation import StreamEvaluation, StreamResults, accuracy
+from .images import AugmentedImages, ImageCollator
 from .projection import Projection, ProjectionConfig
 from .run_files import RunFiles
 from .stream import TaskStream
 from .training_args import PGPTrainingArguments
 
 
-class PGPTrainer(RunFiles, Trainer):
+class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
     """Learns a `TaskStream` task by task.
 
     After each task: statistics of its training images (deterministic views, no random number consumed) grow the
@@ -73,7 +73,7 @@ class PGPTrainer(RunFiles, Trainer):
         self.stream = stream
         self.projection = Projection(projection)
         kwargs.setdefault("compute_loss_func", self._task_loss)
-        kwargs.setdefault("compute_metrics", _accuracy)
+        kwargs.setdefault("compute_metrics", accuracy)
         kwargs.setdefault("eval_dataset", {"task_1": stream.test(0)})  # grows with the tasks
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
@@ -92,10 +92,13 @@ class PGPTrainer(RunFiles, Trainer):
             self.args.num_train_epochs = 1
         self.tuner.prepare_stream([list(task.classes) for task in stream.tasks])
         config = self.tuner.adapter_config
+        if config.id2label == {label: f"LABEL_{label}" for label in config.id2label}:  # the model was given no names
+            config.id2label = dict(stream.id2label)
         self.folder = RunFolder(self.args.output_dir)
         self.results = StreamResults(
             method=config.peft_type.lower(),
             projection=self.projection.config.method,
+            head=config.head,
             scenario=stream.scenario,
             num_tasks=stream.num_tasks,
             seed=self.args.seed,
@@ -103,11 +106,15 @@ class PGPTrainer(RunFiles, Trainer):
             batchwise_prompt=getattr(config, "batchwise_prompt", False),
         )
         self.task: int | None = None  # in training, or trained last
-        self._features: dict[int, np.ndarray] = {}
+        self._features: dict[int, np.ndarray] = {}  # of each task's test images when it ended
+        self._selected: dict[int, np.ndarray] = {}  # their pool entries; empty where nothing is selected
         self._queries: dict[int, Tensor] = {}
         self._scored: int | None = None  # task whose test images are being evaluated
         self._recording = False
         self.add_callback(FollowTraining(self))
+        if self.args.push_to_hub:
+            self.args.check_hub()  # set_push_to_hub() comes after the arguments' own checks
+            self.add_callback(PushTasks())
         if not self.args.disable_tqdm:
             self.pop_callback(ProgressCallback)
             self.add_callback(StreamProgress)
@@ -120,6 +127,8 @@ class PGPTrainer(RunFiles, Trainer):
         Args:
             resume_from_checkpoint: True continues the run in `output_dir` exactly where it stopped, within a task too;
                 a path continues the run in that folder, writing to `output_dir`. An empty folder starts a new run.
+                The path may be a run's folder, one of its task folders or a copy of one (learned as far as that task),
+                or "owner/name@task-3" on the Hub.
 
         Returns:
             Steps and mean training loss over the tasks trained by this call; `metrics` is the results file's content.
@@ -172,55 +181,17 @@ class PGPTrainer(RunFiles, Trainer):
         self._count("train", started)
         self.tuner.end_task(t)
 
+        started = time.perf_counter()
         if self.projection.active:
-            started = time.perf_counter()
             self._gather_statistics(t)
-            self._count("statistics", started)
+        if self.tuner.statistics is not None:
+            self._gather_class_statistics(t)
+        self._count("statistics", started)
         self.results.rank.append(self.projection.rank)
         self.evaluate_stream()
         self._write_task(t)
         self._fire("on_task_end", task=t, results=self.results.to_dict(), folder=self.folder.task(t))
         return output
-
-    def evaluate_stream(self) -> dict[str, Any]:
-        """Evaluate every task trained so far, and take the figures into `results`.
-
-        Class-incremental and online: a prediction may be any class seen so far, and no task id enters.
-        Task-incremental: a prediction is one of its own task's classes.
-
-        Returns:
-            The content of `results.json`.
-        """
-        if self.task is None:
-            raise ValueError("no task has been trained yet: call train() or train_task(0) first.")
-        started = time.perf_counter()
-        t, row, usage, drifts = self.task, [], [], []
-        for j in range(t + 1):
-            output = self._record(j)
-            logits, features, *selected = output.predictions
-            row.append(float(100 * np.mean(logits.argmax(-1) == output.label_ids)))
-            pool_size = self.tuner.adapter_config.pool_size
-            usage += [np.bincount(entries.ravel(), minlength=pool_size).tolist() for entries in selected]
-            if j < t:
-                drifts.append(relative_drift(self._features[j], features))
-            else:
-                self._features[t] = features
-        self.results.matrix[t:] = [row]
-        self.results.drift[t:] = [float(np.mean(drifts)) if drifts else 0.0]
-        self.results.usage = usage or None
-        self._count("evaluation", started)
-        results = self.results.to_dict()
-        logs = {f"eval_task_{j + 1}_accuracy": accuracy for j, accuracy in enumerate(row)}
-        self.log(
-            {
-                **logs,
-                "eval_average_accuracy": results["average_accuracy"],
-                "eval_forgetting": results["forgetting"],
-                "eval_drift": results["drift"][-1],
-                "eval_projection_rank": results["projection_rank"][-1] if results["projection_rank"] else 0,
-            }
-        )
-        return results
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -237,10 +208,21 @@ class PGPTrainer(RunFiles, Trainer):
         optimizer = super().create_optimizer(model)
         if new:
             plain = getattr(optimizer, "optimizer", optimizer)
+            if self.task and self.args.later_prompt_learning_rate is not None:
+                self._separate_prompts(plain, self.args.later_prompt_learning_rate)
             plain.register_step_post_hook(lambda *_: self.tuner.after_step())
             if self.projection.active:
                 self.projection.projector.attach(plain, self._prompt_parameters)
         return optimizer
+
+    def _separate_prompts(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+        """Give the prompts and keys that tasks share a learning rate of their own."""
+        prompts = {id(parameter) for _, parameter in self._prompt_parameters()}
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in prompts]
+            if own:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in prompts]
+                optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
 
     def _task_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Cross-entropy over the task's classes minus the pull term, averaged over the whole step's images."""
@@ -261,6 +243,7 @@ class PGPTrainer(RunFiles, Trainer):
         pull = getattr(outputs, "prompt_similarity", None)
         if pull is not None:
             losses = losses - self.tuner.adapter_config.pull_constraint_coeff * pull
+        losses = losses + self.projection.penalty(self._prompt_parameters())
         return losses.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -279,81 +262,16 @@ class PGPTrainer(RunFiles, Trainer):
             )
         return loss
 
-    # ---- evaluation ----------------------------------------------------------------------------------------------
-
-    def _test_sets(self, t: int) -> dict[str, Any]:
-        return {f"task_{j + 1}": self.stream.test(j) for j in range(t + 1)}
-
-    def _allowed_classes(self) -> list[int] | None:
-        """Classes that a prediction may take now; None for all."""
-        if self.stream.scenario == "task_incremental" and self._scored is not None:
-            return list(self.stream.tasks[self._scored].classes)
-        return None if self.args.eval_mask == "none" or self.task is None else self.stream.seen_classes(self.task)
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As a `Trainer`'s; notes whose test images these are, which the task-incremental scenario needs."""
-        found = re.search(r"task_(\d+)$", metric_key_prefix)
-        self._scored = int(found[1]) - 1 if found else None
-        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """One evaluation batch: loss, logits with unseen classes masked, labels.
-
-        While a stream is evaluated, the logits come with the head's inputs and the selected prompts.
-        """
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels", None)
-        features: list[Tensor] = []
-        watch = self.tuner.watch_features(lambda tensor: features.append(tensor.detach().float()))
-        try:
-            with torch.no_grad():
-                outputs = model(**inputs)
-        finally:
-            watch.remove()
-        logits = keep_classes(self.tuner.class_logits(outputs).float(), self._allowed_classes())
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        if prediction_loss_only:
-            return loss, None, None
-        if self._recording:
-            selected = self.tuner.selected_prompts
-            logits = (logits, features[0], *([] if selected is None else [selected]))
-        return loss, logits, labels
-
-    def _record(self, j: int) -> PredictionOutput:
-        """Predictions, features and selections for the test images of task j."""
-        images = self.stream.test(j)
-        if self.args.cache_queries and self.tuner.query is not None:
-            if j not in self._queries:
-                self._queries[j] = self._test_queries(j)
-            images = CachedQueries(images, self._queries[j])
-        compute_metrics, self.compute_metrics, self._recording = self.compute_metrics, None, True
-        try:
-            return self.predict(images, metric_key_prefix=f"eval_task_{j + 1}")
-        finally:
-            self.compute_metrics, self._recording = compute_metrics, False
-
-    @torch.no_grad()
-    def _test_queries(self, j: int) -> Tensor:
-        """Queries `(N, d)` of a task's test images, on every process, in the batches that evaluation will use."""
-        queries = []
-        for batch in self.get_test_dataloader(self.stream.test(j)):
-            with self.accelerator.autocast():
-                query = self.tuner.query(self._prepare_inputs(batch)["pixel_values"])
-            queries.append(self.accelerator.gather_for_metrics(query).cpu())
-        return torch.cat(queries)
-
     # ---- statistics ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _gather_statistics(self, t: int) -> None:
-        """Show the task's training images, unaugmented, to the projection; each process takes its share."""
-        images, limit = self.stream.train(t), self.projection.config.max_images
+    def _training_views(
+        self, t: int, batch_size: int, limit: int | None = None
+    ) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """Batches of the task's training images, unaugmented, and each image's position within the task.
+
+        `limit` images at most; each process gets its share.
+        """
+        images = self.stream.train(t)
         indices = np.arange(len(images))
         if limit is not None and limit < len(images):
             indices = np.sort(np.random.default_rng([self.args.seed, t]).permutation(indices)[:limit])
@@ -365,22 +283,45 @@ class PGPTrainer(RunFiles, Trainer):
             )
         loader = DataLoader(
             Subset(images, share.tolist()),
-            batch_size=self.args.eval_batch_size,
+            batch_size=batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             generator=torch.Generator(),  # the loader draws a seed, which must not come from the training's numbers
         )
         self.model.eval()
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        for batch in tqdm(loader, desc="statistics", leave=False, disable=hidden):
-            inputs = self._prepare_inputs({k: v for k, v in batch.items() if k != "labels"})
-            self.projection.observe(self.tuner, inputs)
+        for i, batch in enumerate(tqdm(loader, desc="statistics", leave=False, disable=hidden)):
+            yield self._prepare_inputs(batch), share[i * batch_size : (i + 1) * batch_size].tolist()
+
+    @torch.no_grad()
+    def _gather_statistics(self, t: int) -> None:
+        """Show the task's training images to the projection."""
         several = self.args.world_size > 1
-        self.projection.end_task(
-            {name: tuple(parameter.shape) for name, parameter in self._prompt_parameters()},
+        # a batch that fits training also fits the backward passes that a projection may need
+        views = self._training_views(t, self.args.train_batch_size, self.projection.config.max_images)
+        self.projection.learn(
+            self.tuner,
+            (({k: v for k, v in inputs.items() if k != "labels"}, images) for inputs, images in views),
+            task=t,
+            seed=self.args.seed,
+            classes=self.stream.seen_classes(t),
             reduce=(lambda tensor: self.accelerator.reduce(tensor, "sum")) if several else None,
+            gather=self.accelerator.gather if several else None,
             broadcast=broadcast if several else None,
         )
+
+    @torch.no_grad()
+    def _gather_class_statistics(self, t: int) -> None:
+        """Show the task's training images to the statistics head, as the prompts now render them."""
+        statistics = self.tuner.statistics.fresh()
+        for inputs, _ in self._training_views(t, self.args.eval_batch_size):
+            labels = inputs.pop("labels")
+            with self._head_inputs() as features, self.accelerator.autocast():
+                self.model(**inputs)
+            statistics.update(features[0], labels)
+        if self.args.world_size > 1:
+            statistics.reduce(lambda tensor: self.accelerator.reduce(tensor, "sum"))
+        self.tuner.learn_statistics(statistics)
 
     # ---- small ---------------------------------------------------------------------------------------------------
 
@@ -397,10 +338,6 @@ class PGPTrainer(RunFiles, Trainer):
 
 def _task_seed(seed: int, t: int) -> int:
     return int(np.random.SeedSequence([seed, t]).generate_state(1)[0])
-
-
-def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float(100 * np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
 def _check_model(model: Any, stream: TaskStream) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+if TYPE_CHECKING:
+    from .hub import TaskRepo
 
 
 @dataclass
@@ -31,6 +36,13 @@ class PGPTrainingArguments(TrainingArguments):
         metadata={"help": "when to write a checkpoint to resume from; they are removed when their task ends"},
     )
 
+    later_prompt_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "learning rate, from the second task on, of the prompts and keys that tasks share, which a projection "
+            "protects; learning_rate when not given. A first-order projection holds best for small steps"
+        },
+    )
     reinit_optimizer: bool = field(default=True, metadata={"help": "start each task with a fresh optimizer"})
     train_mask: Literal["task", "seen"] = field(
         default="task",
@@ -54,15 +66,42 @@ class PGPTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "delete an earlier run in output_dir instead of refusing to touch it"}
     )
 
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "upload each finished task to the Hub beside the training, as one commit on main and a tag task-1, "
+            "task-2, ...; checkpoints are never uploaded, and a failed upload never stops the training"
+        },
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={"help": "repository to upload to: owner/name, or name for your own; output_dir's name by default"},
+    )
+    hub_private_repo: bool | None = field(
+        default=None,
+        metadata={
+            "help": "make a new repository private; the owner's default by default. With an existing public one nothing "
+            "is uploaded"
+        },
+    )
+    hub_strategy: HubStrategy | str = field(
+        default="every_save",
+        metadata={"help": "'every_save': upload a task as soon as it is finished; 'end': all tasks after the last"},
+    )
+    hub_base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the backbone, to be named in uploads of a run on a local folder"}
+    )
+    hub_wait: float = field(
+        default=300.0,
+        metadata={"help": "longest wait, in seconds, for uploads that are under way when the last task ends"},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
         if self.push_to_hub:
-            raise ValueError(
-                "push_to_hub=True would upload checkpoints and optimizer state, not finished tasks: train without it, "
-                "then upload a finished task, for example `hf upload USER/NAME OUTPUT_DIR/task-3`."
-            )
+            self.check_hub()
         for name in ("bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):
                 raise ValueError(
@@ -83,6 +122,16 @@ class PGPTrainingArguments(TrainingArguments):
                 f"{self.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas share the prompt selection: "
                 "start with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
             )
+        later = self.later_prompt_learning_rate
+        if later is not None and not 0 <= later < float("inf"):
+            raise ValueError(
+                f"later_prompt_learning_rate={later} is not a learning rate: use a finite number >= 0, or leave it out."
+            )
+        if later is not None and not self.reinit_optimizer:
+            raise ValueError(
+                "later_prompt_learning_rate and reinit_optimizer=False exclude each other: one optimizer for all tasks "
+                "keeps its learning rates."
+            )
         if not 0 < self.crop_min_scale <= 1:
             raise ValueError(f"crop_min_scale={self.crop_min_scale} is outside (0, 1]: it is a share of the image.")
         for name, allowed in (
@@ -92,3 +141,30 @@ class PGPTrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+
+    def hub_repo(self, new_run: bool = False) -> TaskRepo:
+        """The repository to upload to: `hub_model_id`, or the token's user and the name of `output_dir`."""
+        from .hub import TaskRepo
+
+        return TaskRepo(
+            self.hub_model_id or Path(self.output_dir).absolute().name,
+            token=self.hub_token,
+            private=self.hub_private_repo,
+            base_model=self.hub_base_model,
+            new_run=new_run,
+        )
+
+    def check_hub(self) -> None:
+        """Raise ValueError for settings of the Hub that have no meaning for a stream of tasks."""
+        if self.hub_strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
+            raise ValueError(
+                f"hub_strategy={HubStrategy(self.hub_strategy).value!r} would upload checkpoints with their optimizer "
+                "state: choose 'every_save' (each task when it is finished) or 'end' (all tasks after the last)."
+            )
+        if self.hub_revision not in (None, "main"):
+            raise ValueError(
+                f"hub_revision={self.hub_revision!r}: tasks are commits on main, tagged task-1, task-2, ...; leave it out."
+            )
+        if not self.hub_wait >= 0:
+            raise ValueError(f"hub_wait={self.hub_wait} must be at least 0: it is a number of seconds.")
+        self.hub_repo()  # checks the ids

@@ -195,6 +195,23 @@ def test_fresh_optimizer_for_each_task_unless_told_otherwise(tmp_path):
     assert steps == {True: 8, False: 16}
 
 
+@pytest.mark.parametrize("later", [None, 0.0, 1e-4])
+def test_shared_prompts_have_a_learning_rate_of_their_own_from_the_second_task_on(tmp_path, later):
+    trainer = tiny.trainer(tmp_path, projection=ProjectionConfig(method="none"), later_prompt_learning_rate=later)
+    moved = []
+    for t in range(2):
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.train_task(t)
+        after = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        moved.append({name.split(".")[-2]: float((after[name] - before[name]).abs().max()) for name in before})
+    assert min(moved[0].values()) > 1e-3 and moved[1]["default"] > 1e-3  # the head's parent is named by the adapter
+    steps, rate = trainer.state.max_steps, trainer.args.learning_rate
+    for name in ("l2p_prompt", "l2p_key"):
+        most = steps * (rate if later is None else later)
+        assert moved[1][name] <= 1.5 * most and (moved[1][name] > 0 or later == 0)
+        assert later is None or moved[1][name] < moved[0][name] / 10
+
+
 def test_kept_optimizer_is_projected_once_and_without_leaving_the_null_space(tmp_path):
     trainer = tiny.trainer(tmp_path, reinit_optimizer=False, weight_decay=0.1)
     trainer.train()
@@ -375,7 +392,11 @@ def test_models_that_do_not_fit(tmp_path, make, error, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"push_to_hub": True}, "push_to_hub"),
+        ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "hub_strategy='checkpoint' would upload checkpoints"),
+        ({"push_to_hub": True, "hub_revision": "dev"}, "hub_revision='dev'"),
+        ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "repo_id='a/b/c' is not"),
+        ({"push_to_hub": True, "hub_base_model": "/models/vit"}, "base_model='/models/vit' is not"),
+        ({"push_to_hub": True, "hub_wait": -1.0}, "hub_wait=-1.0 must be at least 0"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"bf16_full_eval": True}, "bf16_full_eval=True would cast the prompts"),
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches"),

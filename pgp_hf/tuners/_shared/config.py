@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 
+from ... import embedded
 from .registration import extend_peft_type
 
 
@@ -24,6 +25,16 @@ class PromptConfig(PeftConfig):
         metadata={
             "help": "interpolate the position embeddings to the input's size, for a backbone trained at another"
         },
+    )
+    head: Literal["linear", "statistics"] = field(
+        default="linear",
+        metadata={
+            "help": "what classifies: the trained linear head, or the class means and covariance of finished tasks"
+        },
+    )
+    shrinkage: float = field(
+        default=0.1,
+        metadata={"help": "of the statistics head's covariance towards an isotropic one, in (0, 1]"},
     )
     hidden_size: int | None = field(
         default=None, metadata={"help": "width of the backbone; filled in when the adapter is added"}
@@ -45,8 +56,22 @@ class PromptConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = extend_peft_type(self.method_name)
         self._at_least(pull_constraint_coeff=0)
+        if self.head not in ("linear", "statistics"):
+            raise ValueError(f"head={self.head!r} is unknown: choose one of linear, statistics.")
+        if not 0 < self.shrinkage <= 1:
+            raise ValueError(f"shrinkage={self.shrinkage} is outside (0, 1].")
         if self.id2label is not None:
             self.id2label = {int(index): name for index, name in self.id2label.items()}  # JSON has string keys
+        if (folder := embedded.resolve(self.base_model_name_or_path)) is not None:
+            self.base_model_name_or_path = str(folder)  # so that AutoPeftModel finds it on any machine
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; an embedded backbone by its name, not by its folder on this machine."""
+        content = super().to_dict()
+        content["base_model_name_or_path"] = (
+            embedded.name_of(self.base_model_name_or_path) or self.base_model_name_or_path
+        )
+        return content
 
     def _at_least(self, **least: int) -> None:
         for name, value in least.items():

@@ -62,6 +62,7 @@ class TaskEntryTuner(PromptTuner):
         Raises:
             ValueError: there is no such entry.
         """
+        super().begin_task(task)
         config = self.adapter_config
         if task >= config.pool_size:
             raise ValueError(
@@ -78,6 +79,7 @@ class TaskEntryTuner(PromptTuner):
         """Set the values that a task's entry starts from."""
 
     def resume_after(self, task: int) -> None:
+        super().resume_after(task)
         self._task, self.adapter_config.learned_entries = None, task + 1
 
     @torch.no_grad()

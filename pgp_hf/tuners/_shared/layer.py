@@ -15,6 +15,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     Attributes:
         bypass: set during the query pass, which must see the frozen model.
         selected: `(B, k)` pool entries chosen for the running batch, or None.
+        copies: during a traced pass, each image's copies of the parameters, by container; else None.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -24,6 +25,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.bypass = False
         self.selected: Tensor | None = None
+        self.copies: dict[str, Tensor] | None = None
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
 
@@ -46,6 +48,17 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             getattr(self, name)[adapter_name] = nn.Parameter(value)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def expose(self, name: str, values: Tensor) -> Tensor:
+        """Copies `(B, ...)` of a parameter on their way into a forward pass; a leaf of their own in a traced one."""
+        if self.copies is not None:
+            self.copies[name] = values = values.detach().clone().requires_grad_()
+        return values
+
+    def spread(self, name: str, batch: int) -> Tensor:
+        """The active adapter's parameter in container `name`, `(B, *shape)`: the same for each image, see `expose`."""
+        parameter = getattr(self, name)[self.adapter]
+        return self.expose(name, parameter.expand(batch, *parameter.shape))
 
     def release(self) -> None:
         """Undo whatever was done to the wrapped module; called when the adapter is unloaded."""

@@ -6,23 +6,27 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from ...heads import ClassStatistics
 from .layer import PromptLayer
+from .tracing import Copies, Traced, flat
 
 
 class PromptTuner(BaseTuner):
     """A PEFT tuner with prompts in wrapped modules of a frozen backbone; a method fills in the abstract parts.
 
     A trainer meets methods through the part on streams, and through `class_logits`, `watch_features`, `query` (None
-    where nothing is selected) and `selected_prompts`.
+    where nothing is selected), `selected_prompts` and the part on heads.
     """
 
     tuner_layer_cls = PromptLayer
     query: Callable[..., Tensor] | None = None
     target_module_mapping: dict[str, list[str]] = {}
+    _in_task = False
 
     # ---- what a method defines -----------------------------------------------------------------------------------
 
@@ -40,11 +44,25 @@ class PromptTuner(BaseTuner):
     ) -> Iterator[tuple[str, str, Tensor]]:
         """What these images show to those parameters: (name, role, rows)."""
 
+    @abstractmethod
+    def attention_rows(
+        self, pixel_values: Tensor, prompt_query: Tensor | None = None
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """The same for consistent attention: queries as they meet the prompt, and the attention that they pay to it.
+
+        A name ending in ".T" stands for the parameter with its last two dimensions swapped.
+        """
+
+    def _per_entry(self) -> Callable[[Tensor], Tensor]:
+        """Turns the gradient of each image's copy of a parameter into rows; all of it is one row by default."""
+        return flat
+
     def prepare_stream(self, tasks: list[list[int]]) -> None:
         """Called once before a stream; `tasks` has the classes of each task."""
 
     def begin_task(self, task: int) -> None:
-        """Called before the 0-based task trains."""
+        """Called before the 0-based task trains; the linear head classifies from now on."""
+        self._in_task = True
 
     def training_starts(self) -> None:
         """Called when a task's first step is near, after a checkpoint was loaded."""
@@ -54,6 +72,7 @@ class PromptTuner(BaseTuner):
 
     def resume_after(self, task: int) -> None:
         """Called when the state after the 0-based task has been loaded."""
+        self._in_task = False
 
     def after_step(self) -> None:
         """Called after each optimizer step."""
@@ -72,6 +91,16 @@ class PromptTuner(BaseTuner):
             )
         config.hidden_size = width
 
+    def _check_targets(self, config: Any, targets: list[str]) -> None:
+        """Refuse a loaded adapter whose parameters belong to modules that are called otherwise here."""
+        given = config.target_modules
+        if given is not None and sorted([given] if isinstance(given, str) else given) != sorted(targets):
+            raise ValueError(
+                f"the adapter was made for the modules {given}, in this {type(self.model).__name__} they are {targets}: "
+                "its parameters would find no place. Load it on the kind of model it was made on, for example a "
+                "ViTForImageClassification instead of a bare ViTModel."
+            )
+
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -87,6 +116,8 @@ class PromptTuner(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             setattr(parent, target_name, layer)
+        if layer is self.layer and peft_config.head == "statistics":
+            self._add_statistics(layer, peft_config, adapter_name)
 
     def unload(self) -> nn.Module:
         """The base model without adapter and hooks, as it was before."""
@@ -151,6 +182,46 @@ class PromptTuner(BaseTuner):
         """Pool entries `(B, k)` of the last forward pass; None where nothing is selected."""
         return self.layer.selected
 
+    # ---- heads ---------------------------------------------------------------------------------------------------
+
+    def _add_statistics(self, layer: PromptLayer, config: Any, adapter_name: str) -> None:
+        """Give the wrapped embeddings, where the adapter's keys are, its class statistics as buffers."""
+        if config.id2label is None:
+            raise ValueError(
+                f"head='statistics' needs classes, which a {type(self.model).__name__} does not name: use a model with a "
+                "head, for example AutoModelForImageClassification (for a CLIPModel, ClipPromptConfig.for_classes)."
+            )
+        container = f"{self.prefix}statistics"
+        if not hasattr(layer, container):
+            setattr(layer, container, nn.ModuleDict())
+            layer.other_param_names = (*layer.other_param_names, container)
+        statistics = ClassStatistics(len(config.id2label), self._head_width(config), config.shrinkage)
+        getattr(layer, container)[adapter_name] = statistics.to(next(layer.base_layer.parameters()).device)
+
+    def _head_width(self, config: Any) -> int:
+        """Length of the features that `watch_features` gives."""
+        return config.hidden_size
+
+    @property
+    def statistics(self) -> ClassStatistics | None:
+        """Class statistics of the adapter in use; None with a linear head, and while the adapter is disabled."""
+        known = getattr(self.layer, f"{self.prefix}statistics", {})
+        return dict(known.items()).get(self.layer.adapter)
+
+    @property
+    def statistics_speak(self) -> bool:
+        """Whether the logits are those of the statistics: in evaluation, except while a task is being learned."""
+        return self.statistics is not None and not self.model.training and not self._in_task
+
+    def learn_statistics(self, statistics: ClassStatistics) -> None:
+        """Take in what a finished task's training images show to the head, which speaks from now on."""
+        self.statistics.merge(statistics)
+        self._in_task = False
+
+    def linear_logits(self, features: Tensor) -> Tensor:
+        """What the trained head makes of features `(B, d)`, whichever head speaks; `(B, C)`."""
+        return self.model.classifier(features)
+
     @abstractmethod
     def frozen_features(self, pixel_values: Tensor) -> Tensor:
         """The backbone's features `(B, d)` of images, as they are without any prompt."""
@@ -158,3 +229,29 @@ class PromptTuner(BaseTuner):
     def watch_features(self, callback: Callable[[Tensor], Any]) -> Any:
         """Calls back with what the head reads, `(B, d)`, at each forward pass; returns a handle to `remove()`."""
         return self.model.classifier.register_forward_pre_hook(lambda module, args: callback(args[0]))
+
+    @torch.enable_grad()
+    def traced(self, pixel_values: Tensor, prompt_query: Tensor | None = None) -> Traced:
+        """A forward pass that is differentiable in each image's own copy of the shared prompts, and in nothing else.
+
+        Selection is as ever and gets no gradient. No parameter's `grad` is touched by `torch.autograd.grad` of the
+        features with respect to the copies.
+        """
+        features: list[Tensor] = []
+        watch = self.watch_features(features.append)
+        layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, PromptLayer)}
+        for layer in layers.values():
+            layer.copies = {}
+        try:
+            self.model(pixel_values=pixel_values, **({} if prompt_query is None else {"prompt_query": prompt_query}))
+            copies = {
+                f"base_model.model.{path}.{name}": Copies(values, self._per_entry())
+                for path, layer in layers.items()
+                for name, values in layer.copies.items()
+                if values.numel()
+            }
+        finally:
+            watch.remove()
+            for layer in layers.values():
+                layer.copies = None
+        return Traced(features[0], copies, {})

@@ -37,13 +37,16 @@ class ViTPromptTuner(PromptTuner):
 
     _similarity: Tensor | None = None
     _as_tuple = False
+    _head_hook: Any = None  # on the classifier, for one forward pass
 
     # ---- injection -----------------------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         name = backbone_name(self.model)
         backbone = self.model.get_submodule(name)
-        peft_config.target_modules = self._targets(peft_config, f"{name}." if name else "", backbone)
+        targets = self._targets(peft_config, f"{name}." if name else "", backbone)
+        self._check_targets(peft_config, targets)
+        peft_config.target_modules = targets
         self._check_width(peft_config, backbone.config.hidden_size)
         return peft_config
 
@@ -102,6 +105,11 @@ class ViTPromptTuner(PromptTuner):
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.layer.bypass:
             return None
+        if self._head_hook is not None:  # of a pass that failed
+            self._head_hook.remove()
+        # for one pass: PEFT copies a classifier together with its hooks
+        speak = self.statistics_speak and hasattr(model, "classifier")
+        self._head_hook = model.classifier.register_forward_hook(self._after_classifier) if speak else None
         return_dict = kwargs.get("return_dict")
         self._as_tuple = not (model.config.return_dict if return_dict is None else return_dict)
         return args, {**kwargs, "return_dict": True}  # the hooks below need names; _after_model undoes it
@@ -131,6 +139,10 @@ class ViTPromptTuner(PromptTuner):
         similarity = self._select(query, config)
         self._similarity = similarity if self.model.training else None
         return args, kwargs
+
+    def _after_classifier(self, classifier: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        self._head_hook = self._head_hook.remove()
+        return self.statistics(args[0])  # float32 in any case: half precision has too few digits to rank classes
 
     def _after_model(self, model: nn.Module, args: tuple, kwargs: dict, output: ModelOutput) -> Any:
         if self.layer.bypass:

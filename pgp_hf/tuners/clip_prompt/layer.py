@@ -34,9 +34,9 @@ class ClipImagePrompt(PromptLayer):
         self.inserted = 0
         if self.adapter is None or len(self.clip_prompt_image[self.adapter]) == 0:
             return embeddings
-        prompts = self.clip_prompt_image[self.adapter].to(embeddings.dtype).expand(len(embeddings), -1, -1)
+        prompts = self.spread("clip_prompt_image", len(embeddings))
         self.inserted = prompts.shape[1]
-        return torch.cat([embeddings[:, :1], prompts, embeddings[:, 1:]], dim=1)
+        return torch.cat([embeddings[:, :1], prompts.to(embeddings.dtype), embeddings[:, 1:]], dim=1)
 
 
 class ClipTextContext(PromptLayer):

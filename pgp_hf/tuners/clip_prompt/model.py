@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .._shared.consistency import consistency_rows
 from .._shared.entries import TaskEntryTuner
 from .._shared.layer import strip_prompts
 from .config import ClipPromptConfig
@@ -29,6 +30,8 @@ class ClipPromptModel(TaskEntryTuner):
     _classifies = False
     _as_tuple = False
     _tasks: list[list[int]] = []
+    _head_hook: Any = None  # on the image embeddings, for one forward pass
+    _scores: Tensor | None = None  # of the statistics head, in that pass
 
     # ---- injection -----------------------------------------------------------------------------------------------
 
@@ -44,6 +47,10 @@ class ClipPromptModel(TaskEntryTuner):
                 f"the longest class name takes {longest} tokens with text_length={peft_config.text_length}, the text "
                 f"tower has {room} positions: shorten text_length to at most {peft_config.text_length - longest + room}."
             )
+        words = model.config.text_config.vocab_size
+        strange = [token for tokens in peft_config.class_tokens or [] for token in tokens if not 0 <= token < words]
+        if strange:
+            raise ValueError(f"class_tokens hold {strange[0]!r}, the text tower knows the tokens 0 to {words - 1}.")
         peft_config.target_modules = ["vision_model.embeddings", "text_model.embeddings"]
         return peft_config
 
@@ -85,6 +92,14 @@ class ClipPromptModel(TaskEntryTuner):
     def watch_features(self, callback: Callable[[Tensor], Any]) -> Any:
         """Calls back with the image embeddings `(B, P)` that the class names are compared with."""
         return self.model.visual_projection.register_forward_hook(lambda module, args, output: callback(output))
+
+    def _head_width(self, config: ClipPromptConfig) -> int:
+        return self.model.config.projection_dim
+
+    def linear_logits(self, features: Tensor) -> Tensor:
+        """Cosines with the stored text features times the logit scale, `(B, C)`."""
+        table = _unit(self.text_layer.clip_prompt_features[self.adapter].to(features.dtype))
+        return _unit(features) @ table.t() * self.model.logit_scale.exp()
 
     @torch.no_grad()
     def frozen_features(self, pixel_values: Tensor) -> Tensor:
@@ -160,7 +175,9 @@ class ClipPromptModel(TaskEntryTuner):
                 module.training = True
 
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        self._classifies = False
+        self._classifies, self._scores = False, None
+        if self._head_hook is not None:  # of a pass that failed
+            self._head_hook = self._head_hook.remove()
         if self.text_layer.adapter is None or args or kwargs.get("input_ids") is not None:
             return None
         config, kwargs = self.adapter_config, dict(kwargs)
@@ -175,6 +192,8 @@ class ClipPromptModel(TaskEntryTuner):
         if config.interpolate_pos_encoding:
             kwargs.setdefault("interpolate_pos_encoding", True)
         self._classifies = True
+        if self.statistics_speak:
+            self._head_hook = self.watch_features(self._score)
         self.text_layer.entry = self._task if self._live else None
         # the towers run together: without a running task, one class keeps the text tower busy for nothing
         texts = self._texts(self._live or [0], config.text_length if self._live else 0, config)
@@ -187,18 +206,24 @@ class ClipPromptModel(TaskEntryTuner):
         strip_prompts(output, n)
         return output
 
+    def _score(self, features: Tensor) -> None:
+        self._head_hook = self._head_hook.remove()
+        self._scores = self.statistics(features)
+
     def _after_model(self, model: nn.Module, args: tuple, output: ModelOutput) -> Any:
         if not self._classifies:
             return None
         self._classifies, self.text_layer.entry = False, None
         table = self.text_layer.clip_prompt_features[self.adapter].to(output.image_embeds.dtype)
-        table = table / table.pow(2).sum(dim=-1, keepdim=True).pow(0.5)  # as CLIPModel has it, to the bit
+        table = _unit(table)
         if self._live:
             table = table.index_copy(
                 0, torch.tensor(self._live, device=table.device), output.text_embeds.to(table.dtype)
             )
         output.text_embeds = table
         output.logits_per_text = table @ output.image_embeds.t() * model.logit_scale.exp()
+        if self._scores is not None:
+            output.logits_per_text, self._scores = self._scores.t(), None
         output.logits_per_image = output.logits_per_text.t()
         return output.to_tuple() if self._as_tuple else output
 
@@ -216,3 +241,23 @@ class ClipPromptModel(TaskEntryTuner):
         tokens = self.layer(pixel_values, interpolate_pos_encoding=self.adapter_config.interpolate_pos_encoding)
         for name in self.prompt_parameters():
             yield name, "prompt", tokens.flatten(0, 1)
+
+    @torch.no_grad()
+    def attention_rows(self, pixel_values: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+        """Rows for the first attention as `consistency_rows` has them, behind the pre-norm and the layer's own norm.
+
+        Along the width `(B * H * S, d)`, and `(B * H * S, L)` over the tokens of the prompt.
+        """
+        pixel_values = pixel_values.to(self.layer.class_embedding.dtype)
+        tokens = self.layer(pixel_values, interpolate_pos_encoding=self.adapter_config.interpolate_pos_encoding)
+        first = self.backbone.encoder.layers[0]
+        norms = [self.backbone.pre_layrnorm, first.layer_norm1]
+        for name in self.prompt_parameters():
+            width, length = consistency_rows(tokens, norms, first.self_attn, self.layer.inserted)
+            yield name, "prompt", width.flatten(0, 2)
+            yield f"{name}.T", "value", length.flatten(0, 2)
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Features at length 1, as CLIPModel has it, to the bit."""
+    return features / features.pow(2).sum(dim=-1, keepdim=True).pow(0.5)

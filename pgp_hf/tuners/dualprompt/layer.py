@@ -76,8 +76,8 @@ class DualPromptAttention(PromptLayer):
         if name is None or self.selected is None:
             return None
         if name in self.dualprompt_general_key:
-            keys.append(self.dualprompt_general_key[name].expand(batch, -1, -1, -1))
-            values.append(self.dualprompt_general_value[name].mT.expand(batch, -1, -1, -1))
+            keys.append(self.spread("dualprompt_general_key", batch))
+            values.append(self.spread("dualprompt_general_value", batch).mT)
         if name in self.dualprompt_expert_key:
             entry = self.selected[:, 0]
             keys.append(self.dualprompt_expert_key[name][:, entry].transpose(0, 1))

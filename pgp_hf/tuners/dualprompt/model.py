@@ -126,6 +126,12 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
             for layer in general:
                 layer.record = None
 
+    def attention_rows(
+        self, pixel_values: Tensor, prompt_query: Tensor | None = None
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """`protected_rows`: no LayerNorm and no W_k stand between a prefix and the attention."""
+        return self.protected_rows(pixel_values, prompt_query)
+
 
 def _by_head(tensor: Tensor) -> Tensor:
     """`(B, H, T, n)` to `(H, B * T, n)`."""

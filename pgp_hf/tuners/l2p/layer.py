@@ -41,7 +41,8 @@ class L2PEmbeddings(PromptLayer):
         self.inserted = 0
         if self.adapter is None or self.selected is None:
             return embeddings
-        prompts = self.l2p_prompt[self.adapter][self.selected].flatten(1, 2)  # (B, top_k * prompt_length, d)
+        prompts = self.expose("l2p_prompt", self.l2p_prompt[self.adapter][self.selected])  # (B, top_k, length, d)
+        prompts = prompts.flatten(1, 2)
         if prompts.shape[1] == 0:
             return embeddings
         self.inserted = prompts.shape[1]

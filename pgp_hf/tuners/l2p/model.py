@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
+from .._shared.consistency import consistency_rows
 from .._shared.layer import strip_prompts
 from .._shared.pool import cosine_similarity, select_top_k
+from .._shared.tracing import Traced
 from .._shared.vit import ViTPromptTuner
 from .config import L2PConfig
 from .layer import L2PEmbeddings
@@ -84,8 +86,53 @@ class L2PModel(ViTPromptTuner):
         """
         prompt_name, key_name = self.prompt_parameters()
         query = self.query(pixel_values) if prompt_query is None else prompt_query
+        yield prompt_name, "prompt", self._tokens(pixel_values, query).flatten(0, 1)
+        yield key_name, "key", _key_rows(query)
+
+    @torch.no_grad()
+    def attention_rows(
+        self, pixel_values: Tensor, prompt_query: Tensor | None = None
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """Rows for the first attention as `consistency_rows` has them, and the queries for the keys.
+
+        For the prompts along the width `(B * H * T, d)`, shared by the pool; over the tokens of each entry
+        `(M, B * H * T, L)`, zero for images that have not selected it.
+        """
+        prompt_name, key_name = self.prompt_parameters()
+        query = self.query(pixel_values) if prompt_query is None else prompt_query
+        tokens = self._tokens(pixel_values, query)
+        if self.layer.inserted:
+            first = self.backbone.layers[0]
+            width, length = consistency_rows(tokens, [first.layernorm_before], first.attention, self.layer.inserted)
+            yield prompt_name, "prompt", width.flatten(0, 2)
+            length = length.flatten(1, 2).unflatten(-1, (self.adapter_config.top_k, -1))  # (B, H * T, k, L)
+            length = self._by_entry(length.transpose(1, 2), self.layer.selected)
+            yield f"{prompt_name}.T", "value", length.flatten(1, 2)
+        yield key_name, "key", _key_rows(query)
+
+    def traced(self, pixel_values: Tensor, prompt_query: Tensor | None = None) -> Traced:
+        query = self.query(pixel_values) if prompt_query is None else prompt_query
+        _, key_name = self.prompt_parameters()
+        return super().traced(pixel_values, query)._replace(keys={key_name: _key_rows(query)})
+
+    def _per_entry(self) -> Callable[[Tensor], Tensor]:
+        """One row `L * d` for each entry of the pool, `(M, B, L * d)`, zero where an image has not selected it."""
+        selected = self.layer.selected
+        return lambda gradient: self._by_entry(gradient.flatten(2), selected)
+
+    def _by_entry(self, values: Tensor, selected: Tensor) -> Tensor:
+        """Values `(B, k, ...)` of the selected entries as `(M, B, ...)` of all, the others being zero."""
+        entries = values.new_zeros(self.adapter_config.pool_size, *values.shape[:1], *values.shape[2:])
+        entries[selected, torch.arange(len(values), device=values.device)[:, None]] = values
+        return entries
+
+    def _tokens(self, pixel_values: Tensor, query: Tensor) -> Tensor:
+        """What enters the first layer: CLS, the selected prompts, patches."""
         self._select(query, self.adapter_config)
         pixel_values = pixel_values.to(self.layer.position_embeddings.dtype)  # the ViT does this before its embeddings
-        tokens = self.layer(pixel_values, interpolate_pos_encoding=self.adapter_config.interpolate_pos_encoding)
-        yield prompt_name, "prompt", tokens.flatten(0, 1)
-        yield key_name, "key", F.normalize(query.float(), dim=-1)
+        return self.layer(pixel_values, interpolate_pos_encoding=self.adapter_config.interpolate_pos_encoding)
+
+
+def _key_rows(query: Tensor) -> Tensor:
+    """What queries show to the keys: themselves, normalised as the cosine has them."""
+    return F.normalize(query.float(), dim=-1)

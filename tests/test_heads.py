@@ -1,0 +1,652 @@
+"""The class-statistics head: its mathematics, who speaks when, its life inside an adapter, and a stream with it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import runpy
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, pipeline
+
+from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, plots
+from pgp_hf.evaluation import changed_share
+from pgp_hf.heads import ClassStatistics
+
+C, D = 5, 7
+
+
+def sample(n=120, seed=0, mean=0.0, classes=C):
+    """Features (N, D), float64, of classes of unequal size with correlated dimensions; labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (n,), generator=generator) * torch.randint(0, 2, (n,), generator=generator)
+    mixing = torch.randn(D, D, generator=generator, dtype=torch.float64)
+    centres = torch.randn(classes, D, generator=generator, dtype=torch.float64)
+    features = centres[labels] + torch.randn(n, D, generator=generator, dtype=torch.float64) @ mixing
+    return features + mean, labels
+
+
+def gathered(features, labels, batch=16, **kwargs):
+    statistics = ClassStatistics(kwargs.pop("classes", C), D, **kwargs)
+    for at in range(0, len(labels), batch):
+        statistics.update(features[at : at + batch], labels[at : at + batch])
+    return statistics
+
+
+def same(a, b, **tolerance):
+    return all(
+        torch.allclose(getattr(a, n).double(), getattr(b, n).double(), **tolerance)
+        for n in ("counts", "means", "scatter")
+    )
+
+
+# ---- the mathematics -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shrinkage", [0.1, 0.7, 1.0])
+def test_equals_scikit_learn(shrinkage):
+    features, labels = sample()
+    reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(features.numpy(), labels.numpy())
+    logits = gathered(features, labels, shrinkage=shrinkage)(features)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits.argmax(-1), torch.from_numpy(reference.predict(features.numpy())))
+    expected = torch.from_numpy(reference.predict_log_proba(features.numpy())).float()
+    assert torch.allclose(logits.log_softmax(-1), expected, atol=1e-5)
+
+
+def test_equals_the_formula_written_out_and_unseen_classes_never_win():
+    features, labels = sample()
+    n, means, scatter = len(labels), torch.zeros(C, D, dtype=torch.float64), 0
+    for c in range(C):
+        own = features[labels == c]
+        means[c] = own.mean(0)
+        scatter = scatter + (own - means[c]).T @ (own - means[c])
+    sigma = 0.9 * scatter / n + 0.1 * torch.trace(scatter / n) / D * torch.eye(D)
+    inverse = torch.linalg.inv(sigma)
+    bias = -0.5 * torch.einsum("cd,de,ce->c", means, inverse, means) + torch.log(torch.bincount(labels) / n)
+    expected = (features @ inverse @ means.T + bias).log_softmax(-1)
+    statistics = gathered(features, labels, classes=C + 2)
+    logits = statistics(features)
+    assert torch.allclose(logits[:, :C].log_softmax(-1), expected.float(), atol=1e-5)
+    assert torch.isneginf(logits[:, C:]).all()
+    assert statistics.seen.tolist() == [True] * C + [False] * 2
+
+
+def test_a_mean_far_from_zero_loses_no_digits():
+    features, labels = sample()
+    near, far = gathered(features, labels), gathered(features + 1e4, labels)
+    assert torch.allclose(near.scatter, far.scatter, rtol=1e-9)
+    assert torch.allclose(near(features), far(features + 1e4), atol=1e-5)
+
+
+def test_batches_and_order_change_nothing():
+    features, labels = sample()
+    whole, order = gathered(features, labels, batch=1000), torch.randperm(len(labels))
+    for other in (gathered(features, labels, batch=1), gathered(features[order], labels[order], batch=13)):
+        assert same(whole, other, rtol=1e-10)
+
+
+class Processes:
+    """Runs a function on several threads, each with a `total` that sums over them, as all-reduce does."""
+
+    def __init__(self, count):
+        self.count, self.slots, self.barrier = count, {}, threading.Barrier(count, timeout=20)
+
+    def total(self, rank):
+        def total(tensor):
+            self.slots[rank] = tensor
+            self.barrier.wait()
+            result = sum(self.slots[r] for r in range(self.count))
+            self.barrier.wait()
+            return result
+
+        return total
+
+    def run(self, function):
+        threads = [threading.Thread(target=function, args=(rank, self.total(rank))) for rank in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_processes_together_are_one(mean):
+    features, labels = sample(mean=mean)
+    one, many = gathered(features, labels), [None] * 3
+    order = labels.argsort()  # so that a process lacks classes
+
+    def work(rank, total):
+        own = order[rank * 40 : (rank + 1) * 40]
+        many[rank] = gathered(features[own], labels[own]).reduce(total)
+
+    Processes(3).run(work)
+    assert all(same(one, each, rtol=1e-9) for each in many)
+    assert torch.allclose(one(features), many[0](features), atol=1e-5)
+
+
+def test_a_finished_class_stays_to_the_bit():
+    features, labels = sample()
+    old, new = labels < 3, labels >= 3
+    statistics = gathered(features[old], labels[old])
+    before = statistics.means.clone()
+    statistics.merge(gathered(features[new], labels[new]))
+    assert torch.equal(statistics.means[:3], before[:3])
+    assert same(statistics, gathered(features, labels), rtol=1e-10)
+
+
+def test_one_image_a_class_is_the_nearest_mean():
+    features = torch.eye(D)[:3] * 4
+    statistics = ClassStatistics(C, D).update(features, torch.arange(3))
+    points = torch.randn(50, D)
+    assert torch.equal(statistics(points).argmax(-1), torch.cdist(points, features).argmin(-1))
+
+
+def test_the_solution_follows_the_buffers():
+    features, labels = sample()
+    statistics = gathered(features, labels)
+    first = statistics(features)
+    solved = statistics.solve()
+    assert all(a is b for a, b in zip(solved, statistics.solve(), strict=True))  # not computed again
+    twin = copy.deepcopy(statistics)
+    for changed in (statistics, twin):
+        changed.update(features[:9] + 1, labels[:9].flip(0))
+        assert torch.equal(changed(features), gathered_again(changed)(features))
+        assert not torch.equal(changed(features), first)
+    other = gathered(*sample(seed=1))
+    for assign in (False, True):
+        statistics.load_state_dict(other.state_dict(), assign=assign)
+        assert torch.equal(statistics(features), other(features))
+        other.means += 1e-3
+    with torch.inference_mode():
+        lent = gathered(features, labels)
+        assert torch.equal(lent(features), first)
+        lent.means.mul_(0)
+        assert not torch.equal(lent(features), first)
+
+
+def gathered_again(statistics):
+    """The same buffers in an object that has solved nothing."""
+    fresh = statistics.fresh()
+    fresh.load_state_dict(statistics.state_dict())
+    return fresh
+
+
+def test_precision_is_kept():
+    features, labels = sample(mean=1e4)
+    statistics = gathered(features, labels)
+    expected = statistics(features)
+    for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.float()):
+        assert torch.equal(cast(statistics)(features), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(statistics(features), expected)
+    assert statistics.to("meta").means.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s(torch.zeros(1, D)), "knows no class yet"),
+        (lambda s: s.update(torch.zeros(2, D + 1), torch.zeros(2)), r"shape \(2, 8\).*expected \(N, 7\) and \(N,\)"),
+        (lambda s: s.update(torch.zeros(2, D), torch.zeros(3)), r"labels of shape \(3,\)"),
+        (lambda s: s.update(torch.zeros(2, D), torch.tensor([0, 5])), r"0..5: expected 0..4"),
+        (lambda s: s.update(torch.zeros(2, D), torch.tensor([-1, 2])), r"-1..2: expected 0..4"),
+        (lambda s: s.update(torch.full((2, D), torch.nan), torch.zeros(2)), r"not finite \(14 of 14\)"),
+        (lambda s: ClassStatistics(0, 3), "num_classes=0"),
+        (lambda s: ClassStatistics(3, 3, shrinkage=0.0), r"shrinkage=0.0 is outside \(0, 1\]"),
+    ],
+)
+def test_refusals(call, message):
+    statistics = ClassStatistics(C, D)
+    with pytest.raises(ValueError, match=message):
+        call(statistics)
+    assert int(statistics.counts.sum()) == 0 and not statistics.means.any()
+
+
+def test_a_scatter_that_is_none_is_refused():
+    statistics = gathered(*sample())
+    statistics.scatter -= 1000 * torch.eye(D)
+    with pytest.raises(ValueError, match="damaged"):
+        statistics(torch.zeros(1, D))
+
+
+def test_no_features_leave_statistics_alone():
+    features, labels = sample()
+    statistics = gathered(features, labels)
+    before = copy.deepcopy(statistics)
+    statistics.update(features[:0], labels[:0])
+    assert same(before, statistics, atol=0, rtol=0)
+
+
+def test_changed_share_compares_sets():
+    before = np.array([[0, 1], [2, 3], [4, 0], [1, 2]])
+    assert changed_share(before, np.array([[1, 0], [3, 2], [4, 1], [1, 2]])) == 0.25
+    assert changed_share(before, before[:, ::-1]) == 0
+
+
+# ---- inside an adapter -----------------------------------------------------------------------------------------------
+
+METHODS = ("l2p", "dualprompt", "clip")
+
+
+def clip_backbone():
+    torch.manual_seed(7)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 30}
+    tokens = {"vocab_size": 40, "max_position_embeddings": 9, "bos_token_id": 38, "eos_token_id": 39}
+    text = {"hidden_size": 24, "pad_token_id": 39, **tokens, **sizes}
+    vision = {"hidden_size": 36, "image_size": tiny.SIDE, "patch_size": 5, **sizes}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16, initializer_factor=4.0)
+    return CLIPModel(config)
+
+
+def backbone(method):
+    return clip_backbone() if method == "clip" else tiny.backbone()
+
+
+def config(method, head="statistics", **kwargs):
+    if method == "l2p":
+        return L2PConfig(pool_size=5, prompt_length=2, top_k=2, head=head, **kwargs)
+    if method == "dualprompt":
+        return DualPromptConfig(general_layers=[0], expert_layers=[1], pool_size=3, head=head, **kwargs)
+    names = {c: f"class {c}" for c in range(6)}
+    tokens = [[38, c, 5 + c, 39] for c in range(6)]
+    return ClipPromptConfig(
+        pool_size=3, text_length=2, image_length=2, class_tokens=tokens, id2label=names, head=head, **kwargs
+    )
+
+
+def make(method, head="statistics", **kwargs):
+    base = backbone(method)
+    torch.manual_seed(11)
+    return get_peft_model(base, config(method, head, **kwargs)).eval()
+
+
+def images(n=6, seed=0):
+    return torch.randn(n, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, pixels=None, **kwargs):
+    with torch.no_grad():
+        output = model(pixel_values=images() if pixels is None else pixels, **kwargs)
+    return model.base_model.class_logits(output)
+
+
+def features(model, pixels=None):
+    seen = []
+    watch = model.base_model.watch_features(lambda tensor: seen.append(tensor.detach()))
+    logits(model, pixels)
+    watch.remove()
+    return seen[0]
+
+
+def taught(method, classes=4, **kwargs):
+    """A model whose statistics hold four of six classes."""
+    model = make(method, **kwargs)
+    tuner = model.base_model
+    tuner.prepare_stream([[0, 1], [2, 3], [4, 5]])
+    tuner.begin_task(0)
+    pixels = images(24, seed=1)
+    statistics = tuner.statistics.fresh().update(features(model, pixels), torch.arange(24) % classes)
+    tuner.end_task(0)
+    tuner.learn_statistics(statistics)
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_who_speaks(method):
+    model, linear = make(method), make(method, "linear")
+    for one in (model, linear):
+        one.base_model.prepare_stream([[0, 1], [2, 3], [4, 5]])
+    tuner = model.base_model
+    with pytest.raises(ValueError, match="knows no class yet"):
+        logits(model)
+    assert torch.equal(logits(model.train()), logits(linear.train()))  # a training forward pass is never theirs
+    for one in (model, linear):
+        one.eval()
+        one.base_model.begin_task(0)
+    trained = logits(linear)
+    assert torch.equal(logits(model), trained)
+    for one in (model, linear):
+        one.base_model.end_task(0)
+    x = features(model)
+    tuner.learn_statistics(tuner.statistics.fresh().update(x, torch.tensor([0, 0, 1, 1, 2, 2])))
+    assert torch.equal(logits(model), tuner.statistics(x))
+    assert torch.isneginf(logits(model)[:, 3:]).all()
+    assert torch.allclose(tuner.linear_logits(x), logits(linear), atol=1e-5)
+    assert torch.equal(features(model), x)  # one call back a pass, with what the head reads
+    for one in (model, linear):
+        one.base_model.begin_task(1)
+    assert torch.equal(logits(model), logits(linear))  # evaluation within a task
+    tuner.resume_after(1)
+    assert torch.equal(logits(model), tuner.statistics(features(model)))
+
+
+@pytest.mark.parametrize("method", ["l2p", "dualprompt"])
+def test_without_the_adapter_the_backbone_speaks(method):
+    model, base = taught(method), backbone(method).eval()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base(images()).logits)
+    assert torch.equal(model.unload()(images()).logits, base(images()).logits)
+
+
+def test_the_loss_is_that_of_the_logits_and_gradients_reach_the_head():
+    model = taught("l2p")
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    with torch.no_grad():
+        output = model(pixel_values=images(), labels=labels)
+    assert torch.allclose(output.loss, F.cross_entropy(output.logits, labels))
+    assert torch.equal(model(images(), return_dict=False)[0], output.logits)
+    model.train()(pixel_values=images(), labels=labels).loss.backward()
+    assert model.base_model.model.classifier.modules_to_save["default"].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_failed_pass_leaves_nothing_behind(method):
+    model = taught(method)
+    expected = logits(model)
+    with pytest.raises(ValueError):
+        logits(model, images()[:, :, :-1])  # stops in the embeddings
+    model.base_model.begin_task(1)
+    assert torch.isfinite(logits(model)).all()  # the linear head's
+    model.base_model.resume_after(1)
+    if method == "dualprompt":
+        model.base_model.adapter_config.learned_entries = 1
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}])
+def test_saved_and_loaded_alike(tmp_path, method, options):
+    model = taught(method)
+    expected = logits(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(backbone(method), tmp_path, **options)
+    assert torch.equal(logits(loaded), expected)
+    assert loaded.base_model.adapter_config.head == "statistics"
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    extra = {name.rpartition(".")[2]: tensor for name, tensor in file.items() if "_statistics." in name}
+    assert {name: tensor.dtype for name, tensor in extra.items()} == {
+        "counts": torch.int64,
+        "means": torch.float64,
+        "scatter": torch.float64,
+    }
+    linear = make(method, "linear")
+    linear.save_pretrained(tmp_path / "linear", save_embedding_layers=False)
+    plain = set(load_file(tmp_path / "linear" / "adapter_model.safetensors"))
+    assert {name for name in file if "_statistics." not in name} == plain
+
+
+@pytest.mark.parametrize("method", ["l2p", "dualprompt"])
+def test_through_the_pipeline(tmp_path, method):
+    model = taught(method)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(backbone(method), tmp_path)
+    classify = pipeline("image-classification", model=loaded, image_processor=tiny.processor(), top_k=6)
+    picture = tiny.stream().test(0)[0]["image"]
+    scores = {found["label"]: found["score"] for found in classify(picture)}
+    pixels = tiny.processor()(picture, return_tensors="pt")["pixel_values"]
+    expected = model.base_model.statistics(features(model, pixels)).softmax(-1)[0]
+    names = model.base_model.model.config.id2label
+    assert scores == pytest.approx({names[c]: float(p) for c, p in enumerate(expected)}, abs=1e-6)
+
+
+@pytest.mark.parametrize("first", ["linear", "statistics"])
+def test_adapters_with_other_heads_side_by_side(tmp_path, first):
+    second = {"linear": "statistics", "statistics": "linear"}[first]
+    alone = {"linear": make("l2p", "linear"), "statistics": taught("l2p")}
+    expected = {head: logits(model) for head, model in alone.items()}
+    for head, model in alone.items():
+        model.save_pretrained(tmp_path / head, save_embedding_layers=False)
+    model = PeftModel.from_pretrained(tiny.backbone(), tmp_path / first)
+    model.load_adapter(tmp_path / second, adapter_name="other")
+    assert torch.equal(logits(model), expected[first])
+    model.set_adapter("other")
+    assert torch.equal(logits(model), expected[second])
+    model.save_pretrained(tmp_path / "both", selected_adapters=["other"], save_embedding_layers=False)
+    again = load_file(tmp_path / "both" / "other" / "adapter_model.safetensors")
+    assert again.keys() == load_file(tmp_path / second / "adapter_model.safetensors").keys()
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), expected[second])
+    model.add_adapter("third", config("l2p"))
+    model.set_adapter("third")
+    with pytest.raises(ValueError, match="knows no class yet"):
+        logits(model.eval())
+    duplicate = copy.deepcopy(model)
+    duplicate.set_adapter("other")
+    assert torch.equal(logits(duplicate), expected[second])
+
+
+def test_a_head_that_is_not_saved_speaks_through_statistics(tmp_path):
+    model = taught("l2p", modules_to_save=[])
+    expected = logits(model)
+    model.add_adapter("other", config("l2p", "linear"))  # wraps the classifier
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("other")
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_adapters_from_transformers_have_the_head_too(tmp_path):
+    model = taught("l2p")
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    base = tiny.backbone()
+    base.load_adapter(tmp_path)
+    assert torch.equal(base.eval()(images()).logits, logits(model))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision(method):
+    model = taught(method)
+    expected = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(model), model.base_model.statistics(features(model)))
+    cast = copy.deepcopy(model).to(torch.bfloat16)
+    found = logits(cast, images().to(torch.bfloat16))
+    assert found.dtype == torch.float32 and torch.equal(torch.isneginf(found), torch.isneginf(expected))
+    assert torch.equal(cast.base_model.statistics.scatter, model.base_model.statistics.scatter)
+
+
+def test_configuration_refuses(make_vit):
+    with pytest.raises(ValueError, match="head='quadratic' is unknown: choose one of linear, statistics"):
+        L2PConfig(head="quadratic")
+    with pytest.raises(ValueError, match=r"shrinkage=0 is outside \(0, 1\]"):
+        L2PConfig(shrinkage=0)
+    with pytest.raises(ValueError, match="needs classes, which a ViTModel does not name"):
+        get_peft_model(make_vit("backbone"), L2PConfig(head="statistics"))
+
+
+# ---- a stream --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_figures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save_figures", lambda *args: None)  # they take most of a tiny run's time
+        yield
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request, tmp_path_factory):
+    """A finished run with a statistics head: (method, trainer, folder)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    trainer = tiny.trainer(folder, model=make(request.param), num_train_epochs=1)
+    trainer.train()
+    return request.param, trainer, folder
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def task_features(model, images, processor):
+    """The head's inputs for all of a task's images, and their labels."""
+    items = [images[i] for i in range(len(images))]
+    pixels = processor([item["image"] for item in items], return_tensors="pt")["pixel_values"]
+    return features(model, pixels), torch.tensor([item["label"] for item in items])
+
+
+def test_both_heads_are_measured_on_the_same_run(run, tmp_path):
+    method, trainer, folder = run
+    results = read(folder)
+    assert results["head"] == "statistics" and set(results["heads"]) == {"linear", "statistics"}
+    summary = {
+        "accuracy_matrix",
+        "average_accuracy",
+        "forgetting",
+        "forgetting_clipped",
+        "backward_transfer",
+        "learning_accuracy",
+        "per_task_average_accuracy",
+    }
+    assert all(set(head) == summary for head in results["heads"].values())
+    assert {name: results[name] for name in summary} == results["heads"]["statistics"]
+    linear = tiny.trainer(tmp_path, model=make(method, "linear"), num_train_epochs=1)
+    linear.train()
+    plain = read(tmp_path)
+    assert plain["head"] == "linear" and "heads" not in plain
+    assert {name: plain[name] for name in summary} == results["heads"]["linear"]  # the training is the same
+    assert (plain["drift"], plain.get("changed_selections")) == (results["drift"], results.get("changed_selections"))
+    assert results["average_accuracy"] > plain["average_accuracy"]
+    weights, expected = (load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_statistics_are_those_of_each_tasks_own_model(run):
+    """Class means as the adapter that ended the task gives them, with plain images; never refreshed."""
+    method, trainer, folder = run
+    last = PeftModel.from_pretrained(backbone(method), folder).base_model.statistics
+    assert last.counts.tolist() == [8] * 6
+    for t in range(3):
+        model = PeftModel.from_pretrained(backbone(method), folder / f"task-{t + 1}")
+        own = list(trainer.stream.tasks[t].classes)
+        x, labels = task_features(model, trainer.stream.train(t), tiny.processor())
+        means = torch.stack([x[labels == c].double().mean(0) for c in own])
+        assert torch.allclose(model.base_model.statistics.means[own], means, atol=1e-5)
+        assert torch.equal(last.means[own], model.base_model.statistics.means[own])
+        later = [c for c in range(6) if c not in trainer.stream.seen_classes(t)]
+        assert not model.base_model.statistics.counts[later].any()
+
+
+def test_predictions_are_scikit_learns(run):
+    """Features collected task by task, each by its own model, and LDA on all of them."""
+    method, trainer, folder = run
+    x, y = [], []
+    for t in range(3):
+        model = PeftModel.from_pretrained(backbone(method), folder / f"task-{t + 1}")
+        collected, labels = task_features(model, trainer.stream.train(t), tiny.processor())
+        x, y = [*x, collected.double()], [*y, labels]
+    reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1).fit(
+        torch.cat(x).numpy(), torch.cat(y).numpy()
+    )
+    for j in range(3):
+        collected, labels = task_features(model, trainer.stream.test(j), tiny.processor())
+        right = reference.predict(collected.double().numpy()) == labels.numpy()
+        assert read(folder)["accuracy_matrix"][2][j] == pytest.approx(100 * right.mean())
+
+
+def test_changed_selections_are_measured(run):
+    method, trainer, folder = run
+    results = read(folder)
+    if method == "clip":
+        assert "changed_selections" not in results
+        return
+    shares = []
+    for j in range(2):
+        kept = load_file(folder / "features" / f"task-{j + 1}.safetensors")["selected"]
+        model = PeftModel.from_pretrained(backbone(method), folder)
+        task_features(model, trainer.stream.test(j), tiny.processor())
+        now = model.base_model.selected_prompts
+        changed = [set(a.tolist()) != set(b.tolist()) for a, b in zip(kept, now, strict=True)]
+        shares.append(np.mean(changed))
+    assert results["changed_selections"][0] == 0 and len(results["changed_selections"]) == 3
+    assert results["changed_selections"][2] == pytest.approx(np.mean(shares))
+
+
+def test_resumed_is_straight(run, tmp_path):
+    method, trainer, folder = run
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "task-3")
+    shutil.rmtree(tmp_path / "task-2")
+    torch.manual_seed(99)
+    resumed = tiny.trainer(tmp_path, model=make(method), num_train_epochs=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert tiny.same_results(read(folder), read(tmp_path))
+    weights, expected = (load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    kept, again = (load_file(f / "features" / "task-2.safetensors") for f in (folder, tmp_path))
+    assert all(torch.equal(kept[name], again[name]) for name in again) and "features" in again
+
+
+def test_a_run_with_another_head_is_not_continued(run):
+    method, _, folder = run
+    with pytest.raises(ValueError, match="head='statistics', this one 'linear'"):
+        tiny.trainer(folder, model=make(method, "linear"), num_train_epochs=1).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"shrinkage=0.1, this one 0.5"):
+        tiny.trainer(folder, model=make(method, shrinkage=0.5), num_train_epochs=1).train(resume_from_checkpoint=True)
+
+
+def test_the_trainers_own_evaluation_takes_the_same_head(run):
+    method, trainer, folder = run
+    metrics = trainer.evaluate()
+    assert [metrics[f"eval_task_{j}_accuracy"] for j in (1, 2, 3)] == pytest.approx(trainer.results.matrix[2])
+
+
+def test_the_card_shows_both_heads(run):
+    method, _, folder = run
+    card, results = (folder / "README.md").read_text(), read(folder)
+    for head in ("linear", "statistics"):
+        assert f"| {head} | {results['heads'][head]['average_accuracy']:.2f} |" in card
+    assert "shrinkage 0.1" in card
+    assert ("| Changed |" in card) == (method != "clip")
+    if method != "clip":
+        assert f" {100 * results['changed_selections'][2]:.1f} | " in card
+
+
+@pytest.mark.parametrize("run", ["l2p"], indirect=True)
+@pytest.mark.parametrize("scenario", ["task_incremental", "online"])
+def test_scenarios(tmp_path, scenario, run):
+    method, reference, _ = run
+    trainer = tiny.trainer(
+        tmp_path, model=make(method), stream=tiny.stream(scenario=scenario), num_train_epochs=1, eval_mask="none"
+    )
+    trainer.train()
+    if scenario == "online":  # unseen classes have no statistics: they cannot be predicted in any case
+        assert trainer.results.matrix == reference.results.matrix
+    else:
+        pairs = zip(trainer.results.matrix, reference.results.matrix, strict=True)
+        assert all(a >= b for x, y in pairs for a, b in zip(x, y, strict=True))
+
+
+def test_the_statistics_take_no_random_number_and_every_image(tmp_path):
+    trainer = tiny.trainer(tmp_path, model=make("l2p"), bf16=True, num_train_epochs=1)
+    trainer.projection.config.max_images = 5
+    trainer.train_task(0)
+    assert trainer.results.matrix[0][0] > 60
+    torch.manual_seed(5)
+    np.random.seed(5)
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    before = int(trainer.tuner.statistics.counts.sum())
+    trainer._gather_class_statistics(0)
+    assert torch.equal(torch.get_rng_state(), state[0]) and np.array_equal(np.random.get_state()[1], state[1])
+    assert before == 16 and int(trainer.tuner.statistics.counts.sum()) == 32
+
+
+@pytest.mark.parametrize("method", ["l2p", "dualprompt"])
+def test_the_command_line_chooses_the_head(tmp_path, monkeypatch, capsys, method):
+    script = Path(__file__).parents[1] / "examples" / f"run_{method}_pgp.py"
+    for arguments, head in (([], "linear"), (["--head", "statistics"], "statistics")):
+        monkeypatch.setattr(sys, "argv", [str(script), "--dry_run", "--use_cpu", "true", *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(script), run_name="__main__")
+        assert not end.value.code
+        assert json.loads(capsys.readouterr().out)["head"] == head
