@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import check_energy
-from .moments import SecondMoment
+from .moments import SecondMoment, Sketch
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -59,7 +59,7 @@ class Basis:
         return bool((self.ranks == self.dim).all())
 
     def to(self, device: torch.device | str) -> Basis:
-        return Basis(self.columns.to(device))
+        return self if self.columns.device == torch.device(device) else Basis(self.columns.to(device))
 
     def project(self, rows: Tensor) -> Tensor:
         """Part of `rows` that lies in the null space: `z - (z M) M^T`, for rows `(*batch, N, n)`.
@@ -69,14 +69,13 @@ class Basis:
         columns = self.columns.to(rows)
         return rows - (rows @ columns) @ columns.mT
 
-    def captured(self, moment: SecondMoment) -> Tensor:
+    def captured(self, moment: SecondMoment | Sketch) -> Tensor:
         """Share of the moment's energy inside the span, `tr(M^T C M) / tr C`, shape `(*batch)`."""
-        c = moment.sum.to(self.columns.device)
-        inside = (self.columns * (c @ self.columns)).sum((-2, -1))
-        return inside / c.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
+        inside = moment.inside(self.columns.to(moment.device))
+        return (inside / moment.total.clamp_min(torch.finfo(torch.float64).tiny)).to(self.columns.device)
 
     @torch.no_grad()
-    def extend(self, moment: SecondMoment, energy: float) -> Basis:
+    def extend(self, moment: SecondMoment | Sketch, energy: float) -> Basis:
         """The basis grown by the fewest directions that bring its share of the new task's energy to `energy`.
 
         GPM's rule (Saha et al., 2021, Eqs. 8 and 9) on second moments: with `E = tr C` and the residual
@@ -87,7 +86,10 @@ class Basis:
         The columns there already are stay as they are, so the rank never falls.
 
         Args:
-            moment: second moment of the finished task, of this basis's batch shape and dimension.
+            moment: second moment of the finished task, or a sketch of it, of this basis's batch shape and dimension.
+                With a sketch that had to shrink, either `energy` is reached for sure, at the price of some more
+                directions, or all that the sketch holds is protected, and each other direction has at most the share
+                1 / `sketch.size`.
             energy: share in (0, 1]; 1 protects every direction that was seen, up to float64 rounding (a direction
                 counts as seen above `max(n, rows) * eps` of the energy, the bound that numpy's matrix_rank uses).
 
@@ -97,36 +99,31 @@ class Basis:
         check_energy("energy", energy)
         if (moment.batch_shape, moment.dim) != (self.batch_shape, self.dim):
             raise ValueError(
-                f"moment of shape {tuple(moment.sum.shape)} does not fit a basis of shape {tuple(self.columns.shape)}: "
-                f"expected {(*self.batch_shape, self.dim, self.dim)}."
+                f"moment of shape {(*moment.batch_shape, moment.dim, moment.dim)} does not fit a basis of shape "
+                f"{tuple(self.columns.shape)}: expected {(*self.batch_shape, self.dim, self.dim)}."
             )
         noise = max(self.dim, moment.rows) * EPS  # constant rows round the same way each time
-        moments = moment.sum.to(self.columns.device).reshape(-1, self.dim, self.dim)
-        columns = self.columns.reshape(len(moments), self.dim, self.rank)
+        columns = self.columns.to(moment.device)
+        inside, total = moment.inside(columns).flatten().tolist(), moment.total.flatten().tolist()
+        columns, ranks = columns.reshape(len(total), self.dim, self.rank), self.ranks.flatten().tolist()
         grown = [
-            _extend(m[:, :rank], c, energy, noise)
-            for m, rank, c in zip(columns, self.ranks.flatten().tolist(), moments, strict=True)
+            _extend(columns[i, :, : ranks[i]], moment, i, energy * total[i] - inside[i], noise * total[i])
+            for i in range(len(total))
         ]
         width = max(m.shape[1] for m in grown)
         padded = [torch.nn.functional.pad(m, (0, width - m.shape[1])) for m in grown]
-        return Basis(torch.stack(padded).reshape(*self.batch_shape, self.dim, width))
+        return Basis(torch.stack(padded).reshape(*self.batch_shape, self.dim, width).to(self.columns.device))
 
     def __repr__(self) -> str:
         return f"Basis(dim={self.dim}, rank={self.rank}, batch_shape={self.batch_shape})"
 
 
-def _extend(m: Tensor, c: Tensor, energy: float, noise: float) -> Tensor:
-    """One basis `(n, r)` grown for one moment `(n, n)`, `noise` the relative rounding; see `Basis.extend`."""
-    total = c.trace()
-    noise = noise * total  # what rounding leaves of a zero eigenvalue
-    missing = energy * total - (m * (c @ m)).sum() - noise
-    if total <= 0 or missing <= 0:
+def _extend(m: Tensor, moment: SecondMoment | Sketch, index: int, missing: float, noise: float) -> Tensor:
+    """One basis `(n, r)` grown by what is `missing` of a moment's energy; `noise` is rounding. See `Basis.extend`."""
+    if missing <= noise:
         return m
-    residual = c - m @ (m.mT @ c)
-    residual = residual - (residual @ m) @ m.mT
-    values, vectors = torch.linalg.eigh((residual + residual.mT) / 2)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    r = int((values.cumsum(0) < missing).sum()) + 1
+    values, vectors = moment.residual(index, m)
+    r = int((values.cumsum(0) < missing - noise).sum()) + 1
     r = min(r, int((values > noise).sum()), m.shape[0] - m.shape[1])
     new = vectors[:, :r]
     for _ in range(2):  # twice is enough: eigenvectors of small values may lean into M

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from .methods import METHODS
 
 APPLY_TO = ("update", "gradient")
+PROBE_SPACES = ("features", "logits")
 
 
 @dataclass
@@ -14,20 +16,25 @@ class ProjectionConfig:
     """What is protected, how much of it, and where the projection is applied.
 
     Raises:
-        ValueError: unknown `method` or `apply_to`, an energy outside (0, 1], `max_images` below 1.
+        ValueError: unknown `method`, `apply_to` or `probe_space`, an energy outside (0, 1], `max_images` or `probes`
+            below 1, a negative `ln_penalty`.
     """
 
     method: str = field(
         default="pgp",
         metadata={
             "help": "'pgp': the condition of PGP (ICLR 2024, Eqs. 10 to 12), each prompt moves orthogonally to the "
-            "tokens and prompts of older tasks; 'none': no projection"
+            "tokens and prompts of older tasks; 'attention': the conditions of visual prompt tuning in null space "
+            "(NeurIPS 2024) for the first attention; 'functional': what the head reads of old images stays to first "
+            "order, through the whole network; 'frozen': prompts and keys learn with the first task only; 'none': no "
+            "projection"
         },
     )
     energy: float = field(
         default=0.99,
         metadata={
-            "help": "share of the second moment of old tokens and prompts that the prompts' basis must hold, in (0, 1]"
+            "help": "share of the second moment of what old images show to the prompts (tokens, queries or gradients) "
+            "that the prompts' basis must hold, in (0, 1]"
         },
     )
     key_energy: float | None = field(
@@ -37,8 +44,8 @@ class ProjectionConfig:
     value_energy: float | None = field(
         default=0.95,
         metadata={
-            "help": "the same for prefix values and the attention that old queries pay to them, in (0, 1]; None leaves "
-            "the values unprojected"
+            "help": "the same for the attention that old queries pay to prefix values (pgp, attention) or to the tokens "
+            "of a prompt (attention), in (0, 1]; None leaves these unprojected"
         },
     )
     apply_to: str = field(
@@ -53,16 +60,52 @@ class ProjectionConfig:
         default=None,
         metadata={"help": "training images per task that the statistics are taken from; None takes all"},
     )
+    probes: int = field(
+        default=2,
+        metadata={
+            "help": "random output directions per old image, of method 'functional'; each costs a backward pass"
+        },
+    )
+    probe_space: str = field(
+        default="features",
+        metadata={
+            "help": "where those directions lie: 'features', what the head reads; 'logits', the linear head's scores of "
+            "the classes seen so far (for CLIP the cosines with the class names)"
+        },
+    )
+    hold_key_norm: bool = field(
+        default=True,
+        metadata={
+            "help": "keep each projected key's norm as it was at the task's start, so that cosines with protected queries "
+            "stay exactly (apply_to 'update'); the published rule does not"
+        },
+    )
+    ln_penalty: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of the LayerNorm penalty of visual prompt tuning in null space: the change of each prompt "
+            "token's mean and deviation since the task's start, from the second task on; for prompts that are tokens, "
+            "not for prefixes"
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.method not in ("none", *METHODS):
             raise ValueError(f"method={self.method!r} is unknown: choose one of {', '.join(('none', *METHODS))}.")
         if self.apply_to not in APPLY_TO:
             raise ValueError(f"apply_to={self.apply_to!r} is unknown: choose one of {', '.join(APPLY_TO)}.")
+        if self.probe_space not in PROBE_SPACES:
+            raise ValueError(f"probe_space={self.probe_space!r} is unknown: choose one of {', '.join(PROBE_SPACES)}.")
         check_energy("energy", self.energy)
         for name in ("key_energy", "value_energy"):
             if getattr(self, name) is not None:
                 check_energy(name, getattr(self, name))
+        if self.probes < 1:
+            raise ValueError(f"probes={self.probes} leaves no direction to protect: use at least 1.")
+        if not 0 <= self.ln_penalty < float("inf"):
+            raise ValueError(
+                f"ln_penalty={self.ln_penalty} is not a weight: use 0 for none, or a finite number above."
+            )
         if self.max_images is not None and self.max_images < 1:
             raise ValueError(
                 f"max_images={self.max_images} leaves no image to take statistics from: use None or >= 1."
@@ -70,6 +113,17 @@ class ProjectionConfig:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    @classmethod
+    def from_pretrained(cls, repo_or_dir: str, revision: str | None = None, **hub: Any) -> ProjectionConfig:
+        """The settings of a run, by its folder or its repository on the Hub; arguments as `pgp_hf.load_pretrained`.
+
+        Raises:
+            ValueError: files that are damaged or contradictory, or an adapter without a run.
+        """
+        from ..revisions import load_projection_config  # reads files and the Hub; the rest here needs torch alone
+
+        return load_projection_config(repo_or_dir, revision, **hub)
 
 
 def check_energy(name: str, value: float) -> None:

@@ -1,16 +1,19 @@
-"""Second moments, streamed."""
+"""Second moments, streamed: in full, or as a sketch of bounded size."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+SKETCH = 512  # rows that a sketch keeps when it shrinks; it holds up to twice as many
 
 
 class SecondMoment:
     """Uncentred second moment `C = sum_i z_i z_i^T`, accumulated in float64 over any number of rows.
 
     Uncentred, because a condition such as `x dp^T = 0` must hold for the mean of x as well, which centring would drop.
-    Sums of several processes add up: all-reduce `sum` and `rows`.
 
     Args:
         dim: length n of a row.
@@ -23,8 +26,7 @@ class SecondMoment:
     """
 
     def __init__(self, dim: int, batch_shape: tuple[int, ...] = (), device: torch.device | str | None = None) -> None:
-        if dim < 1:
-            raise ValueError(f"dim={dim}: a row needs at least one element.")
+        _check_dim(dim)
         self.sum = torch.zeros(*batch_shape, dim, dim, dtype=torch.float64, device=float64_device(device))
         self.rows = 0
 
@@ -36,6 +38,15 @@ class SecondMoment:
     def batch_shape(self) -> tuple[int, ...]:
         return tuple(self.sum.shape[:-2])
 
+    @property
+    def device(self) -> torch.device:
+        return self.sum.device
+
+    @property
+    def total(self) -> Tensor:
+        """Energy `tr C`, shape `(*batch_shape)`."""
+        return self.sum.diagonal(dim1=-2, dim2=-1).sum(-1)
+
     @torch.no_grad()
     def update(self, rows: Tensor) -> SecondMoment:
         """Add rows of shape `(*batch_shape, N, n)`, N >= 0.
@@ -43,21 +54,176 @@ class SecondMoment:
         Raises:
             ValueError: another shape, or values that are not finite.
         """
-        expected = (*self.batch_shape, "N", self.dim)
-        if rows.ndim != len(expected) or tuple(rows.shape[:-2]) != self.batch_shape or rows.shape[-1] != self.dim:
-            raise ValueError(
-                f"rows of shape {tuple(rows.shape)} do not fit: expected ({', '.join(map(str, expected))}), "
-                f"with n={self.dim} the length of a row."
-            )
-        rows = rows.detach().to(self.sum.device).to(torch.float64)
-        if not torch.isfinite(rows).all():
-            raise ValueError(
-                f"rows hold values that are not finite ({int((~torch.isfinite(rows)).sum())} of {rows.numel()}): "
-                "the model's inputs or prompts have diverged."
-            )
+        rows = _checked(rows, self)
         self.sum += rows.mT @ rows
         self.rows += rows.shape[-2]
         return self
+
+    def merge(self, reduce: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Take in what the other processes of a data-parallel run have summed; `gather` is not needed here."""
+        self.sum = reduce(self.sum)
+        self.rows = int(reduce(torch.tensor(self.rows, device=self.device)))
+
+    def inside(self, columns: Tensor) -> Tensor:
+        """Energy in the span of orthonormal columns `(*batch_shape, n, r)`: `tr(M^T C M)`, shape `(*batch_shape)`."""
+        return (columns * (self.sum @ columns)).sum((-2, -1))
+
+    def residual(self, index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvalues `(k,)`, descending, and eigenvectors `(n, k)` of `(I - M M^T) C (I - M M^T)`.
+
+        Args:
+            index: which moment of the batch, flattened.
+            columns: M, `(n, r)`.
+        """
+        c = self.sum.reshape(-1, self.dim, self.dim)[index]
+        c = c - columns @ (columns.mT @ c)
+        c = c - (c @ columns) @ columns.mT
+        values, vectors = torch.linalg.eigh((c + c.mT) / 2)
+        return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+class Sketch:
+    """A second moment in bounded memory: Frequent Directions (Liberty, KDD 2013), with `SecondMoment`'s interface.
+
+    Of the rows A `(N, n)` it holds B, at most `2 l` rows. As long as no more than `2 l` rows that are not zero have
+    come, B is A and everything is exact. Then, whenever B is full, it is replaced by `l` rows: with singular values s
+    and right singular vectors V of B, row i becomes `sqrt(max(s_i^2 - s_{l+1}^2, 0)) v_i`. What is lost is at most
+
+        0 <= A^T A - B^T B <= |A|_F^2 / l    (as quadratic forms; Liberty's Theorem 1),
+
+    and nothing at all when the rows have rank `l` or less. `total` is |A|_F^2, exactly, so that the share of energy
+    that B shows for a direction is never more than it really is. The blocks that are shrunk depend on the order of the
+    rows alone, not on how they are cut into batches; several processes sketch parts of the rows, so that they agree
+    with one process to rounding as long as nothing is shrunk, and within the bound after that.
+
+    Args:
+        dim: length n of a row.
+        batch_shape: leading dimensions of independent sketches.
+        device: where to hold the rows (a device without float64 falls to the CPU).
+        size: l.
+
+    Attributes:
+        held: B of each sketch of the batch, flattened, `(k, n)`, float64.
+        rows: rows seen so far, per sketch, zeros included.
+        exact: False once a row had to be shrunk.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        batch_shape: tuple[int, ...] = (),
+        device: torch.device | str | None = None,
+        size: int | None = None,
+    ) -> None:
+        _check_dim(dim)
+        self.dim, self.batch_shape, self.size = dim, tuple(batch_shape), SKETCH if size is None else size
+        self.device, self.rows, self.exact = float64_device(device), 0, True
+        count = torch.Size(batch_shape).numel()
+        self.held = [torch.zeros(0, dim, dtype=torch.float64, device=self.device) for _ in range(count)]
+        self._total = torch.zeros(count, dtype=torch.float64, device=self.device)
+
+    @property
+    def total(self) -> Tensor:
+        """Energy |A|_F^2 of all rows seen, shape `(*batch_shape)`."""
+        return self._total.reshape(self.batch_shape)
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> Sketch:
+        """Add rows of shape `(*batch_shape, N, n)`, N >= 0.
+
+        Raises:
+            ValueError: another shape, or values that are not finite.
+        """
+        rows = _checked(rows, self)
+        for index, new in enumerate(rows.reshape(len(self.held), -1, self.dim)):
+            self._total[index] += new.square().sum()
+            self._append(index, new)
+        self.rows += rows.shape[-2]
+        return self
+
+    @torch.no_grad()
+    def merge(self, reduce: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor] | None) -> None:
+        """Take in the rows of the other processes; a sketch of sketches keeps the bound.
+
+        Args:
+            reduce: sums a tensor over the processes.
+            gather: concatenates tensors of equal shape along dimension 0, in the order of the processes.
+
+        Raises:
+            ValueError: no `gather`.
+        """
+        if gather is None:
+            raise ValueError("a sketch is merged by the rows of all processes: pass gather as well as reduce.")
+        self._total = reduce(self._total)
+        self.rows = int(reduce(torch.tensor(self.rows, device=self.device)))
+        shrunk = gather(torch.tensor([not self.exact], dtype=torch.int64, device=self.device))
+        lengths = torch.tensor([[len(held) for held in self.held]], device=self.device)
+        for index, longest in enumerate(gather(lengths).amax(0).tolist()):
+            if longest:  # rows of zeros make shapes agree
+                held = self.held[index]
+                rows = gather(torch.nn.functional.pad(held, (0, 0, 0, longest - len(held))))
+                self.held[index] = held[:0]
+                self._append(index, rows)
+        self.exact = self.exact and not shrunk.any()
+
+    def inside(self, columns: Tensor) -> Tensor:
+        """Energy in the span of orthonormal columns `(*batch_shape, n, r)`, a lower bound; shape `(*batch_shape)`."""
+        columns = columns.reshape(len(self.held), *columns.shape[-2:])
+        found = [(b @ m).square().sum() for b, m in zip(self.held, columns, strict=True)]
+        return torch.stack(found).reshape(self.batch_shape)
+
+    def residual(self, index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors as `SecondMoment.residual` has them, from the rows; k is their number or n."""
+        rows = self.held[index]
+        for _ in range(2):
+            rows = rows - (rows @ columns) @ columns.mT
+        _, s, v = torch.linalg.svd(rows, full_matrices=False)
+        return s.square(), v.mT
+
+    def _append(self, index: int, rows: Tensor) -> None:
+        """Rows behind those that are held; zeros, which padding and unselected entries bring, take no room."""
+        held = torch.cat([self.held[index], rows[rows.any(-1)]])
+        while len(held) > 2 * self.size:
+            held = torch.cat([self._shrunk(held[: 2 * self.size]), held[2 * self.size :]])
+        self.held[index] = held
+
+    def _shrunk(self, rows: Tensor) -> Tensor:
+        # U^T B = S V^T: the Gram matrix of the rows is enough, and smaller than B
+        values, vectors = torch.linalg.eigh(rows @ rows.mT)
+        values, vectors = values[-self.size - 1 :], vectors[:, -self.size :]
+        lost, kept = values[0].clamp_min(0), values[1:]
+        self.exact = False
+        scale = (1 - lost / kept).clamp_min(0).sqrt().nan_to_num(0)
+        return scale[:, None] * (vectors.mT @ rows)
+
+
+def second_moment(
+    dim: int, batch_shape: tuple[int, ...] = (), device: torch.device | str | None = None
+) -> SecondMoment | Sketch:
+    """The smaller of the two, and the dense one when they are equal: a sketch for n above `2 * SKETCH`."""
+    return (Sketch if dim > 2 * SKETCH else SecondMoment)(dim, batch_shape, device)
+
+
+def _check_dim(dim: int) -> None:
+    if dim < 1:
+        raise ValueError(f"dim={dim}: a row needs at least one element.")
+
+
+def _checked(rows: Tensor, moment: SecondMoment | Sketch) -> Tensor:
+    """`rows` in float64 on the moment's device, once their shape and values are sound."""
+    expected = (*moment.batch_shape, "N", moment.dim)
+    if rows.ndim != len(expected) or tuple(rows.shape[:-2]) != moment.batch_shape or rows.shape[-1] != moment.dim:
+        raise ValueError(
+            f"rows of shape {tuple(rows.shape)} do not fit: expected ({', '.join(map(str, expected))}), "
+            f"with n={moment.dim} the length of a row."
+        )
+    rows = rows.detach().to(moment.device).to(torch.float64)
+    if not torch.isfinite(rows).all():
+        raise ValueError(
+            f"rows hold values that are not finite ({int((~torch.isfinite(rows)).sum())} of {rows.numel()}): "
+            "the model's inputs or prompts have diverged."
+        )
+    return rows
 
 
 def float64_device(device: torch.device | str | None) -> torch.device:

@@ -13,6 +13,7 @@ from .config import APPLY_TO
 from .moments import float64_device
 
 NamedParameters = Iterable[tuple[str, Tensor]]
+TURNED = ".T"
 
 
 class NullSpaceProjector:
@@ -23,22 +24,30 @@ class NullSpaceProjector:
     steps. `apply_to="gradient"` projects the gradient before the step, as the poster's algorithm has it; under an
     optimizer that is not linear in the gradient (Adam) the step leaves the null space all the same.
 
-    A parameter of any shape is read as `(*batch, -1, n)`, with the batch and n of its basis; parameters without a
-    basis are left alone.
+    A parameter is read as `(*batch, rows, n)`, with the batch and n of its basis: its last dimensions multiply to n,
+    its first are the batch. Parameters without a basis are left alone. A name ending in ".T" stands for the parameter
+    with its last two dimensions swapped; a parameter may have a basis under each of its two names. The two projections
+    act on different axes, so that they commute and both conditions hold.
 
     Args:
         bases: basis of each protected parameter, by name.
         apply_to: "update" or "gradient".
+        hold_norm: parameters whose rows keep the norm that they had at the anchor, with "update": the part of a row
+            inside the null space is scaled. Cosines with protected directions then stay exactly, where a projection
+            alone keeps the products `q k^T` but not |k|.
 
     Attributes:
         bases: the same; setting it drops the anchors, since a task's bases hold from the value it starts at.
+        hold_norm: the same.
     """
 
-    def __init__(self, bases: dict[str, Basis] | None = None, apply_to: str = "update") -> None:
+    def __init__(
+        self, bases: dict[str, Basis] | None = None, apply_to: str = "update", hold_norm: Iterable[str] = ()
+    ) -> None:
         if apply_to not in APPLY_TO:
             raise ValueError(f"apply_to={apply_to!r} is unknown: choose one of {', '.join(APPLY_TO)}.")
         self.bases = dict(bases or {})
-        self.apply_to = apply_to
+        self.apply_to, self.hold_norm = apply_to, set(hold_norm)
 
     @property
     def bases(self) -> dict[str, Basis]:
@@ -57,18 +66,20 @@ class NullSpaceProjector:
             ValueError: a basis whose parameter is missing, or a parameter that its basis does not fit.
         """
         self._anchors = {}
-        for name, basis, parameter in list(self._protected(named_parameters)):
+        for name, parameter, bases in list(self._protected(named_parameters)):
             value = _local(parameter)
-            block = basis.dim * _product(basis.batch_shape)
-            if value.shape[-1] != basis.dim or value.numel() % block:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}, which is not ({', '.join(map(str, basis.batch_shape))}"
-                    f"{', ' if basis.batch_shape else ''}rows, {basis.dim}) as its basis of shape "
-                    f"{tuple(basis.columns.shape)} needs: load the bases that belong to this adapter."
-                )
+            for key, basis in bases.items():
+                shape = tuple(_turned(value, key != name).shape)
+                if not _fits(shape, basis):
+                    raise ValueError(
+                        f"{key} has shape {shape}, which is not ({', '.join(map(str, basis.batch_shape))}"
+                        f"{', ' if basis.batch_shape else ''}rows, {basis.dim}) as its basis of shape "
+                        f"{tuple(basis.columns.shape)} needs: load the bases that belong to this adapter "
+                        "(and let no sharding cut it along its batch)."
+                    )
+                # once a task rather than once a step
+                self.bases[key] = basis.to(float64_device(value.device))
             self._anchors[name] = value.detach().clone()
-            # once a task rather than once a step
-            self.bases[name] = basis.to(float64_device(value.device))
 
     @torch.no_grad()
     def project_updates_(self, named_parameters: NamedParameters) -> None:
@@ -78,13 +89,16 @@ class NullSpaceProjector:
             RuntimeError: `anchor` has not been called since the bases were set.
             ValueError: a basis whose parameter is missing.
         """
-        for name, basis, parameter in self._protected(named_parameters):
-            if basis.rank == 0:
+        for name, parameter, bases in self._protected(named_parameters):
+            if not any(basis.rank for basis in bases.values()):
                 continue
-            if name not in self._anchors:
-                raise RuntimeError(f"{name} has no anchor: call anchor(named_parameters) at the task's start.")
-            value, start = _local(parameter), self._anchors[name].to(basis.columns)
-            value.copy_(start + _project(basis, value.to(basis.columns) - start))
+            value, start = _local(parameter), self.start(name)
+            device = float64_device(value.device)
+            start = start.to(device).to(torch.float64)
+            moved = _project_all(bases, name, value.to(device).to(torch.float64) - start)
+            if name in self.hold_norm:
+                moved = _hold_norm(bases, name, start, moved)
+            value.copy_(start + moved)
 
     @torch.no_grad()
     def project_gradients_(self, named_parameters: NamedParameters) -> None:
@@ -93,20 +107,36 @@ class NullSpaceProjector:
         Raises:
             ValueError: a basis whose parameter is missing.
         """
-        for _, basis, parameter in self._protected(named_parameters):
-            if basis.rank and parameter.grad is not None:
+        for name, parameter, bases in self._protected(named_parameters):
+            if parameter.grad is not None and any(basis.rank for basis in bases.values()):
                 gradient = _local(parameter.grad)
-                gradient.copy_(_project(basis, gradient.to(basis.columns)))
+                device = float64_device(gradient.device)
+                gradient.copy_(_project_all(bases, name, gradient.to(device).to(torch.float64)))
 
-    def _protected(self, named_parameters: NamedParameters) -> Iterator[tuple[str, Basis, Tensor]]:
+    def start(self, name: str) -> Tensor:
+        """The value that the parameter had at the task's start.
+
+        Raises:
+            RuntimeError: `anchor` has not been called since the bases were set.
+        """
+        if name not in self._anchors:
+            raise RuntimeError(f"{name} has no anchor: call anchor(named_parameters) at the task's start.")
+        return self._anchors[name]
+
+    def _protected(self, named_parameters: NamedParameters) -> Iterator[tuple[str, Tensor, dict[str, Basis]]]:
+        """Each protected parameter once, with its bases by key."""
         parameters = dict(named_parameters)
-        for name, basis in self.bases.items():
+        found: dict[str, dict[str, Basis]] = {}
+        for key, basis in self.bases.items():
+            name = key if key in parameters else key.removesuffix(TURNED)
             if name not in parameters:  # a wrapper's prefix, say, would leave it unprotected
                 raise ValueError(
                     f"no parameter is named {name!r}, which has a basis: the parameters given are "
                     f"{', '.join(sorted(parameters)) or 'none'}."
                 )
-            yield name, basis, parameters[name]
+            found.setdefault(name, {})[key] = basis
+        for name, bases in found.items():
+            yield name, parameters[name], bases
 
     def attach(
         self, optimizer: Optimizer, named_parameters: Callable[[], NamedParameters]
@@ -128,16 +158,39 @@ class NullSpaceProjector:
         return optimizer.register_step_post_hook(lambda *_: self.project_updates_(named_parameters()))
 
 
-def _project(basis: Basis, tensor: Tensor) -> Tensor:
-    rows = basis.project(tensor.reshape(*basis.batch_shape, -1, basis.dim))
-    full = basis.ranks == basis.dim
-    return rows.masked_fill(full[..., None, None], 0).reshape(tensor.shape)  # where rounding would leave a little
+def _project_all(bases: dict[str, Basis], name: str, tensor: Tensor) -> Tensor:
+    """What remains of `tensor`, shaped as parameter `name`, in the null space of each of its bases."""
+    for key, basis in bases.items():
+        turned = _turned(tensor, key != name)
+        rows = basis.project(turned.reshape(*basis.batch_shape, -1, basis.dim))
+        full = basis.ranks == basis.dim  # where rounding would leave a little
+        tensor = _turned(rows.masked_fill(full[..., None, None], 0).reshape(turned.shape), key != name)
+    return tensor
+
+
+def _hold_norm(bases: dict[str, Basis], name: str, start: Tensor, moved: Tensor) -> Tensor:
+    """`moved`, changed inside the null space so that each row of `start + moved` has the norm of `start`'s row.
+
+    A row is k = k_par + k_perp; its protected part k_par is the start's, so |k| stays if |k_perp| does.
+    """
+    before = _project_all(bases, name, start)
+    after = before + moved
+    held, norm = before.norm(dim=-1, keepdim=True), after.norm(dim=-1, keepdim=True)
+    return torch.where(norm > 0, after * (held / norm.clamp_min(torch.finfo(norm.dtype).tiny)), before) - before
+
+
+def _turned(tensor: Tensor, swap: bool) -> Tensor:
+    return tensor.mT if swap else tensor
+
+
+def _fits(shape: tuple[int, ...], basis: Basis) -> bool:
+    """Whether the first dimensions are the basis's batch and the last, one or several, multiply to its n."""
+    batch = len(basis.batch_shape)
+    return shape[:batch] == basis.batch_shape and any(
+        torch.Size(shape[i:]).numel() == basis.dim for i in range(batch, len(shape))
+    )
 
 
 def _local(tensor: Tensor) -> Tensor:
-    # a DTensor sharded on dim 0 is projected shard by shard: the projection acts on the last dimension
+    # a DTensor sharded on dim 0 is projected shard by shard: the projection acts on the last dimensions
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())

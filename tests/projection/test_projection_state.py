@@ -158,6 +158,27 @@ def test_refuses_foreign_state():
         Projection().load_state({**bases, "key": 2 * bases["key"]}, description)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": [6, 9]}, r"basis of 'key' has shape \(8, 2\), its description says \(9, 2\)"),
+        ({"rank": 3}, r"says \(8, 3\)"),
+        ({"shape": [2, 3, 8], "batch_dims": 1}, r"says \(2, 8, 2\)"),
+        ({"batch_dims": 1}, r"shape=\[6, 8\] and batch_dims=1: expected"),
+        ({"shape": None}, "shape=None"),
+        ({"role": "head"}, "role='head': expected one of prompt, key"),
+    ],
+)
+def test_refuses_a_description_that_contradicts_its_bases(change, message):
+    bases, description = finish(Projection(ProjectionConfig(key_energy=0.999)), [1]).state()
+    assert bases["key"].shape == (8, 2)
+    before = finish(Projection(ProjectionConfig(key_energy=0.999)), [1])
+    description["key"] = {**description["key"], **change}
+    with pytest.raises(ValueError, match=message):
+        before.load_state(bases, description)
+    assert before.info["key"]["rank"] == 2 and before.bases["key"].rank == 2  # what was there stays
+
+
 def test_halves_with_a_summing_reduce_are_the_whole():
     """Two processes that saw half of the images each, and one that saw all of them."""
     for task_seeds in ([1, 2, 3], [11, 12, 13]):
@@ -221,6 +242,10 @@ def test_broadcast_buffers_have_the_main_process_shape():
         ({"energy": 1.5}, "energy=1.5"),
         ({"key_energy": -1}, "key_energy=-1"),
         ({"max_images": 0}, "max_images=0"),
+        ({"probes": 0}, "probes=0"),
+        ({"probe_space": "pixels"}, "probe_space='pixels'.*features, logits"),
+        ({"ln_penalty": -1.0}, "ln_penalty=-1.0"),
+        ({"ln_penalty": float("nan")}, "ln_penalty=nan"),
     ],
 )
 def test_config_refuses(setting, message):
@@ -232,7 +257,7 @@ def test_config_defaults_and_methods():
     config = ProjectionConfig()
     assert (config.method, config.apply_to, config.max_images) == ("pgp", "update", None)
     assert ProjectionConfig(**json.loads(json.dumps(config.to_dict()))) == config
-    assert set(METHODS) >= {"pgp"} and Projection().projector.apply_to == "update"
+    assert set(METHODS) == {"pgp", "attention", "functional", "frozen"} and Projection().projector.apply_to == "update"
     assert Projection(ProjectionConfig(apply_to="gradient")).projector.apply_to == "gradient"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

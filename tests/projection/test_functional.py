@@ -1,0 +1,327 @@
+"""Functional projection: per-image gradients, what they protect, and that old features stay to first order."""
+
+from __future__ import annotations
+
+import copy
+
+import processes
+import prompted
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from pgp_hf.projection import METHODS, Basis, Projection, ProjectionConfig, moments
+from pgp_hf.projection.methods import Context, probes
+
+SEED, TASK = 3, 1
+
+
+def config(**kwargs):
+    return ProjectionConfig(**{"method": "functional", "energy": 1.0, "key_energy": 0.9, **kwargs})
+
+
+def observations(model, pixels, settings=None, indices=None, classes=None):
+    indices = range(len(pixels)) if indices is None else indices
+    context = Context(settings or config(), list(indices), TASK, SEED, classes)
+    with torch.no_grad():  # as the trainer calls it
+        return list(METHODS["functional"](model.base_model, {"pixel_values": pixels}, context))
+
+
+def prompts(found):
+    return {name: rows for name, role, rows in found if role == "prompt"}
+
+
+def parameters(model):
+    return model.base_model.prompt_parameters()
+
+
+def learned(model, pixels, settings):
+    projection = Projection(settings)
+    for i in range(0, len(pixels), 2):
+        chunk = pixels[i : i + 2]
+        images = list(range(i, i + len(chunk)))
+        projection.observe(model.base_model, {"pixel_values": chunk}, images, task=TASK, seed=SEED)
+    projection.end_task({name: tuple(p.shape) for name, p in parameters(model).items()})
+    return projection
+
+
+@pytest.mark.parametrize("space", ["features", "logits"])
+@pytest.mark.parametrize("method", prompted.METHODS)
+def test_rows_are_the_gradients_of_one_image_at_a_time(method, space):
+    """By plain autograd on the parameter itself, image by image and probe by probe."""
+    model, pixels = prompted.make(method, attention="eager"), prompted.images(4)
+    classes = [4, 1, 2] if space == "logits" else None
+    settings, indices = config(probes=3, probe_space=space), [7, 2, 30, 5]
+    found = prompts(observations(model, pixels, settings, indices, classes))
+    assert set(found) == {name for name in parameters(model) if not name.endswith("key") or method == "dualprompt"}
+    tuner, context = model.base_model, Context(settings, indices, TASK, SEED)
+    for b, image in enumerate(indices):
+        caught = []
+        watch = tuner.watch_features(caught.append)
+        model(pixel_values=pixels[b : b + 1])
+        watch.remove()
+        output = tuner.linear_logits(caught[0])[:, classes] if classes else caught[0]
+        context.images = [image]
+        for probe in range(3):
+            direction = probes(context, probe, output)
+            own = [parameters(model)[name] for name in found]
+            gradients = torch.autograd.grad((direction * output).sum(), own, retain_graph=True)
+            for (name, rows), gradient in zip(found.items(), gradients, strict=True):
+                expected = gradient.flatten(1) if method == "l2p" else gradient.flatten()
+                assert expected.norm() > 1e-3
+                assert torch.allclose(rows[..., 3 * b + probe, :], expected, rtol=1e-4, atol=1e-4), name
+
+
+@pytest.mark.parametrize("method", prompted.METHODS)
+def test_leaves_no_trace(method):
+    model, pixels = prompted.make(method), prompted.images()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    expected, state = prompted.features(model, pixels), torch.get_rng_state()
+    found = observations(model, pixels)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(rows.requires_grad for _, _, rows in found)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert not model.training and torch.equal(prompted.features(model, pixels), expected)
+    copy.deepcopy(model)  # no tensor of a graph is left behind
+    with pytest.raises((ValueError, RuntimeError)):  # nor after a pass that failed
+        model.base_model.traced(pixels[:, :2])
+    assert all(layer.copies is None for layer in model.base_model.layers)
+
+
+def test_traced_features_are_the_features():
+    for method in prompted.METHODS:
+        for attention in ("eager", "sdpa"):
+            model, pixels = prompted.make(method, attention), prompted.images()
+            traced = model.base_model.traced(pixels)
+            assert torch.allclose(traced.features, prompted.features(model, pixels), atol=1e-6)
+            assert all(copies.values.shape[0] == 5 and copies.values.is_leaf for copies in traced.copies.values())
+
+
+@pytest.mark.parametrize("method", prompted.METHODS)
+def test_sdpa_is_eager_and_autocast_is_close(method):
+    pixels = prompted.images()
+    expected = prompts(observations(prompted.make(method, "eager"), pixels))
+    sdpa = prompts(observations(prompted.make(method, "sdpa"), pixels))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = prompts(observations(prompted.make(method), pixels))
+    for name, rows in expected.items():
+        assert torch.allclose(sdpa[name], rows, rtol=1e-3, atol=1e-4)
+        assert half[name].dtype == torch.float32
+        chosen = half[name].any(-1) & rows.any(-1)
+        cosine = torch.nn.functional.cosine_similarity(half[name], rows, dim=-1)[chosen]
+        assert cosine.min() > 0.6 and cosine.mean() > 0.95
+
+
+def test_unselected_entries_see_nothing():
+    model, pixels = prompted.make("l2p"), prompted.images()
+    (rows,) = prompts(observations(model, pixels)).values()
+    model(pixel_values=pixels)
+    chosen = torch.zeros(5, 5, dtype=torch.bool).scatter(1, model.base_model.selected_prompts, True)
+    assert rows.shape == (5, 5 * 2, 3 * 24)
+    assert torch.equal(rows.any(-1), chosen.T.repeat_interleave(2, dim=1))
+
+
+@pytest.mark.parametrize("method", prompted.METHODS)
+def test_batches_and_order_do_not_matter(method):
+    """A probe belongs to its image: the rows of an image are the same in any company."""
+    model, pixels = prompted.make(method), prompted.images(6)
+    whole = prompts(observations(model, pixels))
+    order = torch.tensor([4, 0, 5, 3, 1, 2])
+    parts = [prompts(observations(model, pixels[i], indices=i.tolist())) for i in order.split(4)]
+    for name, rows in whole.items():
+        got = torch.cat([part[name] for part in parts], dim=-2).unflatten(-2, (6, 2))
+        assert torch.allclose(got, rows.unflatten(-2, (6, 2))[..., order, :, :], rtol=1e-3, atol=1e-5)
+
+
+def test_probes_are_unit_gaussians_of_their_counters():
+    context, output = Context(config(), list(range(400)), TASK, SEED), torch.zeros(400, 24)
+    first = probes(context, 0, output)
+    assert abs(float(first.mean())) < 0.05 and abs(float(first.var()) - 1) < 0.05
+    assert torch.equal(first, probes(context, 0, output))
+    others = [
+        probes(Context(config(), list(range(400)), *task_and_seed), probe, output)
+        for task_and_seed, probe in (((TASK, SEED), 1), ((TASK + 1, SEED), 0), ((TASK, SEED + 1), 0))
+    ]
+    for other in [*others, first.roll(1, 0)]:
+        assert abs(float((first * other).mean())) < 0.05
+
+
+def test_images_must_be_numbered():
+    model, pixels = prompted.make("l2p"), prompted.images()
+    for images, given in ((None, "none"), ([1, 2], "2")):
+        with pytest.raises(ValueError, match=f"5 images and {given} indices"):
+            Projection(config()).observe(model.base_model, {"pixel_values": pixels}, images)
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.95])
+@pytest.mark.parametrize("method", prompted.METHODS)
+def test_the_basis_holds_its_share_and_the_bound_holds(method, energy):
+    """sum_x |J_x D|^2 <= min((1 - energy) tr G, l) |D|^2 for D in the null space, with G the estimate from probes."""
+    model, pixels = prompted.make(method), prompted.images(12)
+    projection = learned(model, pixels, config(energy=energy))
+    for name, rows in prompts(observations(model, pixels)).items():
+        basis, rows = projection.bases[name], rows.double()
+        shape = list(parameters(model)[name].shape)
+        read = [shape[0], 1, shape[1] * shape[2]] if method == "l2p" else [1, parameters(model)[name].numel()]
+        assert projection.info[name]["shape"] == read
+        flat, left = rows.reshape(-1, *rows.shape[-2:]), basis.project(rows).reshape(-1, *rows.shape[-2:])
+        for g, residual in zip(flat, left, strict=True):
+            total, worst = g.square().sum(), torch.linalg.matrix_norm(residual, 2).square()
+            assert residual.square().sum() <= (1 - energy) * total * (1 + 1e-9)
+            assert worst <= (1 - energy) * total
+        assert 0 < basis.rank < basis.dim
+
+
+def moved(model, pixels, step, projection=None, seed=5):
+    """Features after one step of a given length in a random direction, with and without projection."""
+    named = [(name, p) for name, p in parameters(model).items() if "l2p_key" not in name]
+    before = [p.detach().clone() for _, p in named]
+    if projection is not None:
+        projection.projector.anchor(parameters(model).items())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, p in named:
+            direction = torch.randn(p.shape, generator=generator)
+            p.add_(step * direction / direction.norm())
+        if projection is not None:
+            projection.projector.project_updates_(parameters(model).items())
+        result = prompted.features(model, pixels)
+        length = sum(float((p - old).norm()) for (_, p), old in zip(named, before, strict=True))
+        for (_, p), old in zip(named, before, strict=True):
+            p.copy_(old)
+    return result, length
+
+
+@pytest.mark.parametrize("space", ["features", "logits"])
+@pytest.mark.parametrize("method", prompted.METHODS)
+def test_old_features_stay_to_first_order(method, space):
+    """With every direction seen protected: half the step, a quarter of the drift; unprojected, half of it."""
+    model, pixels = prompted.make(method).double(), prompted.images(1).double()
+    for p in parameters(model).values():  # PEFT may have kept them in float32
+        p.data = p.data.double()
+    projection = learned(model, pixels, config(energy=1.0, key_energy=None, probes=40, probe_space=space))
+    head = (lambda f: f) if space == "features" else model.base_model.linear_logits
+    start = head(prompted.features(model, pixels))
+
+    def drift(step, projection=None):
+        features, length = moved(model, pixels, step, projection)
+        assert length > 0.5 * step
+        return float((head(features) - start).detach().norm())
+
+    free, held = [[drift(step, p) for step in (2e-3, 1e-3)] for p in (None, projection)]
+    assert free[0] / free[1] == pytest.approx(2, rel=0.1)
+    assert held[0] / held[1] == pytest.approx(4, rel=0.2)
+    assert held[0] < 0.02 * free[0]
+
+
+@pytest.mark.parametrize("method", prompted.METHODS)
+def test_adam_cannot_leave_the_null_space(method):
+    """Real steps on a real loss: the movement has nothing in the span, and old features hardly move."""
+    drifts = {}
+    old, new = prompted.images(2), prompted.images(4, seed=1)
+    for protected in (False, True):
+        model = prompted.make(method)
+        projection = learned(model, old, config(energy=1.0, probes=20, key_energy=None))
+        named = {name: p for name, p in parameters(model).items() if name in projection.bases}
+        start, before = prompted.features(model, old), {name: p.detach().double() for name, p in named.items()}
+        optimizer = torch.optim.Adam(named.values(), lr=1e-3)
+        if protected:
+            projection.projector.anchor(named.items())
+            projection.projector.attach(optimizer, named.items)
+        caught = []
+        model.base_model.watch_features(caught.append)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(pixel_values=new)
+            caught.pop().square().sum().backward()
+            optimizer.step()
+        for name, p in named.items():
+            basis = projection.bases[name]
+            step = (p.detach().double() - before[name]).reshape(*basis.batch_shape, -1, basis.dim)
+            leak = float((step @ basis.columns).norm() / step.norm())
+            # what is left is the rounding of float32 values, beside a short way
+            rounding = 2.0**-24 * float(before[name].norm() / step.norm())
+            assert (leak < 1e-6 + rounding) if protected else leak > 0.05, (name, leak)
+        drifts[protected] = float((prompted.features(model, old) - start).norm())
+    assert drifts[True] < 0.3 * drifts[False]
+
+
+def test_keys_are_held_like_those_of_pgp():
+    model, pixels = prompted.make("l2p"), prompted.images()
+    inputs = {"pixel_values": pixels}
+    (ours,) = (o.rows for o in observations(model, pixels) if o.role == "key")
+    (theirs,) = (rows for _, role, rows in model.base_model.protected_rows(**inputs) if role == "key")
+    assert torch.equal(ours, theirs)
+    query = model.base_model.query(pixels)
+    context = Context(config(), list(range(5)), TASK, SEED)
+    again = METHODS["functional"](model.base_model, {**inputs, "prompt_query": query}, context)
+    assert all(torch.allclose(a.rows, b.rows) for a, b in zip(again, observations(model, pixels), strict=True))
+
+
+def test_nothing_is_protected_where_nothing_is_prompted():
+    model = prompted.make("l2p", prompt_length=0)
+    assert not prompts(observations(model, prompted.images()))
+    assert not prompts(observations(prompted.make("clip", image_length=0), prompted.images()))
+
+
+@pytest.mark.parametrize("sketch", [512, 20])
+def test_two_processes_are_one(sketch, monkeypatch):
+    """Images shared out; in second moments, and in sketches that need not shrink."""
+    monkeypatch.setattr(moments, "SKETCH", sketch)
+    model, pixels = prompted.make("l2p"), prompted.images(7)
+    whole = learned(model, pixels, config(energy=0.9))
+
+    def work(rank, reduce, gather, broadcast):
+        projection = Projection(config(energy=0.9))
+        own = list(range(rank, 7, 2))
+        batches = (({"pixel_values": pixels[i : i + 1]}, [i]) for i in own)
+        gathers = {"reduce": reduce, "gather": gather, "broadcast": broadcast}
+        projection.learn(copy.deepcopy(model).base_model, batches, task=TASK, seed=SEED, **gathers)
+        return projection
+
+    first, second = processes.run(2, work)
+    for name, basis in whole.bases.items():
+        assert torch.equal(first.bases[name].columns, second.bases[name].columns)
+        assert torch.equal(first.bases[name].ranks, basis.ranks)
+        mine, theirs = (b.columns @ b.columns.mT for b in (first.bases[name], basis))
+        assert torch.allclose(mine, theirs, atol=1e-4)
+    assert first.info == second.info == whole.info
+
+
+def test_a_stream(tmp_path):
+    """Through the trainer: files, and a resumed run equal to the bit."""
+    projection = config(energy=0.95, key_energy=0.95, probes=4)
+
+    def trainer(folder, **kwargs):
+        arguments = {"learning_rate": 0.02, "num_train_epochs": 1, "stream": tiny.stream(num_tasks=2)}
+        return tiny.trainer(tmp_path / folder, **{**arguments, "projection": projection, **kwargs})
+
+    straight = trainer("a")
+    straight.train()
+    info = straight.projection.info["base_model.model.vit.embeddings.l2p_prompt"]
+    assert info["shape"] == [5, 1, 48] and info["samples"] == 2 * 24 * 4
+    assert info["rank_per_task"] == sorted(info["rank_per_task"]) and info["rank"] < 48
+    trainer("b").train_task(0)
+    with pytest.raises(ValueError, match="probes=4, this one 2"):
+        trainer("b", projection=config(energy=0.95, key_energy=0.95)).train(resume_from_checkpoint=True)
+    trainer("b").train(resume_from_checkpoint=True)
+    for file in ("adapter_model.safetensors", "projection.safetensors"):
+        a, b = load_file(tmp_path / "a" / file), load_file(tmp_path / "b" / file)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_wide_basis_is_saved_in_single_precision(monkeypatch):
+    """And the projector uses the rounded one at once, so that a resumed run goes on with the same."""
+    monkeypatch.setattr("pgp_hf.projection.state.SINGLE", 500)
+    model = prompted.make("l2p")
+    projection = learned(model, prompted.images(12), config(energy=0.9))
+    tensors, description = projection.state()
+    wide, narrow = (next(n for n in tensors if part in n) for part in ("l2p_prompt", "l2p_key"))
+    assert (tensors[wide].dtype, tensors[narrow].dtype) == (torch.float32, torch.float64)
+    loaded = Projection(config(energy=0.9))
+    loaded.load_state(tensors, description)
+    for name, basis in projection.bases.items():
+        assert torch.equal(loaded.bases[name].columns, basis.columns)
+    assert isinstance(loaded.bases[wide], Basis) and loaded.info == projection.info
