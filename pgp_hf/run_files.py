@@ -1,26 +1,26 @@
-"""What a trainer writes when a task ends, and how a run goes on from it."""
+"""What a trainer writes when a task ends, and what goes to the Hub of it."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import load_peft_weights, set_peft_model_state_dict
 
-from . import artifacts, model_card, plots
+from . import artifacts, hub, model_card, plots, reading, revisions
 from .artifacts import RunFolder
+from .continuing import ContinuedRuns
 from .evaluation import StreamResults
 from .projection import Projection
 from .stream import TaskStream
 
 
-class RunFiles:
-    """The part of `PGPTrainer` that reads and writes its output folder."""
+class RunFiles(ContinuedRuns):
+    """The part of `PGPTrainer` that writes its output folder and uploads it; reading is that of its base."""
 
     folder: RunFolder
     results: StreamResults
@@ -28,17 +28,24 @@ class RunFiles:
     stream: TaskStream
     task: int | None
     _features: dict[int, np.ndarray]
+    _selected: dict[int, np.ndarray]
+    _digest: dict[str, str] | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.folder.checkpoints(self.task)) if self.task is not None else super()._get_output_dir(trial)
 
     def _write_task(self, t: int) -> None:
         if self.is_world_process_zero():
-            features = torch.from_numpy(np.ascontiguousarray(self._features[t]))
-            artifacts.write_tensors(self.folder.features(t), {"features": features})
+            self._write_reference(t)
             self.folder.publish(t, self._write_files)
             shutil.rmtree(self.folder.checkpoints(t).parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _write_reference(self, t: int) -> None:
+        """What drift is measured against later: how the test images of task t were seen when it ended."""
+        kept = {"features": self._features, "selected": self._selected}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(of[t])) for name, of in kept.items() if t in of}
+        artifacts.write_tensors(self.folder.features(t), tensors)
 
     def _write_files(self, folder: Path) -> None:
         """The files of the contract, as they stand now."""
@@ -51,76 +58,67 @@ class RunFiles:
         artifacts.write_tensors(folder / artifacts.BASES, bases)
         artifacts.write_json(folder / artifacts.DESCRIPTION, description)
         artifacts.write_json(folder / artifacts.MANIFEST, manifest)
-        artifacts.write_json(folder / artifacts.RESULTS, results)
+        digests = {name: reading.sha256(folder / name) for name in (artifacts.ADAPTER, artifacts.BASES)}
+        digests |= self._backbone_digest()
+        artifacts.write_json(folder / artifacts.RESULTS, {**results, "sha256": digests})
         plots.save_figures(results, folder / "figures")
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = adapter.get("base_model_name_or_path")
+        if base and os.path.isdir(base):  # from here on it is read elsewhere: a relative path may look like a Hub id
+            adapter["base_model_name_or_path"] = os.path.abspath(base)
+            artifacts.write_json(folder / "adapter_config.json", adapter)
         model_card.save_card(folder / "README.md", results, manifest, adapter, description)
 
-    def _start(self, resume: str | bool | None) -> tuple[int, str | None]:
-        """Index of the first task to train, and the checkpoint to enter it by."""
-        if self.results.matrix and not resume:
-            raise ValueError(
-                f"this trainer has trained {len(self.results.matrix)} tasks already: go on with "
-                "train(resume_from_checkpoint=True) or train_task, or make a new trainer."
-            )
-        if not resume:
-            if self.is_world_process_zero():
-                if self.args.overwrite_output_dir:
-                    self.folder.clear()
-                else:
-                    self.folder.check_unused()
-            self.accelerator.wait_for_everyone()
-            return 0, None
-        source = self.folder if resume is True else RunFolder(resume)
-        elsewhere = source.root.resolve() != self.folder.root.resolve()
-        if elsewhere and self.is_world_process_zero():
-            self.folder.clear() if self.args.overwrite_output_dir else self.folder.check_unused()
-        finished = source.finished_tasks()
-        if finished:
-            if not self.args.reinit_optimizer and finished < self.stream.num_tasks:
-                raise ValueError(
-                    "reinit_optimizer=False carries the optimizer's state from task to task, which finished tasks do "
-                    "not keep: such a run cannot be resumed exactly. Start anew, or use reinit_optimizer=True."
-                )
-            self._load_task(source, finished - 1)
-            if self.is_world_process_zero():
-                if elsewhere:
-                    self.folder.adopt(source, finished)
-                self.folder.promote(finished - 1)  # a run may have died before it came to that
-            self.accelerator.wait_for_everyone()
-        checkpoint = source.last_checkpoint(finished) if finished < self.stream.num_tasks else None
-        if not finished and checkpoint is None:
-            warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=3)
-        return finished, None if checkpoint is None else str(checkpoint)
+    def _backbone_digest(self) -> dict[str, str]:
+        """The frozen backbone's digest by the name it is kept under, computed once; nothing for sharded weights."""
+        if self._digest is None:
+            base = self.tuner.model
+            digest = revisions.backbone_sha256(base, self.tuner.adapter_config.modules_to_save)
+            self._digest = {} if digest is None else {revisions.backbone_key(base): digest}
+        return self._digest
 
-    def _load_task(self, source: RunFolder, t: int) -> None:
-        """Take over the state that the run in `source` had when task t ended."""
-        folder = source.task(t)
-        self.stream.check_manifest(artifacts.read_json(folder / artifacts.MANIFEST))
-        self.results.load(artifacts.read_json(folder / artifacts.RESULTS))
-        description = artifacts.read_json(folder / artifacts.DESCRIPTION)
-        for name, value in self.projection.config.to_dict().items():
-            if description.get(name) != value:
-                raise ValueError(
-                    f"the run in {source.root} has projection {name}={description.get(name)!r}, this one {value!r}: "
-                    "continue with the same projection."
-                )
-        self.projection.load_state(artifacts.read_tensors(folder / artifacts.BASES), description)
-        model = self.accelerator.unwrap_model(self.model)
-        adapter = model.active_adapter
-        saved = artifacts.read_json(folder / "adapter_config.json")
-        for name, value in self.tuner.adapter_config.settings().items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"the adapter in {folder} has {name}={saved.get(name)!r}, this one {value!r}: continue with the same."
-                )
-        weights = load_peft_weights(str(folder), device=str(self.args.device))
-        problems = set_peft_model_state_dict(model, weights, adapter_name=adapter)
-        if problems.unexpected_keys:
+    # A `Trainer` would upload checkpoints, optimizer state and whatever else lies in `output_dir`; these replace it.
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Take the repository's id. It is made by the first upload: a Hub out of reach must not stop a training."""
+        self.hub_model_id = self.args.hub_repo().repo_id
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Checkpoints stay here; `callbacks.PushTasks` uploads finished tasks."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As a `Trainer`'s, but nothing is uploaded by it."""
+        super().save_model(output_dir, _internal_call=True)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> hub.Pushed | None:
+        """Upload the finished tasks that are not on the Hub yet, each as a commit on `main` and a tag; see `hub.push`.
+
+        Args:
+            token, private: instead of those in `args`.
+            commit_message, kwargs: not used: each task has its own message and card.
+
+        Returns:
+            What was uploaded; None on other processes than the main one.
+
+        Raises:
+            ValueError: no task is finished, `blocking=False`, another revision than main.
+            hub.PushError: tasks that could not be uploaded, with the command that finishes it.
+        """
+        if not blocking or revision not in (None, "main"):
             raise ValueError(
-                f"{folder} holds parameters that this model lacks: {problems.unexpected_keys[0]} and others."
+                f"blocking={blocking}, revision={revision!r}: tasks go to main and to tags, and in the background by "
+                "push_to_hub=True in the training arguments; leave both out."
             )
-        self._features = {j: artifacts.read_tensors(source.features(j))["features"].numpy() for j in range(t + 1)}
-        self.task = t
-        self.tuner.resume_after(t)
-        self.eval_dataset = self._test_sets(t)
+        if not self.is_world_process_zero():
+            return None
+        repo = self.args.hub_repo()
+        token, private = token or repo.token, repo.private if private is None else private
+        return hub.push(self.folder.root, repo.repo_id, token=token, private=private, base_model=repo.base_model)

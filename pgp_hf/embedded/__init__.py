@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-__all__ = ["clip_path", "digits", "vit_path"]
+__all__ = ["clip_path", "digits", "name_of", "resolve", "vit_path"]
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -37,6 +37,31 @@ def clip_path() -> Path:
     """
     tokenizer = ("tokenizer.json", "tokenizer_config.json")
     return _folder("clip", " --clip", "config.json", "model.safetensors", "preprocessor_config.json", *tokenizer)
+
+
+# What `base_model_name_or_path` says in the folder of a run on an embedded backbone: the same on every machine, where
+# the folder inside the installed package is not. The colon keeps it from ever being the id of a repository on the Hub.
+_NAMES = {"pgp_hf:embedded-vit": vit_path, "pgp_hf:embedded-clip": clip_path}
+
+
+def resolve(name: str | None) -> Path | None:
+    """Folder of the embedded backbone that a run names `pgp_hf:embedded-vit` or `pgp_hf:embedded-clip`.
+
+    Returns:
+        The folder on this machine; None when `name` is anything else, a Hub id for example.
+
+    Raises:
+        FileNotFoundError: The weights are not in the package.
+    """
+    return _NAMES[name]() if name in _NAMES else None
+
+
+def name_of(folder: str | Path | None) -> str | None:
+    """The inverse of [`resolve`]: the name of the embedded backbone in `folder`, None for any other folder or name."""
+    if folder is None:
+        return None
+    here, path = Path(__file__).resolve().parent, Path(folder).resolve()
+    return next((name for name in _NAMES if path == here / name.rpartition("-")[2]), None)
 
 
 def _folder(name: str, option: str, *files: str) -> Path:

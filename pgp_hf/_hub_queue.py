@@ -1,0 +1,172 @@
+"""A queue of uploads beside the training: in order, patient with the network, never in the way of the program."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+
+from huggingface_hub import get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+LONGEST_PAUSE = 60.0
+"""Seconds between two attempts, at most; the first pause is about one second, and each may be twice the one before."""
+ATTEMPT = 900.0
+"""Seconds after which an attempt that shows no end is given up: a dead connection would hold the queue for ever."""
+
+
+class Refused(ValueError):
+    """What no retry can change; the message has the fix."""
+
+
+class Uploads:
+    """Uploads finished tasks on a thread of its own, task k + 1 never before task k.
+
+    Connection errors, time-outs, rate limits and 5xx answers are retried with exponential backoff and jitter until
+    `close`. Anything else is told at once through `notify`, and tried again when another task is finished. The threads
+    are daemons: the program may end whatever they do.
+
+    Args:
+        prepare: called once, before the first task.
+        put: uploads the task with the given 0-based index; it must bear being called again for the same task.
+        notify: receives a message at once when something went wrong that a retry does not change.
+        token: kept out of all messages; the stored one by default.
+        first: 0-based index of the first task to upload.
+
+    Attributes:
+        wanted: tasks that are finished.
+        done: tasks that are uploaded, or come before `first`.
+        error: of the last attempt, None after a success.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[[], object],
+        put: Callable[[int], object],
+        notify: Callable[[str], None] | None = None,
+        token: str | None = None,
+        first: int = 0,
+    ) -> None:
+        self._prepare, self._put, self._notify = prepare, put, notify or warnings.warn
+        self.token = token or get_token()
+        self._changed = threading.Condition()
+        self._started = self._prepared = self._blocked = self._closed = False
+        self.wanted = self.done = first
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="pgp_hf uploads", daemon=True)
+
+    def add(self, tasks: int) -> None:
+        """The first `tasks` tasks are finished by now; 0 prepares without uploading."""
+        with self._changed:
+            self.wanted, self._blocked = max(self.wanted, tasks), False
+            self._changed.notify_all()
+            if not self._started:
+                self._started = True
+                self._thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until all is uploaded, nothing can be, or `seconds` have passed; whether all is uploaded."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._blocked or self._idle(), seconds)
+            return self._idle()
+
+    def close(self) -> None:
+        """Start no further attempt."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _idle(self) -> bool:
+        return self._prepared and self.done >= self.wanted
+
+    def _run(self) -> None:
+        chance, failures = random.Random(), 0  # the training's random numbers are not touched
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or not (self._blocked or self._idle()))
+                if self._closed:
+                    return
+                prepared, task = self._prepared, self.done
+            try:
+                _within(ATTEMPT, lambda: self._put(task) if prepared else self._prepare())  # noqa: B023
+            except Exception as error:  # whatever it is, training goes on and the user is told
+                lasting = not is_transient(error)
+                with self._changed:
+                    self.error, self._blocked = error, lasting
+                    self._changed.notify_all()
+                    if not lasting:
+                        pause = min(LONGEST_PAUSE, 2.0**failures) * chance.uniform(0.5, 1)
+                        failures += 1
+                        self._changed.wait_for(lambda: self._closed, pause)
+                if lasting:
+                    with contextlib.suppress(Warning):  # under -W error; the queue goes on
+                        self._notify(f"Uploading to the Hub failed. {explain(error, self.token)}")
+            else:
+                failures = 0
+                with self._changed:
+                    self.error, self._prepared = None, True
+                    self.done += prepared
+                    self._changed.notify_all()
+
+
+def _within(seconds: float, attempt: Callable[[], object]) -> None:
+    """Call `attempt` on a daemon thread of its own; TimeoutError when it takes longer, and it is left to itself."""
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            attempt()
+        except Exception as error:  # raised below, in the thread that asked
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="pgp_hf upload", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"an upload showed no end after {seconds:g} s")
+    if errors:
+        raise errors[0]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    return next((one.response.status_code for one in _chain(error) if isinstance(one, HfHubHTTPError)), None)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same upload may succeed later."""
+    status = _status(error)
+    if status is not None:
+        # 409 and 412: somebody else wrote meanwhile, and the next attempt looks again
+        return status in (408, 409, 412, 425, 429) or status >= 500
+    if any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error)):
+        return False
+    if isinstance(error, json.JSONDecodeError):  # a page of some gateway where the Hub's answer was expected
+        return True
+    return any(isinstance(one, (HTTPError, ConnectionError, TimeoutError)) for one in _chain(error))
+
+
+def explain(error: BaseException, token: str | None = None) -> str:
+    """One paragraph: what went wrong, and the fix where there is one; never the token."""
+    status = _status(error)
+    if any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error)):
+        text = "HF_HUB_OFFLINE=1 forbids every upload: unset it."
+    elif status == 401:
+        text = "The Hub knows no such token, or none was given (401): `hf auth login`, or set HF_TOKEN."
+    elif status == 403:
+        text = "The token may not write there (403): use one with write access, or a repository of your own."
+    elif status == 404:
+        text = "The Hub has no such repository, or the token may not see it (404): check its name and the token."
+    elif isinstance(error, Refused):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text.replace(token, "***") if token else text

@@ -1,0 +1,167 @@
+"""What leaves the machine: the files of the contract alone, without a path of this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+from huggingface_hub import ModelCard
+from peft import AutoPeftModel, PeftConfig, get_peft_model
+
+from pgp_hf import L2PConfig, embedded, hub
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished task, trained here."""
+    folder = tmp_path_factory.mktemp("run")
+    run = tiny.trainer(folder, num_train_epochs=1)
+    run.train_task(0)
+    return folder / "task-1"
+
+
+@pytest.fixture
+def task(finished, tmp_path) -> Path:
+    """A copy to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "task-1"))
+
+
+def change(path: Path, **content) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+
+
+def taken(task: Path, **kwargs) -> dict[str, bytes]:
+    target = task.parent / "copy"
+    shutil.rmtree(target, ignore_errors=True)
+    files = hub.snapshot(task, target, repo_id="me/run", **kwargs)
+    assert sorted(file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file()) == files
+    return {path: (target / path).read_bytes() for path in files}
+
+
+def test_every_file_that_a_trainer_writes_is_uploaded(finished):
+    written = sorted(file.relative_to(finished).as_posix() for file in finished.rglob("*") if file.is_file())
+    assert hub.listed(finished) == written  # a file that is new in the contract belongs into hub.FILES
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        "optimizer.pt",
+        "training_args.bin",
+        "trainer_state.json",
+        "model.safetensors",
+        "features/task-1.safetensors",
+        "figures/deep/plot.png",
+        "figures/plot.svg",
+        "task-1/results.json",
+        ".env",
+        "README.md.bak",
+        "results.json/x.png",
+    ],
+)
+def test_nothing_else_is(task, stray):
+    before = hub.listed(task)
+    if (task / stray).parent.is_file():
+        (task / stray).parent.unlink()
+        before.remove("results.json")
+    (task / stray).parent.mkdir(parents=True, exist_ok=True)
+    (task / stray).write_text("{}")
+    assert hub.listed(task) == before
+
+
+def test_files_without_paths_are_copied_byte_for_byte(task):
+    files = taken(task)
+    assert all(files[path] == (task / path).read_bytes() for path in files if path != "README.md")
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.to_dict()["model-index"][0]["name"] == "run" and '"me/run"' in card.text
+
+
+@pytest.mark.parametrize(
+    "base, base_model, expected",
+    [
+        ("google/vit-base", None, "google/vit-base"),
+        ("google/vit-base", "other/vit", "google/vit-base"),  # what the run says wins
+        ("/home/jane/models/vit-tiny", None, None),
+        ("/home/jane/models/vit-tiny", "google/vit-tiny", "google/vit-tiny"),
+        (r"C:\Users\jane\vit-tiny", None, None),
+        ("../models/vit-tiny", None, None),
+        ("~/vit-tiny", None, None),
+        (None, None, None),
+        (None, "google/vit-tiny", "google/vit-tiny"),
+        ("pgp_hf:embedded-vit", None, "pgp_hf:embedded-vit"),
+        (str(embedded.vit_path()), None, "pgp_hf:embedded-vit"),
+        (str(embedded.clip_path()), None, "pgp_hf:embedded-clip"),
+    ],
+)
+def test_backbone_by_a_name_that_others_can_use(task, base, base_model, expected):
+    change(task / "adapter_config.json", base_model_name_or_path=base)
+    files = taken(task, base_model=base_model)
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == expected
+    data, card = ModelCard(files["README.md"].decode()).data, files["README.md"].decode()
+    assert data.base_model == (expected if expected and "/" in expected else None)
+    for part in ("/home", "jane", "Users", "../", "~", str(Path(embedded.__file__).parent)):
+        assert part not in card
+    if expected is None and base:
+        assert "path/to/vit-tiny" in card  # its last name, for the reader to recognise
+    if expected and ":" in expected:
+        assert f'embedded.resolve("{expected}")' in card and "put its path there" not in card
+
+
+@pytest.mark.parametrize("path", ["/data/jane/birds", "/data/jane/birds/", r"D:\jane\birds", "~/jane/birds"])
+def test_paths_in_json_keep_their_last_part(task, path):
+    manifest = json.loads((task / "stream.json").read_text())
+    change(task / "stream.json", dataset={**(manifest.get("dataset") or {}), "name": path, "files": [path]})
+    change(task / "results.json", note={"from": path})
+    files = taken(task)
+    assert json.loads(files["stream.json"])["dataset"]["name"] == "birds"
+    assert json.loads(files["stream.json"])["dataset"]["files"] == ["birds"]
+    assert json.loads(files["results.json"])["note"] == {"from": "birds"}
+    assert b"jane" not in b"".join(files.values())
+    assert json.loads(files["stream.json"])["tasks"] == manifest["tasks"]
+
+
+def test_class_names_are_no_paths(task):
+    names = {str(c): f"/m/0{c}" for c in range(6)}  # as in Open Images
+    change(task / "adapter_config.json", id2label=names)
+    change(task / "stream.json", label_names=list(names.values()))
+    files = taken(task)
+    assert json.loads(files["adapter_config.json"])["id2label"] == names
+    assert json.loads(files["stream.json"])["label_names"] == list(names.values())
+
+
+def test_a_folder_that_is_no_finished_task(task):
+    (task / "results.json").unlink()
+    with pytest.raises(ValueError, match="results.json is missing or damaged"):
+        hub.snapshot(task, task.parent / "copy", repo_id="me/run")
+
+
+def test_embedded_backbones_are_found_by_name_on_any_machine(tmp_path):
+    assert embedded.resolve("pgp_hf:embedded-vit") == embedded.vit_path()
+    assert embedded.resolve("pgp_hf:embedded-clip") == embedded.clip_path()
+    assert embedded.resolve("google/vit-base") is None and embedded.resolve(None) is None
+    assert embedded.name_of(embedded.vit_path()) == "pgp_hf:embedded-vit"
+    assert embedded.name_of(tmp_path) is None and embedded.name_of(None) is None
+    from transformers import AutoModelForImageClassification
+
+    base = AutoModelForImageClassification.from_pretrained(str(embedded.vit_path()), num_labels=3)
+    get_peft_model(base, L2PConfig(pool_size=2, top_k=1)).save_pretrained(tmp_path, save_embedding_layers=False)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "pgp_hf:embedded-vit"
+    assert PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == str(embedded.vit_path())
+    assert AutoPeftModel.from_pretrained(str(tmp_path)).get_base_model().num_labels == 3
+
+
+def test_a_local_backbone_is_recorded_by_its_absolute_path(tmp_path, monkeypatch):
+    """A relative one may look like the id of somebody's model on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    base = tiny.backbone()
+    base.save_pretrained("models/vit")
+    base = type(base).from_pretrained("models/vit")
+    run = tiny.trainer("run", model=get_peft_model(base, L2PConfig(pool_size=2, top_k=1)), num_train_epochs=1)
+    run.train_task(0)
+    saved = json.loads(Path("run/task-1/adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(tmp_path / "models" / "vit")
+    assert json.loads(taken(tmp_path / "run" / "task-1")["adapter_config.json"])["base_model_name_or_path"] is None
