@@ -46,6 +46,7 @@ def main() -> None:
             model_args.tokenizer(),
             stream.label_names,
             **vars(prompt_args),
+            head=run_args.head,
             pool_size=stream.num_tasks,
             interpolate_pos_encoding=model_args.interpolates(backbone),
         )

@@ -56,7 +56,8 @@ def main() -> None:
     def make_model(stream: TaskStream) -> PeftModel:
         backbone = model_args.backbone(stream)
         interpolate = model_args.interpolates(backbone)
-        return get_peft_model(backbone, DualPromptConfig(**vars(prompt_args), interpolate_pos_encoding=interpolate))
+        config = DualPromptConfig(**vars(prompt_args), head=run_args.head, interpolate_pos_encoding=interpolate)
+        return get_peft_model(backbone, config)
 
     run("DualPrompt", model_args, data_args, run_args, training_args, make_model)
 

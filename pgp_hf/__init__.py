@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .inference import load_pretrained
     from .projection import ProjectionConfig
     from .stream import TaskStream
     from .trainer import PGPTrainer
@@ -28,6 +29,7 @@ _HOME = {
     "PGPTrainingArguments": "training_args",
     "ProjectionConfig": "projection",
     "TaskStream": "stream",
+    "load_pretrained": "inference",
 }
 __all__ = [
     "ClipPromptConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "PGPTrainingArguments",
     "ProjectionConfig",
     "TaskStream",
+    "load_pretrained",
 ]
 
 

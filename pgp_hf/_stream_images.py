@@ -17,20 +17,11 @@ import PIL.Image
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from pgp_hf._rgb import to_rgb
+
 BATCH_ROWS = 64  # rows of encoded images in memory at a time
 THREADS = 4  # decoders release the GIL
 PROGRESS_FROM = 500  # fewer images are checked before a bar could be read
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Any PIL image as 8-bit RGB: alpha is dropped, 16-bit grey keeps its high byte (PIL would clip it to white)."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        image = PIL.Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"image mode {image.mode!r} has no known value range; convert it to 8 bits first")
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB makes PIL warn
-    return image.convert("RGB")
 
 
 class ImageRows:

@@ -23,9 +23,11 @@ from transformers.utils import logging
 
 from . import _stream_data as source_data
 from . import embedded, presets
-from .projection import ProjectionConfig
+from .projection import METHODS, ProjectionConfig
+from .projection.config import APPLY_TO, PROBE_SPACES
 from .stream import TaskStream
 from .training_args import PGPTrainingArguments
+from .tuners._shared.config import PromptConfig
 
 
 @dataclass
@@ -242,35 +244,33 @@ class ModelArguments:
         return self.image_size is not None and self.image_size != config.image_size
 
 
+def _setting(name: str, **metadata: Any) -> Any:
+    """An argument with the default and the help of a `ProjectionConfig` field."""
+    known = ProjectionConfig.__dataclass_fields__[name]
+    return field(default=known.default, metadata={**known.metadata, **metadata})
+
+
 @dataclass
 class RunArguments:
-    """Preset, projection and comparison."""
+    """Preset, projection, head and comparison."""
 
     preset: str | None = field(
         default=None,
         metadata={"help": "published settings by name, such as cifar100-10; anything given on the command line wins"},
     )
     dry_run: bool = field(default=False, metadata={"help": "print all resolved settings and stop"})
-    projection: Literal["pgp", "none"] = field(
-        default="pgp", metadata={"help": "gradient projection: that of PGP (ICLR 2024), or none"}
-    )
-    energy: float = field(
-        default=ProjectionConfig.energy,
-        metadata={"help": ProjectionConfig.__dataclass_fields__["energy"].metadata["help"]},
-    )
-    key_energy: float = field(
-        default=ProjectionConfig.key_energy,  # type: ignore[assignment]
-        metadata={"help": "the same for the keys and old queries, in (0, 1]"},
-    )
-    value_energy: float | None = field(
-        default=ProjectionConfig.value_energy,
-        metadata={"help": "the same for prefix values and the attention that old queries pay to them, in (0, 1]"},
-    )
-    apply_to: Literal["update", "gradient"] = field(
-        default="update", metadata={"help": ProjectionConfig.__dataclass_fields__["apply_to"].metadata["help"]}
-    )
-    max_images: int | None = field(
-        default=None, metadata={"help": ProjectionConfig.__dataclass_fields__["max_images"].metadata["help"]}
+    projection: str = _setting("method", choices=["none", *METHODS])
+    energy: float = _setting("energy")
+    key_energy: float | None = _setting("key_energy")
+    value_energy: float | None = _setting("value_energy")
+    apply_to: str = _setting("apply_to", choices=list(APPLY_TO))
+    max_images: int | None = _setting("max_images")
+    probes: int = _setting("probes")
+    probe_space: str = _setting("probe_space", choices=list(PROBE_SPACES))
+    hold_key_norm: bool = _setting("hold_key_norm")
+    ln_penalty: float = _setting("ln_penalty")
+    head: Literal["linear", "statistics"] = field(
+        default="linear", metadata={"help": PromptConfig.__dataclass_fields__["head"].metadata["help"]}
     )
     no_compare: bool = field(
         default=False,
@@ -278,14 +278,8 @@ class RunArguments:
     )
 
     def config(self) -> ProjectionConfig:
-        return ProjectionConfig(
-            method=self.projection,
-            energy=self.energy,
-            key_energy=self.key_energy,
-            value_energy=self.value_energy,
-            apply_to=self.apply_to,
-            max_images=self.max_images,
-        )
+        same = {name: getattr(self, name) for name in ProjectionConfig.__dataclass_fields__ if name != "method"}
+        return ProjectionConfig(method=self.projection, **same)
 
 
 def parse(

@@ -2,8 +2,9 @@
 
 output_dir/  the last finished task's files, and
   task-1/ ... task-T/   the same files as they stood when each task ended
-  features/task-1.safetensors ...   head inputs of each task's test images when it ended, for the drift
+  features/task-1.safetensors ...   head inputs and pool entries of each task's test images when it ended
   checkpoints/task-t/checkpoint-N/  Trainer checkpoints of the task in training, removed when it ends
+  continued.json        in a run that went on from a single revision: how many tasks are not here
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ._atomic import replacing
+from .reading import read_json, read_tensors  # noqa: F401 (their home is there, their users come here)
 
+ADAPTER_CONFIG, PROCESSOR = "adapter_config.json", "preprocessor_config.json"
 ADAPTER = "adapter_model.safetensors"
 BASES, DESCRIPTION = "projection.safetensors", "projection.json"
 MANIFEST, RESULTS = "stream.json", "results.json"
-FEATURES, CHECKPOINTS = "features", "checkpoints"
+FEATURES, CHECKPOINTS, CONTINUED = "features", "checkpoints", "continued.json"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -32,14 +34,6 @@ def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON; ValueError names a file that is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}): the folder is not a finished task.") from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -50,20 +44,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(own, temporary)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; ValueError names one that is missing or damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}).") from error
-
-
 class RunFolder:
     """Layout of an output folder.
 
     Args:
         root: the run's `output_dir`.
     """
+
+    single = False  # whether the last task's files are all there is
 
     def __init__(self, root: str | os.PathLike) -> None:
         self.root = Path(root)
@@ -89,10 +77,19 @@ class RunFolder:
 
     def finished_tasks(self) -> int:
         """How many tasks have ended, counted from the first."""
-        t = 0
+        first = t = self.first
         while self.task(t).is_dir():
             t += 1
-        return t
+        return t if t > first else 0
+
+    @property
+    def first(self) -> int:
+        """0-based index of the first task whose files are here; above 0 in a run that went on from a revision."""
+        path = self.root / CONTINUED
+        first = read_json(path).get("first") if path.exists() else 0
+        if type(first) is not int or first < 0:
+            raise ValueError(f"{path} has first={first!r}: expected the 0-based index of a task.")
+        return first
 
     def is_empty(self) -> bool:
         return not any(self.root.glob("task-*")) and not (self.root / CHECKPOINTS).exists()
@@ -115,12 +112,7 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
         for folder in (FEATURES, CHECKPOINTS):
             shutil.rmtree(self.root / folder, ignore_errors=True)
-
-    def adopt(self, source: RunFolder, tasks: int) -> None:
-        """Copy the first `tasks` finished tasks of another run, each whole or not at all."""
-        for t in range(tasks):
-            write_tensors(self.features(t), read_tensors(source.features(t)))
-            self.publish(t, lambda folder, t=t: shutil.copytree(source.task(t), folder, dirs_exist_ok=True))
+        (self.root / CONTINUED).unlink(missing_ok=True)
 
     def publish(self, t: int, write: Any) -> Path:
         """Write a finished task: `write(folder)` fills a temporary folder, which then takes its place.

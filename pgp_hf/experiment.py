@@ -13,12 +13,11 @@ import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoModel
 
 from . import artifacts, metrics, plots
 from .arguments import DataArguments, ModelArguments, RunArguments, parse
-from .baselines.frozen import extract_features, frozen_matrices
+from .baselines.frozen import frozen_matrices, stream_features
 from .images import ImageCollator
 from .projection import ProjectionConfig
 from .stream import TaskStream
@@ -55,6 +54,7 @@ def run(
         set_seed(args.seed)
         arguments = copy.copy(args)
         arguments.output_dir = str(output_dir)
+        arguments.push_to_hub = args.push_to_hub and output_dir == Path(args.output_dir)  # the twin stays here
         trainer = PGPTrainer(make_model(stream), arguments, stream, projection=projection, processing_class=processor)
         label = name if projection.method == "none" else f"{name}-{projection.method.upper()}"
         if trainer.is_world_process_zero():
@@ -72,7 +72,9 @@ def run(
         artifacts.RunFolder(output_dir).check_unused()  # before the twin takes its time
     compare = not run_args.no_compare
     if compare and projection.method != "none":
-        twin = str(Path(resume) / "baseline") if isinstance(resume, str) else resume
+        twin = resume
+        if isinstance(resume, str):  # a revision on the Hub has no twin beside it
+            twin = str(Path(resume) / "baseline") if Path(resume).is_dir() else None
         train(replace(projection, method="none"), output_dir / "baseline", twin)
     trainer = train(projection, output_dir, resume)
     if trainer.is_world_process_zero():
@@ -98,19 +100,12 @@ def frozen_rows(trainer: PGPTrainer, stream: TaskStream, model_args: ModelArgume
         extractors = {"random": lambda pixels: random(pixels, **position).last_hidden_state[:, 0], **extractors}
     matrices = {}
     for label, extract in extractors.items():
+        options = {"device": tuner.model.device, "batch_size": trainer.args.eval_batch_size}
+        progress = None if trainer.args.disable_tqdm else f"  {label} features"
         train, test = (
-            [
-                extract_features(
-                    extract,
-                    images(t),
-                    ImageCollator(trainer.processing_class),
-                    device=tuner.model.device,
-                    batch_size=trainer.args.eval_batch_size,
-                )
-                for t in tqdm(
-                    range(stream.num_tasks), desc=f"  {label} features", leave=False, disable=trainer.args.disable_tqdm
-                )
-            ]
+            stream_features(
+                extract, images, stream.num_tasks, ImageCollator(trainer.processing_class), progress=progress, **options
+            )
             for images in (stream.train, stream.test)
         )
         found = frozen_matrices(stream, train, test)

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from . import embedded
 from ._atomic import replacing
 from .plots import figure_names
 
@@ -45,7 +46,8 @@ def render_card(
     """Renders the card of a run, or of one of its `task-<t>` revisions.
 
     Args:
-        results: content of `results.json`; `prompt_usage`, `eval_mask` and `batchwise_prompt` are read where present.
+        results: content of `results.json`; `prompt_usage`, `changed_selections`, `heads`, `eval_mask` and
+            `batchwise_prompt` are read where present.
         manifest: content of `stream.json`.
         adapter_config: content of `adapter_config.json`.
         projection: content of `projection.json`, `None` for a run without projection.
@@ -69,6 +71,7 @@ def render_card(
     dataset = (manifest.get("dataset") or {}).get("name")
     facts = _projection_facts(results, projection)
     batchwise = bool(results.get("batchwise_prompt"))
+    statistics = adapter_config.get("head") == "statistics"
     trained = max((i + 1 for i, row in enumerate(matrix) if any(_is_number(v) for v in row or ())), default=0)
     name = _model_name(peft_type, facts["method"], dataset, repo_id)
 
@@ -88,9 +91,11 @@ def render_card(
         template_str=_template().read_text(encoding="utf-8"),
         title=name,
         base_name=_public_name(base) if base else None,
-        base_is_local=not _is_hub_id(base),
+        base_is_local=not _is_hub_id(base) and embedded.resolve(base) is None,
         snippet=_snippet(base, num_classes, repo_id, peft_type == "CLIP_PROMPT"),
         clip=peft_type == "CLIP_PROMPT",
+        head_name="class-statistics head" if statistics else "linear head",
+        statistics=_text(adapter_config.get("shrinkage")) if statistics else None,
         pool=_pool(adapter_config, batchwise),
         num_classes=num_classes,
         num_tasks=num_tasks,
@@ -104,7 +109,9 @@ def render_card(
         seed=_text(results.get("seed")),
         speed=f"{_number(results.get('train_images_per_second'), 1)} training images per second",
         versions=", ".join(f"{k} {v}" for k, v in (results.get("versions") or {}).items()) or "not recorded",
-        summary=[_number(results.get(key), 2) for key in _SUMMARY],
+        summary=_summary(results),
+        heads=[[name, *_summary(of)] for name, of in sorted((results.get("heads") or {}).items(), reverse=True)],
+        changed=bool(results.get("changed_selections")),
         tasks=_task_rows(results, manifest, trained),
         figures=[(figure, _FIGURE_TEXTS[figure]) for figure in figure_names(results)],
         parameters=facts["rows"],
@@ -134,7 +141,9 @@ def save_card(
     return Path(path)
 
 
-_SUMMARY = ("average_accuracy", "forgetting", "forgetting_clipped", "backward_transfer", "learning_accuracy")
+def _summary(results: Mapping[str, Any]) -> list[str]:
+    keys = ("average_accuracy", "forgetting", "forgetting_clipped", "backward_transfer", "learning_accuracy")
+    return [_number(results.get(key), 2) for key in keys]
 
 
 def _template() -> Path:
@@ -181,14 +190,17 @@ def _model_name(peft_type: str, method: str, dataset: str | None, repo_id: str |
 
 def _snippet(base: str, num_classes: int, repo_id: str | None, clip: bool) -> str:
     """Loads backbone and adapter; a backbone with a head of another size is no obstacle."""
-    source = base if _is_hub_id(base) else f"path/to/{_public_name(base) if base else 'the-backbone'}"
+    inside = embedded.resolve(base) is not None
+    source = base if _is_hub_id(base) or inside else f"path/to/{_public_name(base) if base else 'the-backbone'}"
     source = json.dumps(source, ensure_ascii=False)
+    source = f"embedded.resolve({source})" if inside else source
     adapter = repo_id if _is_hub_id(repo_id) else "path/to/this/folder"
     kind = "CLIPModel" if clip else "AutoModelForImageClassification"
     size = "" if clip else f", num_labels={num_classes}, ignore_mismatched_sizes=True"
     use = "\nlogits = model(pixel_values=pixel_values).logits_per_image  # one column a class" if clip else ""
+    package = "\nfrom pgp_hf import embedded" if inside else ""
     return f"""import pgp_hf  # registers the adapter with PEFT
-from peft import PeftModel
+from peft import PeftModel{package}
 from transformers import {kind}
 
 base = {kind}.from_pretrained({source}{size})
@@ -297,7 +309,7 @@ def _evaluation(scenario: str, mask: str | None, num_classes: int) -> str:
 def _task_rows(results: Mapping[str, Any], manifest: Mapping[str, Any], trained: int) -> list[list[str]]:
     matrix, tasks = results["accuracy_matrix"], manifest.get("tasks") or []
     names = manifest.get("label_names") or []
-    rows = []
+    changed, rows = results.get("changed_selections"), []
     for i in range(trained):
         task = tasks[i] if i < len(tasks) else {}
         images = [_text((task.get(part) or {}).get("num_images")) for part in ("train", "test")]
@@ -310,6 +322,7 @@ def _task_rows(results: Mapping[str, Any], manifest: Mapping[str, Any], trained:
                 _number(_at(matrix[trained - 1], i), 1),
                 _number(_at(results.get("per_task_average_accuracy"), i), 1),
                 _number(_at(results.get("drift"), i), 4),
+                *([_number(100 * changed[i], 1)] if changed else []),
                 _number(_at(results.get("projection_rank"), i), 0),
             ]
         )

@@ -1,4 +1,4 @@
-"""Figures of a run: accuracy matrix, task-by-task curves, prompt usage.
+"""Figures of a run: accuracy matrix, task-by-task curves, prompt usage; and of several: bands and sensitivity.
 
 Drawn through matplotlib's object API, so pyplot's global state stays untouched and no display is needed; every PNG is
 written to a temporary file first and then moved into place. Colours keep their order in grey and for colour-blind
@@ -8,7 +8,7 @@ readers, and lines differ by marker and dash as well.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,32 +82,117 @@ def task_curves(results: Mapping[str, Any], path: str | os.PathLike) -> Path:
     grid = np.atleast_1d(fig.subplots((len(panels) + 1) // 2, 2 if len(panels) > 1 else 1)).ravel()
     for axes, title in zip(grid, panels, strict=False):
         lines = {label: curve[title] for label, curve in curves.items() if np.isfinite(curve[title]).any()}
-        styles = dict(zip(curves, zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_DASHES), strict=False), strict=False))
+        styles = _styles(curves)
         for label, line in lines.items():
-            colour, marker, dash = styles[label]
-            axes.plot(
-                np.arange(1, len(line) + 1), line, color=colour, marker=marker, linestyle=dash, label=label,
-                markersize=5 if len(line) <= 12 else 4, linewidth=1.6, markerfacecolor="white", markeredgewidth=1.3,
-                clip_on=False,
-            )  # fmt: skip
+            axes.plot(np.arange(1, len(line) + 1), line, label=label, **styles[label], **_line(len(line)))
         longest = max(map(len, lines.values()))
         places, labels = _ticks(longest, most=10)
         axes.set_xticks([place + 1 for place in places], labels)
         axes.set_xlim(0.7, longest + 0.3)
         axes.set_ylim(*_limits(np.concatenate(list(lines.values())), *_PANELS[title]))
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=title == "Protected rank"))
-        axes.grid(True, color="#DDDDDD", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=9)
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel("after task", fontsize=9, color=_GREY)
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    if len(runs) > 1:
-        handles, labels = _legend_entries(grid)
-        fig.legend(
-            handles, labels, loc="outside upper center", ncols=min(len(labels), 3), frameon=False, handlelength=3.5
+        _dress(axes, title, "after task")
+    _finish(fig, grid, len(panels), columns=3, legend=len(runs) > 1)
+    return _save(fig, path)
+
+
+def accuracy_bands(
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: str | os.PathLike, columns: int = 2
+) -> Path:
+    """Draws average accuracy after each task of several rows: the mean over seeds, and a band of one deviation.
+
+    Args:
+        panels: by title, by label: one curve a seed, `(seeds, tasks)` in percent. A row of one task, such as a joint
+            upper bound, becomes a level line. A label looks the same in all panels.
+        path: the PNG file to write; its folder is made.
+        columns: panels beside each other.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: nothing to draw, or `path` does not end in `.png`.
+    """
+    panels = {title: rows for title, rows in panels.items() if rows}
+    if not panels:
+        raise ValueError("accuracy_bands got no row: pass {title: {label: (seeds, tasks)}}.")
+    styles = _styles(dict.fromkeys(label for rows in panels.values() for label in rows))
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    fig = _figure(4.4 * columns, 3.1 * lines + 0.2 * (len(styles) // 4 + 1))
+    grid = np.atleast_1d(fig.subplots(lines, columns, sharey="row")).ravel()
+    for axes, (title, rows) in zip(grid, panels.items(), strict=False):
+        tasks = max(len(curve) for curves in rows.values() for curve in curves)
+        for label, curves in rows.items():
+            mean, deviation = _mean_and_deviation(curves)
+            if len(mean) == 1 < tasks:
+                level = {key: value for key, value in styles[label].items() if key != "marker"}
+                axes.axhline(mean[0], label=label, linewidth=1.6, **level)
+                continue
+            places = np.arange(1, len(mean) + 1)
+            axes.plot(places, mean, label=label, **styles[label], **_line(tasks))
+            if deviation is not None:
+                axes.fill_between(
+                    places, mean - deviation, mean + deviation, color=styles[label]["color"], alpha=0.13, linewidth=0
+                )
+        places, labels = _ticks(tasks, most=10)
+        axes.set_xticks([place + 1 for place in places], labels)
+        _dress(axes, title, "after task")
+    for axes in grid[::columns]:
+        axes.set_ylabel("average accuracy (%)", fontsize=9)
+    _finish(fig, grid, len(panels), columns=4)
+    return _save(fig, path)
+
+
+def sensitivity(
+    points: Mapping[str, Mapping[Any, Mapping[str, Sequence[float]]]],
+    path: str | os.PathLike,
+    usual: Mapping[str, Any] | None = None,
+) -> Path:
+    """Draws how results depend on settings: a column a setting, accuracy above and drift below.
+
+    Args:
+        points: by setting, by value (numbers, words or None): `{"linear head": [...], "drift": [...], ...}`, one
+            number a seed. Everything but "drift" is an accuracy in percent. Values stand at equal distances.
+        path: the PNG file to write; its folder is made.
+        usual: the value that each setting has in the other columns, among its own; marked by a bar.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: no setting, or `path` does not end in `.png`.
+    """
+    if not points:
+        raise ValueError("sensitivity got no setting: pass {setting: {value: {series: numbers}}}.")
+    measured = [found for values in points.values() for found in values.values()]
+    styles = _styles(dict.fromkeys(name for found in measured for name in found))
+    fig = _figure(max(4.6, 3.1 * len(points)), 5.2)
+    grid = fig.subplots(2, len(points), sharey="row", squeeze=False)
+    for column, (setting, values) in zip(grid.T, points.items(), strict=True):
+        order = sorted(
+            values, key=lambda value: (value is None, isinstance(value, str), 0 if value is None else value)
         )
+        for name, style in styles.items():
+            places = [place for place, value in enumerate(order) if values[value].get(name)]
+            found = [_mean_and_deviation(values[order[place]][name]) for place in places]
+            if found:
+                column[int(name == "drift")].errorbar(
+                    places, [mean for mean, _ in found], [0 if spread is None else spread for _, spread in found],
+                    label=name, capsize=3, elinewidth=1, **style, **_line(len(places)),
+                )  # fmt: skip
+        for axes in column:
+            if usual is not None and setting in usual:
+                axes.axvline(order.index(usual[setting]), color="#BBBBBB", linewidth=5, alpha=0.5, zorder=0)
+            axes.set_xticks(range(len(order)), ["none" if value is None else f"{value}" for value in order])
+            axes.set_xlim(-0.4, len(order) - 0.6)
+            _dress(axes, "", setting)
+    drifts = [value for found in measured for value in found.get("drift", ())]
+    if drifts:
+        grid[1, 0].set_ylim(*_limits(np.array(drifts), 0.01, from_zero=True))
+    grid[0, 0].set_ylabel("average accuracy (%)", fontsize=9)
+    grid[1, 0].set_ylabel("drift (relative)", fontsize=9)
+    _finish(fig, grid[0], len(points), columns=4)  # drift has an axis of its own to say what it is
     return _save(fig, path)
 
 
@@ -189,6 +274,49 @@ def _limits(values: np.ndarray, span: float, from_zero: bool) -> tuple[float, fl
         low = min(low, high - span)
     margin = 0.06 * (high - low)
     return low - margin, high + margin
+
+
+def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A colour, a marker and a dash for each label."""
+    looks = zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_DASHES), strict=False)
+    return {
+        label: {"color": colour, "marker": marker, "linestyle": dash}
+        for label, (colour, marker, dash) in zip(labels, looks, strict=False)
+    }
+
+
+def _line(points: int) -> dict[str, Any]:
+    """What all lines have in common."""
+    size = 5 if points <= 12 else 4
+    return {
+        "markersize": size, "linewidth": 1.6, "markerfacecolor": "white", "markeredgewidth": 1.3, "clip_on": False,
+    }  # fmt: skip
+
+
+def _dress(axes: Axes, title: str, below: str) -> None:
+    """Grid, frame and labels of a panel with lines."""
+    axes.grid(True, color="#DDDDDD", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(below, fontsize=9, color=_GREY)
+
+
+def _finish(fig: Figure, grid: Sequence[Axes], panels: int, columns: int, legend: bool = True) -> None:
+    """Hide the panels left over, and put one legend above all."""
+    for axes in grid[panels:]:
+        axes.set_axis_off()
+    if legend:
+        handles, labels = _legend_entries(grid)
+        fit = int(fig.get_figwidth() / (0.95 + 0.085 * max(map(len, labels))))  # inches: line and gaps, then letters
+        place = {"loc": "outside upper center", "ncols": max(1, min(len(labels), columns, fit))}
+        fig.legend(handles, labels, frameon=False, handlelength=3.5, **place)
+
+
+def _mean_and_deviation(curves: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Over the seeds, `(tasks,)`; no deviation for a single one."""
+    values = np.array(curves, dtype=float)
+    return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None
 
 
 def _legend_entries(grid: Sequence[Axes]) -> tuple[list[Any], list[str]]:

@@ -27,6 +27,7 @@ assert "torch" not in sys.modules, "the package itself is free"
 assert set(pgp_hf.__all__) <= set(dir(pgp_hf)) and pgp_hf.__version__
 import torch
 from pgp_hf import ProjectionConfig
+from pgp_hf.heads import ClassStatistics
 from pgp_hf.projection import NullSpaceProjector, Projection, SecondMoment, Basis
 weight = torch.nn.Parameter(torch.zeros(2, 3))
 basis = Basis.empty(3).extend(SecondMoment(3).update(torch.eye(3)[:1]), ProjectionConfig().energy)
@@ -35,6 +36,8 @@ projector.anchor([("w", weight)])
 weight.data += 1
 projector.project_updates_([("w", weight)])
 assert weight.tolist() == [[0, 1, 1]] * 2
+statistics = ClassStatistics(2, 3).update(torch.eye(3), torch.tensor([0, 1, 1]))
+assert statistics(torch.eye(3)).argmax(-1).tolist() == [0, 1, 1]
 """
 
 # by a name for each order: what a user's program may import before it loads a saved adapter

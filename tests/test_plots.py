@@ -222,3 +222,85 @@ def test_bad_input_is_named(tmp_path, draw, results, message):
     with pytest.raises(ValueError, match=r"\.png"):
         plots.accuracy_matrix(make_results(1), tmp_path / "x.pdf")
     assert not list(tmp_path.iterdir())
+
+
+# ---- several runs ----------------------------------------------------------------------------------------------------
+
+
+def test_bands_are_mean_and_deviation_and_a_single_task_is_a_level(tmp_path, figures):
+    curves = {
+        "a": [[90.0, 80.0, 70.0], [94.0, 82.0, 60.0]],
+        "one seed": [[50.0, 40.0, 30.0]],
+        "joint": [[88.0], [92.0]],
+    }
+    plots.accuracy_bands({"L": curves, "S": {"a": curves["a"]}, "empty": {}}, tmp_path / "b.png")
+    left, right = figures[0].axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in left.lines}
+    assert drawn["a"] == [92, 81, 65] and drawn["one seed"] == [50, 40, 30] and set(drawn["joint"]) == {90}
+    (band,) = left.collections  # of the only row with several seeds and tasks
+    edges = band.get_paths()[0].vertices
+    for place, mean, deviation in ((1, 92, 8**0.5), (3, 65, 50**0.5)):
+        found = edges[edges[:, 0] == place][:, 1]
+        assert found.min() == pytest.approx(mean - deviation) and found.max() == pytest.approx(mean + deviation)
+    assert [line.get_label() for line in right.lines] == ["a"]
+    assert right.lines[0].get_color() == left.lines[0].get_color()
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == list(drawn)
+
+
+def test_bands_tell_ten_rows_apart_without_colour(tmp_path, figures):
+    rows = {f"row {k}": [[50.0 + k, 40.0 + k]] for k in range(10)}
+    plots.accuracy_bands({"panel": rows}, tmp_path / "b.png")
+    assert len({(line.get_marker(), str(line.get_linestyle())) for line in figures[0].axes[0].lines}) == 10
+
+
+POINTS = {
+    "max_images": {
+        None: {"linear head": [40.0, 42.0], "statistics head": [55.0, 57.0], "drift": [0.1, 0.3]},
+        200: {"linear head": [30.0], "statistics head": [45.0], "drift": [0.4]},
+        50: {"linear head": [20.0], "statistics head": [35.0], "drift": [0.6]},
+    },
+    "probe_space": {
+        "logits": {"linear head": [41.0], "drift": [0.2]},
+        "features": {"linear head": [42.0], "drift": [0.1]},
+    },
+}
+
+
+def test_sensitivity_has_a_column_a_setting(tmp_path, figures):
+    plots.sensitivity(POINTS, tmp_path / "s.png", {"max_images": None})
+    accuracy, words, drift, drift_of_words = figures[0].axes
+    assert [t.get_text() for t in accuracy.get_xticklabels()] == ["50", "200", "none"]
+    assert [t.get_text() for t in words.get_xticklabels()] == ["features", "logits"]
+    drawn = {bar.get_label(): list(bar.lines[0].get_ydata()) for bar in accuracy.containers}
+    assert drawn == {"linear head": [20, 30, 41], "statistics head": [35, 45, 56]}
+    assert [list(bar.lines[0].get_ydata()) for bar in words.containers] == [[42, 41]]
+    (bar,) = drift.containers
+    assert list(bar.lines[0].get_ydata()) == pytest.approx([0.6, 0.4, 0.2])
+    spreads = [float(np.ptp(part[:, 1])) / 2 for part in bar.lines[2][0].get_segments()]
+    assert spreads == pytest.approx([0, 0, 0.02**0.5])
+    assert drift.get_ylim() == drift_of_words.get_ylim() and drift.get_ylim()[0] <= 0
+    marks = [[line for line in axes.lines if line.get_linewidth() == 5] for axes in (accuracy, drift, words)]
+    assert [[line.get_xdata()[0] for line in lines] for lines in marks] == [[2], [2], []]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["linear head", "statistics head"]
+
+
+def test_figures_of_several_runs_keep_their_text_inside(tmp_path, figures):
+    curves = {f"a rather long label {k}": [[50.0 + k] * 20, [51.0 + k] * 20] for k in range(9)}
+    plots.accuracy_bands({"method, linear head": curves, "method, statistics head": curves}, tmp_path / "b.png")
+    plots.sensitivity(POINTS, tmp_path / "s.png")
+    for fig in figures:
+        fig.canvas.draw()
+        texts = [text for legend in fig.legends for text in legend.get_texts()]
+        for axes in fig.axes:
+            texts += [axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels()]
+        for text in texts:
+            box = text.get_window_extent()
+            inside = fig.bbox.x0 - 1 <= box.x0 and box.x1 <= fig.bbox.x1 + 1 and fig.bbox.y0 - 1 <= box.y0
+            assert not text.get_text() or (inside and box.y1 <= fig.bbox.y1 + 1), text.get_text()
+
+
+@pytest.mark.parametrize(("draw", "message"), [(plots.accuracy_bands, "no row"), (plots.sensitivity, "no setting")])
+def test_nothing_to_draw_is_named(tmp_path, draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw({}, tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())

@@ -115,6 +115,7 @@ def describe(
             **({"as the preset has it": preset["preprocessing"]} if preset else {}),
         },
         "prompts": vars(prompts),
+        "head": run.head,
         "projection": {**run.config().to_dict(), "unprojected twin": run.projection != "none" and not run.no_compare},
         "training": {
             **{key: _plain(getattr(training, key)) for key in _TRAINING},

@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from sklearn.linear_model import Ridge
 
-from pgp_hf.baselines.frozen import SHRINKAGE, extract_features, frozen_matrices
+from pgp_hf.baselines.frozen import (
+    CLASSIFIERS,
+    RIDGES,
+    SHRINKAGE,
+    RandomProjectionRidge,
+    ShrinkageLDA,
+    extract_features,
+    frozen_matrices,
+    stream_features,
+)
 from pgp_hf.images import ImageCollator
 
 
@@ -33,6 +43,14 @@ def test_features_are_the_frozen_backbones():
     with torch.no_grad():
         expected = tiny.backbone().eval().vit(batch["pixel_values"]).last_hidden_state[:, 0]
     assert np.allclose(features, expected.numpy(), atol=1e-5)
+
+
+def test_features_of_a_stream_are_those_of_its_tasks():
+    stream, collator = tiny.stream(), ImageCollator(tiny.processor())
+    extract = tiny.model().base_model.frozen_features
+    found = stream_features(extract, stream.test, stream.num_tasks, collator, batch_size=5)
+    for t, features in enumerate(found):
+        assert np.array_equal(features, extract_features(extract, stream.test(t), collator, batch_size=5))
 
 
 def test_matrices_are_those_of_a_plain_computation():
@@ -62,8 +80,15 @@ def test_matrices_are_those_of_a_plain_computation():
 def test_task_incremental_is_among_the_tasks_own_classes():
     stream = tiny.stream(scenario="task_incremental", num_tasks=3)
     train, test = features_of(stream, spread=1.0)
-    matrix = frozen_matrices(stream, train, test)["nearest class mean"]
-    assert matrix[2][0] == matrix[1][0] == matrix[0][0]
+    rng = np.random.default_rng(1)
+    train, test = ([x + 2 * rng.normal(size=x.shape) for x in part] for part in (train, test))  # classes overlap
+    few = {**CLASSIFIERS, "random-projection ridge": lambda: RandomProjectionRidge(width=40)}
+    for name, matrix in frozen_matrices(stream, train, test, few).items():
+        for j in range(3):
+            model = few[name]()
+            model.update(train[j], stream.train(j).labels)
+            own = 100 * np.mean(model.predict(test[j]) == stream.test(j).labels)
+            assert [matrix[i][j] for i in range(3)] == [None] * j + [own] * (3 - j), name
 
 
 def test_a_task_of_one_class():
@@ -71,3 +96,117 @@ def test_a_task_of_one_class():
     train, test = ([np.random.default_rng(t).normal(size=(n, 4)) for t in range(6)] for n in (8, 4))
     for matrix in frozen_matrices(stream, train, test).values():
         assert matrix[0][0] == 100
+
+
+# ---- random-projection ridge -----------------------------------------------------------------------------------------
+
+
+def learned(width, tasks=3, per_task=24, seed=0, dim=6):
+    """A ridge that has learned tasks of two classes each, with everything it was given."""
+    rng, model, given = np.random.default_rng(seed), RandomProjectionRidge(width=width, seed=seed), []
+    centres = rng.normal(size=(2 * tasks, dim))
+    for t in range(tasks):
+        y = rng.permutation(np.repeat([2 * t + 1, 2 * t], per_task // 2))
+        given.append((centres[y] + 0.8 * rng.normal(size=(per_task, dim)), y))
+        model.update(*given[-1])
+    return model, given
+
+
+# fewer images than random features to the end; more from the second task on; more from the first on
+@pytest.mark.parametrize("width", [100, 30, 12])
+def test_weights_are_those_of_ridge_regression(width):
+    """Against scikit-learn on the same random features, all tasks at once."""
+    model, given = learned(width)
+    x, y = (np.concatenate(part) for part in zip(*given, strict=True))
+    h = model.features(x).numpy()
+    assert h.shape == (72, width) and h.min() == 0 and 0.3 < (h > 0).mean() < 0.7
+    ridge = Ridge(alpha=model.ridge, fit_intercept=False).fit(h, (y[:, None] == model.classes).astype(float))
+    z = np.random.default_rng(1).normal(size=(200, x.shape[1]))
+    scores = model.features(z).numpy() @ model._weight.numpy()
+    assert np.allclose(scores, ridge.predict(model.features(z).numpy()), rtol=1e-6, atol=1e-8)
+    assert np.array_equal(model.predict(z), model.classes[scores.argmax(1)])
+    assert sorted(model.classes) == list(range(6)) and len(np.unique(model.predict(z))) > 3
+
+
+def test_many_images_and_few_give_the_same_weights():
+    """The images' Gram matrix and that of the features are two ways to one solution, ridge and split included."""
+    few, _ = learned(width=80)
+    many = RandomProjectionRidge(width=80, seed=0)
+    many._images, many._gram = False, torch.zeros(80, 80, dtype=torch.float64)
+    many._y = torch.zeros(80, 0, dtype=torch.float64)
+    for x, y in learned(width=80)[1]:
+        many.update(x, y)
+    assert few._images and many.ridge == few.ridge
+    assert torch.allclose(many._weight, few._weight, rtol=1e-6, atol=1e-9)
+
+
+def test_the_ridge_is_the_best_on_the_held_out_fifth():
+    """Of the first task: of all 17, on images that the weights have not seen."""
+    for seed in range(4):
+        model, ((x, y),) = learned(width=50, tasks=1, per_task=50, seed=seed)
+        order = np.random.default_rng(seed).permutation(50)  # the model's first random numbers
+        h, targets = model.features(x[order]).numpy(), (y[order][:, None] == np.unique(y)).astype(float)
+        errors = []
+        for ridge in RIDGES:
+            fitted = Ridge(alpha=ridge, fit_intercept=False, solver="svd").fit(h[:40], targets[:40])
+            errors.append(np.square(fitted.predict(h[40:]) - targets[40:]).sum())
+        assert model.ridge == RIDGES[int(np.argmin(errors))]
+        assert 1e-3 < model.ridge < 1e5  # neither end of the range
+
+
+def test_a_later_ridge_is_validated_on_the_new_task_with_all_sums():
+    """From the last ridge downhill: no neighbour is better on a fifth of the second task."""
+    model, given = learned(width=30, tasks=2, per_task=50, seed=5)
+    rng = np.random.default_rng(5)
+    rng.permutation(50), rng.standard_normal((6, 30))
+    order = rng.permutation(50)
+    x = np.concatenate([given[0][0], given[1][0][order]])
+    y = np.concatenate([given[0][1], given[1][1][order]])
+    h, targets = model.features(x).numpy(), (y[:, None] == model.classes).astype(float)
+
+    def error(ridge):
+        fitted = Ridge(alpha=ridge, fit_intercept=False, solver="svd").fit(h[:90], targets[:90])
+        return np.square(fitted.predict(h[90:]) - targets[90:]).sum()
+
+    assert error(model.ridge) < min(error(10 * model.ridge), error(model.ridge / 10))
+
+
+def test_equal_seeds_are_equal_and_others_are_not():
+    z = np.random.default_rng(3).normal(size=(5, 6))
+    one, same, other = (learned(width=20, seed=seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(one.features(z), same.features(z)) and torch.equal(one._weight, same._weight)
+    assert not torch.allclose(one.features(z), other.features(z))
+
+
+def test_it_bends_where_a_linear_boundary_fails():
+    """Two classes in opposite quadrants each: linear classifiers guess, random features tell them apart."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 2))
+    y = (x[:, 0] * x[:, 1] > 0).astype(int)
+    found = {}
+    for model in (ShrinkageLDA(), RandomProjectionRidge(width=200)):
+        model.update(x[::2], y[::2])
+        found[type(model)] = np.mean(model.predict(x[1::2]) == y[1::2])
+    assert found[RandomProjectionRidge] > 0.9 > 0.7 > found[ShrinkageLDA]
+
+
+def test_repeated_images_and_single_ones():
+    """Singular Gram matrices: ridges too weak for float64 are passed over."""
+    model = RandomProjectionRidge(width=40)
+    model.update(np.ones((1, 3)), np.array([7]))
+    assert model.predict(np.zeros((2, 3))).tolist() == [7, 7]
+    model.update(np.repeat([[1e4, 0, 0], [0, 1e4, 0]], 20, axis=0), np.repeat([2, 5], 20))
+    assert model.predict(np.array([[1e4, 0, 0], [0, 1e4, 0]])).tolist() == [2, 5]
+    assert torch.isfinite(model._weight).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RandomProjectionRidge(width=0), "width=0"),
+        (lambda: ShrinkageLDA(shrinkage=1.5), r"shrinkage=1.5 is outside \[0, 1\]"),
+    ],
+)
+def test_bad_settings_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

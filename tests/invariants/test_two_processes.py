@@ -8,20 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-def launch(folder: Path, processes: int, batch: int) -> None:
+def launch(folder: Path, processes: int, batch: int, method: str) -> None:
     folder.mkdir()
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     several = ["--multi_gpu"] if processes > 1 else []
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
     port = ["--main_process_port", "0"] if processes > 1 else []
     done = subprocess.run(
-        [*command, *port, str(SCRIPT), str(folder), str(batch)],
+        [*command, *port, str(SCRIPT), str(folder), str(batch), method],
         env=environment,
         capture_output=True,
         text=True,
@@ -30,20 +31,24 @@ def launch(folder: Path, processes: int, batch: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_one_process_is_two_processes(tmp_path):
-    launch(tmp_path / "one", 1, 4)
-    launch(tmp_path / "two", 2, 2)
+@pytest.mark.parametrize("method", ["pgp", "functional"])
+def test_one_process_is_two_processes(tmp_path, method):
+    launch(tmp_path / "one", 1, 4, method)
+    launch(tmp_path / "two", 2, 2, method)
     one = json.loads((tmp_path / "one" / "rank-0.json").read_text())
     two = [json.loads((tmp_path / "two" / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert one["processes"] == 1 and [r["processes"] for r in two] == [2, 2]
     assert one["samples"] == two[0]["samples"] == two[1]["samples"]
     for task in ("task-1", "task-2", "task-3"):
         a, b = (load_file(tmp_path / run / task / "adapter_model.safetensors") for run in ("one", "two"))
-        assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=2e-4) for k in a), task
+        assert a.keys() == b.keys() and any(name.endswith("_statistics.means") for name in a)
+        for name in a:
+            size = float(a[name].abs().max()) if name.endswith("scatter") else 1.0  # a sum over images
+            assert torch.allclose(a[name], b[name], atol=2e-4 * size), (task, name)
         a, b = (load_file(tmp_path / run / task / "projection.safetensors") for run in ("one", "two"))
         for name in a:
             assert a[name].shape == b[name].shape
             assert torch.allclose(a[name] @ a[name].mT, b[name] @ b[name].mT, atol=1e-2)
     results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two")]
-    assert results[0]["accuracy_matrix"] == results[1]["accuracy_matrix"]
+    assert results[0]["heads"] == results[1]["heads"]
     assert max(abs(x - y) for x, y in zip(results[0]["drift"], results[1]["drift"], strict=True)) < 1e-3

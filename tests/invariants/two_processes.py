@@ -8,9 +8,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny  # noqa: E402
 
+from pgp_hf import ProjectionConfig  # noqa: E402
+from pgp_hf.projection import moments  # noqa: E402
+
 if __name__ == "__main__":
-    folder, batch = Path(sys.argv[1]), int(sys.argv[2])
-    trainer = tiny.trainer(folder, per_device_train_batch_size=batch, augmentation="crop_flip")
+    folder, batch, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    moments.SKETCH = 23  # the functional method's gradients, of 48 values, are kept as a sketch
+    model, projection = tiny.model(head="statistics"), ProjectionConfig(method=method, energy=0.9, key_energy=0.9)
+    settings = {"per_device_train_batch_size": batch, "augmentation": "crop_flip", "projection": projection}
+    trainer = tiny.trainer(folder, model=model, **settings)
     trainer.train()
     rows = {name: info["samples"] for name, info in trainer.projection.info.items()}
     (folder / f"rank-{trainer.accelerator.process_index}.json").write_text(

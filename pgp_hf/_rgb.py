@@ -1,0 +1,62 @@
+"""Any image as RGB, the same in training and in prediction."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Any PIL image as 8-bit RGB: alpha is dropped, 16-bit grey keeps its high byte (PIL would clip it to white)."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = PIL.Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"image mode {image.mode!r} has no known value range; convert it to 8 bits first")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB makes PIL warn
+    return image.convert("RGB")
+
+
+def open_rgb(path: str | os.PathLike) -> PIL.Image.Image:
+    """The image in a file, upright by its EXIF orientation.
+
+    Raises:
+        ValueError: no file, or none that decodes; names the path.
+    """
+    try:
+        with PIL.Image.open(path) as image:
+            image.load()
+            if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:
+                image = PIL.ImageOps.exif_transpose(image)
+            return to_rgb(image)
+    except Exception as error:  # decoders raise any type on damaged bytes
+        raise ValueError(f"{os.fspath(path)} cannot be read as an image ({type(error).__name__}: {error}).") from error
+
+
+def array_to_rgb(array: Any) -> PIL.Image.Image:
+    """An image from an array: `(H, W)`, `(H, W, C)` or `(C, H, W)`, C in 1, 3, 4; 0..255 integers or floats in [0, 1].
+
+    Raises:
+        ValueError: another shape or range.
+    """
+    array = np.asarray(array)
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)):
+        raise ValueError(
+            f"array of shape {array.shape} is no image: expected (H, W), (H, W, C) or (C, H, W), C in 1, 3, 4."
+        )
+    if array.dtype.kind not in "fbiu":
+        raise ValueError(f"array of {array.dtype} is no image: expected integers in 0..255 or floats in [0, 1].")
+    top = 1 if array.dtype.kind in "fb" else 255
+    if not (array.min() >= 0 and array.max() <= top):
+        raise ValueError(
+            f"array of {array.dtype} with values from {array.min()} to {array.max()} is no image: expected integers in "
+            "0..255 or floats in [0, 1], before any normalisation."
+        )
+    pixels = np.rint(array * (255 / top)).astype(np.uint8) if top == 1 else array.astype(np.uint8)
+    return to_rgb(PIL.Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels))

@@ -1,0 +1,85 @@
+"""The benchmark's figures, drawn from the files of its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import metrics, plots
+
+Run = dict[str, Any]
+CLOSED = "closed form"  # the head of a row without prompts
+HEADS = {"linear": "linear head", "statistics": "statistics head"}
+SWEPT = "l2p-functional"
+
+
+def own_head(run: Run, head: str) -> dict[str, Any] | None:
+    """Results of a head; a classifier in closed form stands with the statistics head."""
+    return run["heads"].get(head) or (run["heads"].get(CLOSED) if head == "statistics" else None)
+
+
+def figures(rows: dict[str, list[Run]], folder: Path) -> list[Path]:
+    """Draw what the runs allow: `accuracy.png`, and `sensitivity.png` where rows vary a setting; returns the files."""
+    drawn = []
+    panels = accuracy_panels(rows)
+    if panels:
+        drawn.append(plots.accuracy_bands(panels, folder / "accuracy.png"))
+    points, usual = sensitivity_points(rows, SWEPT)
+    if points:
+        drawn.append(plots.sensitivity(points, folder / "sensitivity.png", usual))
+    return drawn
+
+
+def accuracy_panels(rows: dict[str, list[Run]]) -> dict[str, dict[str, list[list[float]]]]:
+    """Average accuracy after each task, by "METHOD, HEAD" and row.
+
+    A row is named by what follows its method's name; rows with settings in their name are left out. Of the rows
+    without prompts the best one at the end stands beside all others.
+    """
+    plain = {name: runs for name, runs in rows.items() if "@" not in name}
+    frozen = [name for name, runs in plain.items() if CLOSED in runs[0]["heads"]]
+    frozen = sorted(frozen, key=lambda name: np.mean([run["heads"][CLOSED]["average_accuracy"] for run in rows[name]]))
+    prompted = [name for name in plain if name not in frozen]
+    panels: dict[str, dict[str, list[list[float]]]] = {}
+    for method in dict.fromkeys(name.partition("-")[0] for name in prompted):
+        for head, title in HEADS.items():
+            panel = panels.setdefault(f"{method}, {title}", {})
+            panel.update({name: _curves(plain[name], CLOSED) for name in frozen[-1:]})
+            own = [name for name in prompted if name.partition("-")[0] == method]
+            panel.update({name.partition("-")[2]: _curves(plain[name], head) for name in own})
+    return panels
+
+
+def _curves(runs: list[Run], head: str) -> list[list[float]]:
+    return [metrics.per_task_average_accuracy(run["heads"][head]["accuracy_matrix"]) for run in runs]
+
+
+def sensitivity_points(
+    rows: dict[str, list[Run]], swept: str
+) -> tuple[dict[str, dict[Any, dict[str, list[float]]]], dict[str, Any]]:
+    """What rows `swept@field=value` measured, by field, value and series; and the fields' values in the plain row."""
+    points: dict[str, dict[Any, dict[str, list[float]]]] = {}
+    usual: dict[str, Any] = {}
+    for name, runs in rows.items():
+        base, _, setting = name.partition("@")
+        if base == swept and setting and "," not in setting:
+            field = setting.partition("=")[0]
+            points.setdefault(field, {})[_setting(runs[0], field)] = _series(runs)
+    for field, values in points.items():
+        if swept in rows:
+            usual[field] = _setting(rows[swept][0], field)
+            values.setdefault(usual[field], _series(rows[swept]))
+    return points, usual
+
+
+def _setting(run: Run, field: str) -> Any:
+    """A setting's value, whichever part it belongs to."""
+    parts = (part for part in run["settings"].values() if field in part)
+    return next(parts)[field]
+
+
+def _series(runs: list[Run]) -> dict[str, list[float]]:
+    found = {title: [run["heads"][head]["average_accuracy"] for run in runs] for head, title in HEADS.items()}
+    return {**found, "drift": [run["drift"][-1] for run in runs]}

@@ -1,0 +1,220 @@
+"""A row of the benchmark, its settings taken out of its name, and when its run is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import typing
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .. import artifacts
+from ..arguments import DataArguments, ModelArguments
+from ..projection import ProjectionConfig
+from ..training_args import PGPTrainingArguments
+
+# neither settings of the method nor to be had in a row's name
+PER_RUN = {"output_dir", "overwrite_output_dir", "seed", "data_seed", "disable_tqdm", "resume_from_checkpoint"}
+FIXED = {"method", "head", "push_to_hub"} | PER_RUN
+FILLED_IN = {"hidden_size", "target_modules", "interpolate_pos_encoding"}  # when the adapter meets its backbone
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a classifier on frozen features, or prompts with a projection.
+
+    Attributes:
+        what: the row in a few words.
+        classifier: class of the classifier; None for prompts.
+        prompt: class of the prompts' configuration.
+        projection: fields of the `ProjectionConfig`.
+        joint: learn all classes as one task.
+    """
+
+    what: str
+    classifier: type | None = None
+    prompt: type | None = None
+    projection: dict[str, Any] = field(default_factory=dict)
+    joint: bool = False
+
+
+@dataclass
+class Plan:
+    """One run with all its settings resolved.
+
+    Attributes:
+        name: of the row, with the settings given in it.
+        output, work: folders of finished and of unfinished runs.
+    """
+
+    name: str
+    row: Row
+    seed: int
+    output: Path
+    work: Path
+    model: ModelArguments
+    data: DataArguments
+    training: PGPTrainingArguments
+    classifier: Any = None
+    prompt: Any = None
+    projection: ProjectionConfig | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-seed{self.seed}"
+
+    @property
+    def file(self) -> Path:
+        """Where the finished run stands."""
+        return self.output / f"{self.label}.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.output / f".{self.label}.lock"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run stands while it is unfinished."""
+        return self.work / self.label
+
+    def settings(self) -> dict[str, Any]:
+        """All that the results depend on besides the seed, as JSON has it; of local folders the last name alone."""
+        told = {"model": _public(vars(self.model)), "data": _public(vars(self.data))}
+        if self.classifier is not None:
+            return {**told, "classifier": {"name": type(self.classifier).__name__, **asdict(self.classifier)}}
+        plain, own = PGPTrainingArguments("plain").to_dict(), PGPTrainingArguments.__annotations__
+        return {
+            **told,
+            "prompt": {key: value for key, value in self.prompt.settings().items() if key not in FILLED_IN},
+            "projection": self.projection.to_dict(),
+            "training": {
+                key: value
+                for key, value in self.training.to_dict().items()
+                if (key in own or value != plain[key]) and key not in PER_RUN and "hub" not in key
+            },
+        }
+
+    def finished(self) -> bool:
+        """Whether the run's file is there.
+
+        Raises:
+            ValueError: the file, or what there is of the run, belongs to other settings.
+        """
+        for file, remedy in (
+            (self.file, "choose another --output_dir, or name the settings in the row: ROW@field=value"),
+            (self.folder / "settings.json", "delete its folder, or choose another --work_dir"),
+        ):
+            if file.exists():
+                found = artifacts.read_json(file)
+                differ = _differences(self.settings(), found.get("settings", found))
+                if differ:
+                    raise ValueError(f"{file} has other settings ({'; '.join(differ[:4])}): {remedy}.")
+        return self.file.exists()
+
+
+def plan(
+    name: str,
+    seed: int,
+    rows: dict[str, Row],
+    model: ModelArguments,
+    data: DataArguments,
+    training: PGPTrainingArguments,
+    work: Path,
+) -> Plan:
+    """The run of a row with one seed.
+
+    Args:
+        name: "ROW" or "ROW@field=value[,field=value]": fields of the row's projection, prompts or training, or of its
+            classifier. Their order does not matter: the plan's name has them sorted.
+        training: arguments of all rows; `output_dir` is the folder of finished runs.
+        work: folder of unfinished runs.
+
+    Raises:
+        ValueError: an unknown row or field, a value that does not fit.
+    """
+    base, at, suffix = name.partition("@")
+    if base not in rows:
+        raise ValueError(f"row {base!r} is unknown: choose from {', '.join(rows)}.")
+    row = rows[base]
+    parts: dict[str, Any] = {
+        "projection": ProjectionConfig(**row.projection),
+        "prompt": None if row.prompt is None else row.prompt(head="statistics"),
+        "training": training,
+    }
+    if row.classifier is not None:
+        seeded = "seed" in row.classifier.__dataclass_fields__
+        parts = {"classifier": row.classifier(**({"seed": seed} if seeded else {}))}
+    given: dict[str, dict[str, Any]] = {}
+    try:
+        for setting in suffix.split(",") if at else []:
+            key, value, part = _setting(setting, parts)
+            given.setdefault(part, {})[key] = value
+        parts = {part: replace(config, **given[part]) if part in given else config for part, config in parts.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"row {name!r}: {error}") from error
+    texts = sorted(f"{key}={value}" for chosen in given.values() for key, value in chosen.items())
+    return Plan(
+        "@".join([base, *([",".join(texts)] if texts else [])]),
+        row,
+        seed,
+        Path(training.output_dir),
+        work,
+        model,
+        replace(data, num_tasks=1) if row.joint else data,
+        **{"training": training, **parts},
+    )
+
+
+def _setting(text: str, parts: dict[str, Any]) -> tuple[str, Any, str]:
+    """Key, value and part of "field=value"."""
+    key, equals, value = text.partition("=")
+    for part, config in parts.items():
+        known = config.__dataclass_fields__.get(key)
+        if equals and known is not None and known.init and key not in FIXED:
+            return key, _convert(type(config), key, value), part
+    names = [one.name for part, config in parts.items() if part != "training" for one in fields(config)]
+    raise ValueError(
+        f"{text!r} is no setting of this row: write field=value with a field of its "
+        f"{', '.join(type(config).__name__ for config in parts.values())}, such as "
+        f"{', '.join(key for key in names if key not in FIXED | FILLED_IN) or 'none here'}."
+    )
+
+
+def _convert(owner: type, key: str, text: str) -> Any:
+    """`text` as the type of a dataclass's field; lists have no place in a name."""
+    hint = typing.get_type_hints(owner)[key]
+    kinds = (hint,) if typing.get_origin(hint) is list else typing.get_args(hint) or (hint,)
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        if kind in kinds:
+            with contextlib.suppress(ValueError):
+                return kind(text)
+    if any(kind is str or isinstance(kind, str) for kind in kinds) and re.fullmatch(r"[\w.+-]+", text):
+        return text
+    names = " or ".join(kind.__name__ if isinstance(kind, type) else repr(kind) for kind in kinds)
+    raise ValueError(f"{key}={text!r} does not fit: expected {names.replace('NoneType', 'none')}.")
+
+
+def _public(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: os.path.basename(os.path.abspath(v)) if is_folder(v) else v for key, v in values.items()}
+
+
+def is_folder(value: Any) -> bool:
+    """Whether an argument names a local folder, of which files tell the last name alone."""
+    return isinstance(value, str) and os.path.isdir(value)
+
+
+def _differences(mine: dict[str, Any], theirs: dict[str, Any], where: str = "") -> list[str]:
+    """What differs among the settings that both have: one that a side lacks did not exist when it was written."""
+    found = []
+    for key in sorted(mine.keys() & theirs.keys()):
+        if isinstance(mine[key], dict) and isinstance(theirs[key], dict):
+            found += _differences(mine[key], theirs[key], f"{where}{key}.")
+        elif mine[key] != theirs[key]:
+            found.append(f"{where}{key} is {theirs[key]!r} there, {mine[key]!r} here")
+    return found

@@ -1,0 +1,181 @@
+"""One run of the benchmark, in the process that calls it, from its lock to its file."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from peft import get_peft_model
+
+from .. import artifacts, metrics
+from ..baselines.frozen import frozen_matrices, stream_features
+from ..evaluation import versions
+from ..images import ImageCollator
+from ..trainer import PGPTrainer
+from ..tuners import L2PConfig
+from .figures import CLOSED
+from .plans import Plan
+
+
+def execute(plans: list[Plan], arguments: str, keep: bool = False) -> bool:
+    """Carry out one plan, or several frozen rows of one seed, which share their features.
+
+    Args:
+        arguments: the command line of the results, for their files.
+        keep: leave the work folder of a finished run.
+
+    Returns:
+        False when another process is at one of them; then nothing is done.
+    """
+    with contextlib.ExitStack() as stack:
+        if not all(stack.enter_context(claimed(plan.lock)) for plan in plans):
+            return False
+        plans = [plan for plan in plans if not plan.finished()]  # another process may have finished it since
+        if not plans:
+            return True
+        for plan in plans:
+            artifacts.write_json(plan.folder / "settings.json", plan.settings())
+        for plan, results in _frozen(plans) if plans[0].classifier is not None else _trained(*plans):
+            head = {"row": plan.name, "seed": plan.seed, "arguments": arguments, "settings": plan.settings()}
+            artifacts.write_json(plan.file, {**head, **results, **machine()})
+            if not keep:
+                shutil.rmtree(plan.folder)
+    return True
+
+
+def _frozen(plans: list[Plan]) -> Iterator[tuple[Plan, dict[str, Any]]]:
+    """Each classifier on the features of one backbone and one stream, extracted once."""
+    plan = plans[0]
+    stream = plan.data.load(plan.seed)
+    backbone = plan.model.backbone(stream)
+    config = L2PConfig(interpolate_pos_encoding=plan.model.interpolates(backbone))  # for its view of the bare backbone
+    tuner = get_peft_model(backbone, config).to(plan.training.device).base_model
+    collator = ImageCollator(plan.model.processor())
+    options = {"device": plan.training.device, "batch_size": plan.training.per_device_eval_batch_size}
+    began = time.perf_counter()
+    train = stream_features(tuner.frozen_features, stream.train, stream.num_tasks, collator, **options)
+    extraction = time.perf_counter() - began
+    test = stream_features(tuner.frozen_features, stream.test, stream.num_tasks, collator, **options)
+    for plan in plans:
+        began = time.perf_counter()
+        make = {plan.name: lambda plan=plan: copy.deepcopy(plan.classifier)}
+        matrix = frozen_matrices(stream, train, test, make)[plan.name]
+        yield (
+            plan,
+            {
+                "num_tasks": stream.num_tasks,
+                "num_classes": stream.num_classes,
+                "heads": {CLOSED: {"accuracy_matrix": matrix, **metrics.summarize(matrix)}},
+                "drift": [0.0] * stream.num_tasks,
+                "seconds": {"features": extraction, "fit": time.perf_counter() - began},
+            },
+        )
+
+
+def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
+    """One training run, which goes on from where its work folder stands."""
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
+    stream, training = plan.data.load(plan.seed), copy.copy(plan.training)
+    training.output_dir, training.seed, training.disable_tqdm = str(plan.folder / "run"), plan.seed, True
+    training.push_to_hub = False
+    set_seed(plan.seed)  # the head and the prompts are drawn next
+    backbone = plan.model.backbone(stream)
+    config = replace(plan.prompt, interpolate_pos_encoding=plan.model.interpolates(backbone))
+    trainer = PGPTrainer(
+        get_peft_model(backbone, config),
+        training,
+        stream,
+        projection=plan.projection,
+        processing_class=plan.model.processor(),
+    )
+    resumed = not trainer.folder.is_empty()
+    trainer.train(resume_from_checkpoint=resumed or None)
+    results = trainer.results.to_dict()
+    elsewhere = results["heads"]["linear"].keys() | {"method", "projection", "seed", "versions"}
+    kept = {key: value for key, value in results.items() if key not in elsewhere}
+    yield plan, {"num_classes": stream.num_classes, **kept, "resumed": resumed}
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Holds the lock file `path` for the block, and yields whether that succeeded.
+
+    The system ends the lock with the process that holds it, however that ends, so that none can be stale; the pid
+    inside is for whoever reads the file.
+    """
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())  # not one just removed
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            yield False
+            return
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def holder(path: Path) -> str | None:
+    """Pid of the process that holds a lock file; None when nobody does, and then the file goes."""
+    if not path.exists():
+        return None
+    pid = path.read_text(encoding="utf-8").strip()
+    with claimed(path) as mine:
+        return None if mine else pid or "unknown"
+
+
+def machine() -> dict[str, Any]:
+    """This process and what it runs on: CPU time (s), peak resident memory (MB), threads, cores, versions; no host."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return {
+        "cpu_seconds": round(time.process_time(), 1),
+        "peak_memory_mb": round(peak, 1),
+        "threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "machine": {
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "processor": named[1] if named else platform.processor() or "unknown",
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
+        "versions": versions(),
+    }
+
+
+def describe(plan: Plan) -> str:
+    """The main numbers of a finished run, or how far an unfinished one has come."""
+    if not plan.file.exists():
+        run, pid = artifacts.RunFolder(plan.folder / "run"), holder(plan.lock)
+        begun = "new" if run.is_empty() else f"goes on after {run.finished_tasks()} finished tasks"
+        return f"process {pid} is running it" if pid else begun
+    results = artifacts.read_json(plan.file)
+    heads = [
+        f"{name} {head['average_accuracy']:.2f} % (forgetting {head['forgetting']:.2f})"
+        for name, head in results["heads"].items()
+    ]
+    return ", ".join([*heads, f"drift {results['drift'][-1]:.3f}"])

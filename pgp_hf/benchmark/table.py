@@ -1,0 +1,283 @@
+"""The benchmark's table, computed from the files of its runs: no number, setting or name of it stands in the code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import artifacts
+from .figures import CLOSED, HEADS, Run, figures, own_head
+
+
+def read(folder: Path) -> list[Run]:
+    """All finished runs in a folder."""
+    return [artifacts.read_json(file) for file in sorted(folder.glob("*-seed*.json"))]
+
+
+def write(folder: Path, file: Path, order: Iterable[str] = ()) -> None:
+    """Write the table of the runs in `folder` to `file`, and the figures into `folder`.
+
+    Args:
+        order: names of rows in the order of the table; rows that differ in settings alone stand together.
+
+    Raises:
+        ValueError: no finished run.
+    """
+    runs = read(folder)
+    if not runs:
+        raise ValueError(f"{folder} holds no finished run (*-seed*.json): run the benchmark first.")
+    place = {name: index for index, name in enumerate(order)}
+    runs.sort(key=lambda run: (place.get(base(run["row"]), len(place)), run["row"], run["seed"]))
+    rows: dict[str, list[Run]] = {}
+    for run in runs:
+        rows.setdefault(run["row"], []).append(run)
+    drawn = [f"![{path.stem}]({os.path.relpath(path, file.parent)})" for path in figures(rows, folder)]
+    parts = ["# Benchmark", protocol(runs), commands(rows, folder, list(place)), main_table(rows), notes(runs), *drawn]
+    parts += [differences(rows), settings(rows)]
+    with artifacts.replacing(file) as temporary:
+        temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def base(row: str) -> str:
+    """A row's name without its settings."""
+    return row.partition("@")[0]
+
+
+def protocol(runs: list[Run]) -> str:
+    """What the runs have in common, in paragraphs; where they differ, all values are named."""
+
+    def of(*path: str, none: str = "default") -> str:
+        return _values(runs, *path, none=none)
+
+    def data(name: str) -> str:
+        return of("settings", "data", name, none="all")
+
+    def training(name: str) -> str:
+        return of("settings", "training", name)
+
+    source = "train_dir" if any(run["settings"]["data"].get("train_dir") for run in runs) else "dataset_name"
+    tasks = _values([run for run in runs if run["num_tasks"] > 1] or runs, "num_tasks")
+    text = [
+        f"Data: {of('settings', 'data', source, none='the embedded digits')}, {data('scenario')}; classes: "
+        f"{of('num_classes')}, tasks: {tasks}, training images a class: {data('max_train_samples_per_class')}, test "
+        f"images a class: {data('max_eval_samples_per_class')}. Backbone: "
+        f"{of('settings', 'model', 'model_name_or_path', none='the embedded ViT')}, image size: "
+        f"{of('settings', 'model', 'image_size', none='its own')}. Seeds: {of('seed')}. {paired(runs)}".strip()
+    ]
+    if any("training" in run["settings"] for run in runs):
+        text.append(
+            f"Training: {training('optim')}, {training('lr_scheduler_type')} learning rate "
+            f"{training('learning_rate')}, batch {training('per_device_train_batch_size')}, epochs a task: "
+            f"{training('num_train_epochs')}, augmentation: {training('augmentation')}, classes in the loss: "
+            f"{training('train_mask')}, classes a prediction may take: {training('eval_mask')}."
+        )
+    versions = [f"{name} {of('versions', name)}" for name in runs[0]["versions"]]
+    text.append(
+        f"Machine: {of('machine', 'processor')}, device: {of('machine', 'device')}, cores: {of('cpu_count')}, threads a "
+        f"run: {of('threads')}; {', '.join(versions)}."
+    )
+    return "\n\n".join(text)
+
+
+def paired(runs: list[Run]) -> str:
+    """Whether runs of one seed started alike: no projection acts in the first task, so its accuracy must agree."""
+    first: dict[str, dict[float, list[str]]] = {}
+    for run in runs:
+        if "prompt" in run["settings"] and run["num_tasks"] > 1:
+            alike = json.dumps([run["seed"], run["settings"]["prompt"], run["settings"]["training"]], sort_keys=True)
+            accuracy = run["heads"]["linear"]["accuracy_matrix"][0][0]
+            first.setdefault(alike, {}).setdefault(accuracy, []).append(f"{run['row']} seed {run['seed']}")
+    groups = [found for found in first.values() if sum(map(len, found.values())) > 1]
+    apart = [name for found in groups if len(found) > 1 for names in found.values() for name in names]
+    if apart:
+        return f"NOT paired, since their accuracy after the first task differs: {', '.join(apart)}."
+    if not groups:
+        return ""
+    return (
+        "Runs of one seed are paired: those with the same prompts and training have the same accuracy after the first "
+        "task (checked)."
+    )
+
+
+def commands(rows: dict[str, list[Run]], folder: Path, every: list[str]) -> str:
+    """The command of these runs; one for each set of arguments and seeds."""
+    groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, runs in rows.items():
+        for arguments in sorted({run["arguments"] for run in runs}):
+            seeds = tuple(run["seed"] for run in runs if run["arguments"] == arguments)
+            groups.setdefault((arguments, seeds), []).append(name)
+    lines = []
+    for (arguments, seeds), names in groups.items():
+        chosen = "" if names == every else f" --rows {shlex.join(names)}"
+        where = folder.name if folder.is_absolute() else folder
+        lines.append(
+            f"python examples/benchmark.py {arguments}{' ' * bool(arguments)}--output_dir {where}{chosen} "
+            f"--seeds {' '.join(map(str, seeds))}"
+        )
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def main_table(rows: dict[str, list[Run]]) -> str:
+    """Mean and standard deviation over the seeds, a line a row."""
+    head = ["row", "seeds"]
+    for title in HEADS.values():
+        head += [f"{title}: average accuracy (%)", f"{title}: forgetting"]
+    head += ["drift", "changed selections (%)", "rank", "training (min)", "CPU (min)", "peak memory (MB)"]
+    return _markdown(
+        [
+            head,
+            *(
+                [name, str(len(runs)), *(_spread(of(runs), digits) for of, digits in _COLUMNS)]
+                for name, runs in rows.items()
+            ),
+        ]
+    )
+
+
+def _of_head(head: str, key: str) -> Callable[[list[Run]], list[float]]:
+    def values(runs: list[Run]) -> list[float]:
+        if key == "forgetting":
+            runs = [run for run in runs if run["num_tasks"] > 1]
+        return [found[key] for run in runs if (found := own_head(run, head)) is not None]
+
+    return values
+
+
+def _last(key: str, scale: float = 1.0) -> Callable[[list[Run]], list[float]]:
+    return lambda runs: [scale * run[key][-1] for run in runs if run.get(key) and run["num_tasks"] > 1]
+
+
+def minutes(run: Run) -> float:
+    """Wall time of everything but evaluation."""
+    return sum(value for name, value in run["seconds"].items() if name != "evaluation") / 60
+
+
+_COLUMNS: list[tuple[Callable[[list[Run]], list[float]], int]] = [
+    *((_of_head(head, key), 2) for head in HEADS for key in ("average_accuracy", "forgetting")),
+    (_last("drift"), 3),
+    (_last("changed_selections", 100), 1),
+    (_last("projection_rank"), 0),
+    (lambda runs: [minutes(run) for run in runs], 1),
+    (lambda runs: [run["cpu_seconds"] / 60 for run in runs if "cpu_seconds" in run], 1),
+    (lambda runs: [run["peak_memory_mb"] for run in runs], 0),
+]
+
+
+def notes(runs: list[Run]) -> str:
+    """How to read the table."""
+    text = ["Mean ± standard deviation over the seeds (sample standard deviation), at the end of the stream."]
+    if any(CLOSED in run["heads"] for run in runs):
+        text.append(
+            "A row without prompts has a classifier in closed form, listed in the columns of the statistics head."
+        )
+    text.append(
+        "Drift: relative change of old test images' features since their task ended. Changed selections: share of old "
+        "test images that select other prompts than then. Rank: largest number of protected directions of a parameter. "
+        "Training: wall time with all statistics, without evaluation; CPU: processor time of the whole process, which "
+        "other work on the machine lengthens less. Peak memory: resident, of the whole process; both count what rows "
+        "without prompts share, such as features, in each of them."
+    )
+    resumed = [f"{run['row']} seed {run['seed']}" for run in runs if run.get("resumed")]
+    if resumed:
+        text.append(f"Interrupted and resumed, so that their times are lower bounds: {', '.join(resumed)}.")
+    return " ".join(text)
+
+
+def differences(rows: dict[str, list[Run]]) -> str:
+    """Paired differences, seed by seed: each row with prompts minus its reference without projection, and the like."""
+    against = [name for name, runs in rows.items() if CLOSED in runs[0]["heads"] or name.endswith("-frozen")]
+    lines = [["row", "reference"]]
+    lines[0] += [f"{title} minus the reference's" for title in HEADS.values()]
+    lines[0] += ["statistics head minus the reference's linear head"]
+    lines[0] += [f"statistics head minus {name}" for name in against]
+    for name, runs in rows.items():
+        if CLOSED in runs[0]["heads"]:
+            continue
+        reference = _reference(name, rows)
+        cells = [_paired(runs, head, rows.get(reference, []), head) for head in HEADS]
+        cells += [_paired(runs, "statistics", rows.get(reference, []), "linear")]
+        cells += [_paired(runs, "statistics", rows[other], "statistics") for other in against]
+        lines.append([name, reference or "", *cells])
+    if len(lines) == 1:
+        return ""
+    return "## Paired differences of average accuracy (points)\n\n" + _markdown(lines)
+
+
+def _reference(name: str, rows: dict[str, list[Run]]) -> str | None:
+    """The row without projection: that of the same settings if there is one, else the plain one."""
+    method, _, setting = name.partition("@")
+    plain = f"{method.partition('-')[0]}-none"
+    return next((row for row in (f"{plain}@{setting}", plain) if row in rows and row != name), None)
+
+
+def _paired(runs: list[Run], head: str, others: list[Run], other: str) -> str:
+    theirs = {run["seed"]: own_head(run, other) for run in others}
+    pairs = [(own_head(run, head), theirs.get(run["seed"])) for run in runs]
+    found = [a["average_accuracy"] - b["average_accuracy"] for a, b in pairs if a is not None and b is not None]
+    if not found or (runs[0]["row"] == others[0]["row"] and head == other):
+        return "–"
+    each = f" ({', '.join(f'{value:+.2f}' for value in found)})" if len(found) > 1 else ""
+    return _spread(found, 2, sign="+") + each
+
+
+def settings(rows: dict[str, list[Run]]) -> str:
+    """What each row is: first what all rows with prompts share, then where they differ."""
+    every = [run for runs in rows.values() for run in runs]
+    prompted = [run for run in every if "prompt" in run["settings"]]
+    keys = dict.fromkeys(
+        (part, key)
+        for run in prompted
+        for part in ("projection", "prompt", "training")
+        for key, value in run["settings"][part].items()
+        if value is not None
+    )
+    shared = [
+        (part, key)
+        for part, key in keys
+        if all(
+            key in run["settings"][part] and run["settings"][part][key] == prompted[0]["settings"][part][key]
+            for run in prompted
+        )
+    ]
+    lines = [["row", "settings"]]
+    for name, runs in rows.items():
+        own = [("classifier", key) for key in runs[0]["settings"].get("classifier", {}) if key != "seed"]
+        own += [(part, key) for part, key in keys if key in runs[0]["settings"].get(part, {})]
+        told = [f"{key}={_values(runs, 'settings', part, key)}" for part, key in own if (part, key) not in shared]
+        lines.append([name, ", ".join([*told, *(["num_tasks=1"] if runs[0]["num_tasks"] == 1 else [])])])
+    common = ", ".join(f"{key}={_values(prompted, 'settings', part, key)}" for part, key in shared)
+    return "\n\n".join(["## Settings", *([f"All rows with prompts: {common}."] if common else []), _markdown(lines)])
+
+
+def _values(runs: list[Run], *path: str, none: str = "none") -> str:
+    """The value at `path` of all runs that have it: one, or all of them."""
+    found: list[Any] = []
+    for run in runs:
+        value: Any = run
+        for key in path:
+            value = value.get(key, _ABSENT) if isinstance(value, dict) else _ABSENT
+        if value is not _ABSENT and value not in found:
+            found.append(value)
+    return " / ".join(none if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in found) or "unknown"
+
+
+_ABSENT = object()
+
+
+def _spread(values: list[float], digits: int, sign: str = "") -> str:
+    """Mean, and from two values on the standard deviation; a dash for none."""
+    if not values:
+        return "–"
+    text = f"{np.mean(values):{sign}.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    first, *rest = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([first, "|" + "---|" * len(lines[0]), *rest])

@@ -1,0 +1,633 @@
+"""The benchmark: plans, runs that are skipped and resumed, the processes, the table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from pgp_hf import artifacts, metrics
+from pgp_hf.benchmark import figures, plans, runs, table
+from pgp_hf.trainer import PGPTrainer
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmark_script"] = module  # HfArgumentParser resolves the dataclass's annotations there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["benchmark_script"]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """Folders of a tiny backbone and of few images, as arguments."""
+    root = tmp_path_factory.mktemp("local")
+    tiny.backbone().save_pretrained(root / "tiny-vit")
+    tiny.processor().save_pretrained(root / "tiny-vit")
+    for split, rows in tiny.data(train=6, test=3).items():
+        rows.to_parquet(root / "patterns" / f"{split}.parquet")
+    own = f"--model_name_or_path {root / 'tiny-vit'} --dataset_name {root / 'patterns'} --image_size 20 --num_tasks 3"
+    return [
+        *own.split(),
+        *"--num_train_epochs 2 --learning_rate 0.02 --per_device_train_batch_size 4 --use_cpu true".split(),
+    ]
+
+
+@pytest.fixture
+def planned(script, local, tmp_path):
+    """Factory: the plan of a row, writing below `tmp_path`."""
+
+    def make(name, seed=0, folder="out", more=()):
+        _, model, data, training = script.parse([*local, "--output_dir", str(tmp_path / folder), *more])
+        return plans.plan(name, seed, script.ROWS, model, data, training, tmp_path / "work" / folder)
+
+    return make
+
+
+def same_outcome(one: dict, other: dict) -> bool:
+    """Whether two runs' files agree in all but time, memory and whether they were interrupted."""
+    loose = {"seconds", "train_images_per_second", "images_trained", "peak_memory_mb", "cpu_seconds", "resumed"}
+    return {k: v for k, v in one.items() if k not in loose} == {k: v for k, v in other.items() if k not in loose}
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+def test_settings_in_a_name_reach_their_owner(planned):
+    plan = planned("l2p-functional@learning_rate=0.5,max_images=none,energy=0.90,pool_size=7,apply_to=gradient")
+    assert plan.name == "l2p-functional@apply_to=gradient,energy=0.9,learning_rate=0.5,max_images=None,pool_size=7"
+    assert plan.file.name == f"{plan.name}-seed0.json"
+    assert (plan.projection.method, plan.projection.energy, plan.projection.apply_to) == (
+        "functional",
+        0.9,
+        "gradient",
+    )
+    assert (plan.prompt.pool_size, plan.training.learning_rate, plan.prompt.head) == (7, 0.5, "statistics")
+    other = planned("l2p-functional@pool_size=7,energy=0.9,apply_to=gradient,max_images=none,learning_rate=0.5")
+    assert other.label == plan.label and other.settings() == plan.settings()
+    plain = planned("l2p-functional")
+    assert (plain.training.learning_rate, plain.prompt.pool_size) == (0.02, 10)
+    assert planned("frozen-ridge@width=50", seed=4).classifier == type(planned("frozen-ridge").classifier)(50, seed=4)
+
+
+def test_every_row_has_its_method(script, planned):
+    for name, row in script.ROWS.items():
+        plan = planned(name)
+        assert plan.data.num_tasks == (1 if name.endswith("joint") else 3) and row.what in script_help(script)
+        if row.classifier is None:
+            kind, _, method = name.partition("-")
+            assert plan.prompt.peft_type.value.lower() == kind
+            assert plan.projection.method == {"joint": "none", "pgp-gradient": "pgp"}.get(method, method)
+            assert plan.projection.apply_to == ("gradient" if method == "pgp-gradient" else "update")
+
+
+def script_help(script) -> str:
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit):
+        script.parse(["--help"])
+    return text.getvalue()
+
+
+def test_help_explains(script):
+    text = script_help(script)
+    for name in (*script.ROWS, "--rows", "--seeds", "--jobs", "--work_dir", "--table", "--dry_run", "--image_size"):
+        assert name in text
+    assert "--worker" not in text and "@energy=0.9" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("l2p-nothing", "row 'l2p-nothing' is unknown: choose from frozen-ncm"),
+        ("l2p-pgp@", "'' is no setting of this row"),
+        ("l2p-pgp@energy", "'energy' is no setting of this row: write field=value"),
+        ("l2p-pgp@width=3", "'width=3' is no setting of this row.*ProjectionConfig, L2PConfig.*energy"),
+        ("dualprompt-pgp@top_k=3", "'top_k=3' is no setting"),
+        ("frozen-lda@energy=0.9", "'energy=0.9' is no setting.*ShrinkageLDA, such as shrinkage"),
+        ("l2p-pgp@seed=3", "'seed=3' is no setting"),
+        ("l2p-pgp@method=none", "'method=none' is no setting"),
+        ("l2p-pgp@energy=high", "energy='high' does not fit: expected float"),
+        ("l2p-pgp@max_images=2.5", "max_images='2.5' does not fit: expected int or none"),
+        ("l2p-none@batchwise_prompt=1", "batchwise_prompt='1' does not fit: expected bool"),
+        ("l2p-none@optim=../x", "optim='../x' does not fit"),
+        ("dualprompt-none@general_layers=1", "general_layers='1' does not fit"),
+        ("l2p-pgp@energy=1.5", r"row 'l2p-pgp@energy=1.5': energy=1.5 is outside \(0, 1\]"),
+        ("l2p-pgp@top_k=11", "top_k=11 is above pool_size=10"),
+        ("frozen-ridge@width=0", "width=0"),
+    ],
+)
+def test_a_bad_name_is_refused(planned, name, message):
+    with pytest.raises(ValueError, match=message):
+        planned(name)
+
+
+def test_settings_are_whole_and_tell_no_path(planned, local, script, tmp_path):
+    settings = planned("l2p-pgp").settings()
+    assert settings["model"]["model_name_or_path"] == "tiny-vit" and settings["data"]["dataset_name"] == "patterns"
+    assert settings["projection"]["energy"] == 0.99 and settings["prompt"]["pool_size"] == 10
+    training = settings["training"]
+    assert (training["learning_rate"], training["num_train_epochs"], training["augmentation"]) == (0.02, 2, "flip")
+    assert not {"output_dir", "seed", "push_to_hub"} & training.keys()
+    command = script.result_arguments([*local, "--rows", "l2p-pgp", "l2p-none", "--seeds=3", "--output_dir", "x"])
+    assert "--model_name_or_path DIR/tiny-vit" in command and "--learning_rate 0.02" in command
+    assert not re.search("rows|seeds|output_dir|l2p", command)
+    assert str(tmp_path.parent) not in json.dumps(settings) + command
+
+
+def test_a_file_of_other_settings_is_no_finished_run(planned):
+    plan = planned("l2p-pgp")
+    settings = plan.settings()
+    assert not plan.finished()
+    artifacts.write_json(plan.file, {"settings": settings})
+    assert plan.finished()
+    del settings["projection"]["key_energy"]  # written before there was such a setting
+    artifacts.write_json(plan.file, {"settings": settings})
+    assert plan.finished()
+    changed = planned("l2p-pgp", more=["--learning_rate", "0.1"])
+    with pytest.raises(ValueError, match=r"training.learning_rate is 0.02 there, 0.1 here.*another --output_dir"):
+        changed.finished()
+    plan.file.unlink()
+    artifacts.write_json(plan.folder / "settings.json", settings)
+    with pytest.raises(ValueError, match=r"settings.json has other settings.*delete its folder"):
+        changed.finished()
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(script, local, tmp_path_factory):
+    """A run of l2p-pgp that nothing interrupted: its file's content."""
+    out = tmp_path_factory.mktemp("whole")
+    _, model, data, training = script.parse([*local, "--output_dir", str(out)])
+    plan = plans.plan("l2p-pgp", 1, script.ROWS, model, data, training, out / "work")
+    assert runs.execute([plan], "--some arguments") and not plan.folder.exists() and not plan.lock.exists()
+    return json.loads(plan.file.read_text())
+
+
+def test_a_runs_file_has_everything(whole):
+    assert (whole["row"], whole["seed"], whole["num_tasks"], whole["num_classes"]) == ("l2p-pgp", 1, 3, 6)
+    assert whole["arguments"] == "--some arguments" and whole["resumed"] is False
+    for head in ("linear", "statistics"):
+        found = whole["heads"][head]
+        assert found["average_accuracy"] == pytest.approx(metrics.average_accuracy(found["accuracy_matrix"]))
+        assert found["forgetting"] == pytest.approx(metrics.forgetting(found["accuracy_matrix"]))
+    assert [len(whole[key]) for key in ("drift", "changed_selections", "projection_rank")] == [3, 3, 3]
+    assert whole["projection_rank"][-1] > 0 and whole["train_images_per_second"] > 0
+    assert {"train", "statistics", "evaluation"} <= whole["seconds"].keys()
+    assert whole["cpu_seconds"] > 0
+    assert 100 < whole["peak_memory_mb"] < 100_000 and whole["threads"] >= 1 and whole["cpu_count"] == os.cpu_count()
+    assert whole["machine"]["processor"] and os.uname().nodename not in json.dumps(whole["machine"]).split('"')
+    assert whole["versions"]["torch"] and whole["settings"]["projection"]["method"] == "pgp"
+
+
+@pytest.mark.parametrize("steps", [4, 11])  # of six in each of three tasks: within the first and the second
+def test_an_interrupted_run_goes_on_exactly(planned, whole, monkeypatch, steps):
+    plan, step, left = planned("l2p-pgp", seed=1), PGPTrainer.training_step, [steps]
+
+    def until(self, *args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(PGPTrainer, "training_step", until)
+    with pytest.raises(KeyboardInterrupt):
+        runs.execute([plan], "--some arguments")
+    assert not plan.file.exists() and not plan.lock.exists() and "goes on" in runs.describe(plan)
+    left[0] = 18 - steps + 3  # no more than an epoch again
+    runs.execute([plan], "--some arguments")
+    found = json.loads(plan.file.read_text())
+    assert found["resumed"] is True and same_outcome(found, whole)
+    assert not plan.folder.exists()
+
+
+def test_a_finished_run_is_left_alone(planned):
+    plan = planned("l2p-none")
+    artifacts.write_json(plan.file, {"settings": plan.settings(), "mark": 1})
+    assert runs.execute([plan], "")
+    assert json.loads(plan.file.read_text())["mark"] == 1 and not plan.folder.exists()
+
+
+def test_rows_of_a_seed_are_paired_and_frozen_prompts_stay(planned, whole):
+    found = {}
+    for name in ("l2p-none", "l2p-frozen"):
+        plan = planned(name, seed=1)
+        runs.execute([plan], "", keep=True)
+        assert json.loads((plan.folder / "run" / "task-3" / "results.json").read_text())["seed"] == 1
+        found[name] = json.loads(plan.file.read_text())
+    first = {run["heads"]["linear"]["accuracy_matrix"][0][0] for run in (whole, *found.values())}
+    assert len(first) == 1
+    assert found["l2p-frozen"]["drift"] == [0, 0, 0] and found["l2p-none"]["drift"][-1] > 0
+    assert found["l2p-none"]["projection_rank"] == [0, 0, 0]
+
+
+def test_frozen_rows_share_their_features(planned, monkeypatch):
+    calls = []
+    extract = runs.stream_features
+    monkeypatch.setattr(runs, "stream_features", lambda *a, **k: calls.append(1) or extract(*a, **k))
+    group = [planned(f"frozen-{name}", seed=2) for name in ("ncm", "lda", "ridge@width=100")]
+    runs.execute(group, "")
+    assert len(calls) == 2  # of training and of test images
+    found = [json.loads(plan.file.read_text()) for plan in group]
+    for run in found:
+        assert list(run["heads"]) == ["closed form"] and run["drift"] == [0, 0, 0]
+        assert run["heads"]["closed form"]["accuracy_matrix"][0][1] is None
+    assert found[2]["settings"]["classifier"] == {"name": "RandomProjectionRidge", "width": 100, "seed": 2}
+    alone = planned("frozen-lda", seed=2, folder="alone")
+    runs.execute([alone], "")
+    assert json.loads(alone.file.read_text())["heads"] == found[1]["heads"]
+
+
+def test_the_joint_row_is_one_task(planned):
+    plan = planned("l2p-joint")
+    runs.execute([plan], "")
+    run = json.loads(plan.file.read_text())
+    assert run["num_tasks"] == 1 and run["num_classes"] == 6 and len(run["heads"]["linear"]["accuracy_matrix"]) == 1
+
+
+def test_a_run_has_one_process(planned, tmp_path):
+    plan = planned("l2p-none")
+    plan.lock.parent.mkdir(parents=True)
+    plan.lock.write_text("999999999\n")  # left behind by a process that was killed
+    assert runs.holder(plan.lock) is None and not plan.lock.exists()
+    with runs.claimed(plan.lock) as mine:
+        assert mine and runs.holder(plan.lock) == str(os.getpid())
+        assert not runs.execute([plan], "") and not plan.folder.exists()
+        assert runs.describe(plan) == f"process {os.getpid()} is running it"
+    assert not plan.lock.exists() and runs.describe(plan) == "new"
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------
+
+STAND_IN = """
+import json, pathlib, sys, time
+argv = sys.argv
+rows = " ".join(argv).split("--rows ")[-1].split()
+out = pathlib.Path(argv[argv.index("--output_dir") + 1])
+seed = " ".join(argv).split("--seeds ")[-1].split()[0]
+with open(out / "starts", "a") as file:
+    file.write(f"{' '.join(rows)} {seed}\\n")
+for row in rows:
+    if "crash" in (out / "mood").read_text() and row == "l2p-pgp":
+        sys.exit("the loss became nan")
+    if row == "dualprompt-none":
+        time.sleep(60)
+    made = json.loads((out / "made" / f"{row}.json").read_text())
+    made.update(row=row, seed=int(seed))
+    (out / f"{row}-seed{seed}.json").write_text(json.dumps(made))
+"""
+
+
+def stand_in(script, planned, tmp_path, monkeypatch) -> Path:
+    """Workers that write a made-up run instead of training one; returns the output folder."""
+    out = tmp_path / "out"
+    worker = tmp_path / "worker.py"
+    worker.write_text(STAND_IN)
+    (out / "made").mkdir(parents=True)
+    (out / "mood").write_text("well")
+    for name in script.ROWS:
+        artifacts.write_json(out / "made" / f"{name}.json", made_up(planned(name), 0))
+    monkeypatch.setattr(script, "__file__", str(worker))
+    return out
+
+
+def made_up(plan: plans.Plan, seed: int, **more) -> dict:
+    """A run with numbers that depend on its name and seed alone."""
+    tasks, level = plan.data.num_tasks, 50 + len(plan.name) + 3 * seed
+    heads = {}
+    for head, bonus in (("closed form", 7),) if plan.classifier is not None else (("linear", 0), ("statistics", 5)):
+        matrix = [[level + bonus - 4.0 * i + 2 * j if j <= i else None for j in range(tasks)] for i in range(tasks)]
+        matrix[0][0] = 80.0 + seed
+        heads[head] = {"accuracy_matrix": matrix, **metrics.summarize(matrix)}
+    prompted = (
+        {} if plan.classifier is not None else {"changed_selections": [0, 0.5], "projection_rank": [0, 40 + seed]}
+    )
+    return {
+        "row": plan.name, "seed": seed, "arguments": "--lr 1", "settings": plan.settings(), "num_tasks": tasks,
+        "num_classes": 6, "heads": heads, "drift": [0, 0.1 * (seed + 1)], "seconds": {"train": 60, "evaluation": 30},
+        "cpu_seconds": 120.0, "peak_memory_mb": 500.0, "threads": 1, "cpu_count": 2, "machine": {"processor": "p", "device": "cpu"},
+        "versions": {"torch": "2"}, **prompted, **more,
+    }  # fmt: skip
+
+
+def test_a_crash_stops_nothing_else_and_finished_runs_are_skipped(
+    script, planned, local, tmp_path, monkeypatch, capsys
+):
+    out = stand_in(script, planned, tmp_path, monkeypatch)
+    (out / "mood").write_text("crash")
+    command = [
+        *local,
+        "--output_dir",
+        str(out),
+        "--seeds",
+        "0",
+        "1",
+        "--jobs",
+        "2",
+        "--rows",
+        "frozen-ncm",
+        "frozen-lda",
+    ]
+    command += ["l2p-pgp", "l2p-none"]
+    assert script.main(command) == 1
+    printed = capsys.readouterr().out
+    assert len(re.findall("FAILED with exit code 1.*the loss became nan", printed)) == 2
+    assert "2 processes failed" in printed and len(re.findall(": finished in", printed)) == 6
+    assert sorted(path.name for path in out.glob("*.json")) == [
+        f"{row}-seed{seed}.json" for row in ("frozen-lda", "frozen-ncm", "l2p-none") for seed in (0, 1)
+    ]
+    starts = (out / "starts").read_text().splitlines()
+    assert sorted(starts) == sorted(
+        f"{rows} {s}" for rows in ("frozen-ncm frozen-lda", "l2p-pgp", "l2p-none") for s in "01"
+    )
+    assert (tmp_path / "work" / ".gitignore").exists() or (
+        tmp_path / "work" / "out" / ".gitignore"
+    ).read_text() == "*\n"
+    log = next(re.finditer(r"see (\S+):", printed))[1]
+    assert "nan" in Path(log).read_text()
+
+    (out / "mood").write_text("well")
+    assert script.main([*command, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        len(re.findall("^finished  ", printed, re.M)) == 6
+        and len(re.findall("^to run    l2p-pgp", printed, re.M)) == 2
+    )
+    assert script.main(command) == 0
+    assert (out / "starts").read_text().splitlines()[6:] == ["l2p-pgp 0", "l2p-pgp 1"]
+    assert "l2p-pgp" in (out / "table.md").read_text() and (out / "accuracy.png").is_file()
+    assert script.main(command) == 0 and len((out / "starts").read_text().splitlines()) == 8
+
+
+def test_a_termination_ends_the_workers(script, planned, local, tmp_path, monkeypatch):
+    out = stand_in(script, planned, tmp_path, monkeypatch)
+    started = []
+    begin = subprocess.Popen
+
+    def popen(*args, **kwargs):
+        started.append(begin(*args, **kwargs))
+        return started[-1]
+
+    def sleep(seconds):
+        if (out / "starts").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(script.subprocess, "Popen", popen)
+    monkeypatch.setattr(script.time, "sleep", sleep)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            script.main([*local, "--output_dir", str(out), "--rows", "dualprompt-none", "--seeds", "0"])
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
+    assert not list(out.glob("*-seed*.json"))
+
+
+def test_jobs_share_the_cores_out(script, planned, local, tmp_path, monkeypatch):
+    out = stand_in(script, planned, tmp_path, monkeypatch)
+    seen = []
+    begin = subprocess.Popen
+    monkeypatch.setattr(script.subprocess, "Popen", lambda *a, **k: seen.append(k["env"]) or begin(*a, **k))
+    monkeypatch.setattr(script.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    script.main([*local, "--output_dir", str(out), "--rows", "l2p-none", "--seeds", "0", "--jobs", "3"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    script.main([*local, "--output_dir", str(out), "--rows", "l2p-none", "--seeds", "1", "--jobs", "3"])
+    assert [environment["OMP_NUM_THREADS"] for environment in seen] == ["2", "5"]
+
+
+def test_arguments_that_runs_set_themselves_are_refused(script):
+    with pytest.raises(ValueError, match="--seed: runs are named by --seeds"):
+        script.main(["--seed", "3"])
+
+
+def test_nothing_named_means_the_embedded_digits(script):
+    _, model, data, training = script.parse([])
+    assert model.image_size is None and data.num_tasks == 5 and data.max_train_samples_per_class == 40
+    bench, model, data, training = script.parse(["--dataset_name", "x", "--num_tasks", "20"])
+    assert (model.image_size, data.num_tasks, data.max_train_samples_per_class) == (112, 20, 50)
+    assert (training.learning_rate, training.num_train_epochs, training.augmentation) == (0.0075, 3, "flip")
+    assert bench.rows == list(script.ROWS) and bench.seeds == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_real_processes_terminated_and_resumed(script, local, tmp_path):
+    """The script as a user runs it: SIGTERM in the second task, then the same command again."""
+    command = [sys.executable, str(SCRIPT), *local, "--rows", "frozen-ncm", "frozen-ridge@width=60", "l2p-pgp"]
+    command += ["--seeds", "1", "--num_train_epochs", "6"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    once = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "a")], env=environment, capture_output=True, text=True
+    )
+    assert once.returncode == 0, once.stdout + once.stderr
+    again = [*command, "--output_dir", str(tmp_path / "b")]
+    process = subprocess.Popen(again, env=environment, stdout=subprocess.DEVNULL)
+    run = tmp_path / "work" / "b" / "l2p-pgp-seed1" / "run"
+    while not (run / "checkpoints" / "task-2").exists():
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert not (tmp_path / "b" / "l2p-pgp-seed1.json").exists() and not list((tmp_path / "b").glob(".*.lock"))
+    done = subprocess.run(again, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = sorted(path.name for path in (tmp_path / "a").glob("*.json"))
+    assert len(files) == 3
+    for name in files:
+        one, other = (json.loads((tmp_path / folder / name).read_text()) for folder in "ab")
+        assert same_outcome(one, other), name
+    assert other["resumed"] and not run.exists()
+    assert "1 runs" not in done.stdout and "3 runs, 2 of them finished earlier" in done.stdout
+    assert "l2p-pgp seed 1" in (tmp_path / "b" / "table.md").read_text()  # its time is marked
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(script, planned, tmp_path):
+    """Made-up runs of all rows and three seeds; of one row the last seed is not there yet."""
+    out = tmp_path / "benchmarks"
+    for name in (*script.ROWS, "l2p-functional@energy=0.9", "l2p-functional@probes=4", "l2p-none@learning_rate=0.5"):
+        for seed in range(3):
+            if (name, seed) != ("l2p-attention", 2):
+                artifacts.write_json(out / f"{name}-seed{seed}.json", made_up(planned(name), seed))
+    return out
+
+
+def cells(text: str, heading: str) -> dict[str, list[str]]:
+    """The table that follows `heading`, by first cell."""
+    lines = text[text.index(heading) :].splitlines()
+    lines = [line for line in lines if line.startswith("|")]
+    width = lines[0].count("|")
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.count("|") == width]
+    return {line[0]: line[1:] for line in found[2:]}
+
+
+def test_the_table_is_what_the_files_say(script, folder):
+    table.write(folder, folder / "table.md", script.ROWS)
+    text = (folder / "table.md").read_text()
+    found = cells(text, "# Benchmark")
+    read = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    names = [name for name in found if name in {run["row"] for run in read}]
+    assert [name for name in names if "@" not in name] == list(script.ROWS)  # in this order
+
+    def expect(values, digits):
+        if not values:
+            return "–"
+        mean = f"{statistics.mean(values):.{digits}f}"
+        return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+    for name in names:
+        own = sorted((run for run in read if run["row"] == name), key=lambda run: run["seed"])
+        single = own[0]["num_tasks"] == 1
+        expected = [str(len(own))]
+        for heads in (["linear"], ["statistics", "closed form"]):
+            got = [run["heads"][head] for run in own for head in heads if head in run["heads"]]
+            expected.append(expect([one["average_accuracy"] for one in got], 2))
+            expected.append("–" if single else expect([one["forgetting"] for one in got], 2))
+        ends = [] if single else own
+        expected.append(expect([run["drift"][-1] for run in ends], 3))
+        expected.append(
+            expect([100 * run["changed_selections"][-1] for run in ends if "changed_selections" in run], 1)
+        )
+        expected.append(expect([run["projection_rank"][-1] for run in ends if "projection_rank" in run], 0))
+        expected += [expect([1.0] * len(own), 1), expect([2.0] * len(own), 1), expect([500.0] * len(own), 0)]
+        assert found[name] == expected, name
+    assert found["l2p-attention"][0] == "2"
+
+
+def test_differences_are_paired(script, folder):
+    table.write(folder, folder / "table.md", script.ROWS)
+    found = cells((folder / "table.md").read_text(), "## Paired differences")
+    read = {(run["row"], run["seed"]): run["heads"] for run in map(artifacts.read_json, folder.glob("*.json"))}
+
+    def expect(name, head, other, theirs):
+        values = [
+            read[name, seed][head]["average_accuracy"] - read[other, seed][theirs]["average_accuracy"]
+            for seed in range(3)
+            if (name, seed) in read and (other, seed) in read
+        ]
+        each = ", ".join(f"{value:+.2f}" for value in values)
+        return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values):.2f} ({each})"
+
+    assert "frozen-lda" not in found
+    for name, reference in (
+        ("l2p-attention", "l2p-none"),
+        ("dualprompt-pgp", "dualprompt-none"),
+        ("l2p-functional@energy=0.9", "l2p-none"),
+    ):
+        row = found[name]
+        assert row[0] == reference
+        assert row[1] == expect(name, "linear", reference, "linear")
+        assert row[2] == expect(name, "statistics", reference, "statistics")
+        assert row[3] == expect(name, "statistics", reference, "linear")
+        assert row[5] == expect(name, "statistics", "frozen-lda", "closed form")
+        assert row[7] == expect(name, "statistics", "l2p-frozen", "statistics")
+    assert found["l2p-attention"][1].count(",") == 1  # two seeds
+    assert found["l2p-none"][:4] == ["", "–", "–", "–"]
+    assert found["l2p-none@learning_rate=0.5"][0] == "l2p-none"
+
+
+def test_a_reference_with_the_same_settings_is_preferred(folder, script, planned):
+    for seed in range(3):
+        name = "l2p-pgp@learning_rate=0.5"
+        artifacts.write_json(folder / f"{name}-seed{seed}.json", made_up(planned(name), seed))
+    table.write(folder, folder / "table.md", script.ROWS)
+    found = cells((folder / "table.md").read_text(), "## Paired differences")
+    assert found["l2p-pgp@learning_rate=0.5"][0] == "l2p-none@learning_rate=0.5"
+
+
+def test_the_text_is_computed(script, folder, planned):
+    table.write(folder, folder / "table.md", script.ROWS)
+    text = (folder / "table.md").read_text()
+    assert "patterns, class_incremental; classes: 6, tasks: 3" in text and "Backbone: tiny-vit, image size: 20" in text
+    assert "learning rate 0.02 / 0.5" in text and "Seeds: 0 / 1 / 2" in text and "(checked)" in text
+    assert "python examples/benchmark.py --lr 1 --output_dir benchmarks" in text and "resumed" not in text
+    line = next(line for line in text.splitlines() if line.startswith("python") and "l2p-attention" in line)
+    assert shlex.split(line)[-5:] == ["--rows", "l2p-attention", "--seeds", "0", "1"]
+    settings = cells(text, "## Settings")
+    assert "energy=0.9" in settings["l2p-functional@energy=0.9"][0] and "method=pgp" in settings["dualprompt-pgp"][0]
+    assert "learning_rate=0.5" in settings["l2p-none@learning_rate=0.5"][0]
+    assert "num_tasks=1" in settings["l2p-joint"][0]
+    assert "value_energy=0.95" in text[text.index("All rows with prompts") :].splitlines()[0]
+
+    odd = made_up(planned("l2p-pgp"), 2, resumed=True)
+    odd["heads"]["linear"]["accuracy_matrix"][0][0] += 1
+    artifacts.write_json(folder / "l2p-pgp-seed2.json", odd)
+    table.write(folder, folder / "elsewhere" / "table.md", script.ROWS)
+    text = (folder / "elsewhere" / "table.md").read_text()
+    assert "NOT paired" in text and "(checked)" not in text and "l2p-pgp seed 2" in text[text.index("NOT paired") :]
+    assert "lower bounds: l2p-pgp seed 2." in text and "(../accuracy.png)" in text
+
+
+def test_one_run_is_a_table_without_deviations(script, planned, tmp_path):
+    out = tmp_path / "one"
+    artifacts.write_json(out / "l2p-pgp-seed0.json", made_up(planned("l2p-pgp"), 0))
+    assert script.main(["--table", "--output_dir", str(out), "--table_file", str(out / "t.md")]) == 0
+    text = (out / "t.md").read_text()
+    assert cells(text, "# Benchmark")["l2p-pgp"][0] == "1"
+    assert "±" not in text.replace("Mean ± standard", "") and "Paired differences" in text
+    with pytest.raises(ValueError, match="no finished run"):
+        table.write(tmp_path / "empty", tmp_path / "t.md")
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of(folder: Path) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for run in table.read(folder):
+        found.setdefault(run["row"], []).append(run)
+    return found
+
+
+def test_the_accuracy_figure_shows_plain_rows_and_the_best_without_prompts(folder):
+    panels = figures.accuracy_panels(rows_of(folder))
+    assert set(panels) == {f"{m}, {h} head" for m in ("l2p", "dualprompt") for h in ("linear", "statistics")}
+    assert set(panels["dualprompt, linear head"]) == {
+        "frozen-ridge",
+        "none",
+        "pgp",
+        "functional",
+    }  # its name is longest
+    assert not any("@" in label for panel in panels.values() for label in panel)
+    runs_of = rows_of(folder)["l2p-pgp"]
+    expected = [metrics.per_task_average_accuracy(run["heads"]["statistics"]["accuracy_matrix"]) for run in runs_of]
+    assert panels["l2p, statistics head"]["pgp"] == expected
+
+
+def test_the_sensitivity_figure_takes_rows_of_one_setting(folder, planned):
+    name = "l2p-functional@energy=0.5,probes=9"
+    artifacts.write_json(folder / f"{name}-seed0.json", made_up(planned(name), 0))
+    rows = rows_of(folder)
+    points, usual = figures.sensitivity_points(rows, "l2p-functional")
+    assert usual == {"energy": 0.99, "probes": 2}
+    assert {field: set(values) for field, values in points.items()} == {"energy": {0.9, 0.99}, "probes": {2, 4}}
+    assert points["energy"][0.99]["drift"] == [run["drift"][-1] for run in rows["l2p-functional"]]
+    got = [run["heads"]["statistics"]["average_accuracy"] for run in rows["l2p-functional@probes=4"]]
+    assert points["probes"][4]["statistics head"] == got and not math.isnan(got[0])
+    assert [path.name for path in figures.figures(rows, folder)] == ["accuracy.png", "sensitivity.png"]
