@@ -44,11 +44,15 @@ from pgp_hf.benchmark.plans import Plan, Row, is_folder, plan
 from pgp_hf.benchmark.runs import describe, execute, holder
 
 
-def prompts(what: str, config: type, method: str, joint: bool = False, **projection: Any) -> Row:
-    return Row(what, prompt=config, projection={"method": method, **projection}, joint=joint)
+def prompts(
+    what: str, config: type, method: str, joint: bool = False, small_steps: bool = False, **projection: Any
+) -> Row:
+    training = {"later_prompt_learning_rate": 0.004} if small_steps else {}
+    return Row(what, prompt=config, projection={"method": method, **projection}, training=training, joint=joint)
 
 
 OUTPUTS, FIRST_ATTENTION = "what the head reads of old images is held", "the first attention of old images is held"
+SMALL = "after the first task prompts learn in smaller steps"
 ROWS = {
     "frozen-ncm": Row("frozen features, nearest class mean", NearestClassMean),
     "frozen-lda": Row("frozen features, shrinkage LDA", ShrinkageLDA),
@@ -59,10 +63,13 @@ ROWS = {
     "l2p-pgp-gradient": prompts("L2P, PGP on gradients, as published", L2PConfig, "pgp", apply_to="gradient"),
     "l2p-pgp": prompts("L2P, PGP on updates", L2PConfig, "pgp"),
     "l2p-attention": prompts(f"L2P, {FIRST_ATTENTION}", L2PConfig, "attention"),
-    "l2p-functional": prompts(f"L2P, {OUTPUTS}", L2PConfig, "functional"),
+    "l2p-small-steps": prompts(f"L2P, no projection, {SMALL}", L2PConfig, "none", small_steps=True),
+    "l2p-functional": prompts(f"L2P, {OUTPUTS}, {SMALL}", L2PConfig, "functional", small_steps=True, energy=0.8),
     "dualprompt-none": prompts("DualPrompt, no projection", DualPromptConfig, "none"),
     "dualprompt-pgp": prompts("DualPrompt, PGP on updates", DualPromptConfig, "pgp"),
-    "dualprompt-functional": prompts(f"DualPrompt, {OUTPUTS}", DualPromptConfig, "functional"),
+    "dualprompt-functional": prompts(
+        f"DualPrompt, {OUTPUTS}, {SMALL}", DualPromptConfig, "functional", small_steps=True, energy=0.8
+    ),
 }
 PROTOCOL = (
     "--num_tasks 10 --max_train_samples_per_class 50 --max_eval_samples_per_class 20 --image_size 112 "
@@ -85,7 +92,7 @@ class BenchmarkArguments:
     jobs: int = field(default=1, metadata={"help": "runs at a time; they share the cores out"})
     work_dir: str | None = field(
         default=None,
-        metadata={"help": "folder of unfinished runs, not to be committed; by default OUTPUT_DIR/../work"},
+        metadata={"help": "folder of unfinished runs, not to be committed; work/NAME beside the output folder"},
     )
     keep: bool = field(default=False, metadata={"help": "keep the work folders of finished runs"})
     table: bool = field(default=False, metadata={"help": "write table and figures of the finished runs; run nothing"})

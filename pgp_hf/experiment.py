@@ -100,12 +100,14 @@ def frozen_rows(trainer: PGPTrainer, stream: TaskStream, model_args: ModelArgume
         extractors = {"random": lambda pixels: random(pixels, **position).last_hidden_state[:, 0], **extractors}
     matrices = {}
     for label, extract in extractors.items():
-        options = {"device": tuner.model.device, "batch_size": trainer.args.eval_batch_size}
-        progress = None if trainer.args.disable_tqdm else f"  {label} features"
+        collator = ImageCollator(trainer.processing_class)
+        options = {
+            "device": tuner.model.device,
+            "batch_size": trainer.args.eval_batch_size,
+            "progress": None if trainer.args.disable_tqdm else f"  {label} features",
+        }
         train, test = (
-            stream_features(
-                extract, images, stream.num_tasks, ImageCollator(trainer.processing_class), progress=progress, **options
-            )
+            stream_features(extract, images, stream.num_tasks, collator, **options)
             for images in (stream.train, stream.test)
         )
         found = frozen_matrices(stream, train, test)

@@ -70,7 +70,8 @@ def test_local_backbone_and_data_side_by_side(local, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((out / "comparison.json").read_text())
-    assert list(rows) == ["frozen, nearest class mean", "frozen, shrinkage LDA", "L2P", "L2P-PGP"]
+    frozen = [f"frozen, {name}" for name in ("nearest class mean", "shrinkage LDA", "random-projection ridge")]
+    assert list(rows) == [*frozen, "L2P", "L2P-PGP"]
     assert rows["L2P"]["accuracy_matrix"][0] == rows["L2P-PGP"]["accuracy_matrix"][0]  # paired
     assert json.loads((out / "results.json").read_text()) == rows["L2P-PGP"]
     assert json.loads((out / "baseline" / "results.json").read_text()) == rows["L2P"]

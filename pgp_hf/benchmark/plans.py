@@ -30,6 +30,7 @@ class Row:
         classifier: class of the classifier; None for prompts.
         prompt: class of the prompts' configuration.
         projection: fields of the `ProjectionConfig`.
+        training: fields of the `PGPTrainingArguments` that differ from the other rows'.
         joint: learn all classes as one task.
     """
 
@@ -37,6 +38,7 @@ class Row:
     classifier: type | None = None
     prompt: type | None = None
     projection: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     joint: bool = False
 
 
@@ -141,7 +143,7 @@ def plan(
     parts: dict[str, Any] = {
         "projection": ProjectionConfig(**row.projection),
         "prompt": None if row.prompt is None else row.prompt(head="statistics"),
-        "training": training,
+        "training": replace(training, **row.training),
     }
     if row.classifier is not None:
         seeded = "seed" in row.classifier.__dataclass_fields__

@@ -52,6 +52,14 @@ def test_shrunk_it_stays_within_the_bound(decay):
     assert 1e-3 * float(sketch.total) / SIZE < lost.max() <= float(sketch.total) / SIZE
 
 
+def test_a_faint_direction_that_keeps_coming_is_not_forgotten():
+    """Where keeping the strongest directions each time, without subtraction, would drop it again and again."""
+    strong, faint = 10 * torch.eye(N, dtype=torch.float64)[:SIZE], torch.eye(N, dtype=torch.float64)[[-1]]
+    new = torch.cat([strong, faint.expand(1000, N)])
+    sketch = Sketch(N, size=SIZE).update(new)
+    assert 1000 - float(gram(sketch)[-1, -1]) <= float(sketch.total) / SIZE
+
+
 def test_energy_is_reached_or_every_direction_left_is_small():
     for decay in (0.0, 3.0):
         new = rows(300, decay=decay)
