@@ -94,7 +94,10 @@ def test_every_row_has_its_method(script, planned):
         if row.classifier is None:
             kind, _, method = name.partition("-")
             assert plan.prompt.peft_type.value.lower() == kind
-            assert plan.projection.method == {"joint": "none", "pgp-gradient": "pgp"}.get(method, method)
+            without = dict.fromkeys(("joint", "small-steps"), "none")
+            assert plan.projection.method == {**without, "pgp-gradient": "pgp"}.get(method, method)
+            small = method in ("small-steps", "functional")
+            assert plan.training.later_prompt_learning_rate == (0.004 if small else None)
             assert plan.projection.apply_to == ("gradient" if method == "pgp-gradient" else "update")
 
 
@@ -374,7 +377,7 @@ def test_a_crash_stops_nothing_else_and_finished_runs_are_skipped(
         and len(re.findall("^to run    l2p-pgp", printed, re.M)) == 2
     )
     assert script.main(command) == 0
-    assert (out / "starts").read_text().splitlines()[6:] == ["l2p-pgp 0", "l2p-pgp 1"]
+    assert sorted((out / "starts").read_text().splitlines()[6:]) == ["l2p-pgp 0", "l2p-pgp 1"]
     assert "l2p-pgp" in (out / "table.md").read_text() and (out / "accuracy.png").is_file()
     assert script.main(command) == 0 and len((out / "starts").read_text().splitlines()) == 8
 
@@ -625,9 +628,9 @@ def test_the_sensitivity_figure_takes_rows_of_one_setting(folder, planned):
     artifacts.write_json(folder / f"{name}-seed0.json", made_up(planned(name), 0))
     rows = rows_of(folder)
     points, usual = figures.sensitivity_points(rows, "l2p-functional")
-    assert usual == {"energy": 0.99, "probes": 2}
-    assert {field: set(values) for field, values in points.items()} == {"energy": {0.9, 0.99}, "probes": {2, 4}}
-    assert points["energy"][0.99]["drift"] == [run["drift"][-1] for run in rows["l2p-functional"]]
+    assert usual == {"energy": 0.8, "probes": 2}
+    assert {field: set(values) for field, values in points.items()} == {"energy": {0.8, 0.9}, "probes": {2, 4}}
+    assert points["energy"][0.8]["drift"] == [run["drift"][-1] for run in rows["l2p-functional"]]
     got = [run["heads"]["statistics"]["average_accuracy"] for run in rows["l2p-functional@probes=4"]]
     assert points["probes"][4]["statistics head"] == got and not math.isnan(got[0])
     assert [path.name for path in figures.figures(rows, folder)] == ["accuracy.png", "sensitivity.png"]

@@ -73,8 +73,11 @@ def test_local_backbone_and_data_side_by_side(local, tmp_path):
     frozen = [f"frozen, {name}" for name in ("nearest class mean", "shrinkage LDA", "random-projection ridge")]
     assert list(rows) == [*frozen, "L2P", "L2P-PGP"]
     assert rows["L2P"]["accuracy_matrix"][0] == rows["L2P-PGP"]["accuracy_matrix"][0]  # paired
-    assert json.loads((out / "results.json").read_text()) == rows["L2P-PGP"]
-    assert json.loads((out / "baseline" / "results.json").read_text()) == rows["L2P"]
+    for folder, label in ((out, "L2P-PGP"), (out / "baseline", "L2P")):
+        written = json.loads((folder / "results.json").read_text())
+        digests = written.pop("sha256")
+        assert set(digests) == {"adapter_model.safetensors", "projection.safetensors", "backbone.float32"}
+        assert written == rows[label]
     assert (out / "figures" / "comparison.png").is_file() and (out / "task-3").is_dir()
     assert json.loads((out / "adapter_config.json").read_text())["interpolate_pos_encoding"] is True
     for name, row in rows.items():
