@@ -1,0 +1,426 @@
+"""The page to try a run on: `examples/demo.py`, its functions without gradio and, marked slow, in a real browser."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import tiny
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
+from peft import get_peft_model
+from PIL import ImageOps
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from pgp_hf import L2PConfig, PGPTrainer, PGPTrainingArguments, TaskStream, embedded, load_pretrained, plots
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "demo.py"
+
+
+@pytest.fixture
+def demo():
+    spec = importlib.util.spec_from_file_location("demo", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of three tasks that names its backbone."""
+    folder = tmp_path_factory.mktemp("run")
+    model = tiny.model()
+    tiny.backbone().save_pretrained(folder / "backbone")
+    model.base_model.adapter_config.base_model_name_or_path = str(folder / "backbone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save_figures", lambda results, folder: [])
+        tiny.trainer(folder / "run", model=model, num_train_epochs=1).train()
+    return folder / "run"
+
+
+@pytest.fixture
+def photo(tmp_path):
+    tiny.stream().test(1)[0]["image"].save(tmp_path / "photo.png")
+    return str(tmp_path / "photo.png")
+
+
+def text(markup: str) -> str:
+    return html.unescape(re.sub(r"<[^>]*>", " ", markup))
+
+
+def selected(markup: str) -> list[int]:
+    """The entries that a strip marks."""
+    return [int(i) for i in re.findall(r"<span class='entry selected'>(\d+)</span>", markup)]
+
+
+# ---- what the page shows ---------------------------------------------------------------------------------------------
+
+
+def test_each_revision_shows_what_it_predicts(demo, run, photo):
+    revisions = demo.Revisions(str(run))
+    assert revisions.tasks == [1, 2, 3] and revisions.samples == []
+    for task in (3, 1, 2):
+        known, scores, pool = revisions.show(task, photo)
+        classifier = load_pretrained(run, f"task-{task}")
+        (expected,) = classifier.classify(photo, top_k=5)
+        assert list(scores.items()) == [(one["label"], one["score"]) for one in expected.labels]
+        assert selected(pool) == sorted(expected.prompts) and pool.count("<span") == 5
+        assert f"Nearest key first: {expected.prompts[0]}, {expected.prompts[1]}" in pool
+        results = json.loads((run / f"task-{task}" / "results.json").read_text())
+        brought = [f"class {c}" for c in classifier.manifest["tasks"][task - 1]["classes"]]
+        for part in (
+            f"{2 * task} of 6 classes known",
+            f"after task {task} of 3, which brought: {', '.join(brought)}.",
+            f"Average accuracy {results['average_accuracy']:.1f} %, forgetting {results['forgetting']:.1f} points.",
+        ):
+            assert part in text(known)
+
+
+def test_without_an_image_there_is_no_prediction(demo, run):
+    known, scores, pool = demo.Revisions(str(run)).show(2, None)
+    assert "4 of 6 classes known" in known and scores is None
+    assert pool == ""
+
+
+def test_revisions_are_loaded_when_they_are_asked_for_and_kept(demo, run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        demo, "load_pretrained", lambda *given, **more: asked.append((*given, more)) or load_pretrained(*given, **more)
+    )
+    revisions = demo.Revisions(str(run), str(run.parent / "backbone"))
+    more = {"backbone": str(run.parent / "backbone")}
+    assert asked == [(str(run), "task-3", more)]
+    for task in (1, 3, 1.0, 2, 3, 1):
+        revisions.show(task, None)
+    assert asked[1:] == [(str(run), "task-1", more), (str(run), "task-2", more)]
+
+
+def test_one_task_folder_is_one_revision(demo, run, photo):
+    revisions = demo.Revisions(str(run / "task-2"))
+    assert revisions.tasks == [0]
+    known, scores, _ = revisions.show(0, photo)
+    assert "4 of 6 classes known" in known and "after task 2 of 3" in known
+    assert scores == demo.Revisions(str(run)).show(2, photo)[1]
+
+
+def test_revisions_of_a_repository_are_its_tags(demo, monkeypatch):
+    tags = [SimpleNamespace(name=name) for name in ("task-10", "v1", "task-2", "task-02", "task-x")]
+    monkeypatch.setattr(HfApi, "list_repo_refs", lambda self, repo: {"me/run": SimpleNamespace(tags=tags)}[repo])
+    assert demo.find_tasks("me/run") == [2, 10]
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="'no/such/folder' is neither a folder here nor the id of a repository"):
+        demo.find_tasks("no/such/folder")
+
+    def refuse(self, repo):
+        raise HTTPError("refused")
+
+    monkeypatch.setattr(HfApi, "list_repo_refs", refuse)
+    with pytest.raises(ConnectionError, match="tags of 'me/run' cannot be read.*refused"):
+        demo.find_tasks("me/run")
+
+
+def test_digits_come_with_a_sample_of_each_class(demo):
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    tasks = [{"classes": order[:4]}, {"classes": order[4:]}]
+    found = demo.samples({"label_names": list(embedded.DIGIT_NAMES), "tasks": tasks})
+    assert [name for _, name in found] == [embedded.DIGIT_NAMES[c] for c in order]
+    test = embedded.digits()["test"]
+    pixels = {(image.tobytes(), label) for image, label in zip(test["image"], test["label"], strict=True)}
+    assert all((image.tobytes(), label) in pixels for (image, _), label in zip(found, order, strict=True))
+    assert demo.samples({"label_names": ["zero", "one"], "tasks": tasks}) == demo.samples(None) == []
+
+
+def test_names_are_text_and_many_are_counted(demo):
+    names = {i: f"<b>{i}</b>" for i in range(50)}
+    manifest = {"num_tasks": 2, "tasks": [{"classes": list(range(25))}, {"classes": list(range(25, 50))}]}
+    results = {"accuracy_matrix": [[50.0, None], [None, None]]}
+    fake = SimpleNamespace(id2label=names, manifest=manifest, results=results, classes=list(range(25)))
+    known = demo.known(fake)
+    assert "<b>" not in known and "25 of 50 classes known" in known and "Average accuracy 50.0 %" in known
+    assert "<b>19</b> and 5 more" in html.unescape(known) and "<b>20</b>" not in html.unescape(known)
+
+
+def test_an_adapter_without_a_run(demo):
+    fake = SimpleNamespace(id2label={0: "a", 1: "b"}, manifest=None, results=None, classes=None)
+    assert "2 of 2 classes known" in demo.known(fake) and "without a run" in demo.known(fake)
+
+
+def test_a_method_that_selects_nothing_and_a_selection_of_none(demo):
+    config = SimpleNamespace(pool_size=3)
+    fake = SimpleNamespace(model=SimpleNamespace(base_model=SimpleNamespace(adapter_config=config)))
+    assert "selects nothing" in demo.pool(fake, None)
+    assert selected(demo.pool(fake, [])) == [] and "Nearest key first: none" in demo.pool(fake, [])
+    assert selected(demo.pool(fake, [2, 0])) == [0, 2] and "Nearest key first: 2, 0" in demo.pool(fake, [2, 0])
+
+
+# ---- the command, with a stand-in for gradio ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gradio(monkeypatch):
+    """Records what is made of it."""
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    made = MagicMock()
+    made.Blocks.return_value.__enter__.return_value.launch = made.launch
+    monkeypatch.setitem(sys.modules, "gradio", made)
+    return made
+
+
+def test_the_page_is_wired_and_stays_on_this_machine(demo, run, photo, gradio, monkeypatch):
+    monkeypatch.setattr(demo, "samples", lambda manifest: [("first", "one"), ("second", "two")])
+    assert demo.main([str(run), "--port", "1234"]) == 0
+    assert gradio.Blocks.call_args.kwargs == {"title": str(run), "analytics_enabled": False}
+    launched = gradio.launch.call_args.kwargs
+    assert (launched["server_port"], launched["share"], launched["ssr_mode"]) == (1234, False, False)
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    assert gradio.Slider.call_args.args == (1, 3, 3) and gradio.Image.call_args.args == ("first",)
+    image, slider = gradio.Image.return_value, gradio.Slider.return_value
+    page = gradio.Blocks.return_value.__enter__.return_value
+    events, show, inputs, outputs = gradio.on.call_args.args
+    assert events == [page.load, slider.change, image.change] and inputs == [slider, image]
+    assert outputs == [gradio.HTML.return_value, gradio.Label.return_value, gradio.HTML.return_value]
+    assert "4 of 6" in show(2, photo)[0]
+    pick, _, target = gradio.Gallery.return_value.select.call_args.args
+    assert target == image and pick(SimpleNamespace(index=1)) == "second"
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_without_an_argument(demo, run, gradio, made, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    if made:
+        shutil.copytree(run, tmp_path / "out" / "l2p_pgp")
+    assert demo.main([]) == (0 if made else 1)
+    assert gradio.launch.called == made
+    assert made or "examples/run_l2p_pgp.py" in capsys.readouterr().err
+
+
+def test_a_public_link_is_made_on_request_alone(demo, run, gradio):
+    assert demo.main([str(run), "--share", "true"]) == 0 and gradio.launch.call_args.kwargs["share"] is True
+
+
+def test_a_run_that_is_refused(demo, gradio, tmp_path, capsys):
+    for given in (tmp_path, tmp_path / "nowhere"):
+        assert demo.main([str(given)]) == 1
+    message = capsys.readouterr().err
+    assert message.count("error: ") == 2 and "Traceback" not in message and not gradio.launch.called
+
+
+def test_without_gradio(demo, run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+    assert demo.main([str(run)]) == 1
+    assert "pip install -e '.[demo]'" in capsys.readouterr().err
+
+
+def test_help(demo, capsys):
+    with pytest.raises(SystemExit) as error:
+        demo.main(["--help"])
+    assert error.value.code == 0
+    out = capsys.readouterr().out
+    for part in ("--backbone", "--port", "--share", "run_l2p_pgp.py", ".[demo]", "slider"):
+        assert part in out
+
+
+# ---- in a browser ----------------------------------------------------------------------------------------------------
+
+# on the path of the page's process: what it connects to or looks up beyond this machine is written down and refused
+WATCH = """
+import socket
+log = open({log!r}, "a", buffering=1)
+log.write("watching\\n")
+
+def guard(call, host):
+    def guarded(*args, **kwargs):
+        if (name := host(*args)) not in ("127.0.0.1", "localhost", "::1", None):
+            log.write(f"{{name}}\\n")
+            raise ConnectionRefusedError(name)
+        return call(*args, **kwargs)
+    return guarded
+
+target = lambda self, address: address[0] if isinstance(address, tuple) else None
+socket.socket.connect = guard(socket.socket.connect, target)
+socket.socket.connect_ex = guard(socket.socket.connect_ex, target)
+socket.getaddrinfo = guard(socket.getaddrinfo, lambda host, *rest: host)
+"""
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """Five tasks of the embedded digits, with a handful of images."""
+    stream = TaskStream.from_dataset(
+        embedded.digits(), num_tasks=5, max_train_samples_per_class=10, max_eval_samples_per_class=2
+    )
+    torch.manual_seed(0)
+    names = {"id2label": stream.id2label, "label2id": {name: i for i, name in stream.id2label.items()}}
+    base = AutoModelForImageClassification.from_pretrained(embedded.vit_path(), num_labels=10, **names)
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    arguments = {"use_cpu": True, "num_train_epochs": 1, "per_device_train_batch_size": 5, "learning_rate": 0.03}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save_figures", lambda results, folder: [])
+        PGPTrainer(
+            get_peft_model(base, L2PConfig(pool_size=10, prompt_length=2, top_k=3)),
+            PGPTrainingArguments(str(folder), augmentation="none", disable_tqdm=True, seed=3, **arguments),
+            stream,
+            processing_class=AutoImageProcessor.from_pretrained(embedded.vit_path(), backend="pil"),
+        ).train()
+    return folder
+
+
+@pytest.fixture
+def browser(tmp_path):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    more = (
+        f"disable-component-update disable-sync disable-dev-shm-usage window-size=1280,900 user-data-dir={tmp_path}/me"
+    )
+    for flag in f"{flags} {more}".split():
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def served(digits_run, tmp_path):
+    """The page's address; it runs as a process of its own, without the tests' settings for no network."""
+    (tmp_path / "watch").mkdir()
+    (tmp_path / "watch" / "sitecustomize.py").write_text(WATCH.format(log=str(tmp_path / "network.txt")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    env.update(PYTHONPATH=os.pathsep.join([str(tmp_path / "watch"), str(SCRIPT.parents[1])]), PYTHONUNBUFFERED="1")
+    with (tmp_path / "page.txt").open("w") as log:
+        command = [sys.executable, str(SCRIPT), str(digits_run), "--port", str(port)]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+    try:
+        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 150
+        while address not in (said := (tmp_path / "page.txt").read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, said
+            time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+LACKING = [name for name in ("gradio", "selenium") if importlib.util.find_spec(name) is None]
+LACKING += [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(LACKING), reason=f"not installed (extra demo-test; browser): {', '.join(LACKING)}")
+def test_the_page_in_a_browser(served, browser, digits_run, demo, tmp_path):
+    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.webdriver.common.keys import Keys
+
+    def all_of(selector):
+        return browser.find_elements("css selector", selector)
+
+    def shown():
+        """Known classes, predictions with their probabilities, and marked entries, as somebody sees them."""
+        meters = [(one.get_attribute("aria-label"), float(one.get_attribute("value"))) for one in all_of("meter")]
+        entries = [int(one.text) for one in all_of("#prompts .selected")]
+        order = [one.text for one in all_of("#prompts p")]
+        return [one.text for one in all_of("#known p, #prediction h2")], meters, entries, order
+
+    def await_state(task, image):
+        """Wait for what the library says of an image after a task; the prediction and the prompts."""
+        classifier = load_pretrained(digits_run, f"task-{task}")
+        (expected,) = classifier.classify(image, top_k=5)
+        assert [expected.labels] == classifier.predict(image, top_k=5)
+        meters = [(one["label"], pytest.approx(one["score"], abs=1e-5)) for one in expected.labels]
+        results = json.loads((digits_run / f"task-{task}" / "results.json").read_text())
+        last, deadline = None, time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                last = known, found, entries, order = shown()
+            except (StaleElementReferenceException, ValueError, IndexError):
+                continue
+            if (
+                known[:1] + known[2:] == [f"{2 * task} of 10 classes known", expected.labels[0]["label"]]
+                and f"after task {task} of 5" in known[1]
+                and f"Average accuracy {results['average_accuracy']:.1f} %" in known[1]
+                and found == meters
+                and entries == sorted(expected.prompts)
+                and order == [f"Nearest key first: {', '.join(map(str, expected.prompts))}"]
+            ):
+                return expected.labels[0]["label"], expected.prompts
+            time.sleep(0.1)
+        browser.save_screenshot(str(tmp_path / "page.png"))
+        raise AssertionError(f"the page shows {last}, not {expected} after task {task} (see {tmp_path}/page.png)")
+
+    def move(key, times=1):
+        all_of("#task input[type=range]")[0].send_keys(key * times)
+
+    samples = demo.samples(json.loads((digits_run / "stream.json").read_text()))
+    browser.get(served)
+    states = [await_state(5, samples[0][0])]  # the last revision and the first sample
+    assert [one.text for one in all_of("#samples .caption-label")] == [name for _, name in samples]
+    move(Keys.ARROW_LEFT, 4)
+    states.append(await_state(1, samples[0][0]))
+    for index, task in ((9, 1), (2, 1)):
+        all_of("#samples button.thumbnail-item")[index].click()
+        states.append(await_state(task, samples[index][0]))
+    move(Keys.ARROW_RIGHT)
+    states.append(await_state(2, samples[2][0]))
+
+    own = tmp_path / "own.jpg"
+    ImageOps.expand(samples[7][0].resize((40, 40)), 12).convert("RGB").save(own)
+    all_of("#image input[type=file]")[0].send_keys(str(own))
+    states.append(await_state(2, own))
+    move(Keys.ARROW_RIGHT, 2)
+    states.append(await_state(4, own))
+    assert len({label for label, _ in states}) > 1 and len({tuple(prompts) for _, prompts in states}) > 2, states
+
+    requests = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [one["params"]["request"]["url"] for one in requests if one["method"] == "Network.requestWillBeSent"]
+    assert len([url for url in asked if url.startswith(served)]) > 10
+    assert [url for url in asked if not url.startswith((served, "data:", "blob:", "chrome:"))] == []
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    assert "Traceback" not in (tmp_path / "page.txt").read_text()
+
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    all_of("#image input[type=file]")[0].send_keys(str(broken))
+    deadline = time.monotonic() + 30
+    while not any("cannot identify image file" in one.text for one in all_of(".toast-body")):
+        assert time.monotonic() < deadline, [one.text for one in all_of(".toast-body")]
+        time.sleep(0.1)
+    all_of("#samples button.thumbnail-item")[4].click()
+    await_state(4, samples[4][0])
+    assert (tmp_path / "network.txt").read_text().split() == ["watching"]
+
+
+def test_the_watch_on_the_network_sees(tmp_path):
+    """What the browser test relies on: connections and look-ups elsewhere are written down and refused."""
+    (tmp_path / "sitecustomize.py").write_text(WATCH.format(log=str(tmp_path / "log")))
+    code = (
+        "import socket\n"
+        "for call in (lambda: socket.create_connection(('example.invalid', 80)),\n"
+        "             lambda: socket.socket().connect(('192.0.2.1', 80))):\n"
+        "    try: call()\n"
+        "    except ConnectionRefusedError: print('refused')\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["refused", "refused"], done.stderr
+    assert (tmp_path / "log").read_text().split() == ["watching", "example.invalid", "192.0.2.1"]
