@@ -171,7 +171,7 @@ def report(rows: dict[str, dict[str, Any]], output_dir: Path, twin: bool) -> Non
     tasks = max(len(row["drift"]) for row in trained.values())
     print(
         f"\nWritten to {output_dir}: the adapter after the last task, bases, results.json, README.md (model card);"
-        f"\n  task-1 ... task-{tasks}: the same as it stood after each task; figures/: accuracy matrix, curves, comparison;"
+        f"\n  task-1 ... task-{tasks}: the same as it stood after each task; figures/: accuracy matrix, curves, stability, usage, comparison;"
         f"\n  comparison.json: this table"
         + ("; baseline/: the same files of the run without projection." if twin else ".")
     )

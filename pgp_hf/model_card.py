@@ -1,16 +1,16 @@
 """The model card of a run: metadata for the Hub and a short README, rendered from `model_cards/template.md`.
 
-Works on the content of the run's JSON files alone. A path of the machine that trained never enters a card: a backbone
-or dataset that is a local folder appears by the folder's last name.
+Works on the content of the run's JSON files alone; its sentences and tables are made in `_card_text.py`. A path of the
+machine that trained never enters a card: a backbone or dataset that is a local folder appears by the folder's last
+name.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from . import _card_text as say
 from . import embedded
 from ._atomic import replacing
+from .artifacts import PROCESSOR
 from .plots import figure_names
+from .reading import read_json
 
 _FIGURE_TEXTS = {
     "accuracy_matrix.png": "Accuracy on each task after each task",
-    "task_curves.png": "Average accuracy, forgetting, drift and protected rank after each task",
+    "task_curves.png": "Average accuracy and forgetting after each task",
+    "stability.png": "How far old features drifted, and what was protected, after each task",
     "prompt_usage.png": "Pool entries that each task's test images select",
 }
-_SCENARIOS = {
-    "class_incremental": "class-incremental",
-    "task_incremental": "task-incremental",
-    "online": "class-incremental, one pass over the data (online)",
-}
-_MISSING = "–"
 
 
 def render_card(
@@ -41,6 +39,8 @@ def render_card(
     adapter_config: Mapping[str, Any],
     projection: Mapping[str, Any] | None,
     *,
+    processor: Mapping[str, Any] | None = None,
+    figures: Iterable[str] | None = None,
     repo_id: str | None = None,
 ) -> ModelCard:
     """Renders the card of a run, or of one of its `task-<t>` revisions.
@@ -51,7 +51,9 @@ def render_card(
         manifest: content of `stream.json`.
         adapter_config: content of `adapter_config.json`.
         projection: content of `projection.json`, `None` for a run without projection.
-        repo_id: the repository the card is for; it names the model and stands in the loading snippet.
+        processor: content of `preprocessor_config.json`, `None` for a run that saved none.
+        figures: names of the files in `figures/`; by default those that `pgp_hf.plots.save_figures` writes.
+        repo_id: the repository the card is for; it names the model and stands in the code, with the tag `task-<t>`.
 
     Returns:
         The card. Its `model-index` holds average accuracy and forgetting.
@@ -64,58 +66,72 @@ def render_card(
     scenario = _need(results, "scenario", "results")
     num_tasks = int(_need(results, "num_tasks", "results"))
     num_classes = int(_need(manifest, "num_classes", "manifest"))
-    base = adapter_config.get("base_model_name_or_path") or ""  # empty for a model that was never saved
     peft_type = str(_need(adapter_config, "peft_type", "adapter_config"))
-    if scenario not in _SCENARIOS:
-        raise ValueError(f"results['scenario'] is {scenario!r}; expected one of {', '.join(_SCENARIOS)}.")
+    if scenario not in say.SCENARIOS:
+        raise ValueError(f"results['scenario'] is {scenario!r}; expected one of {', '.join(say.SCENARIOS)}.")
+    base = adapter_config.get("base_model_name_or_path") or ""  # empty for a model that was never saved
+    inside = embedded.resolve(base) is not None
     dataset = (manifest.get("dataset") or {}).get("name")
-    facts = _projection_facts(results, projection)
+    facts = say.projection_facts(results, projection)
     batchwise = bool(results.get("batchwise_prompt"))
-    statistics = adapter_config.get("head") == "statistics"
-    trained = max((i + 1 for i, row in enumerate(matrix) if any(_is_number(v) for v in row or ())), default=0)
+    trained = max((i + 1 for i, row in enumerate(matrix) if any(v is not None for v in row or ())), default=0)
     name = _model_name(peft_type, facts["method"], dataset, repo_id)
+    there = figure_names(results) if figures is None else set(figures)
+    code = _Code(adapter_config, num_classes, repo_id, trained, processor is not None)
 
-    data = ModelCardData(
+    card_data = ModelCardData(
         library_name="peft",
         base_model=base if _is_hub_id(base) else None,
         pipeline_tag="image-classification",
         license="apache-2.0",
         tags=["continual-learning", "prompt-tuning", "pgp_hf", peft_type.lower(), scenario.replace("_", "-")],
-        datasets=[dataset] if _is_hub_id(dataset) else None,
+        datasets=[dataset] if _is_owned(dataset) else None,
         metrics=["accuracy"],
         model_name=name,
-        eval_results=_eval_results(results, dataset) or None,
+        eval_results=_eval_results(results, dataset, trained) or None,
     )
     return ModelCard.from_template(
-        data,
+        card_data,
         template_str=_template().read_text(encoding="utf-8"),
         title=name,
-        base_name=_public_name(base) if base else None,
-        base_is_local=not _is_hub_id(base) and embedded.resolve(base) is None,
-        snippet=_snippet(base, num_classes, repo_id, peft_type == "CLIP_PROMPT"),
-        clip=peft_type == "CLIP_PROMPT",
-        head_name="class-statistics head" if statistics else "linear head",
-        statistics=_text(adapter_config.get("shrinkage")) if statistics else None,
-        pool=_pool(adapter_config, batchwise),
-        num_classes=num_classes,
+        backbone=_backbone(base),
+        bring=None if inside or _is_hub_id(base) else _bring(base),
+        pool=say.pool(adapter_config, batchwise),
         num_tasks=num_tasks,
+        num_classes=num_classes,
+        known=len({label for task in (manifest.get("tasks") or [])[:trained] for label in task.get("classes") or []}),
         trained=trained,
-        update_rule=_update_rule(facts),
+        update_rule=say.update_rule(facts, peft_type),
+        predict=code.predict(),
+        peft=code.peft(),
+        resume=json.dumps(f"{repo_id}@task-{trained}" if _is_hub_id(repo_id) else code.adapter, ensure_ascii=False),
         batchwise=batchwise,
-        dataset_name=_public_name(dataset) if dataset else "unnamed dataset",
-        scenario=_SCENARIOS[scenario],
-        class_order=_class_order(manifest),
-        evaluation=_evaluation(scenario, results.get("eval_mask"), num_classes),
-        seed=_text(results.get("seed")),
-        speed=f"{_number(results.get('train_images_per_second'), 1)} training images per second",
+        dataset=_linked(dataset, "datasets/", _is_owned) if dataset else "unnamed dataset",
+        data_limits=say.data(manifest),
+        scenario=scenario,
+        scenario_text=say.SCENARIOS[scenario],
+        class_order=say.class_order(manifest),
+        preprocessing=say.preprocessing(processor),
+        head=say.head(adapter_config),
+        projection=say.projection_settings(facts),
+        eval_mask=results.get("eval_mask"),
+        evaluation=say.evaluation(scenario, results.get("eval_mask"), num_classes),
+        seed=say.text(results.get("seed")),
+        time=say.time(results),
         versions=", ".join(f"{k} {v}" for k, v in (results.get("versions") or {}).items()) or "not recorded",
-        summary=_summary(results),
-        heads=[[name, *_summary(of)] for name, of in sorted((results.get("heads") or {}).items(), reverse=True)],
+        run_table=say.markdown(say.run_table(results), left=("Head",)),
+        heads=bool(results.get("heads")),
+        predicts=results.get("head"),
         changed=bool(results.get("changed_selections")),
-        tasks=_task_rows(results, manifest, trained),
-        figures=[(figure, _FIGURE_TEXTS[figure]) for figure in figure_names(results)],
-        parameters=facts["rows"],
-        projected=facts["method"] != "none",
+        task_table=say.markdown(say.task_table(results, manifest, trained), left=("Classes",)),
+        protected=any(results.get("projection_rank") or []),
+        drift_lacks=say.drift_lacks(results),
+        figures={figure: about for figure, about in _FIGURE_TEXTS.items() if figure in there},
+        bases=say.markdown([["Parameter", "Protected rank", "Energy", "Samples"], *facts["rows"]], left=("Parameter",))
+        if facts["rows"]
+        else None,
+        statistics=adapter_config.get("head") == "statistics",
+        projection_limits=say.projection_limits(facts, adapter_config),
     )
 
 
@@ -130,20 +146,21 @@ def save_card(
 ) -> Path:
     """Writes [`render_card`]'s card to `path` (a `README.md`), over the stub that PEFT leaves there; returns `path`.
 
-    The card shows `figures/*.png` beside it, as `pgp_hf.plots.save_figures(results, folder / "figures")` writes them.
+    The card goes by what lies beside it: `preprocessor_config.json`, and the figures that
+    `pgp_hf.plots.save_figures(results, folder / "figures")` has written; it names no other.
 
     Raises:
         ValueError, FileNotFoundError: as [`render_card`] does; an earlier card then stays as it was.
     """
-    card = render_card(results, manifest, adapter_config, projection, repo_id=repo_id)
+    folder = Path(path).parent
+    beside = {
+        "processor": read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else None,
+        "figures": [file.name for file in folder.glob("figures/*.png")],
+    }
+    card = render_card(results, manifest, adapter_config, projection, repo_id=repo_id, **beside)
     with replacing(path) as part:
         part.write_text(str(card), encoding="utf-8", newline="\n")
     return Path(path)
-
-
-def _summary(results: Mapping[str, Any]) -> list[str]:
-    keys = ("average_accuracy", "forgetting", "forgetting_clipped", "backward_transfer", "learning_accuracy")
-    return [_number(results.get(key), 2) for key in keys]
 
 
 def _template() -> Path:
@@ -159,7 +176,7 @@ def _template() -> Path:
     )
 
 
-# Names: what is on the Hub may be named in full, a local folder only by its last name.
+# ---- names: what is on the Hub may be named in full, a local folder only by its last name ----------------------------
 
 
 def _is_hub_id(name: Any) -> bool:
@@ -173,12 +190,36 @@ def _is_hub_id(name: Any) -> bool:
     return True
 
 
+def _is_owned(name: Any) -> bool:
+    """Whether `name` is an id with its owner; without one it may be any folder's name, or a builder's."""
+    return _is_hub_id(name) and "/" in name
+
+
 def _public_name(name: str) -> str:
     """A Hub id as it is; of anything that looks like a path, the last part."""
     if _is_hub_id(name):
         return name
     last = re.split(r"[\\/]", name.rstrip("\\/"))[-1]
     return last if last.strip(".~") else "unnamed"
+
+
+def _linked(name: str, kind: str, known: Any) -> str:
+    """A name in Markdown, with a link where it is known to be on the Hub."""
+    public = _public_name(name)
+    return f"[{public}](https://huggingface.co/{kind}{public})" if known(name) else say.cell(public)
+
+
+def _backbone(base: str) -> str:
+    if embedded.resolve(base) is not None:
+        return f"the frozen `{base}`, a small backbone inside the package"
+    if _is_hub_id(base):
+        return f"the frozen [`{base}`](https://huggingface.co/{base})"
+    return f"the frozen `{_public_name(base)}`" if base else "a frozen backbone without a name"
+
+
+def _bring(base: str) -> str:
+    """What to do about a backbone that is nowhere on the Hub."""
+    return f"a local folder named `{_public_name(base)}`" if base else "built in memory"
 
 
 def _model_name(peft_type: str, method: str, dataset: str | None, repo_id: str | None) -> str:
@@ -188,38 +229,81 @@ def _model_name(peft_type: str, method: str, dataset: str | None, repo_id: str |
     return re.sub(r"[^a-z0-9]+", "-", "-".join(filter(None, parts)).lower()).strip("-")
 
 
-def _snippet(base: str, num_classes: int, repo_id: str | None, clip: bool) -> str:
-    """Loads backbone and adapter; a backbone with a head of another size is no obstacle."""
-    inside = embedded.resolve(base) is not None
-    source = base if _is_hub_id(base) or inside else f"path/to/{_public_name(base) if base else 'the-backbone'}"
-    source = json.dumps(source, ensure_ascii=False)
-    source = f"embedded.resolve({source})" if inside else source
-    adapter = repo_id if _is_hub_id(repo_id) else "path/to/this/folder"
-    kind = "CLIPModel" if clip else "AutoModelForImageClassification"
-    size = "" if clip else f", num_labels={num_classes}, ignore_mismatched_sizes=True"
-    use = "\nlogits = model(pixel_values=pixel_values).logits_per_image  # one column a class" if clip else ""
-    package = "\nfrom pgp_hf import embedded" if inside else ""
-    return f"""import pgp_hf  # registers the adapter with PEFT
+# ---- code and metadata -----------------------------------------------------------------------------------------------
+
+
+class _Code:
+    """The card's code, which runs as it stands beside a `photo.jpg`.
+
+    Args:
+        config: content of `adapter_config.json`.
+        trained: number of finished tasks, whose tag stands in the code for a repository.
+        processor: whether the run saved its image processor.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], num_classes: int, repo_id: str | None, trained: int, processor: bool
+    ) -> None:
+        base = config.get("base_model_name_or_path") or ""
+        self.inside, self.clip = embedded.resolve(base) is not None, config.get("peft_type") == "CLIP_PROMPT"
+        self.found = self.inside or _is_hub_id(base)
+        self.base = base if self.found else f"path/to/{_public_name(base) if base else 'the-backbone'}"
+        self.adapter = repo_id if _is_hub_id(repo_id) else "path/to/this/folder"
+        self.tag = f', revision="task-{trained}"' if _is_hub_id(repo_id) else ""
+        self.pinned = f", revision={json.dumps(config['revision'])}" if config.get("revision") else ""
+        self.processor, self.num_classes = processor, num_classes
+
+    def predict(self) -> str:
+        backbone = "" if self.found else f", backbone={json.dumps(self.base, ensure_ascii=False)}"
+        arguments = f"{json.dumps(self.adapter)}{self.tag}{backbone}"
+        arguments = f"\n    {arguments}\n" if len(arguments) > 60 else arguments
+        return f"""from pgp_hf import load_pretrained
+
+classifier = load_pretrained({arguments})
+print(classifier.predict("photo.jpg", top_k=3))"""
+
+    def peft(self) -> str:
+        """The adapter brings the size of its head."""
+        kind = "CLIPModel" if self.clip else "AutoModelForImageClassification"
+        name = json.dumps(self.base, ensure_ascii=False)
+        source = f"embedded.resolve({name})" if self.inside else name
+        saved = f"{json.dumps(self.adapter)}{self.tag}" if self.processor else f"{source}{self.pinned}"
+        scores = "logits_per_image" if self.clip else "logits"
+        package = "\nfrom pgp_hf import embedded" if self.inside else ""
+        return f"""import pgp_hf  # registers the adapter with PEFT
+import torch
 from peft import PeftModel{package}
-from transformers import {kind}
+from PIL import Image
+from transformers import AutoImageProcessor, {kind}
 
-base = {kind}.from_pretrained({source}{size})
-model = PeftModel.from_pretrained(base, {json.dumps(adapter)}).eval(){use}"""
+base = {kind}.from_pretrained({source}{self.pinned})
+model = PeftModel.from_pretrained(base, {json.dumps(self.adapter)}{self.tag}).eval()
+processor = AutoImageProcessor.from_pretrained({saved}, backend="pil")
+pixels = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")["pixel_values"]
+with torch.no_grad():
+    scores = model(pixel_values=pixels).{scores}  # (1, {self.num_classes}): a column a class"""
 
 
-# What the card says.
-
-
-def _eval_results(results: Mapping[str, Any], dataset: str | None) -> list[EvalResult]:
+def _eval_results(results: Mapping[str, Any], dataset: str | None, trained: int) -> list[EvalResult]:
     scenario, num_tasks = results["scenario"], int(results["num_tasks"])
     public = _public_name(dataset) if dataset else "unnamed dataset"
+    so_far = f", after task {trained}" if trained < num_tasks else ""
     common = {
         "task_type": "image-classification",
         "task_name": "Image classification",
-        "dataset_type": public,
-        "dataset_name": f"Split {public.split('/')[-1]} ({num_tasks} tasks, {scenario.replace('_', '-')})",
+        "dataset_type": re.sub(r"[^\w./-]+", "-", public).strip("-") or "unnamed",  # as ids on the Hub are written
+        "dataset_name": f"Split {public.split('/')[-1]} ({num_tasks} tasks, {scenario.replace('_', '-')}{so_far})",
         "dataset_split": "test",
         "dataset_args": {"scenario": scenario, "num_tasks": num_tasks, "seed": results.get("seed")},
+        "metric_args": {
+            key: value
+            for key, value in (
+                ("after_task", trained),
+                ("head", results.get("head")),
+                ("eval_mask", results.get("eval_mask")),
+            )
+            if value is not None
+        },
     }
     return [
         EvalResult(metric_type=kind, metric_name=title, metric_value=round(float(results[key]), 2), **common)
@@ -227,135 +311,11 @@ def _eval_results(results: Mapping[str, Any], dataset: str | None) -> list[EvalR
             ("average_accuracy", "accuracy", "Average accuracy"),
             ("forgetting", "forgetting", "Forgetting"),
         )
-        if _is_number(results.get(key))
+        if say.number(results.get(key), 2) != say.MISSING
     ]
-
-
-def _projection_facts(results: Mapping[str, Any], projection: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The one reader of `projection.json`: `method`, `apply_to` and one table row per projected parameter."""
-    content = projection or {}
-    method = content.get("method", results.get("projection"))
-    if isinstance(method, Mapping):  # results may hold the whole configuration
-        method = method.get("method")
-    parameters = content.get("parameters")
-    if parameters is None:
-        parameters = {name: entry for name, entry in content.items() if isinstance(entry, Mapping) and "rank" in entry}
-    rows = []
-    for name, entry in parameters.items():
-        rank, shape = entry.get("rank"), entry.get("shape") or []
-        rank = max(rank, default=0) if isinstance(rank, list | tuple) else rank
-        of = f" of {shape[-1]}" if shape else ""
-        samples = entry.get("samples")
-        rows.append(
-            [
-                f"`{name}`",
-                f"{_number(rank, 0)}{of}",
-                _text(entry.get("energy")),
-                _text(samples if not isinstance(samples, list | tuple) else max(samples, default=None)),
-            ]
-        )
-    return {"method": str(method or "none"), "apply_to": content.get("apply_to"), "rows": rows}
-
-
-def _update_rule(facts: Mapping[str, Any]) -> str:
-    if facts["method"] == "none":
-        return "Updates were not projected: nothing but the prompt selection protects earlier tasks."
-    what = "gradient" if facts["apply_to"] == "gradient" else "update"
-    return (
-        f"Each {what} was projected (`{facts['method']}`) onto the null space of what the training images of earlier "
-        f"tasks showed the prompts and keys, so that what those images see stays put."
-    )
-
-
-def _pool(config: Mapping[str, Any], batchwise: bool) -> str:
-    """The prompts, by the adapter's own settings."""
-    get = {key: _text(value) for key, value in config.items()}.get
-    if config.get("peft_type") == "DUALPROMPT":
-        return (
-            f"general prefixes of length {get('general_length')} in layers {get('general_layers')} and "
-            f"{get('pool_size')} expert prefixes of length {get('expert_length')} in layers {get('expert_layers')}, "
-            "one per task, found by key"
-        )
-    if config.get("peft_type") == "CLIP_PROMPT":
-        return (
-            f"{get('text_length')} context tokens per task before each class name and {get('image_length')} image "
-            "prompt tokens shared by all tasks"
-        )
-    size, length, top_k = (_text(config.get(key)) for key in ("pool_size", "prompt_length", "top_k"))
-    return f"{size} prompts of {length} tokens, {top_k} of them selected for each {'batch' if batchwise else 'image'}"
-
-
-def _class_order(manifest: Mapping[str, Any]) -> str:
-    order, seed = manifest.get("class_order"), manifest.get("seed")
-    if order and list(order) == sorted(order):
-        return "label order"
-    return "given" if seed is None else f"stream seed {seed}"
-
-
-def _evaluation(scenario: str, mask: str | None, num_classes: int) -> str:
-    if scenario == "task_incremental":
-        return "the task of each test image is given, and only that task's classes compete"
-    rules = {
-        "seen": 'no task id is given; logits of classes not yet seen are masked (`eval_mask="seen"`)',
-        "none": f"no task id is given; all {num_classes} classes compete, untrained ones included "
-        '(`eval_mask="none"`, as in the released code)',
-        None: "no task id is given; whether unseen classes were masked is not recorded",
-    }
-    if mask not in rules:
-        raise ValueError(f"results['eval_mask'] is {mask!r}; expected 'seen' or 'none'.")
-    return rules[mask]
-
-
-def _task_rows(results: Mapping[str, Any], manifest: Mapping[str, Any], trained: int) -> list[list[str]]:
-    matrix, tasks = results["accuracy_matrix"], manifest.get("tasks") or []
-    names = manifest.get("label_names") or []
-    changed, rows = results.get("changed_selections"), []
-    for i in range(trained):
-        task = tasks[i] if i < len(tasks) else {}
-        images = [_text((task.get(part) or {}).get("num_images")) for part in ("train", "test")]
-        rows.append(
-            [
-                str(i + 1),
-                _classes(task.get("classes") or [], names),
-                " / ".join(images),
-                _number(_at(matrix[i], i), 1),
-                _number(_at(matrix[trained - 1], i), 1),
-                _number(_at(results.get("per_task_average_accuracy"), i), 1),
-                _number(_at(results.get("drift"), i), 4),
-                *([_number(100 * changed[i], 1)] if changed else []),
-                _number(_at(results.get("projection_rank"), i), 0),
-            ]
-        )
-    return rows
-
-
-def _classes(classes: list[int], names: list[str], most: int = 5) -> str:
-    shown = ", ".join(_cell(names[c]) if c < len(names) else str(c) for c in classes[:most])
-    return shown + (f" and {len(classes) - most} more" if len(classes) > most else "") or _MISSING
-
-
-def _cell(text: Any) -> str:
-    """Free text made safe for one cell of a Markdown table."""
-    return re.sub(r"([\\|`*_\[\]])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;")
 
 
 def _need(source: Mapping[str, Any], key: str, name: str) -> Any:
     if source.get(key) is None:
         raise ValueError(f"{name} has no {key!r}, which the model card needs; it has {', '.join(sorted(source))}.")
     return source[key]
-
-
-def _at(values: Any, index: int) -> Any:
-    return values[index] if values is not None and index < len(values) else None
-
-
-def _is_number(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _number(value: Any, digits: int) -> str:
-    return f"{value:.{digits}f}" if _is_number(value) else _MISSING
-
-
-def _text(value: Any) -> str:
-    return _MISSING if value is None else str(value)

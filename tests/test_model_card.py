@@ -1,4 +1,4 @@
-"""The card: metadata that the Hub parses, true statements, no path of the training machine, a snippet that runs."""
+"""The card: metadata that the Hub parses, true statements, no path of the training machine. Its code runs in `test_card_code.py`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 
-from pgp_hf import metrics, model_card
+from pgp_hf import metrics, model_card, plots
 
 N = None
 MATRIX = [[90.0, N, N], [80.0, 95.0, N], [85.0, 75.0, 70.0]]
@@ -27,9 +29,11 @@ def make_inputs(matrix=MATRIX, num_tasks: int = 3) -> dict:
             "num_tasks": num_tasks,
             "accuracy_matrix": matrix,
             **metrics.summarize(matrix),
-            "drift": [0.0, 0.0123, 0.02][:rows],
+            "drift": [0.0, 0.0125, 0.02][:rows],
             "projection_rank": [4, 9, 11][:rows],
             "train_images_per_second": 123.456,
+            "seconds": {"train": 7.4, "statistics": 0.0, "evaluation": 1234.0},
+            "head": "linear",
             "seed": 7,
             "versions": {"pgp_hf": "0.1.0", "torch": "2.13.0"},
             "eval_mask": "seen",
@@ -42,6 +46,8 @@ def make_inputs(matrix=MATRIX, num_tasks: int = 3) -> dict:
             "seed": 3,
             "class_order": list(range(2 * num_tasks))[::-1],
             "label_names": [f"name {c}" for c in range(2 * num_tasks)],
+            "test_fraction": None,
+            "max_train_samples_per_class": None,
             "dataset": {"name": "uoft-cs/cifar100"},
             "tasks": [
                 {
@@ -58,30 +64,81 @@ def make_inputs(matrix=MATRIX, num_tasks: int = 3) -> dict:
             "pool_size": 10,
             "prompt_length": 5,
             "top_k": 4,
+            "head_type": "prompt",
+            "head": "linear",
+            "shrinkage": 0.1,
+            "revision": None,
         },
         "projection": {
             "method": "pgp",
+            "energy": 0.5,
+            "key_energy": 0.97,
             "apply_to": "update",
-            "parameters": {
-                "a.prompts": {"shape": [50, 48], "batch_dims": 0, "rank": 11, "energy": 0.5, "samples": 900},
-                "a.keys": {"shape": [10, 48], "batch_dims": 0, "rank": [2, 5], "energy": 0.97, "samples": 303},
-            },
-            "rank_per_task": [4, 9, 11],
+            "max_images": None,
+            "a.prompts": {"shape": [50, 48], "batch_dims": 0, "rank": 11, "energy": 0.5, "samples": 900},
+            "a.keys": {"shape": [10, 48], "batch_dims": 0, "rank": 5, "energy": 0.97, "samples": 303},
         },
     }
+
+
+PROCESSOR = {
+    "do_resize": True,
+    "size": {"height": 224, "width": 192},
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+def two_heads(inputs: dict) -> dict:
+    """The same run with a statistics head, half of whose accuracies the linear head has."""
+    half = [[None if a is None else a / 2 for a in row] for row in inputs["results"]["accuracy_matrix"]]
+    heads = {"linear": half, "statistics": inputs["results"]["accuracy_matrix"]}
+    inputs["results"] |= {
+        "head": "statistics",
+        "heads": {name: {"accuracy_matrix": matrix, **metrics.summarize(matrix)} for name, matrix in heads.items()},
+        "changed_selections": [0.0, 0.125, 0.25],
+    }
+    inputs["adapter_config"]["head"] = "statistics"
+    return inputs
 
 
 def render(inputs: dict, **kwargs) -> ModelCard:
     return model_card.render_card(**inputs, **kwargs)
 
 
+def tables(card: ModelCard) -> list[list[list[str]]]:
+    """Cells of each Markdown table, its header first; each row has as many cells as the header."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n?)+", card.text, flags=re.MULTILINE):
+        rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block.splitlines()]
+        assert {len(row) for row in rows} == {len(rows[0])} and all(re.fullmatch("---:?", rule) for rule in rows[1])
+        found.append([rows[0], *rows[2:]])
+    return found
+
+
 def table_rows(card: ModelCard) -> list[list[str]]:
-    """Cells of the rows of all Markdown tables, headers and rules left out."""
-    lines = [line for line in card.text.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    return [
-        row for k, row in enumerate(rows) if not set(lines[k]) <= set("|-:") and row[0] not in ("Task", "Parameter")
-    ]
+    return [row for table in tables(card) for row in table[1:]]
+
+
+def check_as_a_reader(card: ModelCard) -> None:
+    """What no card may have."""
+    text = card.text
+    assert not re.search(r"\{\{|\{%|undefined|None\b|nan\b", re.sub(r"`[^`\n]*`", "", text))
+    assert not re.search(r"\n{3,}|[ \t]\n", text), "blank lines in a row, or a line that ends in blanks"
+    lines = text.splitlines()
+    sections = [k for k, line in enumerate(lines) if re.match("#+ ", line)]
+    for k, after in zip(sections, [*sections[1:], len(lines)], strict=True):
+        level, below = lines[k].split()[0], lines[after].split()[0] if after < len(lines) else "#"
+        assert any(lines[k + 1 : after]) or below > level, f"{lines[k]!r} is empty"
+        assert k == 0 or (lines[k - 1] == "" and lines[k + 1] == "")
+    for k, line in enumerate(lines[1:], 1):
+        starts = line.startswith(("|", "![", "```python")) and not lines[k - 1].startswith(("|", "!["))
+        assert not starts or lines[k - 1] == "", f"no blank line before {line!r}"
+    tables(card)
 
 
 def test_metadata_parses_back_with_the_values(tmp_path):
@@ -100,35 +157,142 @@ def test_metadata_parses_back_with_the_values(tmp_path):
     assert {result.dataset_type for result in found} == {"uoft-cs/cifar100"}
     assert found[0].dataset_name == "Split cifar100 (3 tasks, class-incremental)"
     assert found[0].dataset_args == {"scenario": "class_incremental", "num_tasks": 3, "seed": 7}
+    assert found[1].metric_args == {"after_task": 3, "head": "linear", "eval_mask": "seen"}
+
+
+@pytest.mark.parametrize(
+    ("base", "dataset", "kept"),
+    [
+        ("google/vit-base", "uoft-cs/cifar100", ("google/vit-base", ["uoft-cs/cifar100"])),
+        (None, None, (None, None)),
+        ("pgp_hf:embedded-vit", "scikit-learn digits", (None, None)),
+        ("pgp_hf:embedded-clip", "cifar100", (None, None)),  # the name of a builder, or of a local folder
+    ],
+)
+def test_metadata_names_only_what_the_hub_can_hold(base, dataset, kept):
+    inputs = make_inputs()
+    inputs["adapter_config"]["base_model_name_or_path"] = base
+    inputs["manifest"]["dataset"]["name"] = dataset
+    card = render(inputs)
+    check_as_a_reader(card)
+    data = ModelCard(str(card)).data
+    assert (data.base_model, data.datasets) == kept
+    for name in filter(None, [data.base_model, *(data.datasets or [])]):
+        validate_repo_id(name)
+    for result in model_index_to_eval_results(data.to_dict()["model-index"])[1]:
+        assert re.fullmatch(r"[\w./-]+", result.dataset_type)
+    assert ("](https://huggingface.co/google/vit-base)" in card.text) == (base == "google/vit-base")
+    assert ("](https://huggingface.co/datasets/uoft-cs/cifar100)" in card.text) == (dataset == "uoft-cs/cifar100")
+    if base and ":" in base:
+        assert f"the frozen `{base}`, a small backbone inside the package" in card.text
+        assert f'embedded.resolve("{base}")' in card.text and "put its path" not in card.text
 
 
 def test_tables_hold_the_numbers():
     rows = table_rows(render(make_inputs()))
-    assert ["76.67", "12.50", "12.50", "-12.50", "85.00"] in rows
-    assert ["1", "name 5, name 4", "100 / 20", "90.0", "85.0", "90.0", "0.0000", "4"] in rows
-    assert ["2", "name 3, name 2", "101 / 21", "95.0", "75.0", "87.5", "0.0123", "9"] in rows
-    assert ["3", "name 1, name 0", "102 / 22", "70.0", "70.0", "76.7", "0.0200", "11"] in rows
+    assert ["76.67", "12.50", "12.50", "-12.50", "85.00", "0.020"] in rows
+    assert ["1", "name 5, name 4", "100 / 20", "90.0", "85.0", "90.0", "0.000", "4"] in rows
+    assert ["2", "name 3, name 2", "101 / 21", "95.0", "75.0", "87.5", "0.013", "9"] in rows
+    assert ["3", "name 1, name 0", "102 / 22", "70.0", "70.0", "76.7", "0.020", "11"] in rows
     assert ["`a.prompts`", "11 of 48", "0.5", "900"] in rows
     assert ["`a.keys`", "5 of 48", "0.97", "303"] in rows
 
 
-def test_protocol_is_stated():
-    text = render(make_inputs()).text
+def test_two_heads_stand_beside_drift_and_changed_selections():
+    card = render(two_heads(make_inputs()))
+    check_as_a_reader(card)
+    run, task, _ = tables(card)
+    assert run[0][0] == "Head" and run[0][-2:] == ["Drift", "Changed"]
+    assert run[1:] == [
+        ["statistics (predicts)", "76.67", "12.50", "12.50", "-12.50", "85.00", "0.020", "25.0"],
+        ["linear", "38.33", "6.25", "6.25", "-6.25", "42.50", "0.020", "25.0"],
+    ]
+    assert task[0][5:] == ["Average so far", "Average so far, linear", "Drift", "Changed", "Rank"]
+    assert [row[5:] for row in task[2:]] == [
+        ["87.5", "43.8", "0.013", "12.5", "9"],
+        ["76.7", "38.3", "0.020", "25.0", "11"],
+    ]
     for fact in (
-        "`google/vit-base-patch16-224-in21k`",
+        "(shrinkage 0.1)",
+        "The statistics head's accuracies",
+        "Changed: old test images",
+        "Class statistics",
+    ):
+        assert fact in card.text, fact
+    _, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert found[0].metric_value == 76.67 and found[0].metric_args["head"] == "statistics"
+
+
+def test_tasks_that_drift_leaves_out_are_named():
+    inputs = two_heads(make_inputs())
+    assert "leaves out" not in render(inputs).text and "leave out" not in render(inputs).text
+    inputs["results"]["drift_lacks"] = [0]
+    assert "**Drift and changed selections leave out the images of task 1**: the run was" in render(inputs).text
+    inputs["results"]["drift_lacks"] = [0, 1, 3]
+    del inputs["results"]["changed_selections"]
+    assert "**Drift leaves out the images of tasks 1, 2 and 4**: the run was" in render(inputs).text
+
+
+def test_protocol_is_stated():
+    inputs = make_inputs()
+    card = render(inputs, processor=PROCESSOR)
+    check_as_a_reader(card)
+    for fact in (
+        "[`google/vit-base-patch16-224-in21k`](",
         "10 prompts of 5 tokens, 4 of them selected for each image",
-        "uoft-cs/cifar100, 6 classes in 3 tasks, class-incremental",
-        "stream seed 3",
+        "cifar100), 6 classes in 3 tasks\n",
+        "**Scenario:** class-incremental\n",
+        "drawn with stream seed 3",
+        "**Preprocessing:** resized to 224 × 192 pixels (bicubic), scaled to 0..1, normalised by mean 0.5 and deviation "
+        "(0.2686, 0.2613, 0.2758) (`preprocessor_config.json`)",
+        "**Head:** linear, on the mean of the prompt tokens\n",
+        '`method="pgp"`, `energy=0.5`, `key_energy=0.97`, `apply_to="update"`, `max_images=None`\n',
         "**Training seed:** 7",
         'logits of classes not yet seen are masked (`eval_mask="seen"`)',
-        "123.5 training images per second",
+        "**Time:** 7 s of training (123.5 images per second), 21 min of evaluation\n",
         "pgp_hf 0.1.0, torch 2.13.0",
-        "Each update was projected (`pgp`)",
+        "each update of what tasks share was projected (`pgp`)",
         "chosen for each image alone",
     ):
-        assert fact in text, fact
-    assert "This revision" not in text and "Warning" not in text
-    assert not re.search(r"\{\{|\{%|undefined|None", text)
+        assert fact in card.text, fact
+    assert "This revision" not in card.text and "Warning" not in card.text
+    inputs["manifest"] |= {"max_train_samples_per_class": 50, "test_fraction": 0.2}
+    limits = "; at most 50 training images a class; 20 % of the images held out for testing\n"
+    assert limits in render(inputs).text and "**Preprocessing:** not recorded" in render(inputs).text
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, "none"),
+        ({"do_convert_rgb": True, "do_resize": False, "do_rescale": True, "rescale_factor": 0.5}, "RGB, values times 0.5"),
+        (
+            {"do_resize": True, "size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}},
+            "resized to 256 pixels on the shorter edge, centre crop of 224 × 224 pixels",
+        ),
+        ({"do_resize": True, "size": 64, "resample": 99, "do_normalize": True}, "resized to 64 pixels, normalised by mean – and deviation –"),
+    ],
+)  # fmt: skip
+def test_preprocessing_of_any_processor(settings, text):
+    assert (
+        f"**Preprocessing:** {text} (`preprocessor_config.json`)\n" in render(make_inputs(), processor=settings).text
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "head"),
+    [
+        ({"peft_type": "L2P", "head_type": "token"}, "linear, on the CLS token"),
+        ({"peft_type": "DUALPROMPT"}, "linear, on the CLS token"),
+        ({"peft_type": "CLIP_PROMPT"}, "similarity with the class names, each behind its task's context"),
+        ({"peft_type": "CLIP_PROMPT", "head": "statistics"}, "class statistics of the image features: the mean of each"),
+        ({"peft_type": "L2P", "head_type": "prompt", "head": "statistics"}, "class statistics of the mean of the prompt t"),
+    ],
+)  # fmt: skip
+def test_heads_of_every_method(config, head):
+    inputs = make_inputs()
+    inputs["adapter_config"] = {"base_model_name_or_path": "a/b", "shrinkage": 0.1, "head": "linear", **config}
+    assert f"**Head:** {head}" in render(inputs).text
 
 
 @pytest.mark.parametrize(
@@ -168,22 +332,40 @@ def test_batchwise_prompts_are_warned_about():
 def test_a_run_without_projection_claims_none(method):
     inputs = make_inputs()
     inputs["results"] |= {"projection": "none", "projection_rank": [0, 0, 0]}
-    inputs["projection"] = method and {"method": method, "apply_to": "update"}
+    inputs["projection"] = method and {"method": method, "energy": 0.5, "apply_to": "update"}
     card = render(inputs)
-    assert "Updates were not projected" in card.text
-    assert "## Projection" not in card.text and "protects the directions" not in card.text
+    check_as_a_reader(card)
+    assert "Updates were not projected" in card.text and "**Projection:** none\n" in card.text
+    for claim in ("## Projection", "protects", "Rank", "rank", "projection holds", "energy"):
+        assert claim not in card.text, claim
     assert model_index_to_eval_results(card.data.to_dict()["model-index"])[0] == "l2p-cifar100"
 
 
-def test_projection_described_at_the_top_level():
-    """`projection.json` with the parameters beside the settings instead of below `parameters`."""
+@pytest.mark.parametrize("peft_type", ["L2P", "DUALPROMPT", "CLIP_PROMPT"])
+@pytest.mark.parametrize(
+    ("method", "rule", "limit"),
+    [
+        ("pgp", "prompt gradient projection, ICLR 2024", "does not cover the value path of inserted tokens, the residual"),
+        ("attention", "null space, NeurIPS 2024", "does not cover the residual stream and deeper layers"),
+        ("functional", "through the whole network and to first order", "holds to first order, along sampled directions"),
+        ("frozen", "learned with the first task only", "needed of the shared prompts was never learned"),
+    ],
+)  # fmt: skip
+def test_what_each_projection_keeps_and_does_not(method, rule, limit, peft_type):
     inputs = make_inputs()
-    nested = inputs["projection"]
-    expected = str(render(inputs))
-    inputs["projection"] = {"method": "pgp", "apply_to": "update", "energy": 0.5, **nested["parameters"]}
-    assert str(render(inputs)) == expected
-    inputs["projection"]["apply_to"] = "gradient"
-    assert "Each gradient was projected" in render(inputs).text
+    inputs["projection"]["method"], inputs["adapter_config"]["peft_type"] = method, peft_type
+    card = render(inputs)
+    check_as_a_reader(card)
+    (told,) = [line for line in card.text.splitlines() if line.startswith("From the second task on")]
+    limits = card.text.partition("## Limits")[2]
+    assert rule in told and limit in limits
+    assert ("keys move" in told) == (peft_type == "L2P" and method != "frozen")
+    assert ("never moves" in told or "never move." in told) == (peft_type != "L2P")
+    assert ("linear head is not projected" in limits) == (peft_type != "CLIP_PROMPT" and method != "frozen")
+    inputs["projection"] |= {"apply_to": "gradient", "key_energy": None}
+    text = render(inputs).text
+    assert "each gradient of what" in text and "keys move" not in text
+    assert ("lead out of the null space" in text) == (method != "frozen")
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -192,14 +374,36 @@ def test_a_revision_in_the_middle_of_the_stream(rows):
     text = render(inputs).text
     assert f"**This revision stands after task {rows} of 3**" in text
     assert [row[0] for row in table_rows(render(inputs)) if "name" in row[1]] == [str(i + 1) for i in range(rows)]
+    assert f"it knows {2 * rows} of the 6 classes" in text
+    assert 'train(resume_from_checkpoint="path/to/this/folder")' in text and "revision=" not in text
     assert text == render({**inputs, "results": inputs["results"] | {"accuracy_matrix": MATRIX[:rows]}}).text
+    card = render(inputs, repo_id="me/run")
+    check_as_a_reader(card)
+    assert card.text.count(f'"me/run", revision="task-{rows}"') == 2  # and once more for a saved processor
+    assert render(inputs, repo_id="me/run", processor={}).text.count(f'"me/run", revision="task-{rows}"') == 3
+    assert f'train(resume_from_checkpoint="me/run@task-{rows}")' in card.text
+    _, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert found[0].dataset_name == f"Split cifar100 (3 tasks, class-incremental, after task {rows})"
+    assert found[0].metric_args["after_task"] == rows
+
+
+def test_the_last_revision_is_pinned_too_and_has_nothing_to_go_on_with():
+    text = render(make_inputs(), repo_id="me/run").text
+    assert 'load_pretrained("me/run", revision="task-3")' in text and "resume_from_checkpoint" not in text
+
+
+def test_a_pinned_backbone_stays_pinned():
+    inputs = make_inputs()
+    inputs["adapter_config"]["revision"] = "abc123"
+    assert '.from_pretrained("google/vit-base-patch16-224-in21k", revision="abc123")' in render(inputs).text
 
 
 def test_one_task():
     card = render(make_inputs([[88.5]], num_tasks=1))
     _, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert [result.metric_value for result in found] == [88.5, 0.0]
-    assert "2 classes in 1 task, " in card.text and "1 tasks" not in card.text
+    check_as_a_reader(card)
+    assert "2 classes in 1 task\n" in card.text and "1 tasks" not in card.text
 
 
 def test_null_entries_show_as_dashes_and_stay_out_of_the_index():
@@ -211,15 +415,17 @@ def test_null_entries_show_as_dashes_and_stay_out_of_the_index():
         "drift": [0.0, None],
         "projection_rank": [],
         "train_images_per_second": None,
+        "seconds": {},
         "versions": {},
     }
     inputs["manifest"] |= {"label_names": [], "tasks": [], "dataset": {"name": None}}
     card = render(inputs)
     _, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert [result.metric_name for result in found] == ["Average accuracy"]
-    assert ["76.67", "–", "12.50", "–", "85.00"] in table_rows(card)
-    assert ["2", "–", "– / –", "95.0", "–", "87.5", "–", "–"] in table_rows(card)
-    assert "unnamed dataset" in card.text and not re.search(r"None|nan", card.text)
+    check_as_a_reader(card)
+    assert ["76.67", "–", "12.50", "–", "85.00", "–"] in table_rows(card)
+    assert ["2", "–", "– / –", "95.0", "–", "87.5", "–"] in table_rows(card)
+    assert "unnamed dataset" in card.text
 
 
 @pytest.mark.parametrize(
@@ -244,8 +450,9 @@ def test_local_paths_never_enter_a_card(path, shown):
     card = render(inputs, repo_id=path)
     assert "secret" not in str(card) and "someone" not in str(card)
     assert card.data.base_model is None and card.data.datasets is None
-    assert f"`{shown}`" in card.text and f'"path/to/{shown}"' in card.text
-    assert '"path/to/this/folder"' in card.text
+    check_as_a_reader(card)
+    assert f"`{shown}`" in card.text and f'backbone="path/to/{shown}"' in card.text
+    assert '"path/to/this/folder"' in card.text and "revision=" not in card.text
     assert f"a local folder named `{shown}`" in card.text
 
 
@@ -265,7 +472,8 @@ def test_a_backbone_without_a_name(base):
     card = render(inputs)
     assert (
         card.data.base_model is None
-        and '"path/to/the-backbone"' in card.text
+        and 'backbone="path/to/the-backbone"' in card.text
+        and "for a frozen backbone without a name:" in card.text
         and "``" not in card.text.replace("```", "")
     )
 
@@ -276,23 +484,46 @@ def test_names_cannot_break_the_table_or_the_metadata(tmp_path):
     inputs["manifest"]["dataset"]["name"] = "my: 'data' # {x}"
     path = model_card.save_card(tmp_path / "README.md", **inputs)
     card = ModelCard.load(path)
-    assert all(len(row) in (4, 5, 8) for row in table_rows(card))
+    tables(card)
     assert r"a\|b" in card.text and "&lt;b>" in card.text and "{{ x }}" in card.text and "line break" in card.text
-    assert model_index_to_eval_results(card.data.to_dict()["model-index"])[1][0].dataset_type == "my: 'data' # {x}"
+    found = model_index_to_eval_results(card.data.to_dict()["model-index"])[1][0]
+    assert found.dataset_type == "my-data-x" and "my: 'data' # {x}" in found.dataset_name
 
 
-def test_many_classes_are_cut_short():
+def test_many_classes_and_long_names_are_cut_short():
     inputs = make_inputs()
     inputs["manifest"]["tasks"][0]["classes"] = list(range(6)) * 2
     assert "name 0, name 1, name 2, name 3, name 4 and 7 more" in render(inputs).text
+    inputs["manifest"]["label_names"][:2] = ["pine_tree", "tench, Tinca tinca, and a name without any end"]
+    assert "| pine_tree; tench, Tinca tinca, and a name…; name 2; name 3; name 4 and 7 more |" in render(inputs).text
 
 
 def test_figures_are_those_that_save_figures_writes():
     inputs = make_inputs()
-    shown = lambda: re.findall(r"\]\(figures/(.*?)\)", render(inputs).text)  # noqa: E731
-    assert shown() == ["accuracy_matrix.png", "task_curves.png"]
+    shown = lambda card: re.findall(r"\]\(figures/(.*?)\)", card.text)  # noqa: E731
+    assert shown(render(inputs)) == ["accuracy_matrix.png", "task_curves.png", "stability.png"]
     inputs["results"]["prompt_usage"] = [[1, 2]] * 3
-    assert shown() == ["accuracy_matrix.png", "task_curves.png", "prompt_usage.png"]
+    assert shown(render(inputs)) == plots.figure_names(inputs["results"])
+    for figures in ([], ["prompt_usage.png"], ["stability.png", "other.png"]):
+        card = render(inputs, figures=figures)
+        check_as_a_reader(card)
+        assert shown(card) == [name for name in figures if name != "other.png"]
+
+
+def test_a_saved_card_goes_by_what_lies_beside_it(tmp_path):
+    inputs = make_inputs()
+    inputs["results"]["prompt_usage"] = [[1, 2]] * 3
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR), encoding="utf-8")
+    plots.save_figures(inputs["results"], tmp_path / "figures")
+    (tmp_path / "figures" / "prompt_usage.png").unlink()
+    text = model_card.save_card(tmp_path / "README.md", **inputs).read_text(encoding="utf-8")
+    named = re.findall(r"\]\((figures/.*?)\)", text)
+    assert len(named) == 3 and all((tmp_path / name).is_file() for name in named)
+    assert "resized to 224 × 192 pixels (bicubic)" in text
+    assert 'AutoImageProcessor.from_pretrained("path/to/this/folder"' in text
+    (tmp_path / "preprocessor_config.json").unlink()
+    text = model_card.save_card(tmp_path / "README.md", **inputs).read_text(encoding="utf-8")
+    assert 'AutoImageProcessor.from_pretrained("google/vit-base-patch16-224-in21k"' in text
 
 
 def test_inputs_are_left_alone_and_survive_json():
@@ -338,34 +569,32 @@ def test_template_of_the_wheel_comes_first_and_a_missing_one_is_named(tmp_path, 
     assert render(make_inputs()).text.strip() == "wheel"
 
 
-def test_the_snippet_runs_and_gives_the_trained_model(tmp_path, monkeypatch):
-    """Executed as printed, but for the two paths; the backbone has a head of another size."""
+def test_the_code_for_an_embedded_backbone_runs_as_it_stands(tmp_path, monkeypatch):
+    """The others are in `test_card_code.py`."""
     import torch
     from peft import get_peft_model
-    from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    from pgp_hf import L2PConfig
+    from pgp_hf import L2PConfig, embedded
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    backbone, adapter = tmp_path / "tiny-vit", tmp_path / "run"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3)).save_pretrained(backbone)
-    base = AutoModelForImageClassification.from_pretrained(backbone, num_labels=6, ignore_mismatched_sizes=True)
+    base = AutoModelForImageClassification.from_pretrained(embedded.vit_path(), num_labels=6)
     model = get_peft_model(base, L2PConfig(pool_size=4, prompt_length=2, top_k=2)).eval()
-    model.save_pretrained(adapter)
+    folder = tmp_path / "path" / "to" / "this" / "folder"
+    model.save_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(embedded.vit_path(), backend="pil")
     inputs = make_inputs()
-    inputs["adapter_config"] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    model_card.save_card(adapter / "README.md", **inputs)
-    text = (adapter / "README.md").read_text(encoding="utf-8")
-    assert str(tmp_path) not in text
-    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    for shown, path in (("path/to/tiny-vit", backbone), ("path/to/this/folder", adapter)):
-        assert snippet.count(f'"{shown}"') == 1
-        snippet = snippet.replace(f'"{shown}"', repr(str(path)))
+    inputs["adapter_config"] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    text = model_card.save_card(folder / "README.md", **inputs).read_text(encoding="utf-8")
+    predict, peft = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert str(tmp_path) not in text and str(embedded.vit_path().parent) not in text
+
+    monkeypatch.chdir(tmp_path)
+    image = Image.effect_noise((40, 30), 90).convert("RGB")
+    image.save("photo.jpg")
     names: dict = {}
-    exec(compile(snippet, "snippet", "exec"), names)
-    pixels = torch.randn(2, 3, 8, 8)
+    exec(compile(peft, "peft", "exec"), names)
+    pixels = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        assert torch.equal(names["model"](pixel_values=pixels).logits, model(pixel_values=pixels).logits)
-    assert not names["model"].training
+        assert torch.equal(names["scores"], model(pixel_values=pixels).logits)
+    assert not names["model"].training and names["scores"].shape == (1, 6) and "(1, 6)" in peft
+    assert 'load_pretrained("path/to/this/folder")' in predict

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
+from matplotlib.text import Text
 from PIL import Image
 
-from pgp_hf import metrics, plots
+from pgp_hf import _drawing, metrics, plots
 
 
 def make_results(tasks: int, rows: int | None = None, seed: int = 0, pool: int = 10) -> dict:
@@ -20,22 +23,30 @@ def make_results(tasks: int, rows: int | None = None, seed: int = 0, pool: int =
         "accuracy_matrix": matrix,
         **metrics.summarize(matrix),
         "drift": [0.01 * i for i in range(rows)],
+        "changed_selections": [0.02 * i for i in range(rows)],
         "projection_rank": [3 + i for i in range(rows)],
         "prompt_usage": rng.integers(0, 50, (rows, pool)).tolist(),
     }
+
+
+def with_heads(results: dict) -> dict:
+    """The same with a linear head whose accuracies are half as good."""
+    half = [[None if a is None else a / 2 for a in row] for row in results["accuracy_matrix"]]
+    heads = {"linear": {"accuracy_matrix": half}, "statistics": {"accuracy_matrix": results["accuracy_matrix"]}}
+    return {**results, "head": "statistics", "heads": heads}
 
 
 @pytest.fixture
 def figures(monkeypatch):
     """The matplotlib figures behind the files, in the order they were saved."""
     seen = []
-    save = plots._save
+    save = _drawing.save
 
     def record(fig, path):
         seen.append(fig)
         return save(fig, path)
 
-    monkeypatch.setattr(plots, "_save", record)
+    monkeypatch.setattr(_drawing, "save", record)
     return seen
 
 
@@ -52,11 +63,17 @@ def cells(fig) -> dict[tuple[int, int], str]:
     return {(int(t.get_position()[1]), int(t.get_position()[0])): t.get_text() for t in fig.axes[0].texts}
 
 
+def names_beside(axes) -> dict[str, float]:
+    """What is written on the right of a panel's lines, and at which height (0 to 1)."""
+    return {text.get_text(): text.xyann[1] for text in axes.texts}
+
+
 @pytest.mark.parametrize("tasks", [1, 5])
-def test_save_figures_writes_three_pngs_and_nothing_else(tmp_path, tasks):
+def test_save_figures_writes_four_pngs_and_nothing_else(tmp_path, tasks):
     results = make_results(tasks)
     written = plots.save_figures(results, tmp_path / "new" / "figures")
-    assert [path.name for path in written] == ["accuracy_matrix.png", "task_curves.png", "prompt_usage.png"]
+    names = ["accuracy_matrix.png", "task_curves.png", "stability.png", "prompt_usage.png"]
+    assert [path.name for path in written] == names
     assert sorted(path.name for path in (tmp_path / "new" / "figures").iterdir()) == sorted(p.name for p in written)
     for path in written:
         with Image.open(path) as image:
@@ -65,11 +82,13 @@ def test_save_figures_writes_three_pngs_and_nothing_else(tmp_path, tasks):
             assert np.asarray(image.convert("L")).std() > 1  # not blank
 
 
-def test_prompt_usage_is_drawn_only_where_recorded(tmp_path):
+def test_figures_are_drawn_only_where_recorded(tmp_path):
     results = make_results(3)
     del results["prompt_usage"]
-    assert [p.name for p in plots.save_figures(results, tmp_path)] == ["accuracy_matrix.png", "task_curves.png"]
-    assert plots.figure_names(results) == ["accuracy_matrix.png", "task_curves.png"]
+    names = ["accuracy_matrix.png", "task_curves.png", "stability.png"]
+    assert [p.name for p in plots.save_figures(results, tmp_path)] == plots.figure_names(results) == names
+    results |= {"drift": [], "changed_selections": [], "projection_rank": [0, 0, 0]}
+    assert plots.figure_names(results) == names[:2]
 
 
 def test_matrix_cells_hold_the_numbers_and_nulls_stay_blank(tmp_path, figures):
@@ -89,41 +108,92 @@ def test_matrix_cells_hold_the_numbers_and_nulls_stay_blank(tmp_path, figures):
 
 def test_curves_of_one_run(tmp_path, figures):
     results = make_results(5)
-    plots.task_curves(results, tmp_path / "c.png")
-    panels = lines(figures[0])
-    (accuracy,), (forgetting,), (drift,), (rank,) = (list(panel.values()) for panel in panels.values())
+    plots.save_figures(results, tmp_path)
+    curves, moved = (lines(fig) for fig in figures[1:3])
+    assert list(curves) == ["Average accuracy (%)", "Forgetting (percentage points)"]
+    (accuracy,), (forgetting,) = (list(panel.values()) for panel in curves.values())
     assert accuracy == pytest.approx(results["per_task_average_accuracy"])
     assert forgetting[0] == 0 and forgetting[-1] == pytest.approx(results["forgetting"])
     assert forgetting[2] == pytest.approx(metrics.forgetting(results["accuracy_matrix"][:3]))
+    units = ["(relative)", "(% of old images)", "(directions)"]
+    assert [title.partition(" (")[1][1:] + title.partition(" (")[2] for title in moved] == units
+    drift, changed, rank = (panel.popitem()[1] for panel in moved.values())
     assert drift == pytest.approx(results["drift"]) and rank == pytest.approx(results["projection_rank"])
-    assert not figures[0].legends
+    assert changed == pytest.approx([0, 2, 4, 6, 8])
+    assert not any(fig.legends or any(map(names_beside, fig.axes)) for fig in figures[1:3])
+
+
+def test_both_heads_are_drawn_and_named(tmp_path, figures):
+    results = with_heads(make_results(4))
+    plots.save_figures(results, tmp_path)
+    curves, moved = figures[1], lines(figures[2])
+    average = lines(curves)["Average accuracy (%)"]
+    assert list(average) == ["statistics head", "linear head"]
+    assert average["linear head"] == pytest.approx([a / 2 for a in results["per_task_average_accuracy"]])
+    assert [set(names_beside(axes)) for axes in curves.axes] == [set(average)] * 2 and not curves.legends
+    assert all(len(panel) == 1 for panel in moved.values())  # the features are the same
+    assert not any(map(names_beside, figures[2].axes))
 
 
 def test_curves_of_several_runs_differ_in_colour_marker_and_dash(tmp_path, figures):
-    runs = {f"run {k}": make_results(4 + k % 2, seed=k) for k in range(9)}
+    runs = {f"run {k}": make_results(4 + k % 2, seed=k) for k in range(9)}  # too many names to stand beside lines
     plots.task_curves(runs, tmp_path / "c.png")
     fig = figures[0]
     assert [text.get_text() for text in fig.legends[0].get_texts()] == list(runs)
-    for axes in fig.axes:
+    assert not any(map(names_beside, fig.axes))
+    for axes in fig.axes[:5]:
         styles = [(line.get_color(), line.get_marker(), str(line.get_linestyle())) for line in axes.lines]
         assert len(set(styles)) == len(runs)
         assert len({(marker, dash) for _, marker, dash in styles}) == len(runs)  # told apart without colour
-    first, last = (panel for panel in (fig.axes[0], fig.axes[-1]))
-    assert [line.get_label() for line in first.lines] == [line.get_label() for line in last.lines] == list(runs)
+        assert [line.get_label() for line in axes.lines] == list(runs)
+    assert not fig.axes[5].axison
 
 
-def test_a_run_without_some_values_keeps_its_style_and_empty_panels_go(tmp_path, figures):
+@pytest.mark.parametrize("ranks", [[None, None, None], [0, 0, 0]])
+def test_a_run_without_some_values_keeps_its_style_and_empty_panels_go(tmp_path, figures, ranks):
     with_rank, without = make_results(3), make_results(3, seed=1)
-    without["projection_rank"] = [None, None, None]
+    without["projection_rank"] = ranks
     for run in (with_rank, without):
         run["drift"] = []
+        del run["changed_selections"]
     plots.task_curves({"L2P": without, "L2P-PGP": with_rank}, tmp_path / "c.png")
     panels = lines(figures[0])
-    assert list(panels) == ["Average accuracy (%)", "Forgetting (points)", "Protected rank"]
-    assert list(panels["Protected rank"]) == ["L2P-PGP"]
-    colours = [{line.get_label(): line.get_color() for line in axes.lines} for axes in figures[0].axes if axes.lines]
+    assert list(panels) == [plots.PANELS[name].title for name in ("accuracy", "forgetting", "rank")]
+    assert list(panels["Protected rank (directions)"]) == ["L2P-PGP"]
+    drawn = [axes for axes in figures[0].axes if axes.lines]
+    colours = [{line.get_label(): line.get_color() for line in axes.lines} for axes in drawn]
     assert colours[0]["L2P-PGP"] == colours[2]["L2P-PGP"] != colours[0]["L2P"]
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["L2P", "L2P-PGP"]
+    assert [set(names_beside(axes)) for axes in drawn] == [{"L2P", "L2P-PGP"}] * 2 + [{"L2P-PGP"}]
+
+
+def test_names_beside_lines_point_at_their_ends_and_stay_apart(tmp_path, figures):
+    runs = {f"run {k}": make_results(6 - k, seed=k) for k in range(5)}
+    runs["run 1"]["accuracy_matrix"] = runs["run 0"]["accuracy_matrix"]  # on top of each other
+    plots.task_curves(runs, tmp_path / "c.png", panels=["accuracy"])
+    (axes,) = figures[0].axes
+    for line in axes.lines:
+        (name,) = [text for text in axes.texts if text.get_text() == line.get_label()]
+        assert tuple(name.xy) == (line.get_xdata()[-1], line.get_ydata()[-1])
+        assert name.arrow_patch.get_edgecolor() == to_rgba(line.get_color())
+    heights = names_beside(axes)
+    ends = {line.get_label(): line.get_ydata()[-1] for line in axes.lines}
+    order = sorted(heights, key=heights.get)
+    assert [ends[name] for name in order] == sorted(ends.values())
+    gaps = np.diff(sorted(heights.values()))
+    assert gaps.min() > 0.1 and min(heights.values()) >= 0 and max(heights.values()) <= 1
+
+
+@pytest.mark.parametrize("heights", [[0.5], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.2, 0.25, 0.9, 0.95, 1.0]])
+def test_heights_are_moved_apart_as_little_as_needed(heights):
+    moved = _drawing._apart(heights, gap=0.1)
+    assert np.diff([*moved, 9]).min() > 0.1 - 1e-9 and min(moved) >= 0 and max(moved) <= 1
+    assert _drawing._apart([0.1, 0.5, 0.9], gap=0.1) == [0.1, 0.5, 0.9]
+
+
+def test_the_colours_of_a_matrix_span_its_accuracies(tmp_path, figures):
+    for low, high in ((71.0, 88.0), (3.0, 41.0), (95.0, 99.0)):
+        plots.accuracy_matrix({"accuracy_matrix": [[high, None], [low, high]]}, tmp_path / "a.png")
+    assert [fig.axes[0].images[0].get_clim() for fig in figures] == [(70, 90), (0, 50), (80, 100)]
 
 
 def test_usage_is_a_share_of_each_tasks_selections(tmp_path, figures):
@@ -141,13 +211,15 @@ def test_large_pools_have_no_numbers_and_few_ticks(tmp_path, figures):
     assert [t.get_text() for t in axes.get_xticklabels()][:3] == ["1", "5", "10"]
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 5, 20])
+@pytest.mark.parametrize("tasks", [1, 2, 10, 20])
 def test_no_text_overlaps_or_leaves_the_figure(tmp_path, figures, tasks):
     """Measured on the canvas: ticks, titles, labels and cell numbers of every figure."""
-    plots.save_figures(make_results(tasks), tmp_path)
-    plots.task_curves({f"a rather long label {k}": make_results(tasks, seed=k) for k in range(4)}, tmp_path / "m.png")
+    plots.save_figures(with_heads(make_results(tasks, pool=30 if tasks > 5 else 10)), tmp_path)
+    for name in ("a rather long label ", "fifteen letters"):
+        runs = {f"{name}{k}": make_results(tasks, seed=k) for k in range(4)}
+        plots.task_curves(runs, tmp_path / "m.png", panels=["forgetting", "drift"])
+    assert [bool(fig.legends) for fig in figures[-2:]] == [True, False]
     for fig in figures:
-        fig.canvas.draw()
         boxes = []
         for axes in fig.axes:
             if not axes.axison:
@@ -163,7 +235,7 @@ def test_no_text_overlaps_or_leaves_the_figure(tmp_path, figures, tasks):
             hidden |= {
                 t for t, x in zip(axes.get_xticklabels(), axes.get_xticks(), strict=True) if not low <= x <= high
             }
-            boxes += [(t.get_text(), t.get_window_extent()) for t in texts if t not in hidden]
+            boxes += [(t.get_text(), Text.get_window_extent(t)) for t in texts if t not in hidden]  # without arrows
         boxes += [(t.get_text(), t.get_window_extent()) for legend in fig.legends for t in legend.get_texts()]
         for text, box in boxes:
             assert fig.bbox.x0 - 1 <= box.x0 and box.x1 <= fig.bbox.x1 + 1, text
@@ -211,6 +283,8 @@ def test_pyplot_stays_out_of_it(tmp_path):
         (plots.accuracy_matrix, {}, "no 'accuracy_matrix'"),
         (plots.accuracy_matrix, {"accuracy_matrix": [[1.0], [1.0, 2.0]]}, r"lengths \[1, 2\]"),
         (plots.task_curves, {}, "no run"),
+        (partial(plots.task_curves, panels=["drift", "speed"]), make_results(2), "'speed'.*accuracy, forgetting"),
+        (partial(plots.task_curves, panels=["drift"]), make_results(2) | {"drift": []}, "no values of drift"),
         (plots.task_curves, {"L2P": {"drift": [0.0]}}, "'L2P' has no 'accuracy_matrix'"),
         (plots.prompt_usage, make_results(2) | {"prompt_usage": None}, "no 'prompt_usage'"),
         (plots.prompt_usage, {"prompt_usage": [[1, -1]]}, "negative"),

@@ -27,6 +27,7 @@ FILES = {
     "stream.json",
     "figures/accuracy_matrix.png",
     "figures/task_curves.png",
+    "figures/stability.png",
     "figures/prompt_usage.png",
 }
 

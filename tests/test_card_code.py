@@ -1,0 +1,70 @@
+"""The code in the card of a trained run, executed as it stands: in another process, and from a folder that was moved."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import prompted
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from pgp_hf import load_pretrained, plots
+
+CASES = {"l2p": "statistics", "clip": "linear"}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def place(request, tmp_path_factory) -> Path:
+    """A folder in which `path/to/this/folder` is the second task of a run, beside its backbone and a photo."""
+    method, root = request.param, tmp_path_factory.mktemp(request.param)
+    backbone = root / "trained" / "tiny-backbone"
+    frozen = prompted.make(method).unload()
+    if method == "l2p":
+        frozen.classifier, frozen.config.num_labels = (
+            torch.nn.Linear(frozen.config.hidden_size, 3),
+            3,
+        )  # a head in the way
+    frozen.save_pretrained(backbone)
+    model = prompted.make(method, head=CASES[method])
+    model.base_model.adapter_config.base_model_name_or_path = str(backbone)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save_figures", lambda results, folder: [])
+        tiny.trainer(root / "trained" / "run", model=model, num_train_epochs=1).train()
+    place = root / "elsewhere"
+    shutil.copytree(root / "trained" / "run" / "task-2", place / "path" / "to" / "this" / "folder")
+    backbone.rename(place / "path" / "to" / "tiny-backbone")
+    Image.effect_noise((40, 30), 90).convert("RGB").save(place / "photo.jpg")
+    return place
+
+
+def test_it_predicts_and_scores_like_the_run(place):
+    folder, backbone = (place / "path" / "to" / name for name in ("this/folder", "tiny-backbone"))
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert str(place.parent) not in text
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    assert code.count("path/to/tiny-backbone") == 2 and "revision=" not in code
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"{code}\nimport json\nprint(json.dumps(scores.tolist()))"],
+        cwd=place, env=environment, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    predicted, scores = done.stdout.splitlines()
+
+    classifier = load_pretrained(folder, backbone=backbone)
+    expected = classifier.predict(place / "photo.jpg", top_k=3)
+    assert predicted == repr(expected) and len(expected[0]) == 3
+    with torch.no_grad():
+        pixels = classifier.processor(Image.open(place / "photo.jpg"), return_tensors="pt")["pixel_values"]
+        known = classifier.model(pixel_values=pixels).logits
+    learned = torch.tensor(classifier.classes)
+    assert torch.equal(torch.tensor(json.loads(scores))[:, learned], known[:, learned])
+    assert known.shape[1] == 6 and len(learned) == 4
