@@ -178,6 +178,7 @@ def test_augmented_batches_are_light_on_dark_varied_and_balanced(rendered, class
     assert glyphs.augment(glyph).std(dim=0).mean() > 0.1
 
 
+@pytest.mark.slow
 def test_script_runs_from_the_command_line(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(SCRIPT), "--steps", "3", "--seed", "5", "--output_dir", str(tmp_path / "vit")]
@@ -315,6 +316,7 @@ def test_zero_shot_beats_chance_and_the_clip_report_is_true(script, clip, tokeni
     assert 100 * right == pytest.approx(found["zero_shot_test_split"], abs=0.5)
 
 
+@pytest.mark.slow
 def test_script_trains_clip_from_the_command_line(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(SCRIPT), "--clip", "--steps", "3", "--seed", "5", "--output_dir", str(tmp_path)]

@@ -87,6 +87,7 @@ def test_local_backbone_and_data_side_by_side(local, tmp_path):
     assert str(tmp_path.parent) not in manifest and json.loads(manifest)["tasks"][0]["train"]["num_images"] == 18
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "label"), [("dualprompt", "DualPrompt"), ("clip", "CLIP")])
 def test_the_other_methods_on_the_embedded_default(tmp_path, method, label):
     few = ("--max_train_samples_per_class", 4, "--max_eval_samples_per_class", 3, "--num_train_epochs", 1)

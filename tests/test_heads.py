@@ -604,10 +604,10 @@ def test_the_trainers_own_evaluation_takes_the_same_head(run):
 def test_the_card_shows_both_heads(run):
     method, _, folder = run
     card, results = (folder / "README.md").read_text(), read(folder)
-    for head in ("linear", "statistics"):
-        assert f"| {head} | {results['heads'][head]['average_accuracy']:.2f} |" in card
+    for head, shown in (("linear", "linear"), ("statistics", "statistics (predicts)")):
+        assert f"| {shown} | {results['heads'][head]['average_accuracy']:.2f} |" in card
     assert "shrinkage 0.1" in card
-    assert ("| Changed |" in card) == (method != "clip")
+    assert (" Changed |" in card) == (method != "clip")
     if method != "clip":
         assert f" {100 * results['changed_selections'][2]:.1f} | " in card
 
