@@ -12,23 +12,12 @@ import numpy as np
 import torch
 
 from . import artifacts, hub, model_card, plots, reading, revisions
-from .artifacts import RunFolder
 from .continuing import ContinuedRuns
-from .evaluation import StreamResults
-from .projection import Projection
-from .stream import TaskStream
 
 
 class RunFiles(ContinuedRuns):
     """The part of `PGPTrainer` that writes its output folder and uploads it; reading is that of its base."""
 
-    folder: RunFolder
-    results: StreamResults
-    projection: Projection
-    stream: TaskStream
-    task: int | None
-    _features: dict[int, np.ndarray]
-    _selected: dict[int, np.ndarray]
     _digest: dict[str, str] | None = None
 
     def _get_output_dir(self, trial: Any) -> str:

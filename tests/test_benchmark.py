@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -27,12 +26,8 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "benchmark.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark_script"] = module  # HfArgumentParser resolves the dataclass's annotations there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["benchmark_script"]
+    with tiny.script(SCRIPT) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

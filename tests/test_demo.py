@@ -32,23 +32,14 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "demo.py"
 
 @pytest.fixture
 def demo():
-    spec = importlib.util.spec_from_file_location("demo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with tiny.script(SCRIPT) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run of three tasks that names its backbone."""
-    folder = tmp_path_factory.mktemp("run")
-    model = tiny.model()
-    tiny.backbone().save_pretrained(folder / "backbone")
-    model.base_model.adapter_config.base_model_name_or_path = str(folder / "backbone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save_figures", lambda results, folder: [])
-        tiny.trainer(folder / "run", model=model, num_train_epochs=1).train()
-    return folder / "run"
+    return tiny.finished_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

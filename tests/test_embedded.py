@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, CLIPTokenizer, ViTModel
@@ -24,10 +24,8 @@ SCRIPT = ROOT / "examples" / "pretrain_embedded.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("pretrain_embedded", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with tiny.script(SCRIPT) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

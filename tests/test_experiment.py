@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -40,12 +39,8 @@ def launch(*arguments, cwd, script=SCRIPT):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("run_l2p_pgp", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run_l2p_pgp"] = module  # HfArgumentParser resolves the dataclass's annotations there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["run_l2p_pgp"]
+    with tiny.script(SCRIPT) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

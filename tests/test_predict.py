@@ -11,7 +11,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from pgp_hf import load_pretrained, plots
+from pgp_hf import load_pretrained
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "predict.py"
 
@@ -19,14 +19,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "predict.py"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run that names its backbone."""
-    folder = tmp_path_factory.mktemp("run")
-    model = tiny.model()
-    tiny.backbone().save_pretrained(folder / "backbone")
-    model.base_model.adapter_config.base_model_name_or_path = str(folder / "backbone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save_figures", lambda results, folder: [])
-        tiny.trainer(folder / "run", model=model, num_train_epochs=1).train()
-    return folder / "run"
+    return tiny.finished_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
 import numpy as np
+import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from pgp_hf import L2PConfig, PGPTrainer, PGPTrainingArguments, ProjectionConfig, TaskStream
+from pgp_hf import L2PConfig, PGPTrainer, PGPTrainingArguments, ProjectionConfig, TaskStream, plots
 
 SIDE = 20
 
@@ -96,3 +102,28 @@ def same_results(a: dict, b: dict) -> bool:
     """Whether two result dicts agree in everything that does not measure time."""
     timed = {"seconds", "train_images_per_second", "images_trained", "versions"}
     return {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
+
+
+def finished_run(folder: Path) -> Path:
+    """Folder of a finished run of three tasks, without figures, whose adapter names its backbone."""
+    own = model()
+    backbone().save_pretrained(folder / "backbone")
+    own.base_model.adapter_config.base_model_name_or_path = str(folder / "backbone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save_figures", lambda results, folder: [])
+        trainer(folder / "run", model=own, num_train_epochs=1).train()
+    return folder / "run"
+
+
+@contextmanager
+def script(path: Path) -> Iterator[ModuleType]:
+    """A script of the examples as a module."""
+    name = f"script_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # HfArgumentParser resolves a dataclass's annotations there
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[name]

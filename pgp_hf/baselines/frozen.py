@@ -6,6 +6,7 @@ method that trains prompts has to be better than these rows to be worth its cost
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,15 +25,16 @@ SHRINKAGE = 0.1
 RIDGES = 10.0 ** np.arange(-8, 9)  # the strengths that RanPAC tries
 
 
-class _Refit:
+class _Refit(ABC):
     """A scikit-learn classifier fitted anew to all features so far, which equals adding to its class sums."""
 
     def __init__(self) -> None:
         self._x: list[np.ndarray] = []
         self._y: list[np.ndarray] = []
 
+    @abstractmethod
     def _make(self) -> Any:
-        raise NotImplementedError
+        """The classifier, unfitted."""
 
     def update(self, x: np.ndarray, y: np.ndarray) -> None:
         """Learn a task's features `(N, d)` and labels `(N,)`."""
