@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
 
@@ -277,7 +278,7 @@ class StreamEvaluation:
         images = self.stream.test(j)
         if self.args.cache_queries and self.tuner.query is not None:
             if j not in self._queries:
-                self._queries[j] = self._test_queries(j)
+                self._queries[j] = self._frozen_queries(images)
             images = CachedQueries(images, self._queries[j])
         compute_metrics, self.compute_metrics, self._recording = self.compute_metrics, None, True
         try:
@@ -286,10 +287,10 @@ class StreamEvaluation:
             self.compute_metrics, self._recording = compute_metrics, False
 
     @torch.no_grad()
-    def _test_queries(self, j: int) -> Tensor:
-        """Queries `(N, d)` of a task's test images, on every process, in the batches that evaluation will use."""
+    def _frozen_queries(self, images: Dataset) -> Tensor:
+        """Queries `(N, d)` of images, on every process, in the batches that evaluation uses."""
         queries = []
-        for batch in self.get_test_dataloader(self.stream.test(j)):
+        for batch in self.get_test_dataloader(images):
             with self.accelerator.autocast():
                 query = self.tuner.query(self._prepare_inputs(batch)["pixel_values"])
             queries.append(self.accelerator.gather_for_metrics(query).cpu())

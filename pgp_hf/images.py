@@ -25,10 +25,14 @@ class AugmentedImages(Dataset):
             training: area `crop_min_scale` to 1, aspect ratio 3/4 to 4/3; then flip). The image processor resizes.
         seed: of the run.
         task: 0-based.
+
+    Attributes:
+        queries: `(views, N, d)`, one query for each of `views`, which then travel with the images; None by default.
     """
 
     def __init__(self, images: TaskImages, augmentation: str, crop_min_scale: float, seed: int, task: int) -> None:
         self.images, self.augmentation, self.crop_min_scale = images, augmentation, crop_min_scale
+        self.queries: Tensor | None = None
         self._counters = (seed, task)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see changes
 
@@ -39,15 +43,39 @@ class AugmentedImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.images[index]
+        item, flip = self.images[index], False
         if self.augmentation != "none":
             rng = np.random.default_rng([*self._counters, int(self._epoch), index])
-            flip = rng.random() < 0.5
+            flip = bool(rng.random() < 0.5)
             if self.augmentation == "crop_flip":
                 item["image"] = item["image"].crop(_random_box(item["image"].size, self.crop_min_scale, rng))
             if flip:
-                item["image"] = item["image"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                item["image"] = _flipped(item["image"])
+        if self.queries is not None:
+            item["prompt_query"] = self.queries[int(flip), index]
         return item
+
+    def views(self) -> list[Dataset]:
+        """All views that the images can have, each for all images; none where random crops make them uncountable."""
+        return {"none": [self.images], "flip": [self.images, FlippedImages(self.images)]}.get(self.augmentation, [])
+
+
+class FlippedImages(Dataset):
+    """Every image from left to right."""
+
+    def __init__(self, images: TaskImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.images[index]
+        return {**item, "image": _flipped(item["image"])}
+
+
+def _flipped(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def _random_box(size: tuple[int, int], min_scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -63,7 +91,7 @@ def _random_box(size: tuple[int, int], min_scale: float, rng: np.random.Generato
 
 
 class CachedQueries(Dataset):
-    """Test images with the queries that the frozen model gave them before, `(N, d)`."""
+    """Images with the queries that the frozen model gave them before, `(N, d)`."""
 
     def __init__(self, images: Dataset, queries: Tensor) -> None:
         self.images, self.queries = images, queries

@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from .artifacts import RunFolder
 from .callbacks import FollowTraining, PushTasks, StreamProgress
 from .evaluation import StreamEvaluation, StreamResults, accuracy
-from .images import AugmentedImages, ImageCollator
+from .images import AugmentedImages, CachedQueries, ImageCollator
 from .projection import Projection, ProjectionConfig
 from .run_files import RunFiles
 from .stream import TaskStream
@@ -163,11 +163,14 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
                 f"so t={len(self.results.matrix)} comes next (counted from 0)."
             )
         self.task = t
-        # a function of (seed, task) alone: paired runs and resumed runs see the same random numbers
-        set_seed(_task_seed(self.args.seed, t))
         self.train_dataset = AugmentedImages(
             self.stream.train(t), self.args.augmentation, self.args.crop_min_scale, self.args.seed, t
         )
+        started = time.perf_counter()
+        self._cache_train_queries()
+        self._count("train", started)
+        # a function of (seed, task) alone: paired runs and resumed runs see the same random numbers
+        set_seed(_task_seed(self.args.seed, t))
         self.eval_dataset = self._test_sets(t)
         if self.args.reinit_optimizer:
             self.optimizer = self.lr_scheduler = None
@@ -192,6 +195,13 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         self._write_task(t)
         self._fire("on_task_end", task=t, results=self.results.to_dict(), folder=self.folder.task(t))
         return output
+
+    def _cache_train_queries(self) -> None:
+        """Compute the queries of the task's training images once, where training would compute them more often."""
+        views = self.train_dataset.views()
+        often = self.args.max_steps <= 0 and len(views) <= self.args.num_train_epochs
+        if views and often and self.args.cache_queries and self.tuner.query is not None:
+            self.train_dataset.queries = torch.stack([self._frozen_queries(view) for view in views])
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -271,7 +281,9 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
 
         `limit` images at most; each process gets its share.
         """
-        images = self.stream.train(t)
+        images, queries = self.stream.train(t), self.train_dataset.queries
+        if queries is not None:
+            images = CachedQueries(images, queries[0])
         indices = np.arange(len(images))
         if limit is not None and limit < len(images):
             indices = np.sort(np.random.default_rng([self.args.seed, t]).permutation(indices)[:limit])

@@ -59,7 +59,10 @@ class PGPTrainingArguments(TrainingArguments):
     crop_min_scale: float = field(default=0.05, metadata={"help": "smallest share of the image that a crop keeps"})
     cache_queries: bool = field(
         default=True,
-        metadata={"help": "keep the test images' queries, which never change, instead of computing them again"},
+        metadata={
+            "help": "keep the images' queries, which never change, instead of computing them again: of test images, and "
+            "of training images where there are no more views of them (one unaugmented, two flipped) than epochs"
+        },
     )
     verify_images: bool = field(default=True, metadata={"help": "decode every image once before training starts"})
     overwrite_output_dir: bool = field(

@@ -81,3 +81,23 @@ def test_cached_queries_travel_with_their_images(images):
     batch = ImageCollator(tiny.processor())([view[i] for i in (4, 1)])
     assert torch.equal(batch["prompt_query"], queries[[4, 1]])
     assert len(view) == len(images)
+
+
+def test_each_view_travels_with_its_own_query(images):
+    view = AugmentedImages(images, "flip", 1.0, 0, 0)
+    plain, flipped = view.views()
+    view.queries = torch.stack([torch.zeros(len(images), 2), torch.ones(len(images), 2)])
+    seen = set()
+    for epoch in range(4):
+        view.set_epoch(epoch)
+        for i in range(len(images)):
+            item = view[i]
+            turned = int(item["prompt_query"][0])
+            assert np.array_equal(item["image"], (flipped if turned else plain)[i]["image"])
+            seen.add(turned)
+    assert seen == {0, 1} and len(flipped) == len(images)
+
+
+@pytest.mark.parametrize(("kind", "views"), [("none", 1), ("flip", 2), ("crop_flip", 0)])
+def test_views_are_counted(images, kind, views):
+    assert len(AugmentedImages(images, kind, 0.2, 0, 0).views()) == views

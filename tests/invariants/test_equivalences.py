@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -140,14 +141,29 @@ def test_accumulated_batches_are_whole_batches(tmp_path):
     assert finals[0][1] == pytest.approx(finals[1][1], abs=1e-3)
 
 
-def test_cached_queries_are_live_queries(tmp_path):
+@pytest.mark.parametrize("augmentation", ["none", "flip", "crop_flip"])
+def test_cached_queries_are_live_queries(tmp_path, augmentation):
     results = {}
     for cached in (True, False):
-        trainer = tiny.trainer(tmp_path / str(cached), cache_queries=cached)
+        trainer = tiny.trainer(
+            tmp_path / str(cached), cache_queries=cached, augmentation=augmentation, per_device_train_batch_size=8
+        )
         trainer.train()
-        results[cached] = trainer.results.to_dict(), trainer._features
-    assert tiny.same_results(results[True][0], results[False][0])
-    assert all((results[True][1][t] == results[False][1][t]).all() for t in range(3))
+        queries = trainer.train_dataset.queries
+        assert (queries is None) == (not cached or augmentation == "crop_flip")
+        results[cached] = trainer
+    kept, live = results[True], results[False]
+    assert kept.results.matrix == live.results.matrix and kept.results.usage == live.results.usage
+    assert kept.results.rank == live.results.rank and kept.results.changed == live.results.changed
+    assert kept.results.drift == pytest.approx(live.results.drift, abs=1e-5)
+    for t in range(3):
+        np.testing.assert_allclose(kept._features[t], live._features[t], atol=1e-5)
+
+
+def test_training_queries_are_kept_only_where_that_saves_work(tmp_path):
+    trainer = tiny.trainer(tmp_path, augmentation="flip", num_train_epochs=1)
+    trainer.train_task(0)
+    assert trainer.train_dataset.queries is None  # two views of each image, of which training sees one
 
 
 def test_workers_change_nothing(tmp_path, straight):
