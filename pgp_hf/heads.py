@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+EMPTY = (
+    "the statistics head knows no class yet: train a task first (PGPTrainer gathers the statistics when a task ends), "
+    "or load an adapter that has finished one."
+)
+
 
 def keep_classes(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
     """`logits` `(B, C)` with every class outside `classes` at minus infinity; None keeps all."""
@@ -146,6 +151,25 @@ class ClassStatistics(nn.Module):
             return identity
         return (1 - self.shrinkage) * scatter + self.shrinkage * scale * identity
 
+    def whitening(self) -> Tensor:
+        """W, `(d, d)`, with `W W^T = Sigma^-1`: between `x W` the head measures Euclidean distances.
+
+        Raises:
+            ValueError: no class has features, or the buffers do not come from any.
+        """
+        if not int(self.counts.sum()):
+            raise ValueError(EMPTY)
+        factor = self._factor()
+        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        return torch.linalg.solve_triangular(factor, identity, upper=False).mT
+
+    def _factor(self) -> Tensor:
+        """Cholesky factor of Sigma."""
+        factor, failed = torch.linalg.cholesky_ex(self.covariance)
+        if failed:
+            raise ValueError("the class statistics are damaged: their covariance is not positive definite.")
+        return factor
+
     def solve(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weight `(C, d)`, bias `(C,)` and centre m `(d,)`: the logits are `(x - m) weight^T + bias`.
 
@@ -165,18 +189,12 @@ class ClassStatistics(nn.Module):
             return self._solved[1]
         total = int(self.counts.sum())
         if total == 0:
-            raise ValueError(
-                "the statistics head knows no class yet: train a task first (PGPTrainer gathers the statistics when a "
-                "task ends), or load an adapter that has finished one."
-            )
+            raise ValueError(EMPTY)
         share = self.counts.double() / total
         centre = share @ self.means
         means = self.means - centre
         means[~self.seen] = 0
-        factor, failed = torch.linalg.cholesky_ex(self.covariance)
-        if failed:
-            raise ValueError("the class statistics are damaged: their covariance is not positive definite.")
-        weight = torch.cholesky_solve(means.mT, factor).mT
+        weight = torch.cholesky_solve(means.mT, self._factor()).mT
         bias = share.log() - (weight * means).sum(-1) / 2
         self._solved = state, (weight, bias, centre)
         return self._solved[1]

@@ -94,6 +94,10 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         config = self.tuner.adapter_config
         if config.id2label == {label: f"LABEL_{label}" for label in config.id2label}:  # the model was given no names
             config.id2label = dict(stream.id2label)
+        if self.projection.config.probe_space == "statistics" and config.head != "statistics":
+            raise ValueError(
+                f"probe_space='statistics' needs head='statistics' in the {type(config).__name__}, not {config.head!r}."
+            )
         self.folder = RunFolder(self.args.output_dir)
         self.results = StreamResults(
             method=config.peft_type.lower(),
@@ -185,10 +189,10 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         self.tuner.end_task(t)
 
         started = time.perf_counter()
-        if self.projection.active:
-            self._gather_statistics(t)
         if self.tuner.statistics is not None:
             self._gather_class_statistics(t)
+        if self.projection.active:
+            self._gather_statistics(t)
         self._count("statistics", started)
         self.results.rank.append(self.projection.rank)
         self.evaluate_stream()

@@ -390,6 +390,11 @@ def test_models_that_do_not_fit(tmp_path, make, error, message):
         tiny.trainer(tmp_path, model=make())
 
 
+def test_probes_in_the_metric_of_a_head_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="needs head='statistics' in the L2PConfig, not 'linear'"):
+        tiny.trainer(tmp_path, projection=ProjectionConfig(method="functional", probe_space="statistics"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -8,7 +8,7 @@ from typing import Any
 from .methods import METHODS
 
 APPLY_TO = ("update", "gradient")
-PROBE_SPACES = ("features", "logits")
+PROBE_SPACES = ("features", "logits", "statistics")
 
 
 @dataclass
@@ -70,7 +70,8 @@ class ProjectionConfig:
         default="features",
         metadata={
             "help": "where those directions lie: 'features', what the head reads; 'logits', the linear head's scores of "
-            "the classes seen so far (for CLIP the cosines with the class names)"
+            "the classes seen so far (for CLIP the cosines with the class names); 'statistics', what the head reads in "
+            "the metric of a statistics head, the inverse of the classes' shared covariance"
         },
     )
     hold_key_norm: bool = field(

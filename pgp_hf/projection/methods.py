@@ -99,6 +99,9 @@ def functional(model: Any, inputs: dict[str, Tensor], context: Context) -> Itera
     k times the sum of these bounds (Cauchy-Schwarz). `probes` draws per image estimate G without bias; the bound holds
     for the estimate.
 
+    In `probe_space="statistics"` drift is measured as a statistics head measures distances, by the inverse of the
+    covariance Sigma that the classes share: probes are `Sigma^-1/2 v`, and G is `sum_x J_x^T Sigma^-1 J_x`.
+
     Preserved is therefore what the head reads of old images, along every path: attention and values, the residual
     stream, LayerNorms, all layers. To first order only: the remainder grows with |D|^2, D being all that has been
     moved since x's task ended. And as long as each image selects the same entries: that is what the keys are protected
@@ -108,7 +111,8 @@ def functional(model: Any, inputs: dict[str, Tensor], context: Context) -> Itera
     batch, and a second moment of n x n values, or a sketch of `2 * SKETCH` x n once that is smaller (`moments.py`).
 
     Raises:
-        ValueError: the images of the batch are not numbered, one index each.
+        ValueError: the images of the batch are not numbered, one index each; `probe_space="statistics"` without a
+            statistics head that knows the task.
     """
     count, config = len(inputs["pixel_values"]), context.config
     if context.images is None or len(context.images) != count:
@@ -119,21 +123,32 @@ def functional(model: Any, inputs: dict[str, Tensor], context: Context) -> Itera
         )
     with torch.enable_grad():
         traced = model.traced(**inputs)
-        output = traced.features if config.probe_space == "features" else model.linear_logits(traced.features)
+        output = model.linear_logits(traced.features) if config.probe_space == "logits" else traced.features
         if config.probe_space == "logits" and context.classes is not None:
             output = output[:, list(context.classes)]
         output = output.float()  # of a pass in bfloat16 too: its gradients are float32
         values = [copies.values for copies in traced.copies.values()]
-        gradients = [
-            torch.autograd.grad(output, values, probes(context, probe, output), retain_graph=probe + 1 < config.probes)
-            for probe in range(config.probes if values else 0)
-        ]
+        turn = _head_metric(model).to(output) if config.probe_space == "statistics" else None
+        gradients = []
+        for probe in range(config.probes if values else 0):
+            directions = probes(context, probe, output)
+            directions = directions if turn is None else directions @ turn.mT
+            gradients.append(torch.autograd.grad(output, values, directions, retain_graph=probe + 1 < config.probes))
     for (name, copies), own in zip(traced.copies.items(), zip(*gradients, strict=True), strict=True):
         # an image's probes side by side: the order of rows does not depend on the batch size
         rows = torch.stack([copies.rows(gradient) for gradient in own], dim=-2)
         yield Observation(name, "prompt", rows.flatten(-3, -2))
     for name, rows in traced.keys.items():
         yield Observation(name, "key", rows)
+
+
+def _head_metric(model: Any) -> Tensor:
+    if model.statistics is None:
+        raise ValueError(
+            "probe_space='statistics' needs a statistics head, which this adapter lacks: set head='statistics' in its "
+            "configuration, or choose another probe_space."
+        )
+    return model.statistics.whitening()
 
 
 def probes(context: Context, probe: int, output: Tensor) -> Tensor:

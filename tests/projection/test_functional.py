@@ -74,6 +74,37 @@ def test_rows_are_the_gradients_of_one_image_at_a_time(method, space):
 
 
 @pytest.mark.parametrize("method", prompted.METHODS)
+def test_probes_in_the_metric_of_the_statistics_head(method):
+    """The rows' second moment is J^T Sigma^-1 J: by linearity, those of probes turned by a root of Sigma^-1."""
+    model, pixels = prompted.make(method, head="statistics"), prompted.images(6)
+    tuner = model.base_model
+    settings = config(probes=2, probe_space="statistics")
+    with pytest.raises(ValueError, match="knows no class yet"):
+        observations(model, pixels, settings)
+    tuner.statistics.update(prompted.features(prompted.make(method), pixels), torch.tensor([0, 1, 2, 0, 1, 2]))
+    turn = tuner.statistics.whitening()
+    assert torch.allclose(turn @ turn.mT, torch.linalg.inv(tuner.statistics.covariance), rtol=1e-6)
+    found = prompts(observations(model, pixels[:1], settings))
+    context, caught = Context(settings, [0], TASK, SEED), []
+    watch = tuner.watch_features(caught.append)
+    model(pixel_values=pixels[:1])
+    watch.remove()
+    for probe in range(2):
+        direction = probes(context, probe, caught[0]).double() @ turn.mT
+        own = [parameters(model)[name] for name in found]
+        gradients = torch.autograd.grad((direction * caught[0]).sum(), own, retain_graph=True)
+        for (name, rows), gradient in zip(found.items(), gradients, strict=True):
+            expected = gradient.flatten(1) if method == "l2p" else gradient.flatten()
+            assert expected.norm() > 1e-3
+            assert torch.allclose(rows[..., probe, :], expected, rtol=1e-3, atol=1e-3 * expected.abs().max()), name
+
+
+def test_the_metric_of_a_head_that_is_not_there():
+    with pytest.raises(ValueError, match="needs a statistics head"):
+        observations(prompted.make("l2p"), prompted.images(2), config(probe_space="statistics"))
+
+
+@pytest.mark.parametrize("method", prompted.METHODS)
 def test_leaves_no_trace(method):
     model, pixels = prompted.make(method), prompted.images()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

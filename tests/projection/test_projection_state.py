@@ -243,7 +243,7 @@ def test_broadcast_buffers_have_the_main_process_shape():
         ({"key_energy": -1}, "key_energy=-1"),
         ({"max_images": 0}, "max_images=0"),
         ({"probes": 0}, "probes=0"),
-        ({"probe_space": "pixels"}, "probe_space='pixels'.*features, logits"),
+        ({"probe_space": "pixels"}, "probe_space='pixels'.*features, logits, statistics"),
         ({"ln_penalty": -1.0}, "ln_penalty=-1.0"),
         ({"ln_penalty": float("nan")}, "ln_penalty=nan"),
     ],
