@@ -111,7 +111,9 @@ def update_rule(facts: Mapping[str, Any], peft_type: str) -> str:
     own, method = _OWN.get(peft_type, ""), facts["method"]
     if method == "none":
         return "Updates were not projected: only the selection of prompts by their keys keeps tasks apart." + own
-    what = "gradient" if facts["settings"].get("apply_to") == "gradient" else "update"
+    what = {"gradient": "gradient", "both": "gradient and each update"}.get(
+        facts["settings"].get("apply_to"), "update"
+    )
     kept = f": {_KEPT[method][0]}" if method in _KEPT else ""
     keys = peft_type == "L2P" and method != "frozen" and facts["settings"].get("key_energy") is not None
     kept += "; keys move orthogonally to old queries" if keys else ""

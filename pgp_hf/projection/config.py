@@ -7,7 +7,7 @@ from typing import Any
 
 from .methods import METHODS
 
-APPLY_TO = ("update", "gradient")
+APPLY_TO = ("update", "gradient", "both")
 PROBE_SPACES = ("features", "logits", "statistics")
 
 
@@ -53,7 +53,8 @@ class ProjectionConfig:
         metadata={
             "help": "'update': after each optimizer step the displacement from the task's start is projected, so that "
             "no optimizer can leave the null space; 'gradient': the gradient is projected before the step (the "
-            "poster's algorithm; Adam leaves the null space)"
+            "poster's algorithm; Adam leaves the null space); 'both': as 'update', and the optimizer sees gradients "
+            "inside the null space alone"
         },
     )
     max_images: int | None = field(
@@ -78,7 +79,7 @@ class ProjectionConfig:
         default=True,
         metadata={
             "help": "keep each projected key's norm as it was at the task's start, so that cosines with protected queries "
-            "stay exactly (apply_to 'update'); the published rule does not"
+            "stay exactly (not with apply_to 'gradient'); the published rule does not"
         },
     )
     ln_penalty: float = field(

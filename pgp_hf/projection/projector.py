@@ -16,13 +16,23 @@ NamedParameters = Iterable[tuple[str, Tensor]]
 TURNED = ".T"
 
 
+class Hooks(tuple):
+    """Handles of an optimizer's hooks."""
+
+    def remove(self) -> None:
+        for hook in self:
+            hook.remove()
+
+
 class NullSpaceProjector:
     """Projects the movement (or the gradient) of named parameters onto the null space of their bases.
 
     `apply_to="update"` projects the displacement `p - p_anchor` from the value at the task's start after each step:
     momentum, Adam's scaling, weight decay and clipping cannot leave the null space, nor does rounding pile up over
     steps. `apply_to="gradient"` projects the gradient before the step, as the poster's algorithm has it; under an
-    optimizer that is not linear in the gradient (Adam) the step leaves the null space all the same.
+    optimizer that is not linear in the gradient (Adam) the step leaves the null space all the same. `apply_to="both"`
+    holds as "update" does, and the optimizer scales and remembers nothing but gradients inside the null space: under
+    "update" alone, directions that may not move decide on the size of Adam's steps in those that may.
 
     A parameter is read as `(*batch, rows, n)`, with the batch and n of its basis: its last dimensions multiply to n,
     its first are the batch. Parameters without a basis are left alone. A name ending in ".T" stands for the parameter
@@ -31,8 +41,8 @@ class NullSpaceProjector:
 
     Args:
         bases: basis of each protected parameter, by name.
-        apply_to: "update" or "gradient".
-        hold_norm: parameters whose rows keep the norm that they had at the anchor, with "update": the part of a row
+        apply_to: "update", "gradient" or "both".
+        hold_norm: parameters whose rows keep the norm that they had at the anchor, unless "gradient": the part of a row
             inside the null space is scaled. Cosines with protected directions then stay exactly, where a projection
             alone keeps the products `q k^T` but not |k|.
 
@@ -138,9 +148,7 @@ class NullSpaceProjector:
         for name, bases in found.items():
             yield name, parameters[name], bases
 
-    def attach(
-        self, optimizer: Optimizer, named_parameters: Callable[[], NamedParameters]
-    ) -> torch.utils.hooks.RemovableHandle:
+    def attach(self, optimizer: Optimizer, named_parameters: Callable[[], NamedParameters]) -> Hooks:
         """Project at every step of `optimizer` from now on.
 
         Optimizer hooks see gradients after accumulation, unscaling and clipping, and do not run for steps that a
@@ -153,9 +161,12 @@ class NullSpaceProjector:
         Returns:
             A handle; `remove()` detaches.
         """
-        if self.apply_to == "gradient":
-            return optimizer.register_step_pre_hook(lambda *_: self.project_gradients_(named_parameters()))
-        return optimizer.register_step_post_hook(lambda *_: self.project_updates_(named_parameters()))
+        hooks = []
+        if self.apply_to != "update":
+            hooks.append(optimizer.register_step_pre_hook(lambda *_: self.project_gradients_(named_parameters())))
+        if self.apply_to != "gradient":
+            hooks.append(optimizer.register_step_post_hook(lambda *_: self.project_updates_(named_parameters())))
+        return Hooks(hooks)
 
 
 def _project_all(bases: dict[str, Basis], name: str, tensor: Tensor) -> Tensor:

@@ -237,7 +237,7 @@ def test_broadcast_buffers_have_the_main_process_shape():
     ("setting", "message"),
     [
         ({"method": "gpm"}, "method='gpm'.*none, pgp"),
-        ({"apply_to": "weights"}, "apply_to='weights'.*update, gradient"),
+        ({"apply_to": "weights"}, "apply_to='weights'.*update, gradient, both"),
         ({"energy": 0}, r"energy=0 is outside \(0, 1\]"),
         ({"energy": 1.5}, "energy=1.5"),
         ({"key_energy": -1}, "key_energy=-1"),

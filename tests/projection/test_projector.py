@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pgp_hf.projection import Basis, NullSpaceProjector, SecondMoment
+from pgp_hf.projection.config import APPLY_TO
 
 SGD, ADAM = torch.optim.SGD, torch.optim.Adam
 OPTIMIZERS = {
@@ -94,9 +95,10 @@ def run(optimizer, apply_to, dtype=torch.float32, **kwargs):
     return bases, before, values(task)
 
 
+@pytest.mark.parametrize("apply_to", ["update", "both"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_updates_stay_in_the_null_space(optimizer):
-    for name, (protected, whole) in inside(*run(optimizer, "update")).items():
+def test_updates_stay_in_the_null_space(optimizer, apply_to):
+    for name, (protected, whole) in inside(*run(optimizer, apply_to)).items():
         assert whole > 1e-2, name
         assert protected / whole < 1e-5, (name, protected / whole)
     for name, (protected, whole) in inside(*run(optimizer, None)).items():
@@ -134,7 +136,7 @@ def test_projected_gradients_do_not_suffice_for_adam_or_weight_decay(optimizer):
         assert protected / whole > 1e-2, (name, protected / whole)
 
 
-@pytest.mark.parametrize("apply_to", ["update", "gradient"])
+@pytest.mark.parametrize("apply_to", APPLY_TO)
 def test_parameters_without_a_basis_train_as_ever(apply_to):
     without = float("inf")  # clipping ties parameters together
     assert torch.equal(*(run("adamw", mode, clip=without)[2]["free"] for mode in (None, apply_to)))
@@ -149,10 +151,30 @@ def test_parameters_without_a_basis_train_as_ever(apply_to):
     assert all(torch.equal(a, b) for a, b in zip(task.parameters(), empty.parameters(), strict=True))
 
 
+def test_with_both_the_optimizer_knows_the_null_space_alone():
+    """Adam's moments, and so its step sizes, do not depend on gradients in the protected space."""
+    basis, start, gradient = make_bases()["key"], torch.randn(6, 12), torch.randn(6, 12)
+    moved = {}
+    for apply_to in ("update", "both"):
+        for protected in (0.0, 100.0):
+            parameter = nn.Parameter(start.clone())
+            optimizer = torch.optim.Adam([parameter], lr=0.1)
+            projector = NullSpaceProjector({"p": basis}, apply_to)
+            projector.anchor([("p", parameter)])
+            handle = projector.attach(optimizer, lambda p=parameter: [("p", p)])
+            parameter.grad = gradient + protected * basis.columns.sum(-1).float()
+            optimizer.step()
+            moved[apply_to, protected] = parameter.detach() - start
+            handle.remove()
+            assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert torch.allclose(moved["both", 0.0], moved["both", 100.0], atol=1e-4)
+    assert not torch.allclose(moved["update", 0.0], moved["update", 100.0], atol=1e-2)
+
+
 def test_null_space_component_is_the_unprojected_one():
     """Under plain SGD with constant gradients the movement is exactly what remains of the free one."""
     basis, start, gradient = make_bases()["key"], torch.randn(6, 12), torch.randn(6, 12)
-    for apply_to in ("update", "gradient"):
+    for apply_to in APPLY_TO:
         parameter = nn.Parameter(start.clone())
         optimizer = SGD([parameter], lr=0.1)
         projector = NullSpaceProjector({"p": basis}, apply_to)
@@ -179,7 +201,7 @@ def test_each_head_has_its_own_directions():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("apply_to", ["update", "gradient"])
+@pytest.mark.parametrize("apply_to", APPLY_TO)
 def test_full_basis_means_no_movement_to_the_bit(apply_to, dtype):
     """Of a whole parameter, and of one head among others."""
     task = Task(dtype)
@@ -189,7 +211,7 @@ def test_full_basis_means_no_movement_to_the_bit(apply_to, dtype):
     heads[1] = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
     projector = NullSpaceProjector({"prompt": Basis(full), "key": Basis(full), "heads": Basis(heads)}, apply_to)
     projector.anchor(task.named_parameters())
-    optimizer, go = train(task, "adamw" if apply_to == "update" else "adam")
+    optimizer, go = train(task, "adam" if apply_to == "gradient" else "adamw")
     projector.attach(optimizer, task.named_parameters)
     go()
     after = values(task)
@@ -226,7 +248,7 @@ def test_parameters_are_looked_up_at_every_step():
     assert torch.equal(current["p"].data, torch.tensor([[0.0, 1, 1]] * 2))
 
 
-@pytest.mark.parametrize("apply_to", ["update", "gradient"])
+@pytest.mark.parametrize("apply_to", APPLY_TO)
 def test_skipped_and_scaled_steps_of_a_gradient_scaler(apply_to):
     """A step that the scaler skips changes nothing; in the others the projector sees unscaled gradients."""
     finals = []
@@ -272,7 +294,7 @@ def test_sharded_parameters_are_projected_shard_by_shard():
         bases = {"p": make_bases()["key"]}
         start = torch.randn(6, 12)
         parameter = nn.Parameter(tensor.distribute_tensor(start.clone(), mesh, [tensor.Shard(0)]))
-        for apply_to in ("update", "gradient"):
+        for apply_to in APPLY_TO:
             projector = NullSpaceProjector(bases, apply_to)
             projector.anchor([("p", parameter)])
             optimizer = SGD([parameter], lr=0.1)
@@ -291,7 +313,7 @@ def one(shape=(2, 3), **kwargs):
 
 
 def test_refuses_an_unknown_mode():
-    with pytest.raises(ValueError, match="apply_to='step'.*update, gradient"):
+    with pytest.raises(ValueError, match="apply_to='step'.*update, gradient, both"):
         one(apply_to="step")
 
 
