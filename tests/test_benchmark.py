@@ -532,7 +532,13 @@ def test_differences_are_paired(script, folder):
         each = ", ".join(f"{value:+.2f}" for value in values)
         return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values):.2f} ({each})"
 
-    assert "frozen-lda" not in found
+    ends = {(run["row"], run["seed"]): run["drift"][-1] for run in map(artifacts.read_json, folder.glob("*.json"))}
+
+    def drifts(name, other):
+        values = [ends[name, seed] / ends[other, seed] for seed in range(3) if (name, seed) in ends]
+        return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+    assert "frozen-lda" not in found and found["l2p-none"][-1] == found["l2p-joint"][-1] == "–"
     for name, reference in (
         ("l2p-attention", "l2p-none"),
         ("dualprompt-pgp", "dualprompt-none"),
@@ -545,6 +551,7 @@ def test_differences_are_paired(script, folder):
         assert row[3] == expect(name, "statistics", reference, "linear")
         assert row[5] == expect(name, "statistics", "frozen-lda", "closed form")
         assert row[7] == expect(name, "statistics", "l2p-frozen", "statistics")
+        assert row[-1] == drifts(name, reference)
     assert found["l2p-attention"][1].count(",") == 1  # two seeds
     assert found["l2p-none"][:4] == ["", "–", "–", "–"]
     assert found["l2p-none@learning_rate=0.5"][0] == "l2p-none"
@@ -563,6 +570,7 @@ def test_the_text_is_computed(script, folder, planned):
     table.write(folder, folder / "table.md", script.ROWS)
     text = (folder / "table.md").read_text()
     assert "patterns, class_incremental; classes: 6, tasks: 3" in text and "Backbone: tiny-vit, image size: 20" in text
+    assert "precision: float32." in text
     assert "learning rate 0.02 / 0.5" in text and "Seeds: 0 / 1 / 2" in text and "(checked)" in text
     assert "python examples/benchmark.py --lr 1 --output_dir benchmarks" in text and "resumed" not in text
     line = next(line for line in text.splitlines() if line.startswith("python") and "l2p-attention" in line)
@@ -575,9 +583,13 @@ def test_the_text_is_computed(script, folder, planned):
 
     odd = made_up(planned("l2p-pgp"), 2, resumed=True)
     odd["heads"]["linear"]["accuracy_matrix"][0][0] += 1
+    half = made_up(planned("l2p-pgp"), 1)
+    half["settings"]["training"]["bf16"] = True
+    artifacts.write_json(folder / "l2p-pgp-seed1.json", half)
     artifacts.write_json(folder / "l2p-pgp-seed2.json", odd)
     table.write(folder, folder / "elsewhere" / "table.md", script.ROWS)
     text = (folder / "elsewhere" / "table.md").read_text()
+    assert "precision: float32 / bfloat16 autocast over float32 weights." in text
     assert "NOT paired" in text and "(checked)" not in text and "l2p-pgp seed 2" in text[text.index("NOT paired") :]
     assert "lower bounds: l2p-pgp seed 2." in text and "(../accuracy.png)" in text
 

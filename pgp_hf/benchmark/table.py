@@ -75,7 +75,8 @@ def protocol(runs: list[Run]) -> str:
             f"Training: {training('optim')}, {training('lr_scheduler_type')} learning rate "
             f"{training('learning_rate')}, batch {training('per_device_train_batch_size')}, epochs a task: "
             f"{training('num_train_epochs')}, augmentation: {training('augmentation')}, classes in the loss: "
-            f"{training('train_mask')}, classes a prediction may take: {training('eval_mask')}."
+            f"{training('train_mask')}, classes a prediction may take: {training('eval_mask')}, precision: "
+            f"{' / '.join(dict.fromkeys(_precision(run) for run in runs if 'training' in run['settings']))}."
         )
     versions = [f"{name} {of('versions', name)}" for name in runs[0]["versions"]]
     text.append(
@@ -83,6 +84,13 @@ def protocol(runs: list[Run]) -> str:
         f"run: {of('threads')}; {', '.join(versions)}."
     )
     return "\n\n".join(text)
+
+
+def _precision(run: Run) -> str:
+    for short, name in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if run["settings"]["training"].get(short):
+            return f"{name} autocast over float32 weights"
+    return "float32"
 
 
 def paired(runs: list[Run]) -> str:
@@ -195,7 +203,7 @@ def differences(rows: dict[str, list[Run]]) -> str:
     lines = [["row", "reference"]]
     lines[0] += [f"{title} minus the reference's" for title in HEADS.values()]
     lines[0] += ["statistics head minus the reference's linear head"]
-    lines[0] += [f"statistics head minus {name}" for name in against]
+    lines[0] += [*(f"statistics head minus {name}" for name in against), "drift, times the reference's"]
     for name, runs in rows.items():
         if CLOSED in runs[0]["heads"]:
             continue
@@ -203,10 +211,11 @@ def differences(rows: dict[str, list[Run]]) -> str:
         cells = [_paired(runs, head, rows.get(reference, []), head) for head in HEADS]
         cells += [_paired(runs, "statistics", rows.get(reference, []), "linear")]
         cells += [_paired(runs, "statistics", rows[other], "statistics") for other in against]
+        cells += [_drift_ratio(runs, rows.get(reference, []))]
         lines.append([name, reference or "", *cells])
     if len(lines) == 1:
         return ""
-    return "## Paired differences of average accuracy (points)\n\n" + _markdown(lines)
+    return "## Paired differences of average accuracy (points), and of drift\n\n" + _markdown(lines)
 
 
 def _reference(name: str, rows: dict[str, list[Run]]) -> str | None:
@@ -224,6 +233,12 @@ def _paired(runs: list[Run], head: str, others: list[Run], other: str) -> str:
         return "–"
     each = f" ({', '.join(f'{value:+.2f}' for value in found)})" if len(found) > 1 else ""
     return _spread(found, 2, sign="+") + each
+
+
+def _drift_ratio(runs: list[Run], others: list[Run]) -> str:
+    theirs = {run["seed"]: run["drift"][-1] for run in others}
+    own = [(run["drift"][-1], theirs.get(run["seed"])) for run in runs if run["num_tasks"] > 1]
+    return _spread([drift / other for drift, other in own if other], 2)
 
 
 def settings(rows: dict[str, list[Run]]) -> str:
