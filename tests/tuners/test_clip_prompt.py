@@ -304,3 +304,20 @@ def test_without_class_names_there_is_nothing_to_classify(images):
         model(pixel_values=images)
     with pytest.raises(TypeError, match="class names"):
         tiny.trainer("unused", model=model)
+
+
+def test_a_second_adapter_starts_zero_shot_too(images):
+    model = make()
+    own = model(pixel_values=images).logits_per_image
+    model.add_adapter("second", config(image_length=0))
+    assert torch.equal(model(pixel_values=images).logits_per_image, own)
+    model.set_adapter("second")
+    with torch.no_grad():
+        scores = model(pixel_values=images).logits_per_image
+        with model.disable_adapter():
+            base = model.base_model
+            texts = base.zero_shot_features()
+            features = base.frozen_features(images)
+    unit = lambda x: x / x.norm(dim=-1, keepdim=True)  # noqa: E731
+    expected = unit(features) @ unit(texts).T * base.model.logit_scale.exp()
+    assert torch.allclose(scores, expected, atol=1e-4)

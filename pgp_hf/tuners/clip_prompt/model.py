@@ -71,7 +71,11 @@ class ClipPromptModel(TaskEntryTuner):
                 model.register_forward_hook(self._after_model),
             ]
         )
-        table = self.text_layer.clip_prompt_features[adapter_name]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; a new adapter's classes start zero-shot. Hooks are set for the first adapter alone, this is not."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config, table = self.peft_config[adapter_name], self.text_layer.clip_prompt_features[adapter_name]
         if not config.inference_mode and table.device.type != "meta" and len(table):
             table.copy_(self._text_features(range(len(table)), None, config))
 
