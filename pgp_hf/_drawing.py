@@ -167,7 +167,7 @@ def heat_map(values: np.ndarray, *, low: float, high: float, bar: str, decimals:
     )  # fmt: skip
     if written:
         for i, j in np.argwhere(np.isfinite(values)):
-            dark = (values[i, j] - low) / (high - low) < 0.55
+            dark = (values[i, j] - low) / ((high - low) or 1) < 0.55
             axes.text(
                 j, i, f"{values[i, j]:.{decimals}f}", ha="center", va="center", fontsize=8,
                 color="white" if dark else "black", in_layout=False,
