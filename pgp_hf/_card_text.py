@@ -75,7 +75,7 @@ def pool(config: Mapping[str, Any], batchwise: bool) -> str:
     )
 
 
-def head(config: Mapping[str, Any]) -> str:
+def head(config: Mapping[str, Any], compensated: bool = False) -> str:
     """What classifies, and from what."""
     clip = config.get("peft_type") == "CLIP_PROMPT"
     trained = "similarity with the class names, each behind its task's context" if clip else "linear"
@@ -83,11 +83,12 @@ def head(config: Mapping[str, Any]) -> str:
     reads = "the image features" if clip else reads
     if config.get("head") != "statistics":
         return trained if clip else f"{trained}, on {reads}"
+    later = "moved since as the features of later tasks' images moved" if compensated else "never refreshed"
     return (
         f"class statistics of {reads}: the mean of each class and one covariance for all (shrinkage "
-        f"{text(config.get('shrinkage'))}), gathered from the training images when their task ended and never "
-        f"refreshed; linear discriminant analysis in closed form. The {'contexts' if clip else 'linear head'} that "
-        "served the training came along"
+        f"{text(config.get('shrinkage'))}), gathered from the training images when their task ended and {later}; "
+        f"linear discriminant analysis in closed form. The {'contexts' if clip else 'linear head'} that served the "
+        "training came along"
     )
 
 

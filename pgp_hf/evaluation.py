@@ -80,6 +80,7 @@ class StreamResults:
     seed: int
     eval_mask: str
     batchwise_prompt: bool
+    compensate_drift: bool = False
     matrix: list[list[float]] = field(default_factory=list)
     linear_matrix: list[list[float]] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
@@ -112,6 +113,8 @@ class StreamResults:
             results["changed_selections"] = self.changed
         if self.usage is not None:
             results["prompt_usage"] = self.usage
+        if self.compensate_drift:
+            results["compensate_drift"] = True
         if self.drift_lacks:
             results["drift_lacks"] = self.drift_lacks
         if self.head == "statistics":
@@ -141,6 +144,11 @@ class StreamResults:
                     f"the earlier run has {name}={results.get(name)!r}, this one {getattr(self, name)!r}: "
                     "continue with the same settings, or choose another output_dir."
                 )
+        if results.get("compensate_drift", False) != self.compensate_drift:
+            raise ValueError(
+                f"the earlier run has compensate_drift={not self.compensate_drift}, this one {self.compensate_drift}: "
+                "continue with the same settings, or choose another output_dir."
+            )
         self.matrix = _rows(results["accuracy_matrix"])
         if self.head == "statistics":
             self.linear_matrix = _rows(results["heads"]["linear"]["accuracy_matrix"])

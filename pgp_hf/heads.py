@@ -139,6 +139,46 @@ class ClassStatistics(nn.Module):
         self.counts.copy_(counts)
         return self
 
+    @torch.no_grad()
+    def follow(
+        self, before: Tensor, after: Tensor, total: Callable[[Tensor], Tensor] | None = None
+    ) -> ClassStatistics:
+        """Move the means along with how the features of other images have moved since.
+
+        Old images are gone, but new ones went through the model before the new task and after it. With x and x + D
+        their features then and m the mean of x, the movement is fitted by ridge regression and applied to each mean,
+
+            D ~ mean(D) + (x - m) A,    A = (S + tr(S) / d I)^-1 sum (x - m)^T (D - mean(D)),    S = sum (x - m)^T (x - m)
+
+        a linear form of semantic drift compensation (Yu et al., CVPR 2020; Gomez-Villa et al., ECCV 2024). Counts and
+        scatter stay.
+
+        Args:
+            before, after: features `(N, d)` of the same images, N >= 0.
+            total: the sum of a tensor over the processes of a data-parallel run, each with images of its own.
+
+        Raises:
+            ValueError: other shapes, or values that are not finite.
+        """
+        dim, device = self.means.shape[1], self.means.device
+        if before.ndim != 2 or before.shape[1] != dim or before.shape != after.shape:
+            raise ValueError(
+                f"features of shape {tuple(before.shape)} before and {tuple(after.shape)} after: expected (N, {dim}) twice."
+            )
+        x, moved = (features.detach().to(device).to(torch.float64) for features in (before, after))
+        if not (torch.isfinite(x).all() and torch.isfinite(moved).all()):
+            raise ValueError("features hold values that are not finite: the model's inputs or prompts have diverged.")
+        total = total or (lambda tensor: tensor)
+        moved = moved - x
+        count = total(torch.tensor(float(len(x)), dtype=torch.float64, device=device)).clamp(min=1)
+        centre, shift = total(x.sum(0)) / count, total(moved.sum(0)) / count
+        x, moved = x - centre, moved - shift
+        scatter, turn = total(x.mT @ x), total(x.mT @ moved)
+        ridge = scatter.diagonal().mean()
+        turn = torch.linalg.solve(scatter + ridge * torch.eye(dim).to(scatter), turn) if ridge > 0 else turn
+        self.means[self.seen] += shift + (self.means[self.seen] - centre) @ turn
+        return self
+
     # ---- the classifier ------------------------------------------------------------------------------------------
 
     @property

@@ -112,7 +112,7 @@ def render_card(
         scenario_text=say.SCENARIOS[scenario],
         class_order=say.class_order(manifest),
         preprocessing=say.preprocessing(processor),
-        head=say.head(adapter_config),
+        head=say.head(adapter_config, bool(results.get("compensate_drift"))),
         projection=say.projection_settings(facts),
         eval_mask=results.get("eval_mask"),
         evaluation=say.evaluation(scenario, results.get("eval_mask"), num_classes),
@@ -131,6 +131,7 @@ def render_card(
         if facts["rows"]
         else None,
         statistics=adapter_config.get("head") == "statistics",
+        compensated=bool(results.get("compensate_drift")),
         projection_limits=say.projection_limits(facts, adapter_config),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,11 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
             raise ValueError(
                 f"probe_space='statistics' needs head='statistics' in the {type(config).__name__}, not {config.head!r}."
             )
+        if self.args.compensate_drift and config.head != "statistics":
+            raise ValueError(
+                f"compensate_drift=True moves the class means of a statistics head, which head={config.head!r} lacks: set "
+                f"head='statistics' in the {type(config).__name__}, or leave it out."
+            )
         self.folder = RunFolder(self.args.output_dir)
         self.results = StreamResults(
             method=config.peft_type.lower(),
@@ -108,6 +114,7 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
             seed=self.args.seed,
             eval_mask=self.args.eval_mask,
             batchwise_prompt=getattr(config, "batchwise_prompt", False),
+            compensate_drift=self.args.compensate_drift,
         )
         self.task: int | None = None  # in training, or trained last
         self._features: dict[int, np.ndarray] = {}  # of each task's test images when it ended
@@ -173,6 +180,9 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         started = time.perf_counter()
         self._cache_train_queries()
         self._count("train", started)
+        started = time.perf_counter()
+        before = self._head_features(t)[0] if self.args.compensate_drift and t > 0 else None
+        self._count("statistics", started)
         # a function of (seed, task) alone: paired runs and resumed runs see the same random numbers
         set_seed(_task_seed(self.args.seed, t))
         self.eval_dataset = self._test_sets(t)
@@ -190,7 +200,7 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
 
         started = time.perf_counter()
         if self.tuner.statistics is not None:
-            self._gather_class_statistics(t)
+            self._gather_class_statistics(t, before)
         if self.projection.active:
             self._gather_statistics(t)
         self._count("statistics", started)
@@ -327,16 +337,33 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         )
 
     @torch.no_grad()
-    def _gather_class_statistics(self, t: int) -> None:
-        """Show the task's training images to the statistics head, as the prompts now render them."""
-        statistics = self.tuner.statistics.fresh()
+    def _head_features(self, t: int) -> tuple[Tensor, Tensor]:
+        """What the head reads of this process's share of the task's training images, and their labels."""
+        found, labels = [], []
         for inputs, _ in self._training_views(t, self.args.eval_batch_size):
-            labels = inputs.pop("labels")
+            labels.append(inputs.pop("labels"))
             with self._head_inputs() as features, self.accelerator.autocast():
                 self.model(**inputs)
-            statistics.update(features[0], labels)
-        if self.args.world_size > 1:
-            statistics.reduce(lambda tensor: self.accelerator.reduce(tensor, "sum"))
+            found.append(features[0].float())
+        return torch.cat(found), torch.cat(labels)
+
+    @torch.no_grad()
+    def _gather_class_statistics(self, t: int, before: Tensor | None) -> None:
+        """Show the task's training images to the statistics head, as the prompts now render them.
+
+        `before`: how they were rendered when the task began, for drift compensation.
+        """
+        several = self.args.world_size > 1
+        total = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if several else None
+        features, labels = self._head_features(t)
+        if before is not None:
+            restricted = self.tuner.without_entry(t)
+            with restricted or nullcontext():
+                after = features if restricted is None else self._head_features(t)[0]
+            self.tuner.statistics.follow(before, after, total)
+        statistics = self.tuner.statistics.fresh().update(features, labels)
+        if several:
+            statistics.reduce(total)
         self.tuner.learn_statistics(statistics)
 
     # ---- small ---------------------------------------------------------------------------------------------------

@@ -43,6 +43,13 @@ class PGPTrainingArguments(TrainingArguments):
             "protects; learning_rate when not given. A first-order projection holds best for small steps"
         },
     )
+    compensate_drift: bool = field(
+        default=False,
+        metadata={
+            "help": "with a statistics head: when a task ends, move the means of older classes as the features of the "
+            "task's own images have moved, which pass through the model before and after; costs one or two such passes"
+        },
+    )
     reinit_optimizer: bool = field(default=True, metadata={"help": "start each task with a fresh optimizer"})
     train_mask: Literal["task", "seen"] = field(
         default="task",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -217,6 +218,13 @@ class PromptTuner(BaseTuner):
         """Take in what a finished task's training images show to the head, which speaks from now on."""
         self.statistics.merge(statistics)
         self._in_task = False
+
+    def without_entry(self, task: int) -> AbstractContextManager | None:
+        """A block in which images pass as they did before this last task, whose entry they may not select.
+
+        None where tasks have no entries that images select: then all images pass as old ones do.
+        """
+        return None
 
     def linear_logits(self, features: Tensor) -> Tensor:
         """What the trained head makes of features `(B, d)`, whichever head speaks; `(B, C)`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,15 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
         for layer in self.layers:
             layer.selected = selected
         return similarity.gather(1, selected).sum(-1)
+
+    @contextmanager
+    def without_entry(self, task: int) -> Iterator[None]:
+        config, learned = self.adapter_config, self.adapter_config.learned_entries
+        config.learned_entries = task
+        try:
+            yield
+        finally:
+            config.learned_entries = learned
 
     # ---- what a projection protects ------------------------------------------------------------------------------
 
