@@ -338,13 +338,13 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
 
     @torch.no_grad()
     def _head_features(self, t: int) -> tuple[Tensor, Tensor]:
-        """What the head reads of this process's share of the task's training images, and their labels."""
+        """What the head reads of this process's share of the task's training images, and their labels; on the CPU."""
         found, labels = [], []
         for inputs, _ in self._training_views(t, self.args.eval_batch_size):
-            labels.append(inputs.pop("labels"))
+            labels.append(inputs.pop("labels").cpu())
             with self._head_inputs() as features, self.accelerator.autocast():
                 self.model(**inputs)
-            found.append(features[0].float())
+            found.append(features[0].float().cpu())
         return torch.cat(found), torch.cat(labels)
 
     @torch.no_grad()
