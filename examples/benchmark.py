@@ -45,15 +45,15 @@ from pgp_hf.benchmark.runs import describe, execute, holder
 
 
 def prompts(
-    what: str, config: type, method: str, small_steps: bool = False, joint: bool = False, **projection: Any
+    what: str, config: type, method: str, careful: bool = False, joint: bool = False, **projection: Any
 ) -> Row:
-    training = {"later_prompt_learning_rate": 0.004} if small_steps else {}
+    training = {"later_prompt_learning_rate": 0.004, "compensate_drift": True} if careful else {}
     return Row(what, prompt=config, projection={"method": method, **projection}, training=training, joint=joint)
 
 
 OUTPUTS, FIRST_ATTENTION = "what the head reads of old images is held", "the first attention of old images is held"
-SMALL = "after the first task prompts learn in smaller steps"
-FUNCTIONAL: dict[str, Any] = {"energy": 0.8, "max_images": 200}
+CAREFUL = "smaller steps after the first task, class means follow the drift"
+FUNCTIONAL: dict[str, Any] = {"energy": 0.95, "apply_to": "both", "max_images": 200}
 ROWS = {
     "frozen-ncm": Row("frozen features, nearest class mean", NearestClassMean),
     "frozen-lda": Row("frozen features, shrinkage LDA", ShrinkageLDA),
@@ -64,12 +64,12 @@ ROWS = {
     "l2p-pgp-gradient": prompts("L2P, PGP on gradients, as published", L2PConfig, "pgp", apply_to="gradient"),
     "l2p-pgp": prompts("L2P, PGP on updates", L2PConfig, "pgp"),
     "l2p-attention": prompts(f"L2P, {FIRST_ATTENTION}", L2PConfig, "attention"),
-    "l2p-small-steps": prompts(f"L2P, no projection, {SMALL}", L2PConfig, "none", small_steps=True),
-    "l2p-functional": prompts(f"L2P, {OUTPUTS}, {SMALL}", L2PConfig, "functional", True, **FUNCTIONAL),
+    "l2p-control": prompts(f"L2P, no projection, {CAREFUL}", L2PConfig, "none", careful=True),
+    "l2p-functional": prompts(f"L2P, {OUTPUTS}, {CAREFUL}", L2PConfig, "functional", True, **FUNCTIONAL),
     "dualprompt-none": prompts("DualPrompt, no projection", DualPromptConfig, "none"),
     "dualprompt-pgp": prompts("DualPrompt, PGP on updates", DualPromptConfig, "pgp"),
     "dualprompt-functional": prompts(
-        f"DualPrompt, {OUTPUTS}, {SMALL}", DualPromptConfig, "functional", True, **FUNCTIONAL
+        f"DualPrompt, {OUTPUTS}, {CAREFUL}", DualPromptConfig, "functional", True, **FUNCTIONAL
     ),
 }
 PROTOCOL = (

@@ -89,11 +89,13 @@ def test_every_row_has_its_method(script, planned):
         if row.classifier is None:
             kind, _, method = name.partition("-")
             assert plan.prompt.peft_type.value.lower() == kind
-            without = dict.fromkeys(("joint", "small-steps"), "none")
+            without = dict.fromkeys(("joint", "control"), "none")
             assert plan.projection.method == {**without, "pgp-gradient": "pgp"}.get(method, method)
-            small = method in ("small-steps", "functional")
-            assert plan.training.later_prompt_learning_rate == (0.004 if small else None)
-            assert plan.projection.apply_to == ("gradient" if method == "pgp-gradient" else "update")
+            careful = method in ("control", "functional")
+            assert plan.training.later_prompt_learning_rate == (0.004 if careful else None)
+            assert plan.training.compensate_drift == careful
+            applied = {"pgp-gradient": "gradient", "functional": "both"}
+            assert plan.projection.apply_to == applied.get(method, "update")
 
 
 def script_help(script) -> str:
