@@ -637,9 +637,13 @@ def test_the_sensitivity_figure_takes_rows_of_one_setting(folder, planned):
     artifacts.write_json(folder / f"{name}-seed0.json", made_up(planned(name), 0))
     rows = rows_of(folder)
     points, usual = figures.sensitivity_points(rows, "l2p-functional")
-    assert usual == {"energy": 0.8, "probes": 2}
-    assert {field: set(values) for field, values in points.items()} == {"energy": {0.8, 0.9}, "probes": {2, 4}}
-    assert points["energy"][0.8]["drift"] == [run["drift"][-1] for run in rows["l2p-functional"]]
+    assert usual == {"energy": 0.95, "probes": 2}
+    assert {field: set(values) for field, values in points.items()} == {"energy": {0.95, 0.9}, "probes": {2, 4}}
+    assert points["energy"][0.95]["drift"] == [run["drift"][-1] for run in rows["l2p-functional"]]
     got = [run["heads"]["statistics"]["average_accuracy"] for run in rows["l2p-functional@probes=4"]]
     assert points["probes"][4]["statistics head"] == got and not math.isnan(got[0])
     assert [path.name for path in figures.figures(rows, folder)] == ["accuracy.png", "sensitivity.png"]
+    rows["l2p-functional@probes=4"] = [run for run in rows["l2p-functional@probes=4"] if run["seed"] == 1]
+    points, _ = figures.sensitivity_points(rows, "l2p-functional")  # paired: the plain row's seed 1 alone
+    assert points["probes"][2]["drift"] == [run["drift"][-1] for run in rows["l2p-functional"] if run["seed"] == 1]
+    assert len(points["energy"][0.95]["drift"]) == 3

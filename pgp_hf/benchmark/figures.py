@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +60,35 @@ def _curves(runs: list[Run], head: str) -> list[list[float]]:
 def sensitivity_points(
     rows: dict[str, list[Run]], swept: str
 ) -> tuple[dict[str, dict[Any, dict[str, list[float]]]], dict[str, Any]]:
-    """What rows `swept@field=value` measured, by field, value and series; and the fields' values in the plain row."""
-    points: dict[str, dict[Any, dict[str, list[float]]]] = {}
+    """What rows `swept@field=value` measured, by field, value and series; and the fields' values in the plain row.
+
+    A field's points are those of the seeds that all of its rows have, so that they are paired.
+    """
+    found: dict[str, dict[Any, list[Run]]] = {}
     usual: dict[str, Any] = {}
     for name, runs in rows.items():
         base, _, setting = name.partition("@")
         if base == swept and setting and "," not in setting:
             field = setting.partition("=")[0]
-            points.setdefault(field, {})[_setting(runs[0], field)] = _series(runs)
-    for field, values in points.items():
+            found.setdefault(field, {})[_setting(runs[0], field)] = runs
+    for field, values in found.items():
         if swept in rows:
             usual[field] = _setting(rows[swept][0], field)
-            values.setdefault(usual[field], _series(rows[swept]))
+            values.setdefault(usual[field], rows[swept])
+    points = {
+        field: {value: _series(_with(_common_seeds(values.values()), runs)) for value, runs in values.items()}
+        for field, values in found.items()
+    }
     return points, usual
+
+
+def _common_seeds(rows: Iterable[list[Run]]) -> set[int]:
+    return set.intersection(*({run["seed"] for run in runs} for runs in rows))
+
+
+def _with(seeds: set[int], runs: list[Run]) -> list[Run]:
+    """The runs with one of the seeds; all where no seed is common to all rows."""
+    return [run for run in runs if run["seed"] in seeds] or runs
 
 
 def _setting(run: Run, field: str) -> Any:
