@@ -68,6 +68,7 @@ ROWS = {
     "l2p-functional": prompts(f"L2P, {OUTPUTS}, {CAREFUL}", L2PConfig, "functional", True, **FUNCTIONAL),
     "dualprompt-none": prompts("DualPrompt, no projection", DualPromptConfig, "none"),
     "dualprompt-pgp": prompts("DualPrompt, PGP on updates", DualPromptConfig, "pgp"),
+    "dualprompt-control": prompts(f"DualPrompt, no projection, {CAREFUL}", DualPromptConfig, "none", careful=True),
     "dualprompt-functional": prompts(
         f"DualPrompt, {OUTPUTS}, {CAREFUL}", DualPromptConfig, "functional", True, **FUNCTIONAL
     ),

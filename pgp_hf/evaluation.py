@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
 
@@ -297,8 +298,8 @@ class StreamEvaluation:
     @torch.no_grad()
     def _frozen_queries(self, images: Dataset) -> Tensor:
         """Queries `(N, d)` of images, on every process, in the batches that evaluation uses."""
-        queries = []
-        for batch in self.get_test_dataloader(images):
+        queries, hidden = [], self.args.disable_tqdm or not self.is_world_process_zero()
+        for batch in tqdm(self.get_test_dataloader(images), desc="queries", leave=False, disable=hidden):
             with self.accelerator.autocast():
                 query = self.tuner.query(self._prepare_inputs(batch)["pixel_values"])
             queries.append(self.accelerator.gather_for_metrics(query).cpu())

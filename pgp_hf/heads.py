@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -165,15 +165,24 @@ class ClassStatistics(nn.Module):
             raise ValueError(
                 f"features of shape {tuple(before.shape)} before and {tuple(after.shape)} after: expected (N, {dim}) twice."
             )
-        x, moved = (features.detach().to(device).to(torch.float64) for features in (before, after))
-        if not (torch.isfinite(x).all() and torch.isfinite(moved).all()):
+        if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
             raise ValueError("features hold values that are not finite: the model's inputs or prompts have diverged.")
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for pair in zip(before.detach().split(4096), after.detach().split(4096), strict=True):
+                x, later = (features.to(device).to(torch.float64) for features in pair)
+                yield x, later - x
+
         total = total or (lambda tensor: tensor)
-        moved = moved - x
-        count = total(torch.tensor(float(len(x)), dtype=torch.float64, device=device)).clamp(min=1)
-        centre, shift = total(x.sum(0)) / count, total(moved.sum(0)) / count
-        x, moved = x - centre, moved - shift
-        scatter, turn = total(x.mT @ x), total(x.mT @ moved)
+        sums = torch.zeros(2, dim, dtype=torch.float64, device=device)
+        for x, moved in batches():
+            sums += torch.stack([x.sum(0), moved.sum(0)])
+        count = total(torch.tensor(float(len(before)), dtype=torch.float64, device=device)).clamp(min=1)
+        centre, shift = total(sums) / count
+        products = torch.zeros(2, dim, dim, dtype=torch.float64, device=device)
+        for x, moved in batches():
+            products += (x - centre).mT @ torch.stack([x - centre, moved - shift])
+        scatter, turn = total(products)
         ridge = scatter.diagonal().mean()
         turn = torch.linalg.solve(scatter + ridge * torch.eye(dim).to(scatter), turn) if ridge > 0 else turn
         self.means[self.seen] += shift + (self.means[self.seen] - centre) @ turn

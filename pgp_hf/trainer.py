@@ -95,7 +95,8 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         config = self.tuner.adapter_config
         if config.id2label == {label: f"LABEL_{label}" for label in config.id2label}:  # the model was given no names
             config.id2label = dict(stream.id2label)
-        if self.projection.config.probe_space == "statistics" and config.head != "statistics":
+        own = self.projection.config
+        if (own.method, own.probe_space) == ("functional", "statistics") and config.head != "statistics":
             raise ValueError(
                 f"probe_space='statistics' needs head='statistics' in the {type(config).__name__}, not {config.head!r}."
             )
@@ -181,7 +182,7 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         self._cache_train_queries()
         self._count("train", started)
         started = time.perf_counter()
-        before = self._head_features(t)[0] if self.args.compensate_drift and t > 0 else None
+        before = self._all_head_features(t) if self.args.compensate_drift and t > 0 else None
         self._count("statistics", started)
         # a function of (seed, task) alone: paired runs and resumed runs see the same random numbers
         set_seed(_task_seed(self.args.seed, t))
@@ -211,10 +212,12 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         return output
 
     def _cache_train_queries(self) -> None:
-        """Compute the queries of the task's training images once, where training would compute them more often."""
+        """Compute the queries of the task's training images once, where they would be computed more often."""
         views = self.train_dataset.views()
-        often = self.args.max_steps <= 0 and len(views) <= self.args.num_train_epochs
-        if views and often and self.args.cache_queries and self.tuner.query is not None:
+        passes = self.args.num_train_epochs + (self.projection.active or self.tuner.statistics is not None)
+        worth = 0 < len(views) < passes and self.args.max_steps <= 0
+        known = isinstance(self.data_collator, ImageCollator)  # another one might augment
+        if worth and known and self.args.cache_queries and self.tuner.query is not None:
             self.train_dataset.queries = torch.stack([self._frozen_queries(view) for view in views])
 
     # ---- training ------------------------------------------------------------------------------------------------
@@ -323,11 +326,9 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
     def _gather_statistics(self, t: int) -> None:
         """Show the task's training images to the projection."""
         several = self.args.world_size > 1
-        # a batch that fits training also fits the backward passes that a projection may need
-        views = self._training_views(t, self.args.train_batch_size, self.projection.config.max_images)
         self.projection.learn(
             self.tuner,
-            (({k: v for k, v in inputs.items() if k != "labels"}, images) for inputs, images in views),
+            self._projection_inputs(t),
             task=t,
             seed=self.args.seed,
             classes=self.stream.seen_classes(t),
@@ -336,16 +337,26 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
             broadcast=broadcast if several else None,
         )
 
+    def _projection_inputs(self, t: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        # a batch that fits training also fits the backward passes that a projection may need
+        for inputs, images in self._training_views(t, self.args.train_batch_size, self.projection.config.max_images):
+            inputs.pop("labels")
+            if "prompt_query" not in inputs and self.tuner.query is not None:
+                with self.accelerator.autocast():  # as training and evaluation see it; the rest is in full precision
+                    inputs["prompt_query"] = self.tuner.query(inputs["pixel_values"])
+            yield inputs, images
+
     @torch.no_grad()
-    def _head_features(self, t: int) -> tuple[Tensor, Tensor]:
-        """What the head reads of this process's share of the task's training images, and their labels; on the CPU."""
-        found, labels = [], []
+    def _head_features(self, t: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the head reads of this process's share of the task's training images, and their labels, by batches."""
         for inputs, _ in self._training_views(t, self.args.eval_batch_size):
-            labels.append(inputs.pop("labels").cpu())
+            labels = inputs.pop("labels")
             with self._head_inputs() as features, self.accelerator.autocast():
                 self.model(**inputs)
-            found.append(features[0].float().cpu())
-        return torch.cat(found), torch.cat(labels)
+            yield features[0].float().cpu(), labels
+
+    def _all_head_features(self, t: int) -> Tensor:
+        return torch.cat([features for features, _ in self._head_features(t)])
 
     @torch.no_grad()
     def _gather_class_statistics(self, t: int, before: Tensor | None) -> None:
@@ -355,13 +366,16 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         """
         several = self.args.world_size > 1
         total = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if several else None
-        features, labels = self._head_features(t)
+        statistics, after = self.tuner.statistics.fresh(), []
+        for features, labels in self._head_features(t):
+            statistics.update(features, labels)
+            if before is not None:
+                after.append(features)
         if before is not None:
             restricted = self.tuner.without_entry(t)
             with restricted or nullcontext():
-                after = features if restricted is None else self._head_features(t)[0]
-            self.tuner.statistics.follow(before, after, total)
-        statistics = self.tuner.statistics.fresh().update(features, labels)
+                seen = torch.cat(after) if restricted is None else self._all_head_features(t)
+            self.tuner.statistics.follow(before, seen, total)
         if several:
             statistics.reduce(total)
         self.tuner.learn_statistics(statistics)

@@ -68,7 +68,8 @@ class PGPTrainingArguments(TrainingArguments):
         default=True,
         metadata={
             "help": "keep the images' queries, which never change, instead of computing them again: of test images, and "
-            "of training images where there are no more views of them (one unaugmented, two flipped) than epochs"
+            "of training images where they have fewer views (one unaugmented, two flipped) than passes over them, unless "
+            "max_steps is set"
         },
     )
     verify_images: bool = field(default=True, metadata={"help": "decode every image once before training starts"})
@@ -118,6 +119,11 @@ class PGPTrainingArguments(TrainingArguments):
                     f"{name}=True would cast the prompts for good, and rounding undoes the projection: use bf16=True, "
                     "which keeps them in float32."
                 )
+        if self.dataloader_drop_last:
+            raise ValueError(
+                "dataloader_drop_last=True would leave test images out of the evaluation, and small tasks out of the "
+                "training: leave it False."
+            )
         if not self.eval_do_concat_batches:
             raise ValueError("eval_do_concat_batches=False leaves test images in pieces: leave it True.")
         if self.remove_unused_columns:

@@ -541,10 +541,14 @@ def test_differences_are_paired(script, folder):
         return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
     assert "frozen-lda" not in found and found["l2p-none"][-1] == found["l2p-joint"][-1] == "–"
+    controlled = found["l2p-functional"]
+    assert controlled[-4] == "l2p-control" and controlled[-1] == drifts("l2p-functional", "l2p-control")
+    assert controlled[-2] == expect("l2p-functional", "statistics", "l2p-control", "statistics")
+    assert controlled[0] == "l2p-none" and found["dualprompt-functional"][-4] == "dualprompt-control"
     for name, reference in (
         ("l2p-attention", "l2p-none"),
         ("dualprompt-pgp", "dualprompt-none"),
-        ("l2p-functional@energy=0.9", "l2p-none"),
+        ("l2p-pgp-gradient", "l2p-none"),
     ):
         row = found[name]
         assert row[0] == reference
@@ -553,7 +557,8 @@ def test_differences_are_paired(script, folder):
         assert row[3] == expect(name, "statistics", reference, "linear")
         assert row[5] == expect(name, "statistics", "frozen-lda", "closed form")
         assert row[7] == expect(name, "statistics", "l2p-frozen", "statistics")
-        assert row[-1] == drifts(name, reference)
+        assert row[-5] == drifts(name, reference)
+        assert row[-4:] == ["", "–", "–", "–"]  # trained as its reference
     assert found["l2p-attention"][1].count(",") == 1  # two seeds
     assert found["l2p-none"][:4] == ["", "–", "–", "–"]
     assert found["l2p-none@learning_rate=0.5"][0] == "l2p-none"
@@ -647,3 +652,5 @@ def test_the_sensitivity_figure_takes_rows_of_one_setting(folder, planned):
     points, _ = figures.sensitivity_points(rows, "l2p-functional")  # paired: the plain row's seed 1 alone
     assert points["probes"][2]["drift"] == [run["drift"][-1] for run in rows["l2p-functional"] if run["seed"] == 1]
     assert len(points["energy"][0.95]["drift"]) == 3
+    rows["l2p-functional@energy=0.9"] = [{**run, "seed": 7} for run in rows["l2p-functional@energy=0.9"]]
+    assert set(figures.sensitivity_points(rows, "l2p-functional")[0]) == {"probes"}  # nothing to pair

@@ -10,6 +10,7 @@ import prompted
 import pytest
 import tiny
 import torch
+from transformers import TrainerCallback
 
 from pgp_hf import PGPTrainer, ProjectionConfig
 from pgp_hf.heads import ClassStatistics
@@ -85,6 +86,13 @@ def test_shares_of_processes_are_the_whole():
         2, lambda rank, reduce, gather, broadcast: statistics().follow(x[rank::2], moved[rank::2], reduce).means
     )
     assert torch.allclose(found[0], whole, rtol=1e-12) and torch.equal(found[0], found[1])
+
+
+def test_many_features_are_summed_in_pieces():
+    head, x = statistics(), others(9000)
+    moved = x + torch.tanh(x)
+    order = torch.randperm(9000)
+    assert torch.allclose(head.follow(x, moved).means, statistics().follow(x[order], moved[order]).means, rtol=1e-9)
 
 
 def test_no_images_move_nothing():
@@ -175,11 +183,20 @@ def test_frozen_prompts_have_nothing_to_follow(tmp_path):
     assert torch.equal(*finals)
 
 
-def test_resumed_is_straight(tmp_path):
+class StopInTheSecondTask(TrainerCallback):
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer.task == 1 and state.epoch == 2:
+            raise KeyboardInterrupt
+
+
+def test_resumed_in_the_middle_of_a_task_is_straight(tmp_path):
     straight = trainer(tmp_path / "a")
     straight.train()
-    first = trainer(tmp_path / "b")
-    first.train_task(0)
+    stop = StopInTheSecondTask()
+    first = stop.trainer = trainer(tmp_path / "b", callbacks=[stop])
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert first.folder.last_checkpoint(1) is not None
     second = trainer(tmp_path / "b")
     second.train(resume_from_checkpoint=True)
     assert torch.equal(second.tuner.statistics.means, straight.tuner.statistics.means)

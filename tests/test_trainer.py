@@ -404,6 +404,7 @@ def test_probes_in_the_metric_of_a_head_that_is_not_there(tmp_path):
         ({"push_to_hub": True, "hub_base_model": "/models/vit"}, "base_model='/models/vit' is not"),
         ({"push_to_hub": True, "hub_wait": -1.0}, "hub_wait=-1.0 must be at least 0"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last=True would leave test images out"),
         ({"bf16_full_eval": True}, "bf16_full_eval=True would cast the prompts"),
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches"),
         ({"crop_min_scale": 0.0}, r"crop_min_scale=0.0 is outside \(0, 1\]"),

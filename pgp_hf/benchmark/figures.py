@@ -62,7 +62,8 @@ def sensitivity_points(
 ) -> tuple[dict[str, dict[Any, dict[str, list[float]]]], dict[str, Any]]:
     """What rows `swept@field=value` measured, by field, value and series; and the fields' values in the plain row.
 
-    A field's points are those of the seeds that all of its rows have, so that they are paired.
+    A field's points are those of the seeds that all of its rows have, so that they are paired; without any, the field
+    is left out.
     """
     found: dict[str, dict[Any, list[Run]]] = {}
     usual: dict[str, Any] = {}
@@ -76,19 +77,15 @@ def sensitivity_points(
             usual[field] = _setting(rows[swept][0], field)
             values.setdefault(usual[field], rows[swept])
     points = {
-        field: {value: _series(_with(_common_seeds(values.values()), runs)) for value, runs in values.items()}
+        field: {value: _series([run for run in runs if run["seed"] in seeds]) for value, runs in values.items()}
         for field, values in found.items()
+        if (seeds := _common_seeds(values.values()))
     }
     return points, usual
 
 
 def _common_seeds(rows: Iterable[list[Run]]) -> set[int]:
     return set.intersection(*({run["seed"] for run in runs} for runs in rows))
-
-
-def _with(seeds: set[int], runs: list[Run]) -> list[Run]:
-    """The runs with one of the seeds; all where no seed is common to all rows."""
-    return [run for run in runs if run["seed"] in seeds] or runs
 
 
 def _setting(run: Run, field: str) -> Any:

@@ -93,12 +93,21 @@ def _precision(run: Run) -> str:
     return "float32"
 
 
+LATER = {"later_prompt_learning_rate", "compensate_drift"}  # settings that do not act in the first task
+
+
+def _training(run: Run) -> dict[str, Any]:
+    """A run's training settings; one that is off is as one that did not exist when the run was made."""
+    return {key: value for key, value in run["settings"]["training"].items() if value not in (None, False)}
+
+
 def paired(runs: list[Run]) -> str:
     """Whether runs of one seed started alike: no projection acts in the first task, so its accuracy must agree."""
     first: dict[str, dict[float, list[str]]] = {}
     for run in runs:
         if "prompt" in run["settings"] and run["num_tasks"] > 1:
-            alike = json.dumps([run["seed"], run["settings"]["prompt"], run["settings"]["training"]], sort_keys=True)
+            training = {k: v for k, v in _training(run).items() if k not in LATER}
+            alike = json.dumps([run["seed"], run["settings"]["prompt"], training], sort_keys=True)
             accuracy = run["heads"]["linear"]["accuracy_matrix"][0][0]
             first.setdefault(alike, {}).setdefault(accuracy, []).append(f"{run['row']} seed {run['seed']}")
     groups = [found for found in first.values() if sum(map(len, found.values())) > 1]
@@ -198,12 +207,20 @@ def notes(runs: list[Run]) -> str:
 
 
 def differences(rows: dict[str, list[Run]]) -> str:
-    """Paired differences, seed by seed: each row with prompts minus its reference without projection, and the like."""
+    """Paired differences, seed by seed: each row with prompts minus its reference, the plain row without projection.
+
+    Where a row trains otherwise than its reference, it has a control too: the row without projection that trains alike.
+    """
     against = [name for name, runs in rows.items() if CLOSED in runs[0]["heads"] or name.endswith("-frozen")]
     lines = [["row", "reference"]]
     lines[0] += [f"{title} minus the reference's" for title in HEADS.values()]
     lines[0] += ["statistics head minus the reference's linear head"]
     lines[0] += [*(f"statistics head minus {name}" for name in against), "drift, times the reference's"]
+    lines[0] += [
+        "control",
+        *(f"{title} minus the control's" for title in HEADS.values()),
+        "drift, times the control's",
+    ]
     for name, runs in rows.items():
         if CLOSED in runs[0]["heads"]:
             continue
@@ -212,6 +229,10 @@ def differences(rows: dict[str, list[Run]]) -> str:
         cells += [_paired(runs, "statistics", rows.get(reference, []), "linear")]
         cells += [_paired(runs, "statistics", rows[other], "statistics") for other in against]
         cells += [_drift_ratio(runs, rows.get(reference, []))]
+        control = _control(name, rows)
+        control = None if control == reference else control
+        cells += [control or "", *(_paired(runs, head, rows.get(control, []), head) for head in HEADS)]
+        cells += [_drift_ratio(runs, rows.get(control, []))]
         lines.append([name, reference or "", *cells])
     if len(lines) == 1:
         return ""
@@ -223,6 +244,21 @@ def _reference(name: str, rows: dict[str, list[Run]]) -> str | None:
     method, _, setting = name.partition("@")
     plain = f"{method.partition('-')[0]}-none"
     return next((row for row in (f"{plain}@{setting}", plain) if row in rows and row != name), None)
+
+
+def _control(name: str, rows: dict[str, list[Run]]) -> str | None:
+    """The row with the prompts and the training of row `name`, but without projection."""
+
+    def alike(run: Run) -> tuple[Any, ...]:
+        return run["settings"]["prompt"], _training(run), run["settings"]["data"]
+
+    own = alike(rows[name][0])
+    found = (
+        row
+        for row, (run, *_) in rows.items()
+        if row != name and "prompt" in run["settings"] and run["settings"]["projection"]["method"] == "none"
+    )
+    return next((row for row in found if alike(rows[row][0]) == own), None)
 
 
 def _paired(runs: list[Run], head: str, others: list[Run], other: str) -> str:

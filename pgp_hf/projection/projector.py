@@ -32,7 +32,8 @@ class NullSpaceProjector:
     steps. `apply_to="gradient"` projects the gradient before the step, as the poster's algorithm has it; under an
     optimizer that is not linear in the gradient (Adam) the step leaves the null space all the same. `apply_to="both"`
     holds as "update" does, and the optimizer scales and remembers nothing but gradients inside the null space: under
-    "update" alone, directions that may not move decide on the size of Adam's steps in those that may.
+    "update" alone, directions that may not move decide on the size of Adam's steps in those that may. (Clipping comes
+    before the step and measures the whole gradient in any case.)
 
     A parameter is read as `(*batch, rows, n)`, with the batch and n of its basis: its last dimensions multiply to n,
     its first are the batch. Parameters without a basis are left alone. A name ending in ".T" stands for the parameter

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from pgp_hf import DualPromptConfig, L2PConfig, ProjectionConfig
 from pgp_hf.artifacts import RunFolder
+from pgp_hf.images import ImageCollator
 
 
 def weights(folder):
@@ -160,10 +161,41 @@ def test_cached_queries_are_live_queries(tmp_path, augmentation):
         np.testing.assert_allclose(kept._features[t], live._features[t], atol=1e-5)
 
 
-def test_training_queries_are_kept_only_where_that_saves_work(tmp_path):
-    trainer = tiny.trainer(tmp_path, augmentation="flip", num_train_epochs=1)
+def test_bases_do_not_depend_on_the_cache_under_autocast(tmp_path):
+    """The key rows are the queries as training sees them: in bfloat16, whether kept or computed again."""
+    bases = []
+    for cached in (True, False):
+        trainer = tiny.trainer(tmp_path / str(cached), cache_queries=cached, bf16=True, per_device_train_batch_size=8)
+        trainer.train_task(0)
+        bases.append(trainer.projection.bases)
+    for name, basis in bases[0].items():
+        assert torch.equal(basis.ranks, bases[1][name].ranks)
+        projectors = [b[name].columns @ b[name].columns.mT for b in bases]
+        assert torch.allclose(*projectors, atol=2e-2), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"num_train_epochs": 1}, False),  # two views of each image, of which training sees one and the projection one
+        ({"num_train_epochs": 1, "augmentation": "none"}, True),
+        ({"max_steps": 3}, False),
+        ({"num_train_epochs": 2}, True),
+    ],
+)
+def test_training_queries_are_kept_only_where_that_saves_work(tmp_path, settings, kept):
+    trainer = tiny.trainer(tmp_path, **{"augmentation": "flip", **settings})
     trainer.train_task(0)
-    assert trainer.train_dataset.queries is None  # two views of each image, of which training sees one
+    assert (trainer.train_dataset.queries is not None) == kept
+
+
+def test_a_collator_of_ones_own_gets_no_kept_training_queries(tmp_path):
+    """It may augment, and a kept query would be that of another image."""
+    trainer = tiny.trainer(tmp_path, augmentation="none")
+    own = ImageCollator(tiny.processor())
+    trainer.data_collator = lambda items: own(items)
+    trainer.train_task(0)
+    assert trainer.train_dataset.queries is None
 
 
 def test_workers_change_nothing(tmp_path, straight):

@@ -15,8 +15,8 @@ if __name__ == "__main__":
     folder, batch, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     moments.SKETCH = 23  # the functional method's gradients, of 48 values, are kept as a sketch
     model, projection = tiny.model(head="statistics"), ProjectionConfig(method=method, energy=0.9, key_energy=0.9)
-    settings = {"per_device_train_batch_size": batch, "augmentation": "crop_flip", "projection": projection}
-    trainer = tiny.trainer(folder, model=model, **settings)
+    settings = {"per_device_train_batch_size": batch, "augmentation": "flip", "projection": projection}
+    trainer = tiny.trainer(folder, model=model, compensate_drift=True, **settings)
     trainer.train()
     rows = {name: info["samples"] for name, info in trainer.projection.info.items()}
     (folder / f"rank-{trainer.accelerator.process_index}.json").write_text(
