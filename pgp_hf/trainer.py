@@ -359,7 +359,7 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         return torch.cat([features for features, _ in self._head_features(t)])
 
     @torch.no_grad()
-    def _gather_class_statistics(self, t: int, before: Tensor | None) -> None:
+    def _gather_class_statistics(self, t: int, before: Tensor | None = None) -> None:
         """Show the task's training images to the statistics head, as the prompts now render them.
 
         `before`: how they were rendered when the task began, for drift compensation.
