@@ -629,6 +629,7 @@ def test_the_accuracy_figure_shows_plain_rows_and_the_best_without_prompts(folde
         "frozen-ridge",
         "none",
         "pgp",
+        "control",
         "functional",
     }  # its name is longest
     assert not any("@" in label for panel in panels.values() for label in panel)

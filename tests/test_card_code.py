@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -61,10 +62,13 @@ def test_it_predicts_and_scores_like_the_run(place):
 
     classifier = load_pretrained(folder, backbone=backbone)
     expected = classifier.predict(place / "photo.jpg", top_k=3)
-    assert predicted == repr(expected) and len(expected[0]) == 3
+    found = ast.literal_eval(predicted)  # of another process, whose threads may round otherwise
+    assert [[one["label"] for one in image] for image in found] == [[one["label"] for one in expected[0]]]
+    assert [one["score"] for one in found[0]] == pytest.approx([one["score"] for one in expected[0]], abs=1e-4)
+    assert len(expected[0]) == 3
     with torch.no_grad():
         pixels = classifier.processor(Image.open(place / "photo.jpg"), return_tensors="pt")["pixel_values"]
         known = classifier.model(pixel_values=pixels).logits
     learned = torch.tensor(classifier.classes)
-    assert torch.equal(torch.tensor(json.loads(scores))[:, learned], known[:, learned])
+    assert torch.allclose(torch.tensor(json.loads(scores))[:, learned], known[:, learned], rtol=1e-4, atol=1e-3)
     assert known.shape[1] == 6 and len(learned) == 4
