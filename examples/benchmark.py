@@ -37,7 +37,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from pgp_hf import DualPromptConfig, L2PConfig, PGPTrainingArguments
-from pgp_hf.arguments import DataArguments, ModelArguments
+from pgp_hf.arguments import DataArguments, ModelArguments, option
 from pgp_hf.baselines.frozen import NearestClassMean, RandomProjectionRidge, ShrinkageLDA
 from pgp_hf.benchmark import table
 from pgp_hf.benchmark.plans import Plan, Row, is_folder, plan
@@ -61,7 +61,9 @@ ROWS = {
     "l2p-joint": prompts("L2P, all classes as one task: an upper bound", L2PConfig, "none", joint=True),
     "l2p-frozen": prompts("L2P, prompts and keys frozen after the first task", L2PConfig, "frozen"),
     "l2p-none": prompts("L2P, no projection", L2PConfig, "none"),
-    "l2p-pgp-gradient": prompts("L2P, PGP on gradients, as published", L2PConfig, "pgp", apply_to="gradient"),
+    "l2p-pgp-gradient": prompts(
+        "L2P, PGP on gradients, as in the paper's algorithm", L2PConfig, "pgp", apply_to="gradient"
+    ),
     "l2p-pgp": prompts("L2P, PGP on updates", L2PConfig, "pgp"),
     "l2p-attention": prompts(f"L2P, {FIRST_ATTENTION}", L2PConfig, "attention"),
     "l2p-control": prompts(f"L2P, no projection, {CAREFUL}", L2PConfig, "none", careful=True),
@@ -105,7 +107,7 @@ class BenchmarkArguments:
 
 def parse(argv: Sequence[str]) -> tuple[BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments]:
     """The command line, the protocol's arguments before it, so that what is given wins."""
-    given = {token.split("=")[0] for token in argv}
+    given = set(map(option, argv))
     own = given & {"--seed", "--resume_from_checkpoint", "--overwrite_output_dir"}
     if own:
         raise ValueError(f"{', '.join(sorted(own))}: runs are named by --seeds and go on by themselves, leave it out.")
@@ -124,7 +126,7 @@ def result_arguments(argv: Sequence[str]) -> str:
     own, kept, skipping = {f"--{one.name}" for one in fields(BenchmarkArguments)} | {"--output_dir"}, [], False
     for token in argv:
         if token.startswith("--"):
-            skipping = token.split("=")[0] in own
+            skipping = option(token) in own
         if not skipping:
             flag, equals, value = token.partition("=") if token.startswith("--") else ("", "", token)
             public = f"DIR/{os.path.basename(os.path.abspath(value))}" if is_folder(value) else value
@@ -142,7 +144,7 @@ def schedule(groups: list[list[Plan]], argv: Sequence[str], jobs: int, after: Ca
         while waiting or running:
             while waiting and len(running) < jobs:
                 group = waiting.pop(0)
-                log = group[0].folder / "log.txt"
+                log = group[0].work / "logs" / f"{group[0].label}.txt"  # outlives the work folders
                 log.parent.mkdir(parents=True, exist_ok=True)
                 rows = [each.name for each in group]
                 command = [sys.executable, __file__, *argv, "--worker", "true", "--seeds", str(group[0].seed)]

@@ -165,6 +165,16 @@ def test_a_file_of_other_settings_is_no_finished_run(planned):
     changed = planned("l2p-pgp", more=["--learning_rate", "0.1"])
     with pytest.raises(ValueError, match=r"training.learning_rate is 0.02 there, 0.1 here.*another --output_dir"):
         changed.finished()
+    half = planned("l2p-pgp", more=["--bf16", "true"])  # what is at its default counts too, on either side
+    with pytest.raises(ValueError, match=r"training.bf16 is False there, True here"):
+        half.finished()
+    artifacts.write_json(plan.file, {"settings": half.settings()})
+    with pytest.raises(ValueError, match=r"training.bf16 is True there, False here"):
+        plan.finished()
+    assert planned("l2p-pgp", more=["--bf16", "true", "--logging_steps", "3"]).finished()  # which changes no number
+    artifacts.write_json(plan.file, {"settings": {**settings, "training": {**settings["training"], "coming": 1}}})
+    with pytest.raises(ValueError, match=r"training.coming is 1 there, 'unknown' here"):
+        plan.finished()
     plan.file.unlink()
     artifacts.write_json(plan.folder / "settings.json", settings)
     with pytest.raises(ValueError, match=r"settings.json has other settings.*delete its folder"):
@@ -197,6 +207,7 @@ def test_a_runs_file_has_everything(whole):
     assert whole["cpu_seconds"] > 0
     assert 100 < whole["peak_memory_mb"] < 100_000 and whole["threads"] >= 1 and whole["cpu_count"] == os.cpu_count()
     assert whole["machine"]["processor"] and os.uname().nodename not in json.dumps(whole["machine"]).split('"')
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in whole["sha256"].values())
     assert whole["versions"]["torch"] and whole["settings"]["projection"]["method"] == "pgp"
 
 
@@ -280,7 +291,7 @@ def test_a_run_has_one_process(planned, tmp_path):
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 STAND_IN = """
-import json, pathlib, sys, time
+import json, pathlib, shutil, sys, time
 argv = sys.argv
 rows = " ".join(argv).split("--rows ")[-1].split()
 out = pathlib.Path(argv[argv.index("--output_dir") + 1])
@@ -292,9 +303,13 @@ for row in rows:
         sys.exit("the loss became nan")
     if row == "dualprompt-none":
         time.sleep(60)
+    if "late" in (out / "mood").read_text() and row == "frozen-lda":
+        sys.exit("no memory left")
     made = json.loads((out / "made" / f"{row}.json").read_text())
     made.update(row=row, seed=int(seed))
     (out / f"{row}-seed{seed}.json").write_text(json.dumps(made))
+    for folder in out.parent.rglob(f"{row}-seed{seed}"):  # as the work folder of a finished run
+        shutil.rmtree(folder)
 """
 
 
@@ -325,7 +340,7 @@ def made_up(plan: plans.Plan, seed: int, **more) -> dict:
     return {
         "row": plan.name, "seed": seed, "arguments": "--lr 1", "settings": plan.settings(), "num_tasks": tasks,
         "num_classes": 6, "heads": heads, "drift": [0, 0.1 * (seed + 1)], "seconds": {"train": 60, "evaluation": 30},
-        "cpu_seconds": 120.0, "peak_memory_mb": 500.0, "threads": 1, "cpu_count": 2, "machine": {"processor": "p", "device": "cpu"},
+        "cpu_seconds": 120.0, "peak_memory_mb": 500.0, "threads": 1, "cpu_count": 2, "sha256": {"backbone": "b0", "stream": f"s{seed}"}, "machine": {"processor": "p", "device": "cpu"},
         "versions": {"torch": "2"}, **prompted, **more,
     }  # fmt: skip
 
@@ -379,6 +394,17 @@ def test_a_crash_stops_nothing_else_and_finished_runs_are_skipped(
     assert script.main(command) == 0 and len((out / "starts").read_text().splitlines()) == 8
 
 
+def test_a_group_that_fails_late_is_told_with_its_log(script, planned, local, tmp_path, monkeypatch, capsys):
+    """The first of two frozen rows is finished, and its work folder gone, when the second one fails."""
+    out = stand_in(script, planned, tmp_path, monkeypatch)
+    (out / "mood").write_text("late")
+    rows = ["frozen-ncm", "frozen-lda", "l2p-none"]
+    assert script.main([*local, "--output_dir", str(out), "--seeds", "0", "--rows", *rows]) == 1
+    printed = capsys.readouterr().out
+    assert re.search("frozen-ncm seed 0: finished", printed) and re.search("l2p-none seed 0: finished", printed)
+    assert "no memory left" in re.search("frozen-lda seed 0: FAILED.*", printed)[0]
+
+
 def test_a_termination_ends_the_workers(script, planned, local, tmp_path, monkeypatch):
     out = stand_in(script, planned, tmp_path, monkeypatch)
     started = []
@@ -422,11 +448,17 @@ def test_jobs_share_the_cores_out(script, planned, local, tmp_path, monkeypatch)
 def test_arguments_that_runs_set_themselves_are_refused(script):
     with pytest.raises(ValueError, match="--seed: runs are named by --seeds"):
         script.main(["--seed", "3"])
+    with pytest.raises(ValueError, match="--resume_from_checkpoint: runs"):
+        script.main(["--resume-from-checkpoint=true"])
 
 
 def test_nothing_named_means_the_embedded_digits(script):
     _, model, data, training = script.parse([])
     assert model.image_size is None and data.num_tasks == 5 and data.max_train_samples_per_class == 40
+    assert (
+        script.result_arguments(["--output-dir", "x", "--jobs=2", "--learning-rate", "0.1"]) == "--learning-rate 0.1"
+    )
+    assert script.parse(["--dataset-name", "x"])[1].image_size == 112
     bench, model, data, training = script.parse(["--dataset_name", "x", "--num_tasks", "20"])
     assert (model.image_size, data.num_tasks, data.max_train_samples_per_class) == (112, 20, 50)
     assert (training.learning_rate, training.num_train_epochs, training.augmentation) == (0.0075, 3, "flip")
@@ -587,6 +619,9 @@ def test_the_text_is_computed(script, folder, planned):
     assert "learning_rate=0.5" in settings["l2p-none@learning_rate=0.5"][0]
     assert "num_tasks=1" in settings["l2p-joint"][0]
     assert "value_energy=0.95" in text[text.index("All rows with prompts") :].splitlines()[0]
+    assert "method=none" in settings["l2p-none"][0] and not re.search("energy|probes", settings["l2p-none"][0])
+    assert "- `l2p-pgp`: L2P, PGP on updates" in text and "one standard deviation" in text
+    assert "SHA-256 of the backbone's weights: b0; of class order and images: seed 0 s0, seed 1 s1, seed 2 s2." in text
 
     odd = made_up(planned("l2p-pgp"), 2, resumed=True)
     odd["heads"]["linear"]["accuracy_matrix"][0][0] += 1
@@ -648,7 +683,9 @@ def test_the_sensitivity_figure_takes_rows_of_one_setting(folder, planned):
     assert points["energy"][0.95]["drift"] == [run["drift"][-1] for run in rows["l2p-functional"]]
     got = [run["heads"]["statistics"]["average_accuracy"] for run in rows["l2p-functional@probes=4"]]
     assert points["probes"][4]["statistics head"] == got and not math.isnan(got[0])
-    assert [path.name for path in figures.figures(rows, folder)] == ["accuracy.png", "sensitivity.png"]
+    drawn = figures.figures(rows, folder)
+    assert [path.name for path in drawn] == ["accuracy.png", "sensitivity.png"]
+    assert "seeds: energy 3, probes 3;" in drawn[folder / "sensitivity.png"]
     rows["l2p-functional@probes=4"] = [run for run in rows["l2p-functional@probes=4"] if run["seed"] == 1]
     points, _ = figures.sensitivity_points(rows, "l2p-functional")  # paired: the plain row's seed 1 alone
     assert points["probes"][2]["drift"] == [run["drift"][-1] for run in rows["l2p-functional"] if run["seed"] == 1]

@@ -21,15 +21,27 @@ def own_head(run: Run, head: str) -> dict[str, Any] | None:
     return run["heads"].get(head) or (run["heads"].get(CLOSED) if head == "statistics" else None)
 
 
-def figures(rows: dict[str, list[Run]], folder: Path) -> list[Path]:
-    """Draw what the runs allow: `accuracy.png`, and `sensitivity.png` where rows vary a setting; returns the files."""
-    drawn = []
+def figures(rows: dict[str, list[Run]], folder: Path) -> dict[Path, str]:
+    """Draw what the runs allow: `accuracy.png`, and `sensitivity.png` where rows vary a setting.
+
+    Returns:
+        What each file shows, by file.
+    """
+    drawn = {}
     panels = accuracy_panels(rows)
     if panels:
-        drawn.append(plots.accuracy_bands(panels, folder / "accuracy.png"))
+        drawn[plots.accuracy_bands(panels, folder / "accuracy.png")] = (
+            "Mean over a row's seeds, with a band of one standard deviation where it has several. Lines have the names "
+            "of rows without that of the panel's method; of the rows without prompts the best one at the end is in each "
+            "panel. A joint row has one task: the level line."
+        )
     points, usual = sensitivity_points(rows, SWEPT)
     if points:
-        drawn.append(plots.sensitivity(points, folder / "sensitivity.png", usual))
+        seeds = {field: {len(found["drift"]) for found in values.values()}.pop() for field, values in points.items()}
+        drawn[plots.sensitivity(points, folder / "sensitivity.png", usual)] = (
+            f"Row {SWEPT} (grey bars) and rows that differ from it in one setting; values at equal distances; seeds: "
+            f"{', '.join(f'{field} {count}' for field, count in seeds.items())}; bars are one standard deviation."
+        )
     return drawn
 
 

@@ -15,8 +15,9 @@ from ..arguments import DataArguments, ModelArguments
 from ..projection import ProjectionConfig
 from ..training_args import PGPTrainingArguments
 
-# neither settings of the method nor to be had in a row's name
+# neither settings of the method nor to be had in a row's name; the quiet ones change no number
 PER_RUN = {"output_dir", "overwrite_output_dir", "seed", "data_seed", "disable_tqdm", "resume_from_checkpoint"}
+QUIET = {"dataloader_num_workers", "report_to", "logging_steps", "logging_strategy", "run_name", "verify_images"}
 FIXED = {"method", "head", "push_to_hub"} | PER_RUN
 FILLED_IN = {"hidden_size", "target_modules", "interpolate_pos_encoding"}  # when the adapter meets its backbone
 
@@ -86,17 +87,20 @@ class Plan:
         told = {"model": _public(vars(self.model)), "data": _public(vars(self.data))}
         if self.classifier is not None:
             return {**told, "classifier": {"name": type(self.classifier).__name__, **asdict(self.classifier)}}
-        plain, own = PGPTrainingArguments("plain").to_dict(), PGPTrainingArguments.__annotations__
-        return {
-            **told,
-            "prompt": {key: value for key, value in self.prompt.settings().items() if key not in FILLED_IN},
-            "projection": self.projection.to_dict(),
-            "training": {
-                key: value
-                for key, value in self.training.to_dict().items()
-                if (key in own or value != plain[key]) and key not in PER_RUN and "hub" not in key
-            },
-        }
+        plain, own = _training(PGPTrainingArguments("plain")), PGPTrainingArguments.__annotations__
+        training = {k: v for k, v in _training(self.training).items() if k in own or v != plain[k]}
+        return {**told, "prompt": _prompt(self.prompt), "projection": self.projection.to_dict(), "training": training}
+
+    def _completed(self, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Settings with the defaults of what they leave out: what was at its default, or did not exist yet."""
+        defaults = {"model": vars(ModelArguments()), "data": vars(DataArguments())}
+        if self.classifier is None:
+            defaults["training"] = _training(PGPTrainingArguments("plain"))
+            defaults["prompt"] = _prompt(type(self.prompt)(head="statistics"))
+            defaults["projection"] = ProjectionConfig().to_dict()
+        else:
+            defaults["classifier"] = asdict(type(self.classifier)())
+        return {part: {**defaults.get(part, {}), **given} for part, given in settings.items()}
 
     def finished(self) -> bool:
         """Whether the run's file is there.
@@ -110,7 +114,7 @@ class Plan:
         ):
             if file.exists():
                 found = artifacts.read_json(file)
-                differ = _differences(self.settings(), found.get("settings", found))
+                differ = _differences(*map(self._completed, (self.settings(), found.get("settings", found))))
                 if differ:
                     raise ValueError(f"{file} has other settings ({'; '.join(differ[:4])}): {remedy}.")
         return self.file.exists()
@@ -211,12 +215,21 @@ def is_folder(value: Any) -> bool:
     return isinstance(value, str) and os.path.isdir(value)
 
 
-def _differences(mine: dict[str, Any], theirs: dict[str, Any], where: str = "") -> list[str]:
-    """What differs among the settings that both have: one that a side lacks did not exist when it was written."""
+def _training(arguments: PGPTrainingArguments) -> dict[str, Any]:
+    return {k: v for k, v in arguments.to_dict().items() if k not in PER_RUN and "hub" not in k}
+
+
+def _prompt(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in config.settings().items() if key not in FILLED_IN}
+
+
+def _differences(mine: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> list[str]:
+    """What differs among complete settings, by part and key."""
     found = []
-    for key in sorted(mine.keys() & theirs.keys()):
-        if isinstance(mine[key], dict) and isinstance(theirs[key], dict):
-            found += _differences(mine[key], theirs[key], f"{where}{key}.")
-        elif mine[key] != theirs[key]:
-            found.append(f"{where}{key} is {theirs[key]!r} there, {mine[key]!r} here")
+    for part in sorted(mine.keys() | theirs.keys()):
+        own, other = mine.get(part, {}), theirs.get(part, {})
+        for key in sorted((own.keys() | other.keys()) - QUIET):
+            here, there = own.get(key, "unknown"), other.get(key, "unknown")
+            if here != there:
+                found.append(f"{part}.{key} is {there!r} there, {here!r} here")
     return found

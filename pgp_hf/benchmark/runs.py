@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import json
 import os
 import platform
 import re
@@ -20,11 +22,13 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from peft import get_peft_model
+from transformers import PreTrainedModel
 
-from .. import artifacts, metrics
+from .. import artifacts, metrics, revisions
 from ..baselines.frozen import frozen_matrices, stream_features
 from ..evaluation import versions
 from ..images import ImageCollator
+from ..stream import TaskStream
 from ..trainer import PGPTrainer
 from ..tuners import L2PConfig
 from .figures import CLOSED
@@ -79,6 +83,7 @@ def _frozen(plans: list[Plan]) -> Iterator[tuple[Plan, dict[str, Any]]]:
             {
                 "num_tasks": stream.num_tasks,
                 "num_classes": stream.num_classes,
+                "sha256": digests(stream, backbone),
                 "heads": {CLOSED: {"accuracy_matrix": matrix, **metrics.summarize(matrix)}},
                 "drift": [0.0] * stream.num_tasks,
                 "seconds": {"features": extraction, "fit": time.perf_counter() - began},
@@ -107,7 +112,17 @@ def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
     results = trainer.results.to_dict()
     elsewhere = results["heads"]["linear"].keys() | {"method", "projection", "seed", "versions"}
     kept = {key: value for key, value in results.items() if key not in elsewhere}
-    yield plan, {"num_classes": stream.num_classes, **kept, "resumed": resumed}
+    made_of = digests(stream, backbone)
+    yield plan, {"num_classes": stream.num_classes, "sha256": made_of, **kept, "resumed": resumed}
+
+
+def digests(stream: TaskStream, backbone: PreTrainedModel) -> dict[str, str | None]:
+    """What a run is made of: class order and images of the stream, and the backbone's weights without its head."""
+    tasks = json.dumps(stream.manifest()["tasks"], sort_keys=True)
+    return {
+        "stream": hashlib.sha256(tasks.encode()).hexdigest(),
+        "backbone": revisions.backbone_sha256(backbone, ["classifier"]),
+    }
 
 
 @contextlib.contextmanager

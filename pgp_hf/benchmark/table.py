@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from .. import artifacts
 from .figures import CLOSED, HEADS, Run, figures, own_head
+from .plans import Row
 
 
 def read(folder: Path) -> list[Run]:
@@ -20,11 +22,11 @@ def read(folder: Path) -> list[Run]:
     return [artifacts.read_json(file) for file in sorted(folder.glob("*-seed*.json"))]
 
 
-def write(folder: Path, file: Path, order: Iterable[str] = ()) -> None:
+def write(folder: Path, file: Path, known: Mapping[str, Row] = MappingProxyType({})) -> None:
     """Write the table of the runs in `folder` to `file`, and the figures into `folder`.
 
     Args:
-        order: names of rows in the order of the table; rows that differ in settings alone stand together.
+        known: rows by name, in the order of the table; rows that differ in settings alone stand together.
 
     Raises:
         ValueError: no finished run.
@@ -32,14 +34,17 @@ def write(folder: Path, file: Path, order: Iterable[str] = ()) -> None:
     runs = read(folder)
     if not runs:
         raise ValueError(f"{folder} holds no finished run (*-seed*.json): run the benchmark first.")
-    place = {name: index for index, name in enumerate(order)}
+    place = {name: index for index, name in enumerate(known)}
     runs.sort(key=lambda run: (place.get(base(run["row"]), len(place)), run["row"], run["seed"]))
     rows: dict[str, list[Run]] = {}
     for run in runs:
         rows.setdefault(run["row"], []).append(run)
-    drawn = [f"![{path.stem}]({os.path.relpath(path, file.parent)})" for path in figures(rows, folder)]
-    parts = ["# Benchmark", protocol(runs), commands(rows, folder, list(place)), main_table(rows), notes(runs), *drawn]
-    parts += [differences(rows), settings(rows)]
+    drawn = [
+        f"![{path.stem}]({os.path.relpath(path, file.parent)})\n\n{caption}"
+        for path, caption in figures(rows, folder).items()
+    ]
+    parts = ["# Benchmark", protocol(runs), commands(rows, folder, list(place)), main_table(rows), notes(runs)]
+    parts += [legend(rows, known), *drawn, differences(rows), settings(rows)]
     with artifacts.replacing(file) as temporary:
         temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
@@ -77,6 +82,16 @@ def protocol(runs: list[Run]) -> str:
             f"{training('num_train_epochs')}, augmentation: {training('augmentation')}, classes in the loss: "
             f"{training('train_mask')}, classes a prediction may take: {training('eval_mask')}, precision: "
             f"{' / '.join(dict.fromkeys(_precision(run) for run in runs if 'training' in run['settings']))}."
+        )
+    content = [run for run in runs if "sha256" in run and run["num_tasks"] > 1]
+    if content:
+        seeds = {
+            run["seed"]: _values([r for r in content if r["seed"] == run["seed"]], "sha256", "stream")
+            for run in content
+        }
+        text.append(
+            f"SHA-256 of the backbone's weights: {_values(content, 'sha256', 'backbone')}; of class order and images: "
+            f"{', '.join(f'seed {seed} {digest}' for seed, digest in sorted(seeds.items()))}."
         )
     versions = [f"{name} {of('versions', name)}" for name in runs[0]["versions"]]
     text.append(
@@ -206,6 +221,12 @@ def notes(runs: list[Run]) -> str:
     return " ".join(text)
 
 
+def legend(rows: dict[str, list[Run]], known: Mapping[str, Row]) -> str:
+    """What each known row is, in a few words; settings behind an @ change a row."""
+    names = [name for name in known if name in map(base, rows)]
+    return "\n".join(f"- `{name}`: {known[name].what}" for name in names)
+
+
 def differences(rows: dict[str, list[Run]]) -> str:
     """Paired differences, seed by seed: each row with prompts minus its reference, the plain row without projection.
 
@@ -299,7 +320,12 @@ def settings(rows: dict[str, list[Run]]) -> str:
     lines = [["row", "settings"]]
     for name, runs in rows.items():
         own = [("classifier", key) for key in runs[0]["settings"].get("classifier", {}) if key != "seed"]
-        own += [(part, key) for part, key in keys if key in runs[0]["settings"].get(part, {})]
+        none = runs[0]["settings"].get("projection", {}).get("method") == "none"
+        own += [
+            (part, key)
+            for part, key in keys
+            if key in runs[0]["settings"].get(part, {}) and not (none and part == "projection" and key != "method")
+        ]
         told = [f"{key}={_values(runs, 'settings', part, key)}" for part, key in own if (part, key) not in shared]
         lines.append([name, ", ".join([*told, *(["num_tasks=1"] if runs[0]["num_tasks"] == 1 else [])])])
     common = ", ".join(f"{key}={_values(prompted, 'settings', part, key)}" for part, key in shared)
