@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAP = "cividis"  # from dark to light also in grey, and alike to all eyes
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito, the palest last
+_COLOURS = (
+    "#000000",
+    "#D55E00",
+    "#0072B2",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+)  # Okabe and Ito, the palest last
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # one fewer, so that pairs repeat only after 30 lines
 _DPI = 120

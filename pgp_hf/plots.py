@@ -166,7 +166,7 @@ def sensitivity(
     path: str | os.PathLike,
     usual: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Draws how results depend on settings: a column a setting, accuracy above and drift below.
+    """Draws how results depend on settings: a column a setting, a row a series, drift below; mean and one deviation.
 
     Args:
         points: by setting, by value (numbers, words or None): `{"linear head": [...], "drift": [...], ...}`, one
@@ -182,34 +182,33 @@ def sensitivity(
     """
     if not points:
         raise ValueError("sensitivity got no setting: pass {setting: {value: {series: numbers}}}.")
-    measured = [found for values in points.values() for found in values.values()]
-    looks = draw.styles(dict.fromkeys(name for found in measured for name in found))
-    fig = draw.figure(max(4.6, 3.1 * len(points)), 5.2)
-    grid = fig.subplots(2, len(points), sharey="row", squeeze=False)
+    series = list(dict.fromkeys(name for values in points.values() for found in values.values() for name in found))
+    series.sort(key=lambda name: name == "drift")  # which comes last
+    looks = draw.styles(series)
+    fig = draw.figure(max(4.6, 3.1 * len(points)), 2.2 * len(series) + 0.4)
+    grid = fig.subplots(len(series), len(points), sharey="row", squeeze=False)
     for column, (setting, values) in zip(grid.T, points.items(), strict=True):
         order = sorted(
             values, key=lambda value: (value is None, isinstance(value, str), 0 if value is None else value)
         )
-        for name, style in looks.items():
+        for name, axes in zip(series, column, strict=True):
             places = [place for place, value in enumerate(order) if values[value].get(name)]
             found = [_mean_and_deviation(values[order[place]][name]) for place in places]
             if found:
-                column[int(name == "drift")].errorbar(
+                axes.errorbar(
                     places, [mean for mean, _ in found], [0 if spread is None else spread for _, spread in found],
-                    label=name, capsize=3, elinewidth=1, **style, **draw.line(len(places)),
+                    label=name, capsize=3, elinewidth=1, **looks[name], **draw.line(len(places)),
                 )  # fmt: skip
-        for axes in column:
             if usual is not None and setting in usual:
                 axes.axvline(order.index(usual[setting]), color="#BBBBBB", linewidth=5, alpha=0.5, zorder=0)
             axes.set_xticks(range(len(order)), ["none" if value is None else f"{value}" for value in order])
             axes.set_xlim(-0.4, len(order) - 0.6)
             draw.dress(axes, "", setting)
-    drifts = [value for found in measured for value in found.get("drift", ())]
-    if drifts:
-        draw.scale(grid[1, 0], np.array(drifts), 0.01, from_zero=True)
-    grid[0, 0].set_ylabel("average accuracy (%)", fontsize=9)
-    grid[1, 0].set_ylabel("drift (relative)", fontsize=9)
-    draw.legend(fig, grid[0], columns=4)  # drift has an axis of its own to say what it is
+    for name, axes in zip(series, grid[:, 0], strict=True):
+        numbers = [values[value].get(name, ()) for values in points.values() for value in values]
+        drift = name == "drift"
+        draw.scale(axes, np.concatenate([np.asarray(n, float) for n in numbers]), 0.01 if drift else 5, drift)
+        axes.set_ylabel("drift (relative)" if drift else f"{name}:\naverage accuracy (%)", fontsize=9)
     return draw.save(fig, path)
 
 
