@@ -250,6 +250,13 @@ def _setting(name: str, **metadata: Any) -> Any:
     return field(default=known.default, metadata={**known.metadata, **metadata})
 
 
+class FloatOrNone(float):
+    """How the command line reads a number that may be "none"."""
+
+    def __new__(cls, text: str) -> float | None:  # type: ignore[misc]
+        return None if text.lower() == "none" else float(text)
+
+
 @dataclass
 class RunArguments:
     """Preset, projection, head and comparison."""
@@ -261,8 +268,8 @@ class RunArguments:
     dry_run: bool = field(default=False, metadata={"help": "print all resolved settings and stop"})
     projection: str = _setting("method", choices=["none", *METHODS])
     energy: float = _setting("energy")
-    key_energy: float | None = _setting("key_energy")
-    value_energy: float | None = _setting("value_energy")
+    key_energy: FloatOrNone | None = _setting("key_energy")
+    value_energy: FloatOrNone | None = _setting("value_energy")
     apply_to: str = _setting("apply_to", choices=list(APPLY_TO))
     max_images: int | None = _setting("max_images")
     probes: int = _setting("probes")
@@ -280,6 +287,11 @@ class RunArguments:
     def config(self) -> ProjectionConfig:
         same = {name: getattr(self, name) for name in ProjectionConfig.__dataclass_fields__ if name != "method"}
         return ProjectionConfig(method=self.projection, **same)
+
+
+def option(token: str) -> str:
+    """The option that a command line's token names, "--learning_rate" for "--learning-rate=0.1" too."""
+    return token.partition("=")[0].replace("-", "_").replace("__", "--", 1)
 
 
 def parse(
@@ -306,7 +318,7 @@ def parse(
         SystemExit: after `--help` and `--dry_run`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = {argument.split("=")[0].replace("-", "_").replace("__", "--", 1) for argument in argv}
+    given = set(map(option, argv))
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     name = early.parse_known_args(argv)[0].preset

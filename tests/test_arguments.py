@@ -23,6 +23,14 @@ def test_every_method_is_a_choice(method):
     assert parse("--projection", method) == ProjectionConfig(method=method)
 
 
+def test_energies_that_may_be_none_can_be_given_as_none(capsys):
+    assert parse("--key_energy", "none", "--value-energy=None") == ProjectionConfig(key_energy=None, value_energy=None)
+    assert type(parse("--key_energy", "0.5").key_energy) is float
+    with pytest.raises(SystemExit):
+        parse("--key_energy", "much")
+    assert "--key_energy" in capsys.readouterr().err
+
+
 def test_every_field_is_an_argument():
     given = {
         "energy": 0.5,
