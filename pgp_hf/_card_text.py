@@ -39,7 +39,7 @@ _KEPT = {  # by projection: what the update rule keeps, and what it does not
         "long steps and changed selections move old features all the same.",
     ),
     "frozen": (
-        "prompts and keys learned with the first task only",
+        "the prompts and keys that tasks share learned with the first task only",
         "What later tasks needed of the shared prompts was never learned.",
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,10 @@ class ContinuedRuns:
 
     def _start(self, resume: str | bool | None) -> tuple[int, str | None]:
         """Index of the first task to train, and the checkpoint to enter it by."""
-        if self.results.matrix and not resume:
+        if self.task is not None and not resume:
+            begun = " and begun another" if self.task == len(self.results.matrix) else ""
             raise ValueError(
-                f"this trainer has trained {len(self.results.matrix)} tasks already: go on with "
+                f"this trainer has trained {len(self.results.matrix)} tasks already{begun}: go on with "
                 "train(resume_from_checkpoint=True) or train_task, or make a new trainer."
             )
         if not resume:
@@ -61,6 +63,9 @@ class ContinuedRuns:
                     "not keep: such a run cannot be resumed exactly. Start anew, or use reinit_optimizer=True."
                 )
             self._load_task(source, finished - 1)
+        checkpoint = source.last_checkpoint(finished) if finished < self.stream.num_tasks else None
+        if not finished and self.task is not None:
+            self._forget_first_task(checkpoint)
         if self.is_world_process_zero():
             if elsewhere and self.args.overwrite_output_dir:
                 self.folder.clear()
@@ -69,12 +74,22 @@ class ContinuedRuns:
             if finished:
                 self.folder.promote(finished - 1)  # a run may have died before it came to that
         self.accelerator.wait_for_everyone()
-        checkpoint = source.last_checkpoint(finished) if finished < self.stream.num_tasks else None
         if not finished and checkpoint is None:
             warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=3)
         return finished, None if checkpoint is None else str(checkpoint)
 
     # ---- the state -----------------------------------------------------------------------------------------------
+
+    def _forget_first_task(self, checkpoint: Path | None) -> None:
+        """Go back to before the first task, which this very trainer has begun; the checkpoint has the parameters."""
+        if checkpoint is None:
+            raise ValueError(
+                f"this trainer has begun its first task and {self.folder.root} holds no checkpoint of it: make a new "
+                "model and a new trainer."
+            )
+        self.projection, self.task = Projection(self.projection.config), None
+        blank = {name: [] for name in ("matrix", "linear_matrix", "drift", "changed", "rank")}
+        self.results = replace(self.results, usage=None, **blank)
 
     def _load_task(self, source: RunFolder, t: int) -> None:
         """Take over the state that the run in `source` had when task t ended; everything is checked before."""

@@ -75,7 +75,7 @@ def run(
         twin = resume
         if isinstance(resume, str):  # a revision on the Hub has no twin beside it
             twin = str(Path(resume) / "baseline") if Path(resume).is_dir() else None
-        train(replace(projection, method="none"), output_dir / "baseline", twin)
+        train(replace(projection, method="none", ln_penalty=0.0), output_dir / "baseline", twin)
     trainer = train(projection, output_dir, resume)
     if trainer.is_world_process_zero():
         if compare:

@@ -165,8 +165,12 @@ class ClassStatistics(nn.Module):
             raise ValueError(
                 f"features of shape {tuple(before.shape)} before and {tuple(after.shape)} after: expected (N, {dim}) twice."
             )
-        if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
-            raise ValueError("features hold values that are not finite: the model's inputs or prompts have diverged.")
+        for when, x in (("before", before), ("after", after)):
+            if not torch.isfinite(x).all():
+                raise ValueError(
+                    f"features {when} hold values that are not finite ({int((~torch.isfinite(x)).sum())} of {x.numel()}): "
+                    "the model's inputs or prompts have diverged."
+                )
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for pair in zip(before.detach().split(4096), after.detach().split(4096), strict=True):

@@ -48,7 +48,8 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
 
     Raises:
         TypeError: a model without a prompt adapter, or one without a head.
-        ValueError: a head that does not fit the stream, a missing image processor, DeepSpeed or FSDP1.
+        ValueError: a head that does not fit the stream, a missing image processor, DeepSpeed or FSDP, a projection
+            that the adapter cannot have.
     """
 
     def __init__(
@@ -78,12 +79,10 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         kwargs.setdefault("eval_dataset", {"task_1": stream.test(0)})  # grows with the tasks
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
-        if self.is_deepspeed_enabled or (
-            self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1
-        ):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-                "DeepSpeed and FSDP1 step flattened parameters, which cannot be projected: use plain data parallelism "
-                "(accelerate launch --multi_gpu) or FSDP2; prompts are too small to gain from sharding."
+                "DeepSpeed and FSDP shard parameters, while queries and protected directions need them whole: use plain "
+                "data parallelism (accelerate launch --multi_gpu); prompts are too small to gain from sharding."
             )
         if stream.scenario == "online":
             if self.args.max_steps > 0:
@@ -96,9 +95,14 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         if config.id2label == {label: f"LABEL_{label}" for label in config.id2label}:  # the model was given no names
             config.id2label = dict(stream.id2label)
         own = self.projection.config
-        if (own.method, own.probe_space) == ("functional", "statistics") and config.head != "statistics":
+        if own.reads_statistics and config.head != "statistics":
             raise ValueError(
                 f"probe_space='statistics' needs head='statistics' in the {type(config).__name__}, not {config.head!r}."
+            )
+        if own.ln_penalty and not self.tuner.token_offsets():
+            raise ValueError(
+                f"ln_penalty={own.ln_penalty} is for prompts that enter the network as tokens, and this "
+                f"{type(config).__name__} has none: leave it at 0."
             )
         if self.args.compensate_drift and config.head != "statistics":
             raise ValueError(
@@ -167,12 +171,17 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         """Learn the task with 0-based index t, then gather statistics, evaluate, and write its folder.
 
         Raises:
-            ValueError: a task out of turn.
+            ValueError: a task out of turn, or one that was begun and broke off.
         """
         if t != len(self.results.matrix):
             raise ValueError(
                 f"t={t} is not the next task: {len(self.results.matrix)} of {self.stream.num_tasks} tasks are trained, "
                 f"so t={len(self.results.matrix)} comes next (counted from 0)."
+            )
+        if t == self.task:
+            raise ValueError(
+                f"task {t + 1} was begun by this trainer and not finished: continue it by "
+                "train(resume_from_checkpoint=True), or make a new model and a new trainer."
             )
         self.task = t
         self.train_dataset = AugmentedImages(
@@ -205,7 +214,7 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         if self.projection.active:
             self._gather_statistics(t)
         self._count("statistics", started)
-        self.results.rank.append(self.projection.rank)
+        self.results.rank[t:] = [self.projection.rank]
         self.evaluate_stream()
         self._write_task(t)
         self._fire("on_task_end", task=t, results=self.results.to_dict(), folder=self.folder.task(t))
@@ -270,7 +279,7 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         pull = getattr(outputs, "prompt_similarity", None)
         if pull is not None:
             losses = losses - self.tuner.adapter_config.pull_constraint_coeff * pull
-        losses = losses + self.projection.penalty(self._prompt_parameters())
+        losses = losses + self.projection.penalty(self.tuner)
         return losses.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -131,7 +131,7 @@ class PGPTrainingArguments(TrainingArguments):
         if self.deepspeed:
             raise ValueError(
                 "deepspeed steps flattened shards, which cannot be projected, and prompts are far too small to gain "
-                "from it: launch with plain data parallelism (accelerate launch --multi_gpu) or FSDP2."
+                "from it: launch with plain data parallelism (accelerate launch --multi_gpu)."
             )
         if self.n_gpu > 1:
             raise ValueError(

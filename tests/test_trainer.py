@@ -356,6 +356,16 @@ def test_ready_made_optimizers_are_refused(tmp_path):
         tiny.trainer(tmp_path, model=model, optimizers=(torch.optim.SGD(model.parameters()), None))
 
 
+@pytest.mark.parametrize("sharding", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+def test_sharding_is_refused(tmp_path, monkeypatch, sharding):
+    prepare = PGPTrainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(
+        PGPTrainer, "create_accelerator_and_postprocess", lambda self: (prepare(self), setattr(self, sharding, True))
+    )
+    with pytest.raises(ValueError, match="DeepSpeed and FSDP shard parameters.*plain data parallelism"):
+        tiny.trainer(tmp_path)
+
+
 def test_online_and_max_steps_exclude_each_other(tmp_path):
     with pytest.raises(ValueError, match="max_steps=5 and scenario='online'"):
         tiny.trainer(tmp_path, stream=tiny.stream(scenario="online"), max_steps=5)

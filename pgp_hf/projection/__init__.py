@@ -1,9 +1,10 @@
 """Gradient projection for continual learning, on torch alone.
 
 A protected parameter is seen as rows of length `n`. While a task is finished, the vectors that its inputs showed the
-parameter are summed into a second moment (`SecondMoment`, or a `Sketch` of bounded size); the energy rule turns it into an orthonormal `Basis` of the
-directions worth protecting; while later tasks train, `NullSpaceProjector` keeps every row's movement orthogonal to
-that basis, whatever the optimizer does. `Projection` strings the three together over a stream of tasks.
+parameter are summed into a second moment (`SecondMoment`, or a `Sketch` of bounded size); the energy rule turns it
+into an orthonormal `Basis` of the directions worth protecting; while later tasks train, `NullSpaceProjector` keeps
+every row's movement orthogonal to that basis, whatever the optimizer does. `Projection` strings the three together
+over a stream of tasks.
 
     moment = SecondMoment(dim=64)
     for rows in old_inputs:                      # each (N, 64)
@@ -15,7 +16,7 @@ that basis, whatever the optimizer does. `Projection` strings the three together
 
 from .basis import Basis
 from .config import ProjectionConfig
-from .methods import METHODS, Observation
+from .methods import METHODS, Context, Observation
 from .moments import SecondMoment, Sketch, second_moment
 from .projector import NullSpaceProjector
 from .state import Projection
@@ -23,6 +24,7 @@ from .state import Projection
 __all__ = [
     "METHODS",
     "Basis",
+    "Context",
     "NullSpaceProjector",
     "Observation",
     "Projection",

@@ -17,7 +17,7 @@ class ProjectionConfig:
 
     Raises:
         ValueError: unknown `method`, `apply_to` or `probe_space`, an energy outside (0, 1], `max_images` or `probes`
-            below 1, a negative `ln_penalty`.
+            below 1 or not whole, a negative `ln_penalty`, one without a projection of tokens, "frozen" on gradients.
     """
 
     method: str = field(
@@ -26,20 +26,23 @@ class ProjectionConfig:
             "help": "'pgp': the condition of PGP (ICLR 2024, Eqs. 10 to 12), each prompt moves orthogonally to the "
             "tokens and prompts of older tasks; 'attention': the conditions of visual prompt tuning in null space "
             "(NeurIPS 2024) for the first attention; 'functional': what the head reads of old images stays to first "
-            "order, through the whole network; 'frozen': prompts and keys learn with the first task only; 'none': no "
-            "projection"
+            "order, through the whole network; 'frozen': the prompts and keys that tasks share learn with the first task "
+            "only; 'none': no projection"
         },
     )
     energy: float = field(
         default=0.99,
         metadata={
             "help": "share of the second moment of what old images show to the prompts (tokens, queries or gradients) "
-            "that the prompts' basis must hold, in (0, 1]"
+            "that the prompts' basis must hold, in (0, 1]; 'functional' needs less, such as 0.95, or nothing may move"
         },
     )
     key_energy: float | None = field(
         default=0.95,
-        metadata={"help": "the same for the keys and old queries, in (0, 1]; None leaves the keys unprojected"},
+        metadata={
+            "help": "the same for the keys of a pool and old queries, in (0, 1]; None leaves the keys unprojected. DualPrompt's "
+            "keys belong to one task each: finished ones never move, but a new one may win old images"
+        },
     )
     value_energy: float | None = field(
         default=0.95,
@@ -102,16 +105,33 @@ class ProjectionConfig:
         for name in ("key_energy", "value_energy"):
             if getattr(self, name) is not None:
                 check_energy(name, getattr(self, name))
-        if self.probes < 1:
-            raise ValueError(f"probes={self.probes} leaves no direction to protect: use at least 1.")
+        if not isinstance(self.probes, int) or self.probes < 1:
+            raise ValueError(f"probes={self.probes} is no number of directions: use a whole number of at least 1.")
         if not 0 <= self.ln_penalty < float("inf"):
             raise ValueError(
                 f"ln_penalty={self.ln_penalty} is not a weight: use 0 for none, or a finite number above."
             )
-        if self.max_images is not None and self.max_images < 1:
+        if self.ln_penalty and self.method in ("none", "frozen"):
             raise ValueError(
-                f"max_images={self.max_images} leaves no image to take statistics from: use None or >= 1."
+                f"ln_penalty={self.ln_penalty} does nothing with method={self.method!r}: use 0, or a method that lets "
+                "prompts move inside a null space."
             )
+        if (self.method, self.apply_to) == ("frozen", "gradient"):
+            raise ValueError(
+                "method='frozen' with apply_to='gradient' would let momentum and weight decay move the prompts: use "
+                "apply_to='update'."
+            )
+        images = self.max_images
+        if images is not None and (not isinstance(images, int) or images < 1):
+            raise ValueError(
+                f"max_images={images} is no number of images to take statistics from: use None, or a whole number of at "
+                "least 1."
+            )
+
+    @property
+    def reads_statistics(self) -> bool:
+        """Whether the projection asks for a statistics head."""
+        return (self.method, self.probe_space) == ("functional", "statistics")
 
     def to_dict(self) -> dict:
         return asdict(self)

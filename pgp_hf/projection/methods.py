@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ def pgp(model: Any, inputs: dict[str, Tensor], context: Context) -> Iterable[Obs
     orthogonal to the prompt's change (Eqs. 5 to 9). Both conditions hold for the rows stacked, never for their sum.
     Keys are held likewise against the old queries, `q_t dk^T = 0`.
     """
-    return model.protected_rows(**inputs)
+    return starmap(Observation, model.protected_rows(**inputs))
 
 
 def attention(model: Any, inputs: dict[str, Tensor], context: Context) -> Iterable[Observation]:
@@ -74,7 +75,7 @@ def attention(model: Any, inputs: dict[str, Tensor], context: Context) -> Iterab
     `ProjectionConfig.ln_penalty` asks of the training loss. Prefix keys and values meet the attention directly. The
     rows and their derivation are the tuner's (`attention_rows`).
     """
-    return model.attention_rows(**inputs)
+    return starmap(Observation, model.attention_rows(**inputs))
 
 
 def functional(model: Any, inputs: dict[str, Tensor], context: Context) -> Iterable[Observation]:
@@ -86,7 +87,7 @@ def functional(model: Any, inputs: dict[str, Tensor], context: Context) -> Itera
 
         f(p + D, x) = f(p, x) + J_x D + O(|D|^2).
 
-    What drifts first is `sum_x |J_x D|^2 = D^T G D` with `G = sum_x J_x^T J_x`. Since `E[v v^T] = I` for a Gaussian v,
+    What drifts first is `sum_x |J_x D|^2 = D^T G D` with `G = sum_x J_x^T J_x` over the images shown (`max_images`). Since `E[v v^T] = I` for a Gaussian v,
     `G = sum_x E_v[g g^T]` with `g = J_x^T v = d<v, f(p, x)>/dp`: one backward pass for each probe v, and its g are the
     rows. Let the columns of M be the basis that the energy rule finds, `tr(M^T G M) >= energy * tr(G)`. With D
     orthogonal to M,
@@ -95,20 +96,24 @@ def functional(model: Any, inputs: dict[str, Tensor], context: Context) -> Itera
 
     where l is the largest eigenvalue of G outside the basis (the first that was left out, when the basis is this
     task's own): the worst direction holds at most all the energy that is left, and the average direction of the null
-    space has (1 - energy) tr(G) / (n - r). Where several parameters move by D_1 .. D_k together, the drift is at most
-    k times the sum of these bounds (Cauchy-Schwarz). `probes` draws per image estimate G without bias; the bound holds
-    for the estimate.
+    space at most (1 - energy) tr(G) / (n - r). Where several parameters move by D_1 .. D_k together, the drift is at most
+    k times the sum of these bounds (Cauchy-Schwarz). `probes` draws per image estimate G, times `probes`, without bias;
+    the bound holds for the estimate.
 
     In `probe_space="statistics"` drift is measured as a statistics head measures distances, by the inverse of the
     covariance Sigma that the classes share: probes are `Sigma^-1/2 v`, and G is `sum_x J_x^T Sigma^-1 J_x`.
 
     Preserved is therefore what the head reads of old images, along every path: attention and values, the residual
     stream, LayerNorms, all layers. To first order only: the remainder grows with |D|^2, D being all that has been
-    moved since x's task ended. And as long as each image selects the same entries: that is what the keys are protected
-    for, as in `pgp`.
+    moved since x's task ended. And as long as each image selects the same entries: that is what the keys of a pool are
+    protected for, as in `pgp`. DualPrompt has a key a task instead: finished keys never move, yet nothing keeps a later
+    task's key from winning an old image. `changed_selections` measures both.
 
-    Cost at a task's end: for each image one forward pass and `probes` backward passes, with the memory of one training
-    batch, and a second moment of n x n values, or a sketch of `2 * SKETCH` x n once that is smaller (`moments.py`).
+    Cost at a task's end: for each image one forward pass (two where its query is not at hand) and `probes` backward
+    passes, with the memory of one training batch. For each protected parameter (of L2P: each entry of the pool) a
+    second moment of n x n values, or a sketch of `2 * SKETCH` x n once that is smaller (`moments.py`), and its
+    eigenvectors. While later tasks train, a basis of n x r float64 values each, r < n, which every step multiplies
+    with: for L2P with 10 entries of 5 x 192 values at most 74 MB, of 5 x 768 at most 1.2 GB.
 
     Raises:
         ValueError: the images of the batch are not numbered, one index each; `probe_space="statistics"` without a
@@ -166,7 +171,10 @@ def probes(context: Context, probe: int, output: Tensor) -> Tensor:
 
 
 def frozen(model: Any, inputs: dict[str, Tensor], context: Context) -> Iterable[Observation]:
-    """The baseline that learns prompts and keys with the first task only: no direction is free after it."""
+    """The baseline whose shared prompts and keys learn with the first task only: no direction is free after it.
+
+    What belongs to one task (DualPrompt's experts and their keys, CLIP's contexts) goes on learning.
+    """
     for name, parameter in model.prompt_parameters().items():
         rows = torch.eye(parameter.shape[-1], device=parameter.device)
         yield Observation(name, "all", rows)

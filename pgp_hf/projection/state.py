@@ -65,22 +65,29 @@ class Projection:
         """Largest rank over the projected parameters; 0 before the first task has ended."""
         return max((basis.rank for basis in self.bases.values()), default=0)
 
-    def penalty(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Tensor | float:
+    def penalty(self, model: Any) -> Tensor | float:
         """`ln_penalty` times the change of the prompt tokens' LayerNorm statistics since the task's start.
 
-        `sum_l |mu(p_l) - mu(start_l)| + |sigma(p_l) - sigma(start_l)|` over all tokens of the prompts that have a
-        basis (Lu et al., NeurIPS 2024): nothing in the first task. To be added to each image's loss.
+        `sum_l |mu(z_l) - mu(start_l)| + |sigma(z_l) - sigma(start_l)|` over all tokens z_l as they enter the first
+        LayerNorm, a position embedding included (Lu et al., NeurIPS 2024), of the prompts that have a basis: nothing
+        in the first task. To be added to each image's loss.
+
+        Args:
+            model: the tuner.
         """
         total: Tensor | float = 0.0
-        parameters = dict(named_parameters) if self.config.ln_penalty else {}
-        for name, info in self.info.items():
-            if info["role"] == "prompt" and name in parameters:
-                value = parameters[name]
-                (mean, deviation), (mean_then, deviation_then) = (
-                    (p.mean(-1), (p.var(-1, correction=0) + 1e-12).sqrt())  # a slope at zero deviation too
-                    for p in (value, self.projector.start(name).to(value))
-                )
-                total = total + (mean - mean_then).abs().sum() + (deviation - deviation_then).abs().sum()
+        if not self.config.ln_penalty:
+            return total
+        parameters = model.prompt_parameters()
+        for name, offset in model.token_offsets().items():
+            if name not in self.info:
+                continue
+            offset = offset.float()
+            (mean, deviation), (mean_then, deviation_then) = (
+                (z.mean(-1), (z.var(-1, correction=0) + 1e-12).sqrt())  # a slope at zero deviation too
+                for z in (p.to(offset) + offset for p in (parameters[name], self.projector.start(name)))
+            )
+            total = total + (mean - mean_then).abs().sum() + (deviation - deviation_then).abs().sum()
         return self.config.ln_penalty * total
 
     def learn(
@@ -192,10 +199,9 @@ class Projection:
                 "rank_per_task": [*before["rank_per_task"], basis.rank],
             }
         self._take(bases, infos)
-        self._moments = {}
 
     def _take(self, bases: dict[str, Basis], infos: dict[str, dict[str, Any]]) -> None:
-        self.projector.bases, self.info = bases, infos
+        self.projector.bases, self.info, self._moments = bases, infos, {}
         keys = {name for name, info in infos.items() if info["role"] == "key"}
         self.projector.hold_norm = keys if self.config.hold_key_norm else set()
 

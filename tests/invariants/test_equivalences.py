@@ -64,6 +64,50 @@ def test_resumed_is_straight(straight, tmp_path, task, step, kwargs):
     assert tiny.same_results(resumed.results.to_dict(), reference.results.to_dict())
 
 
+@pytest.mark.parametrize(
+    ("task", "phase"), [(0, "_gather_statistics"), (0, "evaluate_stream"), (1, "evaluate_stream")]
+)
+def test_the_same_trainer_goes_on_after_an_interruption(tmp_path, monkeypatch, task, phase):
+    """Behind a task's last step: what its statistics had taken in is not counted twice."""
+    settings = {"augmentation": "flip", "num_train_epochs": 1}
+
+    def model():
+        return tiny.model(head="statistics")
+
+    straight = tiny.trainer(tmp_path / "straight", model=model(), **settings)
+    straight.train()
+    trainer = tiny.trainer(tmp_path / "stopped", model=model(), **settings)
+    finish = getattr(trainer, phase)
+
+    def interrupted(*args):
+        finish(*args)
+        if trainer.task == task:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, phase, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=f"task {task + 1} was begun by this trainer|is not the next task"):
+        trainer.train_task(task)
+    trainer.train(resume_from_checkpoint=True)
+    assert tiny.same_results(trainer.results.to_dict(), straight.results.to_dict())
+    assert equal(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
+    states = [each.projection.state() for each in (straight, trainer)]
+    assert equal(states[0][0], states[1][0]) and states[0][1] == states[1][1]
+
+
+def test_a_first_task_that_broke_off_without_a_checkpoint_needs_a_new_trainer(tmp_path):
+    stop = StopAt(0, 2)
+    stop.trainer = trainer = tiny.trainer(tmp_path, callbacks=[stop], save_strategy="no")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(ValueError, match="has trained 0 tasks already and begun another"):
+        trainer.train()
+    with pytest.raises(ValueError, match="has begun its first task and .* no checkpoint.*a new trainer"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("method", ["l2p", "dualprompt"])
 def test_resumed_in_the_first_task_by_a_process_that_was_seeded_otherwise(tmp_path, method):
     def model(seed):

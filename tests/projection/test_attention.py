@@ -216,34 +216,78 @@ def test_files_name_both_axes(tmp_path):
     assert all(torch.equal(loaded.bases[name].columns, projection.bases[name].columns) for name in tensors)
 
 
-def test_penalty_is_the_change_of_mean_and_deviation():
-    model, pixels = prompted.make("l2p"), prompted.images(2)
-    named = model.base_model.prompt_parameters()
+def entering(model, pixels, count):
+    """What enters the first LayerNorm of an image: its prompt tokens, `(P, d)`."""
+    backbone, found = model.base_model.backbone, []
+    norm = backbone.pre_layrnorm if hasattr(backbone, "pre_layrnorm") else backbone.layers[0].layernorm_before
+    hook = norm.register_forward_pre_hook(lambda module, args: found.append(args[0].detach().clone()))
+    with torch.no_grad():
+        model(pixel_values=pixels)
+    hook.remove()
+    return found[-1][0, 1 : 1 + count]  # the one before, if any, is the query's
+
+
+@pytest.mark.parametrize(("method", "settings", "count"), [("l2p", {"top_k": 5}, 15), ("clip", {}, 3)])
+def test_penalty_is_the_change_of_mean_and_deviation(method, settings, count):
+    """Of the tokens as they enter: a prompt alone may keep both, and its sum with a position embedding not."""
+    model, pixels = prompted.make(method, **settings), prompted.images(2)  # an image selects the whole pool
+    if method == "l2p":
+        with torch.no_grad():
+            model.base_model.layer.position_embeddings.mul_(20)
+    tuner = model.base_model
     projection = Projection(config(ln_penalty=0.3, energy=0.5, value_energy=0.5))
-    assert projection.penalty(named.items()) == 0  # the first task has nothing to keep
-    projection.learn(model.base_model, [({"pixel_values": pixels}, [0, 1])])
+    assert projection.penalty(tuner) == 0  # the first task has nothing to keep
+    projection.learn(tuner, [({"pixel_values": pixels}, [0, 1])])
     with pytest.raises(RuntimeError, match="anchor"):
-        projection.penalty(named.items())
-    projection.projector.anchor(named.items())
-    prompt, key = named.values()
+        projection.penalty(tuner)
+    projection.projector.anchor(tuner.prompt_parameters().items())
+    prompt, *keys = tuner.prompt_parameters().values()
     start = prompt.detach().clone()
-    assert float(projection.penalty(named.items()).detach()) == 0
+    assert float(projection.penalty(tuner).detach()) == 0
+
+    def expected():
+        now, then = (tokens.double() for tokens in (entering(model, pixels, count), before))
+        return 0.3 * sum(
+            float((of(now) - of(then)).abs().sum()) for of in (lambda z: z.mean(-1), lambda z: z.std(-1, correction=0))
+        )
+
+    before = entering(model, pixels, count)
     with torch.no_grad():
-        prompt.mul_(1.5).add_(0.2)
-        key.add_(1)  # no token, no LayerNorm
-    penalty = projection.penalty(named.items())
-    expected = 0.0
-    for now, then in zip(prompt.detach().reshape(-1, 24), start.reshape(-1, 24), strict=True):
-        expected += abs(now.mean() - then.mean()) + abs(now.std(correction=0) - then.std(correction=0))
-    assert float(penalty.detach()) == pytest.approx(0.3 * float(expected), rel=1e-4)
+        prompt.copy_(start.flip(-1))  # the same numbers in another order
+    penalty = projection.penalty(tuner)
+    if method == "l2p":
+        assert float(penalty.detach()) > 0.1
+    assert float(penalty.detach()) == pytest.approx(expected(), rel=1e-3, abs=1e-5)
+    with torch.no_grad():
+        prompt.copy_(1.5 * start + 0.2)
+        for key in keys:
+            key.mul_(2)  # no token, no LayerNorm, and the same selection
+    penalty = projection.penalty(tuner)
+    assert float(penalty.detach()) == pytest.approx(expected(), rel=1e-3)
     penalty.backward()
-    assert prompt.grad.isfinite().all() and prompt.grad.any() and key.grad is None
+    assert prompt.grad.isfinite().all() and prompt.grad.any() and not any(key.grad is not None for key in keys)
     with torch.no_grad():
-        prompt.fill_(1.0)  # no deviation: a slope all the same
+        prompt.copy_(
+            1 - tuner.token_offsets()[next(iter(tuner.prompt_parameters()))]
+        )  # no deviation: a slope all the same
     prompt.grad = None
-    projection.penalty(named.items()).backward()
+    projection.penalty(tuner).backward()
     assert prompt.grad.isfinite().all()
-    assert learned(model, pixels, config(energy=0.5)).penalty(named.items()) == 0
+    assert learned(model, pixels, config(energy=0.5)).penalty(tuner) == 0
+
+
+def test_penalty_is_for_tokens(tmp_path):
+    """No LayerNorm stands behind a prefix."""
+    model = prompted.make("dualprompt")
+    settings = config(ln_penalty=1.0, energy=0.5, value_energy=0.5)
+    projection = learned(model, prompted.images(2), settings)
+    projection.projector.anchor(model.base_model.prompt_parameters().items())
+    with torch.no_grad():
+        for prefix in model.base_model.prompt_parameters().values():
+            prefix.mul_(2)
+    assert projection.penalty(model.base_model) == 0
+    with pytest.raises(ValueError, match=r"ln_penalty=1.0 is for prompts that enter.*DualPromptConfig has none"):
+        tiny.trainer(tmp_path, model=model, projection=settings)
 
 
 def test_penalty_is_counted_once_a_step(tmp_path):
@@ -254,7 +298,7 @@ def test_penalty_is_counted_once_a_step(tmp_path):
     trainer.projection.projector.anchor(trainer._prompt_parameters())
     with torch.no_grad():
         trainer._prompt_parameters()[0][1].mul_(1.1)
-    penalty = float(trainer.projection.penalty(trainer._prompt_parameters()).detach())
+    penalty = float(trainer.projection.penalty(trainer.tuner).detach())
     logits = torch.randn(6, 6)
     labels = torch.tensor(list(trainer.stream.tasks[0].classes) * 3)
     outputs = type("Outputs", (), {})

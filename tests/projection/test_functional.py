@@ -189,20 +189,34 @@ def test_images_must_be_numbered():
 @pytest.mark.parametrize("energy", [0.5, 0.95])
 @pytest.mark.parametrize("method", prompted.METHODS)
 def test_the_basis_holds_its_share_and_the_bound_holds(method, energy):
-    """sum_x |J_x D|^2 <= min((1 - energy) tr G, l) |D|^2 for D in the null space, with G the estimate from probes."""
+    """sum_x |J_x D|^2 <= min((1 - energy) tr G, l) |D|^2 for D in the null space, with G the estimate from probes.
+
+    And for several parameters that move together, at most as many times the sum of their bounds.
+    """
     model, pixels = prompted.make(method), prompted.images(12)
     projection = learned(model, pixels, config(energy=energy))
+    generator, drift, bound, parts = torch.Generator().manual_seed(3), 0.0, 0.0, 0
     for name, rows in prompts(observations(model, pixels)).items():
         basis, rows = projection.bases[name], rows.double()
         shape = list(parameters(model)[name].shape)
         read = [shape[0], 1, shape[1] * shape[2]] if method == "l2p" else [1, parameters(model)[name].numel()]
         assert projection.info[name]["shape"] == read
         flat, left = rows.reshape(-1, *rows.shape[-2:]), basis.project(rows).reshape(-1, *rows.shape[-2:])
-        for g, residual in zip(flat, left, strict=True):
-            total, worst = g.square().sum(), torch.linalg.matrix_norm(residual, 2).square()
+        free = torch.eye(basis.dim, dtype=torch.float64).expand(*basis.batch_shape, -1, -1)
+        free = basis.project(free).reshape(-1, basis.dim, basis.dim)
+        for g, residual, null_space in zip(flat, left, free, strict=True):
+            total = g.square().sum()
             assert residual.square().sum() <= (1 - energy) * total * (1 + 1e-9)
-            assert worst <= (1 - energy) * total
+            outside = torch.linalg.eigvalsh(g.mT @ g).flip(0)[null_space.shape[0] - round(float(null_space.trace())) :]
+            limit = min((1 - energy) * total, outside[0] if len(outside) else 0.0)
+            for _ in range(5):
+                move = null_space @ torch.randn(basis.dim, generator=generator, dtype=torch.float64)
+                assert (g @ move).square().sum() <= limit * move.square().sum() * (1 + 1e-9)
+            # each parameter's rows are those of the same probes of the same images
+            drift, bound, parts = drift + g @ move, bound + limit * move.square().sum(), parts + 1
         assert 0 < basis.rank < basis.dim
+    assert parts == (5 if method == "l2p" else len(projection.bases))
+    assert drift.square().sum() <= parts * bound * (1 + 1e-9)
 
 
 def moved(model, pixels, step, projection=None, seed=5):

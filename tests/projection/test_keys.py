@@ -97,11 +97,12 @@ def test_only_keys_are_held_and_only_if_asked():
         assert loaded.projector.hold_norm == expected
 
 
+@pytest.mark.parametrize("apply_to", ["update", "both"])
 @pytest.mark.parametrize("method", prompted.METHODS)
-def test_frozen_learns_with_the_first_task_only(method):
+def test_frozen_learns_with_the_first_task_only(method, apply_to):
     """No image is touched, nothing is said about full rank, and nothing moves, to the bit."""
     model = prompted.make(method)
-    projection = Projection(ProjectionConfig(method="frozen", energy=0.5, key_energy=None))
+    projection = Projection(ProjectionConfig(method="frozen", apply_to=apply_to, energy=0.5, key_energy=None))
 
     def no_images():
         raise AssertionError("an image was asked for")

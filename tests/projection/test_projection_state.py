@@ -244,7 +244,12 @@ def test_broadcast_buffers_have_the_main_process_shape():
         ({"max_images": 0}, "max_images=0"),
         ({"probes": 0}, "probes=0"),
         ({"probe_space": "pixels"}, "probe_space='pixels'.*features, logits, statistics"),
+        ({"max_images": 0.5}, "max_images=0.5"),
+        ({"probes": 2.5}, "probes=2.5"),
         ({"ln_penalty": -1.0}, "ln_penalty=-1.0"),
+        ({"ln_penalty": 0.5, "method": "none"}, "ln_penalty=0.5 does nothing with method='none'"),
+        ({"ln_penalty": 0.5, "method": "frozen"}, "ln_penalty=0.5 does nothing with method='frozen'"),
+        ({"method": "frozen", "apply_to": "gradient"}, "momentum and weight decay"),
         ({"ln_penalty": float("nan")}, "ln_penalty=nan"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import prompted
 import pytest
 import tiny
 import torch
@@ -160,6 +161,14 @@ def test_more_tasks_than_entries(tmp_path):
     assert loaded.base_model.adapter_config.pool_size == 3
     with pytest.raises(ValueError, match="task 4 has no entry: pool_size=3"):
         trainer.tuner.begin_task(3)
+
+
+def test_a_step_before_training_starts_is_an_error():
+    """Nothing is noted yet of what the other tasks' entries are."""
+    tuner = prompted.make("dualprompt").base_model
+    tuner.begin_task(0)
+    with pytest.raises(RuntimeError, match="training_starts.. comes before the first step"):
+        tuner.after_step()
 
 
 def test_growing_keeps_what_is_there():

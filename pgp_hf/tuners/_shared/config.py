@@ -59,7 +59,7 @@ class PromptConfig(PeftConfig):
         if self.head not in ("linear", "statistics"):
             raise ValueError(f"head={self.head!r} is unknown: choose one of linear, statistics.")
         if not 0 < self.shrinkage <= 1:
-            raise ValueError(f"shrinkage={self.shrinkage} is outside (0, 1].")
+            raise ValueError(f"shrinkage={self.shrinkage} is outside (0, 1]: it is a share, such as 0.1.")
         if self.id2label is not None:
             self.id2label = {int(index): name for index, name in self.id2label.items()}  # JSON has string keys
         if (folder := embedded.resolve(self.base_model_name_or_path)) is not None:

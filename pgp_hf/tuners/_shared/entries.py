@@ -84,9 +84,17 @@ class TaskEntryTuner(PromptTuner):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Put back whatever momentum or weight decay moved in the entries of other tasks."""
+        """Put back whatever momentum or weight decay moved in the entries of other tasks.
+
+        Raises:
+            RuntimeError: `training_starts` has not been called.
+        """
+        if self._kept is None:
+            raise RuntimeError(
+                "training_starts() comes before the first step: it notes what other tasks' entries are."
+            )
         name = self.adapter
-        for (container, axis), kept in zip(self._entries(), self._kept or [], strict=True):
+        for (container, axis), kept in zip(self._entries(), self._kept, strict=True):
             parameter = container[name]
             current = parameter.select(axis, self._task).clone()
             parameter.copy_(kept)

@@ -45,6 +45,13 @@ class PromptTuner(BaseTuner):
     ) -> Iterator[tuple[str, str, Tensor]]:
         """What these images show to those parameters: (name, role, rows)."""
 
+    def token_offsets(self) -> dict[str, Tensor]:
+        """Of the prompts that enter the network as tokens, what is added to them before the first LayerNorm.
+
+        By name of the parameter, in a shape that broadcasts with it; empty where prompts are no tokens.
+        """
+        return {}
+
     @abstractmethod
     def attention_rows(
         self, pixel_values: Tensor, prompt_query: Tensor | None = None

@@ -238,6 +238,9 @@ class ClipPromptModel(TaskEntryTuner):
         prompt = self.layer.clip_prompt_image[self.adapter]
         return {"base_model.model.vision_model.embeddings.clip_prompt_image": prompt} if len(prompt) else {}
 
+    def token_offsets(self) -> dict[str, Tensor]:
+        return {name: prompt.new_zeros(()) for name, prompt in self.prompt_parameters().items()}
+
     @torch.no_grad()
     def protected_rows(self, pixel_values: Tensor) -> Iterator[tuple[str, str, Tensor]]:
         """What these images show to the image prompt: CLS, prompts and patches before the pre-norm, `(B * S, d)`."""

@@ -74,6 +74,11 @@ class L2PModel(ViTPromptTuner):
         stem = f"base_model.model.{self.adapter_config.target_modules[0]}"
         return {f"{stem}.l2p_prompt": layer.l2p_prompt[adapter], f"{stem}.l2p_key": layer.l2p_key[adapter]}
 
+    def token_offsets(self) -> dict[str, Tensor]:
+        """CLS's position embedding, `(1, 1, d)`."""
+        prompt_name, _ = self.prompt_parameters()
+        return {prompt_name: self.layer.position_embeddings[:, :1].detach()} if self.adapter_config.top_k else {}
+
     @torch.no_grad()
     def protected_rows(
         self, pixel_values: Tensor, prompt_query: Tensor | None = None
