@@ -254,7 +254,10 @@ class FloatOrNone(float):
     """How the command line reads a number that may be "none"."""
 
     def __new__(cls, text: str) -> float | None:  # type: ignore[misc]
-        return None if text.lower() == "none" else float(text)
+        try:
+            return None if text.lower() == "none" else float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'none'") from None
 
 
 @dataclass

@@ -29,17 +29,20 @@ class ContinuedRuns:
     projection: Projection
     stream: TaskStream
     task: int | None
+    _broken_off: bool
     _features: dict[int, np.ndarray]
     _selected: dict[int, np.ndarray]
 
     def _start(self, resume: str | bool | None) -> tuple[int, str | None]:
         """Index of the first task to train, and the checkpoint to enter it by."""
         if self.task is not None and not resume:
-            begun = " and begun another" if self.task == len(self.results.matrix) else ""
-            raise ValueError(
-                f"this trainer has trained {len(self.results.matrix)} tasks already{begun}: go on with "
-                "train(resume_from_checkpoint=True) or train_task, or make a new trainer."
+            state, ways = (
+                f"has trained {self.task + 1} tasks already",
+                "train(resume_from_checkpoint=True) or train_task",
             )
+            if self._broken_off:
+                state, ways = f"has begun task {self.task + 1} already", "train(resume_from_checkpoint=True)"
+            raise ValueError(f"this trainer {state}: go on with {ways}, or make a new model and a new trainer.")
         if not resume:
             if self.is_world_process_zero():
                 if self.args.overwrite_output_dir:
@@ -64,8 +67,14 @@ class ContinuedRuns:
                 )
             self._load_task(source, finished - 1)
         checkpoint = source.last_checkpoint(finished) if finished < self.stream.num_tasks else None
-        if not finished and self.task is not None:
-            self._forget_first_task(checkpoint)
+        if not finished and self._broken_off:
+            if checkpoint is None:
+                raise ValueError(
+                    f"this trainer has begun its first task and {source.root} holds no checkpoint of it: make a new model "
+                    "and a new trainer."
+                )
+            self._forget_first_task()
+        self._broken_off = False
         if self.is_world_process_zero():
             if elsewhere and self.args.overwrite_output_dir:
                 self.folder.clear()
@@ -80,14 +89,10 @@ class ContinuedRuns:
 
     # ---- the state -----------------------------------------------------------------------------------------------
 
-    def _forget_first_task(self, checkpoint: Path | None) -> None:
-        """Go back to before the first task, which this very trainer has begun; the checkpoint has the parameters."""
-        if checkpoint is None:
-            raise ValueError(
-                f"this trainer has begun its first task and {self.folder.root} holds no checkpoint of it: make a new "
-                "model and a new trainer."
-            )
-        self.projection, self.task = Projection(self.projection.config), None
+    def _forget_first_task(self) -> None:
+        """Go back to before the first task, which this very trainer has begun; a checkpoint has the parameters."""
+        self.projection.load_state({}, self.projection.config.to_dict())
+        self.optimizer = self.lr_scheduler = self.task = None
         blank = {name: [] for name in ("matrix", "linear_matrix", "drift", "changed", "rank")}
         self.results = replace(self.results, usage=None, **blank)
 

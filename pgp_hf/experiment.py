@@ -21,7 +21,7 @@ from .baselines.frozen import frozen_matrices, stream_features
 from .images import ImageCollator
 from .projection import ProjectionConfig
 from .stream import TaskStream
-from .trainer import PGPTrainer
+from .trainer import PGPTrainer, check_projection
 from .training_args import PGPTrainingArguments
 
 __all__ = ["DataArguments", "ModelArguments", "PGPTrainingArguments", "RunArguments", "parse", "run", "table"]
@@ -59,6 +59,7 @@ def run(
         label = name if projection.method == "none" else f"{name}-{projection.method.upper()}"
         if trainer.is_world_process_zero():
             print(f"\n{label} -> {output_dir}", flush=True)
+        check_projection(run_args.config(), trainer.tuner)  # before the twin takes its time
         trainer.train(resume_from_checkpoint=resume)
         rows[label] = trainer.results.to_dict()
         return trainer
@@ -69,7 +70,7 @@ def run(
         str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint
     )
     if not resume and not args.overwrite_output_dir:
-        artifacts.RunFolder(output_dir).check_unused()  # before the twin takes its time
+        artifacts.RunFolder(output_dir).check_unused()
     compare = not run_args.no_compare
     if compare and projection.method != "none":
         twin = resume

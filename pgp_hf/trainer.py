@@ -94,16 +94,7 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         config = self.tuner.adapter_config
         if config.id2label == {label: f"LABEL_{label}" for label in config.id2label}:  # the model was given no names
             config.id2label = dict(stream.id2label)
-        own = self.projection.config
-        if own.reads_statistics and config.head != "statistics":
-            raise ValueError(
-                f"probe_space='statistics' needs head='statistics' in the {type(config).__name__}, not {config.head!r}."
-            )
-        if own.ln_penalty and not self.tuner.token_offsets():
-            raise ValueError(
-                f"ln_penalty={own.ln_penalty} is for prompts that enter the network as tokens, and this "
-                f"{type(config).__name__} has none: leave it at 0."
-            )
+        check_projection(self.projection.config, self.tuner)
         if self.args.compensate_drift and config.head != "statistics":
             raise ValueError(
                 f"compensate_drift=True moves the class means of a statistics head, which head={config.head!r} lacks: set "
@@ -122,6 +113,7 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
             compensate_drift=self.args.compensate_drift,
         )
         self.task: int | None = None  # in training, or trained last
+        self._broken_off = False  # whether that task was begun and is not finished
         self._features: dict[int, np.ndarray] = {}  # of each task's test images when it ended
         self._selected: dict[int, np.ndarray] = {}  # their pool entries; empty where nothing is selected
         self._queries: dict[int, Tensor] = {}
@@ -173,17 +165,17 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         Raises:
             ValueError: a task out of turn, or one that was begun and broke off.
         """
+        if self._broken_off:
+            raise ValueError(
+                f"this trainer has begun task {self.task + 1} and not finished it: continue by "
+                "train(resume_from_checkpoint=True), or make a new model and a new trainer."
+            )
         if t != len(self.results.matrix):
             raise ValueError(
                 f"t={t} is not the next task: {len(self.results.matrix)} of {self.stream.num_tasks} tasks are trained, "
                 f"so t={len(self.results.matrix)} comes next (counted from 0)."
             )
-        if t == self.task:
-            raise ValueError(
-                f"task {t + 1} was begun by this trainer and not finished: continue it by "
-                "train(resume_from_checkpoint=True), or make a new model and a new trainer."
-            )
-        self.task = t
+        self.task, self._broken_off = t, True
         self.train_dataset = AugmentedImages(
             self.stream.train(t), self.args.augmentation, self.args.crop_min_scale, self.args.seed, t
         )
@@ -217,6 +209,7 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         self.results.rank[t:] = [self.projection.rank]
         self.evaluate_stream()
         self._write_task(t)
+        self._broken_off = False
         self._fire("on_task_end", task=t, results=self.results.to_dict(), folder=self.folder.task(t))
         return output
 
@@ -404,6 +397,20 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
 
 def _task_seed(seed: int, t: int) -> int:
     return int(np.random.SeedSequence([seed, t]).generate_state(1)[0])
+
+
+def check_projection(projection: ProjectionConfig, tuner: Any) -> None:
+    """Raise ValueError when a projection asks for something that the adapter lacks."""
+    config = tuner.adapter_config
+    if projection.reads_statistics and config.head != "statistics":
+        raise ValueError(
+            f"probe_space='statistics' needs head='statistics' in the {type(config).__name__}, not {config.head!r}."
+        )
+    if projection.ln_penalty and not tuner.token_offsets():
+        raise ValueError(
+            f"ln_penalty={projection.ln_penalty} is for prompts that enter the network as tokens, and this "
+            f"{type(config).__name__} has none: leave it at 0."
+        )
 
 
 def _check_model(model: Any, stream: TaskStream) -> None:

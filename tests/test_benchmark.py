@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pgp_hf import artifacts, metrics
+from pgp_hf import PGPTrainingArguments, artifacts, metrics
 from pgp_hf.benchmark import figures, plans, runs, table
 from pgp_hf.trainer import PGPTrainer
 
@@ -153,7 +153,7 @@ def test_settings_are_whole_and_tell_no_path(planned, local, script, tmp_path):
     assert str(tmp_path.parent) not in json.dumps(settings) + command
 
 
-def test_a_file_of_other_settings_is_no_finished_run(planned):
+def test_a_file_of_other_settings_is_no_finished_run(planned, monkeypatch):
     plan = planned("l2p-pgp")
     settings = plan.settings()
     assert not plan.finished()
@@ -172,6 +172,15 @@ def test_a_file_of_other_settings_is_no_finished_run(planned):
     with pytest.raises(ValueError, match=r"training.bf16 is True there, False here"):
         plan.finished()
     assert planned("l2p-pgp", more=["--bf16", "true", "--logging_steps", "3"]).finished()  # which changes no number
+    post_init = PGPTrainingArguments.__post_init__
+
+    def elsewhere(self):  # a machine with a GPU
+        post_init(self)
+        self.dataloader_pin_memory = not self.dataloader_pin_memory
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PGPTrainingArguments, "__post_init__", elsewhere)
+        assert half.finished()
     artifacts.write_json(plan.file, {"settings": {**settings, "training": {**settings["training"], "coming": 1}}})
     with pytest.raises(ValueError, match=r"training.coming is 1 there, 'unknown' here"):
         plan.finished()

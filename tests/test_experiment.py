@@ -128,13 +128,14 @@ def test_help_explains_every_argument(script, capsys):
         (["--dataset_name", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--dataset_name", "a", "--train_dir", "b"], "not both"),
         (["--label_column_name", "nothing"], "nothing"),
+        (["--projection", "functional", "--probe_space", "statistics"], "needs head='statistics'"),
     ],
 )
 def test_bad_arguments_stop_before_training(script, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(sys, "argv", ["run", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true", *arguments])
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         script.main()
-    assert not list((tmp_path / "out").glob("task-*"))
+    assert not list((tmp_path / "out").rglob("task-*"))  # nor the twin's
 
 
 def test_table_lines_up():

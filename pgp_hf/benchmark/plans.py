@@ -17,7 +17,15 @@ from ..training_args import PGPTrainingArguments
 
 # neither settings of the method nor to be had in a row's name; the quiet ones change no number
 PER_RUN = {"output_dir", "overwrite_output_dir", "seed", "data_seed", "disable_tqdm", "resume_from_checkpoint"}
-QUIET = {"dataloader_num_workers", "report_to", "logging_steps", "logging_strategy", "run_name", "verify_images"}
+QUIET = {
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "report_to",
+    "logging_steps",
+    "logging_strategy",
+    "run_name",
+    "verify_images",
+}
 FIXED = {"method", "head", "push_to_hub"} | PER_RUN
 FILLED_IN = {"hidden_size", "target_modules", "interpolate_pos_encoding"}  # when the adapter meets its backbone
 

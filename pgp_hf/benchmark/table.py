@@ -83,14 +83,15 @@ def protocol(runs: list[Run]) -> str:
             f"{training('train_mask')}, classes a prediction may take: {training('eval_mask')}, precision: "
             f"{' / '.join(dict.fromkeys(_precision(run) for run in runs if 'training' in run['settings']))}."
         )
-    content = [run for run in runs if "sha256" in run and run["num_tasks"] > 1]
+    every = [run for run in runs if run["num_tasks"] > 1]
+    content = [run for run in every if "sha256" in run]
     if content:
         seeds = {
             run["seed"]: _values([r for r in content if r["seed"] == run["seed"]], "sha256", "stream")
             for run in content
         }
         text.append(
-            f"SHA-256 of the backbone's weights: {_values(content, 'sha256', 'backbone')}; of class order and images: "
+            f"SHA-256{'' if len(content) == len(every) else f' ({len(content)} of {len(every)} runs)'} of the backbone's weights: {_values(content, 'sha256', 'backbone')}; of class order and images: "
             f"{', '.join(f'seed {seed} {digest}' for seed, digest in sorted(seeds.items()))}."
         )
     versions = [f"{name} {of('versions', name)}" for name in runs[0]["versions"]]

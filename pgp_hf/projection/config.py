@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import Any
 
 from .methods import METHODS
@@ -105,7 +106,7 @@ class ProjectionConfig:
         for name in ("key_energy", "value_energy"):
             if getattr(self, name) is not None:
                 check_energy(name, getattr(self, name))
-        if not isinstance(self.probes, int) or self.probes < 1:
+        if not _whole(self.probes) or self.probes < 1:
             raise ValueError(f"probes={self.probes} is no number of directions: use a whole number of at least 1.")
         if not 0 <= self.ln_penalty < float("inf"):
             raise ValueError(
@@ -122,7 +123,7 @@ class ProjectionConfig:
                 "apply_to='update'."
             )
         images = self.max_images
-        if images is not None and (not isinstance(images, int) or images < 1):
+        if images is not None and (not _whole(images) or images < 1):
             raise ValueError(
                 f"max_images={images} is no number of images to take statistics from: use None, or a whole number of at "
                 "least 1."
@@ -146,6 +147,10 @@ class ProjectionConfig:
         from ..revisions import load_projection_config  # reads files and the Hub; the rest here needs torch alone
 
         return load_projection_config(repo_or_dir, revision, **hub)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_energy(name: str, value: float) -> None:

@@ -65,11 +65,17 @@ def test_resumed_is_straight(straight, tmp_path, task, step, kwargs):
 
 
 @pytest.mark.parametrize(
-    ("task", "phase"), [(0, "_gather_statistics"), (0, "evaluate_stream"), (1, "evaluate_stream")]
+    ("task", "phase", "reinit"),
+    [
+        (0, "_gather_statistics", True),
+        (0, "evaluate_stream", False),
+        (0, "_write_reference", True),
+        (1, "evaluate_stream", True),
+    ],
 )
-def test_the_same_trainer_goes_on_after_an_interruption(tmp_path, monkeypatch, task, phase):
-    """Behind a task's last step: what its statistics had taken in is not counted twice."""
-    settings = {"augmentation": "flip", "num_train_epochs": 1}
+def test_the_same_trainer_goes_on_after_an_interruption(tmp_path, monkeypatch, task, phase, reinit):
+    """Behind a task's last step: what its statistics had taken in is not counted twice, and projection goes on."""
+    settings = {"augmentation": "flip", "num_train_epochs": 1, "reinit_optimizer": reinit}
 
     def model():
         return tiny.model(head="statistics")
@@ -88,8 +94,9 @@ def test_the_same_trainer_goes_on_after_an_interruption(tmp_path, monkeypatch, t
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=f"task {task + 1} was begun by this trainer|is not the next task"):
-        trainer.train_task(task)
+    for next_task in (task, task + 1):
+        with pytest.raises(ValueError, match=f"this trainer has begun task {task + 1} and not finished it"):
+            trainer.train_task(next_task)
     trainer.train(resume_from_checkpoint=True)
     assert tiny.same_results(trainer.results.to_dict(), straight.results.to_dict())
     assert equal(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
@@ -102,7 +109,9 @@ def test_a_first_task_that_broke_off_without_a_checkpoint_needs_a_new_trainer(tm
     stop.trainer = trainer = tiny.trainer(tmp_path, callbacks=[stop], save_strategy="no")
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    with pytest.raises(ValueError, match="has trained 0 tasks already and begun another"):
+    with pytest.raises(
+        ValueError, match="has begun task 1 already: go on with train.resume_from_checkpoint=True., or"
+    ):
         trainer.train()
     with pytest.raises(ValueError, match="has begun its first task and .* no checkpoint.*a new trainer"):
         trainer.train(resume_from_checkpoint=True)

@@ -76,8 +76,9 @@ class L2PModel(ViTPromptTuner):
 
     def token_offsets(self) -> dict[str, Tensor]:
         """CLS's position embedding, `(1, 1, d)`."""
-        prompt_name, _ = self.prompt_parameters()
-        return {prompt_name: self.layer.position_embeddings[:, :1].detach()} if self.adapter_config.top_k else {}
+        (prompt_name, _), config = self.prompt_parameters(), self.adapter_config
+        inserted = config.top_k * config.prompt_length
+        return {prompt_name: self.layer.position_embeddings[:, :1].detach()} if inserted else {}
 
     @torch.no_grad()
     def protected_rows(
