@@ -205,9 +205,15 @@ def sensitivity(
             axes.set_xlim(-0.4, len(order) - 0.6)
             draw.dress(axes, "", setting)
     for name, axes in zip(series, grid[:, 0], strict=True):
-        numbers = [values[value].get(name, ()) for values in points.values() for value in values]
+        bars = [
+            _mean_and_deviation(found[name])
+            for values in points.values()
+            for found in values.values()
+            if found.get(name)
+        ]
+        ends = np.array([mean + side * (spread or 0) for mean, spread in bars for side in (-1, 1)])
         drift = name == "drift"
-        draw.scale(axes, np.concatenate([np.asarray(n, float) for n in numbers]), 0.01 if drift else 5, drift)
+        draw.scale(axes, ends, 0.01 if drift else 5, drift)
         axes.set_ylabel("drift (relative)" if drift else f"{name}:\naverage accuracy (%)", fontsize=9)
     return draw.save(fig, path)
 

@@ -352,6 +352,9 @@ def test_sensitivity_has_a_column_a_setting(tmp_path, figures):
     assert list(bar.lines[0].get_ydata()) == pytest.approx([0.6, 0.4, 0.2])
     spreads = [float(np.ptp(part[:, 1])) / 2 for part in bar.lines[2][0].get_segments()]
     assert spreads == pytest.approx([0, 0, 0.02**0.5])
+    for axes in (linear, statistics, drift):
+        ends = np.concatenate([segment[:, 1] for segment in axes.containers[0].lines[2][0].get_segments()])
+        assert axes.get_ylim()[0] < ends.min() and ends.max() < axes.get_ylim()[1]
     assert drift.get_ylim() == drift_of_words.get_ylim() and drift.get_ylim()[0] <= 0
     marks = [[line for line in axes.lines if line.get_linewidth() == 5] for axes in (linear, drift, words)]
     assert [[line.get_xdata()[0] for line in lines] for lines in marks] == [[2], [2], []]
