@@ -257,6 +257,7 @@ def test_rows_of_a_seed_are_paired_and_frozen_prompts_stay(planned, whole):
         found[name] = json.loads(plan.file.read_text())
     first = {run["heads"]["linear"]["accuracy_matrix"][0][0] for run in (whole, *found.values())}
     assert len(first) == 1
+    assert len({json.dumps(run["sha256"]) for run in (whole, *found.values())}) == 1  # of the same stream and backbone
     assert found["l2p-frozen"]["drift"] == [0, 0, 0] and found["l2p-none"]["drift"][-1] > 0
     assert found["l2p-none"]["projection_rank"] == [0, 0, 0]
 

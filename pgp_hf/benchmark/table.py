@@ -90,9 +90,10 @@ def protocol(runs: list[Run]) -> str:
             run["seed"]: _values([r for r in content if r["seed"] == run["seed"]], "sha256", "stream")
             for run in content
         }
+        noted = "" if len(content) == len(every) else f" (noted by {len(content)} of {len(every)} runs)"
         text.append(
-            f"SHA-256{'' if len(content) == len(every) else f' ({len(content)} of {len(every)} runs)'} of the backbone's weights: {_values(content, 'sha256', 'backbone')}; of class order and images: "
-            f"{', '.join(f'seed {seed} {digest}' for seed, digest in sorted(seeds.items()))}."
+            f"SHA-256{noted} of the backbone's weights: {_values(content, 'sha256', 'backbone')}; of class order and "
+            f"images: {', '.join(f'seed {seed} {digest}' for seed, digest in sorted(seeds.items()))}."
         )
     versions = [f"{name} {of('versions', name)}" for name in runs[0]["versions"]]
     text.append(
