@@ -159,7 +159,7 @@ def test_only_the_run_itself_is_pushed_not_its_twin(tmp_path, monkeypatch):
     class Trainer:
         def __init__(self, model, args, *others, **kwargs):
             pushed[args.output_dir] = args.push_to_hub
-            self.results, self.accelerator = mock.MagicMock(), mock.MagicMock()
+            self.results = self.accelerator = self.tuner = mock.MagicMock()
 
         def is_world_process_zero(self):
             return False
