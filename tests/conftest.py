@@ -27,6 +27,16 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def without_figures():
+    """For modules that look at no figure: drawing them takes longer than the training of a tiny model."""
+    from pgp_hf import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save_figures", lambda results, folder: [])
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_vit():
     """Factory: an untrained ViT of width 24 in eval mode; the same seed gives the same weights.

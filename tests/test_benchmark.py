@@ -21,6 +21,8 @@ from pgp_hf import PGPTrainingArguments, artifacts, metrics
 from pgp_hf.benchmark import figures, plans, runs, table
 from pgp_hf.trainer import PGPTrainer
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "benchmark.py"
 
 

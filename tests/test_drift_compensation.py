@@ -16,6 +16,8 @@ from pgp_hf import PGPTrainer, ProjectionConfig
 from pgp_hf.heads import ClassStatistics
 from pgp_hf.images import ImageCollator
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 DIM = 7
 
 

@@ -24,6 +24,8 @@ from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, plots
 from pgp_hf.evaluation import changed_share
 from pgp_hf.heads import ClassStatistics
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 C, D = 5, 7
 
 

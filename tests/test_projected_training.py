@@ -10,6 +10,8 @@ import torch
 from pgp_hf import ProjectionConfig
 from pgp_hf.projection import Observation
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 METHODS = {
     "pgp": {"energy": 0.9},
     "attention": {"energy": 0.7, "value_energy": 0.7},

@@ -16,6 +16,8 @@ from pgp_hf import DualPromptConfig, L2PConfig, ProjectionConfig
 from pgp_hf.artifacts import RunFolder
 from pgp_hf.images import ImageCollator
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 def weights(folder):
     return load_file(folder / "adapter_model.safetensors")

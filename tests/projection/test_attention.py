@@ -14,6 +14,8 @@ from torch import nn
 from pgp_hf.projection import METHODS, Basis, NullSpaceProjector, Projection, ProjectionConfig
 from pgp_hf.projection.methods import Context
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 HEADS = 3
 
 

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from pgp_hf.projection import METHODS, Basis, Projection, ProjectionConfig, moments
 from pgp_hf.projection.methods import Context, probes
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 SEED, TASK = 3, 1
 
 

@@ -14,6 +14,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from pgp_hf import ClipPromptConfig, L2PConfig, ProjectionConfig
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 NAMES = [f"class_{c}" for c in "abcdef"]
 
 

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from pgp_hf import DualPromptConfig, ProjectionConfig
 from pgp_hf.projection import Basis, SecondMoment
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 LAYERS = {"general_layers": [0], "expert_layers": [1], "pool_size": 3}
 
 
