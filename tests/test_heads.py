@@ -20,7 +20,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, pipeline
 
-from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, plots
+from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig
 from pgp_hf.evaluation import changed_share
 from pgp_hf.heads import ClassStatistics
 
@@ -468,13 +468,6 @@ def test_configuration_refuses(make_vit):
 
 
 # ---- a stream --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_figures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save_figures", lambda *args: None)  # they take most of a tiny run's time
-        yield
 
 
 @pytest.fixture(scope="module", params=METHODS)
