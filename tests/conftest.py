@@ -29,12 +29,13 @@ def _seed():
 
 @pytest.fixture(scope="module")
 def without_figures():
-    """For modules that look at no figure: drawing them takes longer than the training of a tiny model."""
+    """Draws no figure, which takes longer than training a tiny model; yields the function that does."""
     from pgp_hf import plots
 
     with pytest.MonkeyPatch.context() as patch:
+        draws = plots.save_figures
         patch.setattr(plots, "save_figures", lambda results, folder: [])
-        yield
+        yield draws
 
 
 @pytest.fixture(scope="session")

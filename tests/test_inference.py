@@ -19,10 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification, pipeline
 
-from pgp_hf import L2PConfig, ProjectionConfig, load_pretrained, plots
+from pgp_hf import L2PConfig, ProjectionConfig, load_pretrained
 from pgp_hf.callbacks import StreamCallback
 from pgp_hf.inference import PromptClassifier, to_image
 from pgp_hf.projection import Projection
+
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 NAMES = [f"class {c}" for c in range(6)]
 
@@ -57,16 +59,8 @@ def train(folder, method, attention="sdpa", head="linear", **kwargs):
     return watch.logits, folder, trainer
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_figures():
-    """Drawing takes longer than everything else here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save_figures", lambda results, folder: [])
-        yield
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, _no_figures):
+def runs(tmp_path_factory, without_figures):
     """Finished runs by (method, attention, head), each trained once."""
     found = {}
 
