@@ -112,8 +112,8 @@ def functional(model: Any, inputs: dict[str, Tensor], context: Context) -> Itera
     Cost at a task's end: for each image one forward pass (two where its query is not at hand) and `probes` backward
     passes, with the memory of one training batch. For each protected parameter (of L2P: each entry of the pool) a
     second moment of n x n values, or a sketch of `2 * SKETCH` x n once that is smaller (`moments.py`), and its
-    eigenvectors. While later tasks train, a basis of n x r float64 values each, r < n, which every step multiplies
-    with: for L2P with 10 entries of 5 x 192 values at most 74 MB, of 5 x 768 at most 1.2 GB.
+    eigenvectors. While later tasks train, a basis of n x r float64 values each, r <= n, which every step multiplies
+    with: for a pool of M entries at most 8 M n^2 bytes, n being the prompt's length times the width.
 
     Raises:
         ValueError: the images of the batch are not numbered, one index each; `probe_space="statistics"` without a
