@@ -37,11 +37,11 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from pgp_hf import DualPromptConfig, L2PConfig, PGPTrainingArguments
-from pgp_hf.arguments import DataArguments, ModelArguments, option
-from pgp_hf.baselines.frozen import NearestClassMean, RandomProjectionRidge, ShrinkageLDA
 from pgp_hf.benchmark import table
 from pgp_hf.benchmark.plans import Plan, Row, is_folder, plan
 from pgp_hf.benchmark.runs import describe, execute, holder
+from pgp_hf.cli.arguments import DataArguments, ModelArguments, option
+from pgp_hf.heads.closed_form import NearestClassMean, RandomProjectionRidge, ShrinkageLDA
 
 
 def prompts(

@@ -24,8 +24,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from PIL import Image
 
 from pgp_hf import embedded, load_pretrained, metrics
-from pgp_hf.inference import PromptClassifier
-from pgp_hf.sources import TASK
+from pgp_hf.inference.classifier import PromptClassifier
+from pgp_hf.runs.sources import TASK
 
 DEFAULT_RUN = Path("out/l2p_pgp")
 TOP = 5  # predictions shown

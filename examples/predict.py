@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pgp_hf import load_pretrained
-from pgp_hf.inference import Prediction, PromptClassifier, to_image
+from pgp_hf.inference.classifier import Prediction, PromptClassifier, to_image
 
 PROGRESS_FROM = 20  # fewer images are done before a bar could be read
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from peft import PeftModel, get_peft_model
 
 from pgp_hf import DualPromptConfig, TaskStream
-from pgp_hf.experiment import parse, run
+from pgp_hf.cli.experiment import parse, run
 
 # used when neither a model nor data are named; anything given on the command line wins
 EMBEDDED = "--output_dir out/dualprompt_pgp --num_tasks 5 --num_train_epochs 3 --augmentation none".split()

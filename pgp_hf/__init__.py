@@ -12,11 +12,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .inference import load_pretrained
+    from .data.stream import TaskStream
+    from .inference.classifier import load_pretrained
     from .projection import ProjectionConfig
-    from .stream import TaskStream
-    from .trainer import PGPTrainer
-    from .training_args import PGPTrainingArguments
+    from .training.arguments import PGPTrainingArguments
+    from .training.trainer import PGPTrainer
     from .tuners import ClipPromptConfig, DualPromptConfig, L2PConfig
 
 __version__ = "0.1.0"
@@ -25,10 +25,10 @@ _HOME = {
     "ClipPromptConfig": "tuners",
     "DualPromptConfig": "tuners",
     "L2PConfig": "tuners",
-    "PGPTrainer": "trainer",
-    "PGPTrainingArguments": "training_args",
+    "PGPTrainer": "training.trainer",
+    "PGPTrainingArguments": "training.arguments",
     "ProjectionConfig": "projection",
-    "TaskStream": "stream",
+    "TaskStream": "data.stream",
     "load_pretrained": "inference",
 }
 __all__ = [

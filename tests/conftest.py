@@ -30,7 +30,7 @@ def _seed():
 @pytest.fixture(scope="module")
 def without_figures():
     """Draws no figure, which takes longer than training a tiny model; yields the function that does."""
-    from pgp_hf import plots
+    from pgp_hf.report import figures as plots
 
     with pytest.MonkeyPatch.context() as patch:
         draws = plots.save_figures

@@ -6,8 +6,8 @@ import pytest
 from transformers import HfArgumentParser
 
 from pgp_hf import ProjectionConfig
-from pgp_hf.arguments import RunArguments
-from pgp_hf.projection import METHODS
+from pgp_hf.cli.arguments import RunArguments
+from pgp_hf.projection import CONDITIONS
 
 
 def parse(*argv: str) -> ProjectionConfig:
@@ -18,7 +18,7 @@ def test_defaults_are_the_dataclass_defaults():
     assert parse() == ProjectionConfig()
 
 
-@pytest.mark.parametrize("method", ["none", *METHODS])
+@pytest.mark.parametrize("method", ["none", *CONDITIONS])
 def test_every_method_is_a_choice(method):
     assert parse("--projection", method) == ProjectionConfig(method=method)
 

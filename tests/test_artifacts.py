@@ -8,34 +8,35 @@ import os
 import pytest
 import torch
 
-from pgp_hf import artifacts
-from pgp_hf.artifacts import RunFolder
+from pgp_hf.runs.atomic import write_json, write_tensors
+from pgp_hf.runs.folder import RunFolder
+from pgp_hf.runs.reading import read_json, read_tensors
 
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path):
     path = tmp_path / "deep" / "results.json"
-    artifacts.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
-        artifacts.write_json(path, {"a": float("nan")})
+        write_json(path, {"a": float("nan")})
     with pytest.raises(TypeError):
-        artifacts.write_json(path, {"a": object()})
-    assert artifacts.read_json(path) == {"a": 1}
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1}
     assert os.listdir(path.parent) == ["results.json"]
 
 
 def test_tensors_round_trip_even_when_they_share_memory(tmp_path):
     path = tmp_path / "bases.safetensors"
     shared = torch.randn(4, 3, dtype=torch.float64)
-    artifacts.write_tensors(path, {"a": shared, "b": shared.T, "c": torch.zeros(3, 0)})
-    read = artifacts.read_tensors(path)
+    write_tensors(path, {"a": shared, "b": shared.T, "c": torch.zeros(3, 0)})
+    read = read_tensors(path)
     assert torch.equal(read["a"], shared) and torch.equal(read["b"], shared.T) and read["c"].shape == (3, 0)
-    artifacts.write_tensors(path, {})
-    assert artifacts.read_tensors(path) == {}
+    write_tensors(path, {})
+    assert read_tensors(path) == {}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\x80\x04\x95pickled"])
 def test_missing_and_damaged_files_are_named(tmp_path, content):
-    for read, name in ((artifacts.read_json, "results.json"), (artifacts.read_tensors, "bases.safetensors")):
+    for read, name in ((read_json, "results.json"), (read_tensors, "bases.safetensors")):
         path = tmp_path / name
         if content is not None:
             path.write_bytes(content)
@@ -96,7 +97,7 @@ def test_the_last_complete_checkpoint_is_taken(tmp_path):
 def test_clear_deletes_a_run_and_nothing_else(tmp_path):
     run = RunFolder(tmp_path)
     run.publish(0, write)
-    artifacts.write_tensors(run.features(0), {"features": torch.ones(1)})
+    write_tensors(run.features(0), {"features": torch.ones(1)})
     run.checkpoints(1).mkdir(parents=True)
     (tmp_path / "notes.txt").write_text("mine")
     run.clear()

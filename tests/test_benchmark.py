@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pgp_hf import PGPTrainingArguments, artifacts, metrics
+from pgp_hf import PGPTrainingArguments, metrics
 from pgp_hf.benchmark import figures, plans, runs, table
-from pgp_hf.trainer import PGPTrainer
+from pgp_hf.runs.atomic import write_json
+from pgp_hf.runs.reading import read_json
+from pgp_hf.training.trainer import PGPTrainer
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -159,10 +161,10 @@ def test_a_file_of_other_settings_is_no_finished_run(planned, monkeypatch):
     plan = planned("l2p-pgp")
     settings = plan.settings()
     assert not plan.finished()
-    artifacts.write_json(plan.file, {"settings": settings})
+    write_json(plan.file, {"settings": settings})
     assert plan.finished()
     del settings["projection"]["key_energy"]  # written before there was such a setting
-    artifacts.write_json(plan.file, {"settings": settings})
+    write_json(plan.file, {"settings": settings})
     assert plan.finished()
     changed = planned("l2p-pgp", more=["--learning_rate", "0.1"])
     with pytest.raises(ValueError, match=r"training.learning_rate is 0.02 there, 0.1 here.*another --output_dir"):
@@ -170,7 +172,7 @@ def test_a_file_of_other_settings_is_no_finished_run(planned, monkeypatch):
     half = planned("l2p-pgp", more=["--bf16", "true"])  # what is at its default counts too, on either side
     with pytest.raises(ValueError, match=r"training.bf16 is False there, True here"):
         half.finished()
-    artifacts.write_json(plan.file, {"settings": half.settings()})
+    write_json(plan.file, {"settings": half.settings()})
     with pytest.raises(ValueError, match=r"training.bf16 is True there, False here"):
         plan.finished()
     assert planned("l2p-pgp", more=["--bf16", "true", "--logging_steps", "3"]).finished()  # which changes no number
@@ -183,11 +185,11 @@ def test_a_file_of_other_settings_is_no_finished_run(planned, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(PGPTrainingArguments, "__post_init__", elsewhere)
         assert half.finished()
-    artifacts.write_json(plan.file, {"settings": {**settings, "training": {**settings["training"], "coming": 1}}})
+    write_json(plan.file, {"settings": {**settings, "training": {**settings["training"], "coming": 1}}})
     with pytest.raises(ValueError, match=r"training.coming is 1 there, 'unknown' here"):
         plan.finished()
     plan.file.unlink()
-    artifacts.write_json(plan.folder / "settings.json", settings)
+    write_json(plan.folder / "settings.json", settings)
     with pytest.raises(ValueError, match=r"settings.json has other settings.*delete its folder"):
         changed.finished()
 
@@ -245,7 +247,7 @@ def test_an_interrupted_run_goes_on_exactly(planned, whole, monkeypatch, steps):
 
 def test_a_finished_run_is_left_alone(planned):
     plan = planned("l2p-none")
-    artifacts.write_json(plan.file, {"settings": plan.settings(), "mark": 1})
+    write_json(plan.file, {"settings": plan.settings(), "mark": 1})
     assert runs.execute([plan], "")
     assert json.loads(plan.file.read_text())["mark"] == 1 and not plan.folder.exists()
 
@@ -304,6 +306,8 @@ def test_a_run_has_one_process(planned, tmp_path):
 
 STAND_IN = """
 import json, pathlib, shutil, sys, time
+from pgp_hf.runs.atomic import write_json
+from pgp_hf.runs.reading import read_json
 argv = sys.argv
 rows = " ".join(argv).split("--rows ")[-1].split()
 out = pathlib.Path(argv[argv.index("--output_dir") + 1])
@@ -333,7 +337,7 @@ def stand_in(script, planned, tmp_path, monkeypatch) -> Path:
     (out / "made").mkdir(parents=True)
     (out / "mood").write_text("well")
     for name in script.ROWS:
-        artifacts.write_json(out / "made" / f"{name}.json", made_up(planned(name), 0))
+        write_json(out / "made" / f"{name}.json", made_up(planned(name), 0))
     monkeypatch.setattr(script, "__file__", str(worker))
     return out
 
@@ -518,7 +522,7 @@ def folder(script, planned, tmp_path):
     for name in (*script.ROWS, "l2p-functional@energy=0.9", "l2p-functional@probes=4", "l2p-none@learning_rate=0.5"):
         for seed in range(3):
             if (name, seed) != ("l2p-attention", 2):
-                artifacts.write_json(out / f"{name}-seed{seed}.json", made_up(planned(name), seed))
+                write_json(out / f"{name}-seed{seed}.json", made_up(planned(name), seed))
     return out
 
 
@@ -567,7 +571,7 @@ def test_the_table_is_what_the_files_say(script, folder):
 def test_differences_are_paired(script, folder):
     table.write(folder, folder / "table.md", script.ROWS)
     found = cells((folder / "table.md").read_text(), "## Paired differences")
-    read = {(run["row"], run["seed"]): run["heads"] for run in map(artifacts.read_json, folder.glob("*.json"))}
+    read = {(run["row"], run["seed"]): run["heads"] for run in map(read_json, folder.glob("*.json"))}
 
     def expect(name, head, other, theirs):
         values = [
@@ -578,7 +582,7 @@ def test_differences_are_paired(script, folder):
         each = ", ".join(f"{value:+.2f}" for value in values)
         return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values):.2f} ({each})"
 
-    ends = {(run["row"], run["seed"]): run["drift"][-1] for run in map(artifacts.read_json, folder.glob("*.json"))}
+    ends = {(run["row"], run["seed"]): run["drift"][-1] for run in map(read_json, folder.glob("*.json"))}
 
     def drifts(name, other):
         values = [ends[name, seed] / ends[other, seed] for seed in range(3) if (name, seed) in ends]
@@ -611,7 +615,7 @@ def test_differences_are_paired(script, folder):
 def test_a_reference_with_the_same_settings_is_preferred(folder, script, planned):
     for seed in range(3):
         name = "l2p-pgp@learning_rate=0.5"
-        artifacts.write_json(folder / f"{name}-seed{seed}.json", made_up(planned(name), seed))
+        write_json(folder / f"{name}-seed{seed}.json", made_up(planned(name), seed))
     table.write(folder, folder / "table.md", script.ROWS)
     found = cells((folder / "table.md").read_text(), "## Paired differences")
     assert found["l2p-pgp@learning_rate=0.5"][0] == "l2p-none@learning_rate=0.5"
@@ -639,8 +643,8 @@ def test_the_text_is_computed(script, folder, planned):
     odd["heads"]["linear"]["accuracy_matrix"][0][0] += 1
     half = made_up(planned("l2p-pgp"), 1)
     half["settings"]["training"]["bf16"] = True
-    artifacts.write_json(folder / "l2p-pgp-seed1.json", half)
-    artifacts.write_json(folder / "l2p-pgp-seed2.json", odd)
+    write_json(folder / "l2p-pgp-seed1.json", half)
+    write_json(folder / "l2p-pgp-seed2.json", odd)
     table.write(folder, folder / "elsewhere" / "table.md", script.ROWS)
     text = (folder / "elsewhere" / "table.md").read_text()
     assert "precision: float32 / bfloat16 autocast over float32 weights." in text
@@ -650,7 +654,7 @@ def test_the_text_is_computed(script, folder, planned):
 
 def test_one_run_is_a_table_without_deviations(script, planned, tmp_path):
     out = tmp_path / "one"
-    artifacts.write_json(out / "l2p-pgp-seed0.json", made_up(planned("l2p-pgp"), 0))
+    write_json(out / "l2p-pgp-seed0.json", made_up(planned("l2p-pgp"), 0))
     assert script.main(["--table", "--output_dir", str(out), "--table_file", str(out / "t.md")]) == 0
     text = (out / "t.md").read_text()
     assert cells(text, "# Benchmark")["l2p-pgp"][0] == "1"
@@ -687,7 +691,7 @@ def test_the_accuracy_figure_shows_plain_rows_and_the_best_without_prompts(folde
 
 def test_the_sensitivity_figure_takes_rows_of_one_setting(folder, planned):
     name = "l2p-functional@energy=0.5,probes=9"
-    artifacts.write_json(folder / f"{name}-seed0.json", made_up(planned(name), 0))
+    write_json(folder / f"{name}-seed0.json", made_up(planned(name), 0))
     rows = rows_of(folder)
     points, usual = figures.sensitivity_points(rows, "l2p-functional")
     assert usual == {"energy": 0.95, "probes": 2}

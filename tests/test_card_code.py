@@ -17,7 +17,8 @@ import tiny
 import torch
 from PIL import Image
 
-from pgp_hf import load_pretrained, plots
+from pgp_hf import load_pretrained
+from pgp_hf.report import figures as plots
 
 CASES = {"l2p": "statistics", "clip": "linear"}
 

@@ -25,7 +25,8 @@ from peft import get_peft_model
 from PIL import ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from pgp_hf import L2PConfig, PGPTrainer, PGPTrainingArguments, TaskStream, embedded, load_pretrained, plots
+from pgp_hf import L2PConfig, PGPTrainer, PGPTrainingArguments, TaskStream, embedded, load_pretrained
+from pgp_hf.report import figures as plots
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "demo.py"
 

@@ -13,8 +13,8 @@ import torch
 from transformers import TrainerCallback
 
 from pgp_hf import PGPTrainer, ProjectionConfig
-from pgp_hf.heads import ClassStatistics
-from pgp_hf.images import ImageCollator
+from pgp_hf.data.images import ImageCollator
+from pgp_hf.heads.statistics import ClassStatistics
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -35,7 +35,7 @@ def others(n=400, seed=1):
 def test_a_common_shift_is_followed_exactly():
     head, x = statistics(), others(3)
     before, shift = head.means.clone(), torch.arange(DIM).double()
-    head.follow(x, x + shift)
+    head.compensate_drift(x, x + shift)
     assert torch.allclose(head.means[:3], before[:3] + shift, rtol=1e-12)
     assert (head.means[3] == 0).all()  # a class without features stays unseen
 
@@ -43,8 +43,8 @@ def test_a_common_shift_is_followed_exactly():
 def test_no_movement_moves_nothing_and_nothing_else_ever_moves():
     head, x = statistics(), others(5)
     means, counts, scatter = head.means.clone(), head.counts.clone(), head.scatter.clone()
-    assert torch.equal(head.follow(x, x.clone()).means, means)
-    head.follow(x, x * 1.5)
+    assert torch.equal(head.compensate_drift(x, x.clone()).means, means)
+    head.compensate_drift(x, x * 1.5)
     assert torch.equal(head.counts, counts) and torch.equal(head.scatter, scatter)
     assert not torch.equal(head.means, means)
 
@@ -59,7 +59,7 @@ def test_it_is_ridge_regression():
     rows = torch.cat([x - m, ridge.sqrt() * torch.eye(DIM).double()])
     answers = torch.cat([moved - d, torch.zeros(DIM, DIM).double()])
     turn = torch.linalg.lstsq(rows, answers).solution
-    head.follow(x, x + moved)
+    head.compensate_drift(x, x + moved)
     assert torch.allclose(head.means[:3], means + d + (means - m) @ turn, atol=1e-10)
 
 
@@ -67,7 +67,7 @@ def test_linear_drift_is_followed_better_than_by_a_common_shift():
     head, x = statistics(), others()
     turn = torch.linalg.qr(torch.randn(DIM, DIM, dtype=torch.float64)).Q * 0.5
     means = head.means[:3].clone()
-    moved = head.follow(x, x + x @ turn).means[:3]
+    moved = head.compensate_drift(x, x + x @ turn).means[:3]
     error = (moved - (means + means @ turn)).norm()
     assert error < (means + (x @ turn).mean(0) - (means + means @ turn)).norm() and error < (means @ turn).norm() / 2
 
@@ -76,16 +76,19 @@ def test_the_classifier_follows():
     head, x = statistics(), others(20)
     points = torch.randn(6, DIM) + 5
     expected = head(points)
-    head.follow(x, x + 3)
+    head.compensate_drift(x, x + 3)
     assert torch.allclose(head(points + 3), expected, atol=1e-4) and not torch.allclose(head(points), expected)
 
 
 def test_shares_of_processes_are_the_whole():
     x = others(40)
     moved = x + torch.tanh(x)
-    whole = statistics().follow(x, moved).means
+    whole = statistics().compensate_drift(x, moved).means
     found = processes.run(
-        2, lambda rank, reduce, gather, broadcast: statistics().follow(x[rank::2], moved[rank::2], reduce).means
+        2,
+        lambda rank, reduce, gather, broadcast: (
+            statistics().compensate_drift(x[rank::2], moved[rank::2], reduce).means
+        ),
     )
     assert torch.allclose(found[0], whole, rtol=1e-12) and torch.equal(found[0], found[1])
 
@@ -94,13 +97,15 @@ def test_many_features_are_summed_in_pieces():
     head, x = statistics(), others(9000)
     moved = x + torch.tanh(x)
     order = torch.randperm(9000)
-    assert torch.allclose(head.follow(x, moved).means, statistics().follow(x[order], moved[order]).means, rtol=1e-9)
+    assert torch.allclose(
+        head.compensate_drift(x, moved).means, statistics().compensate_drift(x[order], moved[order]).means, rtol=1e-9
+    )
 
 
 def test_no_images_move_nothing():
     head = statistics()
     means = head.means.clone()
-    assert torch.equal(head.follow(torch.zeros(0, DIM), torch.zeros(0, DIM)).means, means)
+    assert torch.equal(head.compensate_drift(torch.zeros(0, DIM), torch.zeros(0, DIM)).means, means)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +118,7 @@ def test_no_images_move_nothing():
 )
 def test_features_that_do_not_fit(before, after, message):
     with pytest.raises(ValueError, match=message):
-        statistics().follow(before, after)
+        statistics().compensate_drift(before, after)
 
 
 # ---- in a run --------------------------------------------------------------------------------------------------------
@@ -144,9 +149,9 @@ def test_old_means_follow_the_new_tasks_images(tmp_path, method):
     expected = copy.deepcopy(run.tuner.statistics)
     before = head_inputs(run, 1)
     run.train_task(1)
-    with run.tuner.without_entry(1) or nullcontext():
+    with run.tuner.as_before_task(1) or nullcontext():
         after = head_inputs(run, 1)
-    expected.follow(before, after)
+    expected.compensate_drift(before, after)
     old = expected.counts > 0
     assert (after - before).abs().max() > 1e-3
     assert torch.allclose(run.tuner.statistics.means[old], expected.means[old], atol=1e-5)
@@ -164,7 +169,7 @@ def test_old_images_do_not_select_the_new_entry(tmp_path):
     run = trainer(tmp_path, "dualprompt")
     for t in range(2):
         run.train_task(t)
-    with run.tuner.without_entry(1):
+    with run.tuner.as_before_task(1):
         head_inputs(run, 1)
         assert (run.tuner.selected_prompts == 0).all()
     head_inputs(run, 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pgp_hf import experiment
+from pgp_hf.cli import experiment
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "run_l2p_pgp.py"

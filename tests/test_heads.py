@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, pipeline
 
 from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig
-from pgp_hf.evaluation import changed_share
-from pgp_hf.heads import ClassStatistics
+from pgp_hf.heads.statistics import ClassStatistics
+from pgp_hf.training.results import changed_share
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 

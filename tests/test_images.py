@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from pgp_hf.images import AugmentedImages, CachedQueries, ImageCollator, _random_box
+from pgp_hf.data.images import AugmentedImages, CachedQueries, ImageCollator, _random_box
 
 
 def pixels(view, epoch):

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from transformers import ViTForImageClassification, pipeline
 
 from pgp_hf import L2PConfig, ProjectionConfig, load_pretrained
-from pgp_hf.callbacks import StreamCallback
-from pgp_hf.inference import PromptClassifier, to_image
+from pgp_hf.inference.classifier import PromptClassifier, to_image
 from pgp_hf.projection import Projection
+from pgp_hf.training.callbacks import StreamCallback
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 

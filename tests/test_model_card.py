@@ -12,7 +12,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-from pgp_hf import metrics, model_card, plots
+from pgp_hf import metrics
+from pgp_hf.report import card as model_card
+from pgp_hf.report import figures as plots
 
 N = None
 MATRIX = [[90.0, N, N], [80.0, 95.0, N], [85.0, 75.0, 70.0]]
@@ -557,7 +559,7 @@ def test_bad_input_is_named_and_an_old_card_stays(tmp_path, which, key, value, m
 def test_template_of_the_wheel_comes_first_and_a_missing_one_is_named(tmp_path, monkeypatch):
     package = tmp_path / "site" / "pgp_hf"
     package.mkdir(parents=True)
-    monkeypatch.setattr(model_card, "__file__", str(package / "model_card.py"))
+    monkeypatch.setattr(model_card, "__file__", str(package / "report" / "card.py"))
     with pytest.raises(FileNotFoundError, match="template is missing.*Reinstall"):
         render(make_inputs())
     (tmp_path / "site" / "model_cards").mkdir()

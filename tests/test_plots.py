@@ -12,7 +12,9 @@ from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 from PIL import Image
 
-from pgp_hf import _drawing, metrics, plots
+from pgp_hf import metrics
+from pgp_hf.report import drawing as _drawing
+from pgp_hf.report import figures as plots
 
 
 def make_results(tasks: int, rows: int | None = None, seed: int = 0, pool: int = 10) -> dict:

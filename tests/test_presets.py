@@ -16,7 +16,8 @@ import pytest
 import tiny
 from transformers import CLIPConfig, CLIPModel
 
-from pgp_hf import arguments, embedded, experiment, presets
+from pgp_hf import embedded, presets
+from pgp_hf.cli import arguments, experiment
 
 ALL = [(method, name) for method in ("l2p", "dualprompt", "clip") for name in presets.names(method)]
 CIFAR = {"dataset_name": "uoft-cs/cifar100", "label_column_name": "fine_label", "num_classes": 100}

@@ -64,9 +64,9 @@ def test_protected_keys_keep_the_selection(tmp_path):
 @pytest.mark.parametrize("adapter", prompted.METHODS)
 @pytest.mark.parametrize("method", ["pgp", "attention", "functional", "frozen"])
 def test_every_method_yields_observations(method, adapter):
-    from pgp_hf.projection import METHODS, Context
+    from pgp_hf.projection import CONDITIONS, Context
 
     model, pixels = prompted.make(adapter), prompted.images(2)
-    found = list(METHODS[method](model.base_model, {"pixel_values": pixels}, Context(ProjectionConfig(), [0, 1])))
+    found = list(CONDITIONS[method](model.base_model, {"pixel_values": pixels}, Context(ProjectionConfig(), [0, 1])))
     assert found and all(isinstance(one, Observation) for one in found)
     assert all(torch.isfinite(one.rows).all() and one.name and one.role for one in found)

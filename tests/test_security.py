@@ -19,8 +19,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, ViTForImageClassification
 
-from pgp_hf import ProjectionConfig, load_pretrained, plots, reading
+from pgp_hf import ProjectionConfig, load_pretrained
 from pgp_hf.projection import Projection
+from pgp_hf.report import figures as plots
+from pgp_hf.runs import reading
 
 ADAPTER, CONFIG, BASES = "adapter_model.safetensors", "adapter_config.json", "projection.safetensors"
 PROMPT, KEY = "base_model.model.vit.embeddings.l2p_prompt", "base_model.model.vit.embeddings.l2p_key"
@@ -483,7 +485,7 @@ def test_checkpoints_of_a_task_in_training_do_not_stop_a_finished_one(sound, tmp
 
 
 def test_the_digest_does_not_see_the_adapter():
-    from pgp_hf.revisions import backbone_sha256
+    from pgp_hf.runs.digest import backbone_sha256
 
     plain, wrapped = tiny.backbone(), tiny.model()
     digest = backbone_sha256(plain, ["classifier"])

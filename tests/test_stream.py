@@ -18,7 +18,7 @@ import PIL.Image
 import pytest
 import torch
 
-from pgp_hf.stream import SCENARIOS, Task, TaskImages, TaskStream
+from pgp_hf.data.stream import SCENARIOS, Task, TaskImages, TaskStream
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 
@@ -556,7 +556,7 @@ def test_manifest_contents(splits):
 def test_manifest_is_cached_and_a_callers_edits_stay_the_callers(splits, monkeypatch):
     stream = TaskStream.from_dataset(splits, num_tasks=2)
     first = stream.manifest()
-    monkeypatch.setattr("pgp_hf._stream_images.ImageRows.digests", None)
+    monkeypatch.setattr("pgp_hf.data.rows.ImageRows.digests", None)
     first["class_order"].reverse()
     first["tasks"][0]["train"]["sha256"] = ""
     first["dataset"]["fingerprint"].clear()
@@ -649,7 +649,7 @@ def test_verify_decodes_every_selected_image_once(splits, decoded):
 def test_verify_shows_a_bar_for_many_images_only(splits, monkeypatch, capsys):
     TaskStream.from_dataset(splits, num_tasks=2).verify()
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("pgp_hf._stream_images.PROGRESS_FROM", 10)
+    monkeypatch.setattr("pgp_hf.data.rows.PROGRESS_FROM", 10)
     TaskStream.from_dataset(splits, num_tasks=2).verify(progress=False)
     assert capsys.readouterr().err == ""
     TaskStream.from_dataset(splits, num_tasks=2).verify()

@@ -13,8 +13,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
-from pgp_hf import L2PConfig, PGPTrainer, PGPTrainingArguments, ProjectionConfig, plots
-from pgp_hf.callbacks import StreamCallback
+from pgp_hf import L2PConfig, PGPTrainer, PGPTrainingArguments, ProjectionConfig
+from pgp_hf.report import figures as plots
+from pgp_hf.training.callbacks import StreamCallback
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 

@@ -18,7 +18,8 @@ from peft import get_peft_model
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from pgp_hf import L2PConfig, PGPTrainer, PGPTrainingArguments, ProjectionConfig, TaskStream, plots
+from pgp_hf import L2PConfig, PGPTrainer, PGPTrainingArguments, ProjectionConfig, TaskStream
+from pgp_hf.report import figures as plots
 
 SIDE = 20
 

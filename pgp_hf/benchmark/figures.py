@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import metrics, plots
+from .. import metrics
+from ..report import figures as plots
 
 Run = dict[str, Any]
 CLOSED = "closed form"  # the head of a row without prompts

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .. import artifacts
-from ..arguments import DataArguments, ModelArguments
+from ..cli.arguments import DataArguments, ModelArguments
 from ..projection import ProjectionConfig
-from ..training_args import PGPTrainingArguments
+from ..runs.reading import read_json
+from ..training.arguments import PGPTrainingArguments
 
 # neither settings of the method nor to be had in a row's name; the quiet ones change no number
 PER_RUN = {"output_dir", "overwrite_output_dir", "seed", "data_seed", "disable_tqdm", "resume_from_checkpoint"}
@@ -121,7 +121,7 @@ class Plan:
             (self.folder / "settings.json", "delete its folder, or choose another --work_dir"),
         ):
             if file.exists():
-                found = artifacts.read_json(file)
+                found = read_json(file)
                 differ = _differences(*map(self._completed, (self.settings(), found.get("settings", found))))
                 if differ:
                     raise ValueError(f"{file} has other settings ({'; '.join(differ[:4])}): {remedy}.")

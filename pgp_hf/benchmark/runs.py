@@ -24,12 +24,16 @@ from accelerate.utils import set_seed
 from peft import get_peft_model
 from transformers import PreTrainedModel
 
-from .. import artifacts, metrics, revisions
-from ..baselines.frozen import frozen_matrices, stream_features
-from ..evaluation import versions
-from ..images import ImageCollator
-from ..stream import TaskStream
-from ..trainer import PGPTrainer
+from .. import metrics
+from ..data.images import ImageCollator
+from ..data.stream import TaskStream
+from ..heads.closed_form import frozen_matrices, stream_features
+from ..runs.atomic import write_json
+from ..runs.digest import backbone_sha256
+from ..runs.folder import RunFolder
+from ..runs.reading import read_json
+from ..training.results import versions
+from ..training.trainer import PGPTrainer
 from ..tuners import L2PConfig
 from .figures import CLOSED
 from .plans import Plan
@@ -52,10 +56,10 @@ def execute(plans: list[Plan], arguments: str, keep: bool = False) -> bool:
         if not plans:
             return True
         for plan in plans:
-            artifacts.write_json(plan.folder / "settings.json", plan.settings())
+            write_json(plan.folder / "settings.json", plan.settings())
         for plan, results in _frozen(plans) if plans[0].classifier is not None else _trained(*plans):
             head = {"row": plan.name, "seed": plan.seed, "arguments": arguments, "settings": plan.settings()}
-            artifacts.write_json(plan.file, {**head, **results, **machine()})
+            write_json(plan.file, {**head, **results, **machine()})
             if not keep:
                 shutil.rmtree(plan.folder)
     return True
@@ -121,7 +125,7 @@ def digests(stream: TaskStream, backbone: PreTrainedModel) -> dict[str, str | No
     tasks = json.dumps(stream.manifest()["tasks"], sort_keys=True)
     return {
         "stream": hashlib.sha256(tasks.encode()).hexdigest(),
-        "backbone": revisions.backbone_sha256(backbone, ["classifier"]),
+        "backbone": backbone_sha256(backbone, ["classifier"]),
     }
 
 
@@ -185,10 +189,10 @@ def machine() -> dict[str, Any]:
 def describe(plan: Plan) -> str:
     """The main numbers of a finished run, or how far an unfinished one has come."""
     if not plan.file.exists():
-        run, pid = artifacts.RunFolder(plan.folder / "run"), holder(plan.lock)
+        run, pid = RunFolder(plan.folder / "run"), holder(plan.lock)
         begun = "new" if run.is_empty() else f"goes on after {run.finished_tasks()} finished tasks"
         return f"process {pid} is running it" if pid else begun
-    results = artifacts.read_json(plan.file)
+    results = read_json(plan.file)
     heads = [
         f"{name} {head['average_accuracy']:.2f} % (forgetting {head['forgetting']:.2f})"
         for name, head in results["heads"].items()

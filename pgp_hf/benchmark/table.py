@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from .. import artifacts
+from ..runs.atomic import replacing
+from ..runs.reading import read_json
 from .figures import CLOSED, HEADS, Run, figures, own_head
 from .plans import Row
 
 
 def read(folder: Path) -> list[Run]:
     """All finished runs in a folder."""
-    return [artifacts.read_json(file) for file in sorted(folder.glob("*-seed*.json"))]
+    return [read_json(file) for file in sorted(folder.glob("*-seed*.json"))]
 
 
 def write(folder: Path, file: Path, known: Mapping[str, Row] = MappingProxyType({})) -> None:
@@ -45,7 +46,7 @@ def write(folder: Path, file: Path, known: Mapping[str, Row] = MappingProxyType(
     ]
     parts = ["# Benchmark", protocol(runs), commands(rows, folder, list(place)), main_table(rows), notes(runs)]
     parts += [legend(rows, known), *drawn, differences(rows), settings(rows)]
-    with artifacts.replacing(file) as temporary:
+    with replacing(file) as temporary:
         temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..experiment import DataArguments, ModelArguments, RunArguments
-    from ..training_args import PGPTrainingArguments
+    from ..cli.experiment import DataArguments, ModelArguments, RunArguments
+    from ..training.arguments import PGPTrainingArguments
 
 FOLDER = Path(__file__).resolve().parent
 GROUPS = ("model", "data", "prompts", "training")

@@ -1,7 +1,7 @@
 """Gradient projection for continual learning, on torch alone.
 
 A protected parameter is seen as rows of length `n`. While a task is finished, the vectors that its inputs showed the
-parameter are summed into a second moment (`SecondMoment`, or a `Sketch` of bounded size); the energy rule turns it
+parameter are summed into a second moment (`SecondMoment`, or a `FrequentDirections` of bounded size); the energy rule turns it
 into an orthonormal `Basis` of the directions worth protecting; while later tasks train, `NullSpaceProjector` keeps
 every row's movement orthogonal to that basis, whatever the optimizer does. `Projection` strings the three together
 over a stream of tasks.
@@ -15,14 +15,14 @@ over a stream of tasks.
 """
 
 from .basis import Basis
+from .conditions import CONDITIONS, Context, Observation
 from .config import ProjectionConfig
-from .methods import METHODS, Context, Observation
-from .moments import SecondMoment, Sketch, second_moment
+from .moments import FrequentDirections, SecondMoment, second_moment
 from .projector import NullSpaceProjector
 from .state import Projection
 
 __all__ = [
-    "METHODS",
+    "CONDITIONS",
     "Basis",
     "Context",
     "NullSpaceProjector",
@@ -30,6 +30,6 @@ __all__ = [
     "Projection",
     "ProjectionConfig",
     "SecondMoment",
-    "Sketch",
+    "FrequentDirections",
     "second_moment",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import check_energy
-from .moments import SecondMoment, Sketch
+from .moments import FrequentDirections, SecondMoment
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -69,13 +69,13 @@ class Basis:
         columns = self.columns.to(rows)
         return rows - (rows @ columns) @ columns.mT
 
-    def captured(self, moment: SecondMoment | Sketch) -> Tensor:
+    def captured(self, moment: SecondMoment | FrequentDirections) -> Tensor:
         """Share of the moment's energy inside the span, `tr(M^T C M) / tr C`, shape `(*batch)`."""
         inside = moment.inside(self.columns.to(moment.device))
         return (inside / moment.total.clamp_min(torch.finfo(torch.float64).tiny)).to(self.columns.device)
 
     @torch.no_grad()
-    def extend(self, moment: SecondMoment | Sketch, energy: float) -> Basis:
+    def extend(self, moment: SecondMoment | FrequentDirections, energy: float) -> Basis:
         """The basis grown by the fewest directions that bring its share of the new task's energy to `energy`.
 
         GPM's rule (Saha et al., 2021, Eqs. 8 and 9) on second moments: with `E = tr C` and the residual
@@ -118,7 +118,7 @@ class Basis:
         return f"Basis(dim={self.dim}, rank={self.rank}, batch_shape={self.batch_shape})"
 
 
-def _extend(m: Tensor, moment: SecondMoment | Sketch, index: int, missing: float, noise: float) -> Tensor:
+def _extend(m: Tensor, moment: SecondMoment | FrequentDirections, index: int, missing: float, noise: float) -> Tensor:
     """One basis `(n, r)` grown by what is `missing` of a moment's energy; `noise` is rounding. See `Basis.extend`."""
     if missing <= noise:
         return m

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import Any
 
-from .methods import METHODS
+from .conditions import CONDITIONS
 
 APPLY_TO = ("update", "gradient", "both")
 PROBE_SPACES = ("features", "logits", "statistics")
@@ -96,8 +96,8 @@ class ProjectionConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.method not in ("none", *METHODS):
-            raise ValueError(f"method={self.method!r} is unknown: choose one of {', '.join(('none', *METHODS))}.")
+        if self.method not in ("none", *CONDITIONS):
+            raise ValueError(f"method={self.method!r} is unknown: choose one of {', '.join(('none', *CONDITIONS))}.")
         if self.apply_to not in APPLY_TO:
             raise ValueError(f"apply_to={self.apply_to!r} is unknown: choose one of {', '.join(APPLY_TO)}.")
         if self.probe_space not in PROBE_SPACES:
@@ -144,7 +144,7 @@ class ProjectionConfig:
         Raises:
             ValueError: files that are damaged or contradictory, or an adapter without a run.
         """
-        from ..revisions import load_projection_config  # reads files and the Hub; the rest here needs torch alone
+        from ..runs.open import load_projection_config  # reads files and the Hub; the rest here needs torch alone
 
         return load_projection_config(repo_or_dir, revision, **hub)
 

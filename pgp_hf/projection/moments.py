@@ -82,7 +82,7 @@ class SecondMoment:
         return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
-class Sketch:
+class FrequentDirections:
     """A second moment in bounded memory: Frequent Directions (Liberty, KDD 2013), with `SecondMoment`'s interface.
 
     Of the rows A `(N, n)` it holds B, at most `2 l` rows. As long as no more than `2 l` rows that are not zero have
@@ -128,7 +128,7 @@ class Sketch:
         return self._total.reshape(self.batch_shape)
 
     @torch.no_grad()
-    def update(self, rows: Tensor) -> Sketch:
+    def update(self, rows: Tensor) -> FrequentDirections:
         """Add rows of shape `(*batch_shape, N, n)`, N >= 0.
 
         Raises:
@@ -199,9 +199,9 @@ class Sketch:
 
 def second_moment(
     dim: int, batch_shape: tuple[int, ...] = (), device: torch.device | str | None = None
-) -> SecondMoment | Sketch:
+) -> SecondMoment | FrequentDirections:
     """The smaller of the two, and the dense one when they are equal: a sketch for n above `2 * SKETCH`."""
-    return (Sketch if dim > 2 * SKETCH else SecondMoment)(dim, batch_shape, device)
+    return (FrequentDirections if dim > 2 * SKETCH else SecondMoment)(dim, batch_shape, device)
 
 
 def _check_dim(dim: int) -> None:
@@ -209,7 +209,7 @@ def _check_dim(dim: int) -> None:
         raise ValueError(f"dim={dim}: a row needs at least one element.")
 
 
-def _checked(rows: Tensor, moment: SecondMoment | Sketch) -> Tensor:
+def _checked(rows: Tensor, moment: SecondMoment | FrequentDirections) -> Tensor:
     """`rows` in float64 on the moment's device, once their shape and values are sound."""
     expected = (*moment.batch_shape, "N", moment.dim)
     if rows.ndim != len(expected) or tuple(rows.shape[:-2]) != moment.batch_shape or rows.shape[-1] != moment.dim:

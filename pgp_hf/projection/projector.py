@@ -13,7 +13,7 @@ from .config import APPLY_TO
 from .moments import float64_device
 
 NamedParameters = Iterable[tuple[str, Tensor]]
-TURNED = ".T"
+TRANSPOSED = ".T"
 
 
 class Hooks(tuple):
@@ -80,7 +80,7 @@ class NullSpaceProjector:
         for name, parameter, bases in list(self._protected(named_parameters)):
             value = _local(parameter)
             for key, basis in bases.items():
-                shape = tuple(_turned(value, key != name).shape)
+                shape = tuple(_transposed(value, key != name).shape)
                 if not _fits(shape, basis):
                     raise ValueError(
                         f"{key} has shape {shape}, which is not ({', '.join(map(str, basis.batch_shape))}"
@@ -139,7 +139,7 @@ class NullSpaceProjector:
         parameters = dict(named_parameters)
         found: dict[str, dict[str, Basis]] = {}
         for key, basis in self.bases.items():
-            name = key if key in parameters else key.removesuffix(TURNED)
+            name = key if key in parameters else key.removesuffix(TRANSPOSED)
             if name not in parameters:  # a wrapper's prefix, say, would leave it unprotected
                 raise ValueError(
                     f"no parameter is named {name!r}, which has a basis: the parameters given are "
@@ -173,10 +173,10 @@ class NullSpaceProjector:
 def _project_all(bases: dict[str, Basis], name: str, tensor: Tensor) -> Tensor:
     """What remains of `tensor`, shaped as parameter `name`, in the null space of each of its bases."""
     for key, basis in bases.items():
-        turned = _turned(tensor, key != name)
+        turned = _transposed(tensor, key != name)
         rows = basis.project(turned.reshape(*basis.batch_shape, -1, basis.dim))
         full = basis.ranks == basis.dim  # where rounding would leave a little
-        tensor = _turned(rows.masked_fill(full[..., None, None], 0).reshape(turned.shape), key != name)
+        tensor = _transposed(rows.masked_fill(full[..., None, None], 0).reshape(turned.shape), key != name)
     return tensor
 
 
@@ -191,7 +191,7 @@ def _hold_norm(bases: dict[str, Basis], name: str, start: Tensor, moved: Tensor)
     return torch.where(norm > 0, after * (held / norm.clamp_min(torch.finfo(norm.dtype).tiny)), before) - before
 
 
-def _turned(tensor: Tensor, swap: bool) -> Tensor:
+def _transposed(tensor: Tensor, swap: bool) -> Tensor:
     return tensor.mT if swap else tensor
 
 

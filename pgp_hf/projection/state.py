@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
+from .conditions import CONDITIONS, WITHOUT_IMAGES, Context
 from .config import ProjectionConfig
-from .methods import METHODS, WITHOUT_IMAGES, Context
-from .moments import SecondMoment, Sketch, second_moment
-from .projector import TURNED, NullSpaceProjector
+from .moments import FrequentDirections, SecondMoment, second_moment
+from .projector import TRANSPOSED, NullSpaceProjector
 
 ROLES = {"prompt": "energy", "key": "key_energy", "value": "value_energy", "all": None}  # and whose energy counts
 SINGLE = 2**20  # values of a basis, 8 MB, above which it is kept and saved in single precision
@@ -39,7 +39,7 @@ class Projection:
         self.config = config or ProjectionConfig()
         self.projector = NullSpaceProjector(apply_to=self.config.apply_to)
         self.info: dict[str, dict[str, Any]] = {}
-        self._moments: dict[str, tuple[str, SecondMoment | Sketch]] = {}  # with the role
+        self._moments: dict[str, tuple[str, SecondMoment | FrequentDirections]] = {}  # with the role
 
     @classmethod
     def from_pretrained(cls, repo_or_dir: str, revision: str | None = None, **hub: Any) -> Projection:
@@ -48,7 +48,7 @@ class Projection:
         Raises:
             ValueError: files that are damaged, altered or contradictory, or an adapter without a run.
         """
-        from ..revisions import load_projection  # reads files and the Hub; the rest here needs torch alone
+        from ..runs.open import load_projection  # reads files and the Hub; the rest here needs torch alone
 
         return load_projection(repo_or_dir, revision, **hub)
 
@@ -90,7 +90,7 @@ class Projection:
             total = total + (mean - mean_then).abs().sum() + (deviation - deviation_then).abs().sum()
         return self.config.ln_penalty * total
 
-    def learn(
+    def update_bases(
         self,
         model: Any,
         batches: Iterable[tuple[dict[str, Tensor], Sequence[int]]],
@@ -136,7 +136,7 @@ class Projection:
         if not self.active:
             return
         context = Context(self.config, images, task, seed, classes)
-        for name, role, rows in METHODS[self.config.method](model, inputs, context):
+        for name, role, rows in CONDITIONS[self.config.method](model, inputs, context):
             if self._energy(role) is None:
                 continue
             if name not in self._moments:
@@ -188,7 +188,7 @@ class Projection:
                     stacklevel=2,
                 )
             before = infos.get(name, {"samples": 0, "rank_per_task": []})
-            shape = shapes[name if name in shapes else name.removesuffix(TURNED)]
+            shape = shapes[name if name in shapes else name.removesuffix(TRANSPOSED)]
             infos[name] = {
                 "shape": [*basis.batch_shape, torch.Size(shape).numel() // _block(basis), basis.dim],
                 "batch_dims": len(basis.batch_shape),

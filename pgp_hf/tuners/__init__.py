@@ -1,6 +1,6 @@
 """Prompt tuners as PEFT methods. Importing this module registers them with PEFT."""
 
-from ._shared.registration import register
+from .base.registration import register
 from .clip_prompt import ClipPromptConfig, ClipPromptModel
 from .dualprompt import DualPromptConfig, DualPromptModel
 from .l2p import L2PConfig, L2PModel

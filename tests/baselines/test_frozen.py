@@ -8,7 +8,8 @@ import tiny
 import torch
 from sklearn.linear_model import Ridge
 
-from pgp_hf.baselines.frozen import (
+from pgp_hf.data.images import ImageCollator
+from pgp_hf.heads.closed_form import (
     CLASSIFIERS,
     RIDGES,
     SHRINKAGE,
@@ -18,7 +19,6 @@ from pgp_hf.baselines.frozen import (
     frozen_matrices,
     stream_features,
 )
-from pgp_hf.images import ImageCollator
 
 
 def features_of(stream, spread, seed=0):

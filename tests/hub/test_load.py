@@ -12,7 +12,8 @@ import tiny
 from loopback import STRANGER, TOKEN
 
 from pgp_hf import hub as package
-from pgp_hf import load_pretrained, plots
+from pgp_hf import load_pretrained
+from pgp_hf.report import figures as plots
 
 LOAD = """
 import torch, tiny
@@ -57,7 +58,7 @@ def test_every_tag_loads_to_the_bit_and_again_without_a_network(hub, repo, run, 
     assert python(LOAD, options={"cache_dir": cache}).value == raw(run, 3)
     assert python(LOAD, options={"revision": repo.tags["task-2"], "cache_dir": cache}).value == raw(run, 2)
     asked = {one.path.rsplit("/", 1)[-1] for one in hub.requests if "/resolve/" in one.path}
-    assert "README.md" not in asked and asked <= {name.rpartition("/")[2] for name in package.FILES}
+    assert "README.md" not in asked and asked <= {name.rpartition("/")[2] for name in package.UPLOADED_FILES}
     hub.requests.clear()
     offline = {"revision": "task-2", "cache_dir": cache, "local_files_only": True}
     assert python(LOAD, options=offline).value == raw(run, 2) and not hub.requests

@@ -19,9 +19,10 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from loopback import READER, STRANGER, TOKEN, environment
 from server import Repo, metadata_errors
 
-from pgp_hf import PGPTrainingArguments, ProjectionConfig, experiment
-from pgp_hf._hub_files import is_ours
-from pgp_hf.callbacks import PushTasks
+from pgp_hf import PGPTrainingArguments, ProjectionConfig
+from pgp_hf.cli import experiment
+from pgp_hf.hub.snapshot import is_ours
+from pgp_hf.training.pushing import PushTasks
 
 TRAIN = """
 import tiny
@@ -261,7 +262,7 @@ def test_a_training_that_breaks_off_reports_when_the_program_ends(hub, home, exp
     script = """
 from types import SimpleNamespace
 from pgp_hf import PGPTrainingArguments
-from pgp_hf.callbacks import PushTasks
+from pgp_hf.training.pushing import PushTasks
 args = PGPTrainingArguments(FOLDER, use_cpu=True, push_to_hub=True, hub_model_id="me/run")
 push, state = PushTasks(), SimpleNamespace(is_world_process_zero=True)
 push.on_task_end(args, state, None, task=2, results={}, folder=None)
@@ -348,7 +349,7 @@ def test_published_revisions_are_never_changed(hub, python, expected, tmp_path):
     code = """
     from types import SimpleNamespace
     from pgp_hf import PGPTrainingArguments
-    from pgp_hf.callbacks import PushTasks
+    from pgp_hf.training.pushing import PushTasks
     args = PGPTrainingArguments(folder, use_cpu=True, push_to_hub=True, hub_model_id="me/run")
     for first_task in (1, 0):  # a resumed run, a new one
         push = PushTasks()

@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from pgp_hf import load_pretrained, plots
+from pgp_hf import load_pretrained
+from pgp_hf.report import figures as plots
 
 UPLOAD = """
 from huggingface_hub import HfApi

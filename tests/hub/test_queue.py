@@ -14,13 +14,13 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from loopback import environment
 
-from pgp_hf import _hub_queue
-from pgp_hf._hub_queue import Refused, Uploads, explain, is_transient
+from pgp_hf.hub import queue
+from pgp_hf.hub.queue import Refused, Uploads, explain, is_transient
 
 
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch):
-    monkeypatch.setattr(_hub_queue, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(queue, "LONGEST_PAUSE", 0.02)
 
 
 class Recorder:
@@ -108,7 +108,7 @@ def test_wait_is_bounded_and_close_ends_the_retries():
 
 
 def test_an_attempt_without_end_is_given_up(monkeypatch):
-    monkeypatch.setattr(_hub_queue, "ATTEMPT", 0.05)
+    monkeypatch.setattr(queue, "ATTEMPT", 0.05)
     hang, calls = threading.Event(), []
 
     def put(t):
@@ -135,7 +135,7 @@ def test_training_random_numbers_are_not_touched(monkeypatch):
 
 def test_a_hung_upload_does_not_keep_the_program_from_ending(hub, home):
     script = (
-        "import threading; from pgp_hf._hub_queue import Uploads; u = Uploads(lambda: threading.Event().wait(), print); "
+        "import threading; from pgp_hf.hub.queue import Uploads; u = Uploads(lambda: threading.Event().wait(), print); "
         "u.add(1); print(u.wait(0.1))"
     )
     done = subprocess.run(
@@ -145,7 +145,7 @@ def test_a_hung_upload_does_not_keep_the_program_from_ending(hub, home):
 
 
 def test_a_damaged_file_is_not_a_bad_network(tmp_path: Path):
-    from pgp_hf.artifacts import read_json
+    from pgp_hf.runs.folder import read_json
 
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(ValueError, match="damaged") as caught:

@@ -43,7 +43,7 @@ def taken(task: Path, **kwargs) -> dict[str, bytes]:
 
 def test_every_file_that_a_trainer_writes_is_uploaded(finished):
     written = sorted(file.relative_to(finished).as_posix() for file in finished.rglob("*") if file.is_file())
-    assert hub.listed(finished) == written  # a file that is new in the contract belongs into hub.FILES
+    assert hub.listed(finished) == written  # a file that is new in the contract belongs into hub.UPLOADED_FILES
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from pgp_hf import DualPromptConfig, L2PConfig, ProjectionConfig
-from pgp_hf.artifacts import RunFolder
-from pgp_hf.images import ImageCollator
+from pgp_hf.data.images import ImageCollator
+from pgp_hf.runs.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 

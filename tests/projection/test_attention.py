@@ -11,8 +11,8 @@ import tiny
 import torch
 from torch import nn
 
-from pgp_hf.projection import METHODS, Basis, NullSpaceProjector, Projection, ProjectionConfig
-from pgp_hf.projection.methods import Context
+from pgp_hf.projection import CONDITIONS, Basis, NullSpaceProjector, Projection, ProjectionConfig
+from pgp_hf.projection.conditions import Context
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -26,7 +26,7 @@ def config(**kwargs):
 
 
 def observed(model, pixels):
-    found = METHODS["attention"](model.base_model, {"pixel_values": pixels}, Context(config()))
+    found = CONDITIONS["attention"](model.base_model, {"pixel_values": pixels}, Context(config()))
     return {name: (role, rows) for name, role, rows in found}
 
 
@@ -117,7 +117,7 @@ def learned(model, pixels, settings):
     projection = Projection(settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        projection.learn(model.base_model, [({"pixel_values": pixels}, list(range(len(pixels))))])
+        projection.update_bases(model.base_model, [({"pixel_values": pixels}, list(range(len(pixels))))])
     return projection
 
 
@@ -197,8 +197,8 @@ def test_a_turned_basis_must_fit():
 
 def test_prefixes_meet_the_attention_directly():
     model, pixels = prompted.make("dualprompt"), prompted.images()
-    ours = METHODS["attention"](model.base_model, {"pixel_values": pixels}, Context(config()))
-    theirs = METHODS["pgp"](model.base_model, {"pixel_values": pixels}, Context(config()))
+    ours = CONDITIONS["attention"](model.base_model, {"pixel_values": pixels}, Context(config()))
+    theirs = CONDITIONS["pgp"](model.base_model, {"pixel_values": pixels}, Context(config()))
     for a, b in zip(ours, theirs, strict=True):
         assert a[:2] == b[:2] and torch.equal(a[2], b[2])
 
@@ -239,7 +239,7 @@ def test_penalty_is_the_change_of_mean_and_deviation(method, settings, count):
     tuner = model.base_model
     projection = Projection(config(ln_penalty=0.3, energy=0.5, value_energy=0.5))
     assert projection.penalty(tuner) == 0  # the first task has nothing to keep
-    projection.learn(tuner, [({"pixel_values": pixels}, [0, 1])])
+    projection.update_bases(tuner, [({"pixel_values": pixels}, [0, 1])])
     with pytest.raises(RuntimeError, match="anchor"):
         projection.penalty(tuner)
     projection.projector.anchor(tuner.prompt_parameters().items())

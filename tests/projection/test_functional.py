@@ -11,8 +11,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from pgp_hf.projection import METHODS, Basis, Projection, ProjectionConfig, moments
-from pgp_hf.projection.methods import Context, probes
+from pgp_hf.projection import CONDITIONS, Basis, Projection, ProjectionConfig, moments
+from pgp_hf.projection.conditions import Context, probes
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -27,7 +27,7 @@ def observations(model, pixels, settings=None, indices=None, classes=None):
     indices = range(len(pixels)) if indices is None else indices
     context = Context(settings or config(), list(indices), TASK, SEED, classes)
     with torch.no_grad():  # as the trainer calls it
-        return list(METHODS["functional"](model.base_model, {"pixel_values": pixels}, context))
+        return list(CONDITIONS["functional"](model.base_model, {"pixel_values": pixels}, context))
 
 
 def prompts(found):
@@ -303,7 +303,7 @@ def test_keys_are_held_like_those_of_pgp():
     assert torch.equal(ours, theirs)
     query = model.base_model.query(pixels)
     context = Context(config(), list(range(5)), TASK, SEED)
-    again = METHODS["functional"](model.base_model, {**inputs, "prompt_query": query}, context)
+    again = CONDITIONS["functional"](model.base_model, {**inputs, "prompt_query": query}, context)
     assert all(torch.allclose(a.rows, b.rows) for a, b in zip(again, observations(model, pixels), strict=True))
 
 
@@ -325,7 +325,7 @@ def test_two_processes_are_one(sketch, monkeypatch):
         own = list(range(rank, 7, 2))
         batches = (({"pixel_values": pixels[i : i + 1]}, [i]) for i in own)
         gathers = {"reduce": reduce, "gather": gather, "broadcast": broadcast}
-        projection.learn(copy.deepcopy(model).base_model, batches, task=TASK, seed=SEED, **gathers)
+        projection.update_bases(copy.deepcopy(model).base_model, batches, task=TASK, seed=SEED, **gathers)
         return projection
 
     first, second = processes.run(2, work)

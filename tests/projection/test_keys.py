@@ -113,7 +113,7 @@ def test_frozen_learns_with_the_first_task_only(method, apply_to):
         assert bool(projection.bases) == (task > 0)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            projection.learn(model.base_model, no_images(), task=task)
+            projection.update_bases(model.base_model, no_images(), task=task)
     assert set(projection.bases) == set(named)
     before = {name: p.detach().clone() for name, p in named.items()}
     projection.projector.anchor(named.items())

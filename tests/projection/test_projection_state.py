@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from pgp_hf.projection import METHODS, Basis, Projection, ProjectionConfig, SecondMoment
+from pgp_hf.projection import CONDITIONS, Basis, Projection, ProjectionConfig, SecondMoment
 
 SHAPES = {"prompt": (6, 2, 12), "key": (6, 8), "heads": (2, 3, 10)}
 
@@ -262,7 +262,9 @@ def test_config_defaults_and_methods():
     config = ProjectionConfig()
     assert (config.method, config.apply_to, config.max_images) == ("pgp", "update", None)
     assert ProjectionConfig(**json.loads(json.dumps(config.to_dict()))) == config
-    assert set(METHODS) == {"pgp", "attention", "functional", "frozen"} and Projection().projector.apply_to == "update"
+    assert (
+        set(CONDITIONS) == {"pgp", "attention", "functional", "frozen"} and Projection().projector.apply_to == "update"
+    )
     assert Projection(ProjectionConfig(apply_to="gradient")).projector.apply_to == "gradient"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

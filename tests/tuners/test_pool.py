@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgp_hf.tuners._shared.pool import cosine_similarity, select_top_k
+from pgp_hf.tuners.base.pool import cosine_similarity, select_top_k
 
 
 def test_cosine_by_hand():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._shared.config import PromptConfig
+from ..base.config import PromptConfig
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from .._shared.layer import PromptLayer
+from ..base.layer import PromptLayer
 from .config import ClipPromptConfig
 
 
@@ -34,7 +34,7 @@ class ClipImagePrompt(PromptLayer):
         self.inserted = 0
         if self.adapter is None or len(self.clip_prompt_image[self.adapter]) == 0:
             return embeddings
-        prompts = self.spread("clip_prompt_image", len(embeddings))
+        prompts = self.expand_to_batch("clip_prompt_image", len(embeddings))
         self.inserted = prompts.shape[1]
         return torch.cat([embeddings[:, :1], prompts.to(embeddings.dtype), embeddings[:, 1:]], dim=1)
 

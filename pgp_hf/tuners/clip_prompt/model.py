@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .._shared.consistency import consistency_rows
-from .._shared.entries import TaskEntryTuner
-from .._shared.layer import strip_prompts
+from ..base.consistency import consistency_rows
+from ..base.entries import TaskEntryTuner
+from ..base.layer import strip_prompts
 from .config import ClipPromptConfig
 from .layer import ClipImagePrompt, ClipTextContext
 
@@ -196,7 +196,7 @@ class ClipPromptModel(TaskEntryTuner):
         if config.interpolate_pos_encoding:
             kwargs.setdefault("interpolate_pos_encoding", True)
         self._classifies = True
-        if self.statistics_speak:
+        if self.uses_statistics_head:
             self._head_hook = self.watch_features(self._score)
         self.text_layer.entry = self._task if self._live else None
         # the towers run together: without a running task, one class keeps the text tower busy for nothing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .._shared.config import PromptConfig
+from ..base.config import PromptConfig
 
 
 @dataclass

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._shared.attention import install, uninstall
-from .._shared.layer import PromptLayer, uniform
+from ..base.attention import install, uninstall
+from ..base.layer import PromptLayer, uniform
 from .config import DualPromptConfig
 
 
@@ -76,8 +76,8 @@ class DualPromptAttention(PromptLayer):
         if name is None or self.selected is None:
             return None
         if name in self.dualprompt_general_key:
-            keys.append(self.spread("dualprompt_general_key", batch))
-            values.append(self.spread("dualprompt_general_value", batch).mT)
+            keys.append(self.expand_to_batch("dualprompt_general_key", batch))
+            values.append(self.expand_to_batch("dualprompt_general_value", batch).mT)
         if name in self.dualprompt_expert_key:
             entry = self.selected[:, 0]
             keys.append(self.dualprompt_expert_key[name][:, entry].transpose(0, 1))

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .._shared.entries import TaskEntryTuner
-from .._shared.pool import cosine_similarity
-from .._shared.vit import ViTPromptTuner
+from ..base.entries import TaskEntryTuner
+from ..base.pool import cosine_similarity
+from ..base.vit import ViTPromptTuner
 from .config import DualPromptConfig
 from .layer import DualPromptAttention, DualPromptEmbeddings
 
@@ -83,7 +83,7 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
         return similarity.gather(1, selected).sum(-1)
 
     @contextmanager
-    def without_entry(self, task: int) -> Iterator[None]:
+    def as_before_task(self, task: int) -> Iterator[None]:
         config, learned = self.adapter_config, self.adapter_config.learned_entries
         config.learned_entries = task
         try:

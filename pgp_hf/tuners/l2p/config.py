@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
-from .._shared.config import PromptConfig
+from ..base.config import PromptConfig
 
 HEAD_TYPES = ("prompt", "token")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._shared.layer import PromptLayer, uniform
+from ..base.layer import PromptLayer, uniform
 from .config import L2PConfig
 
 
@@ -41,7 +41,9 @@ class L2PEmbeddings(PromptLayer):
         self.inserted = 0
         if self.adapter is None or self.selected is None:
             return embeddings
-        prompts = self.expose("l2p_prompt", self.l2p_prompt[self.adapter][self.selected])  # (B, top_k, length, d)
+        prompts = self.capture_per_sample(
+            "l2p_prompt", self.l2p_prompt[self.adapter][self.selected]
+        )  # (B, top_k, length, d)
         prompts = prompts.flatten(1, 2)
         if prompts.shape[1] == 0:
             return embeddings

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from .._shared.consistency import consistency_rows
-from .._shared.layer import strip_prompts
-from .._shared.pool import cosine_similarity, select_top_k
-from .._shared.tracing import Traced
-from .._shared.vit import ViTPromptTuner
+from ..base.consistency import consistency_rows
+from ..base.layer import strip_prompts
+from ..base.pool import cosine_similarity, select_top_k
+from ..base.tracing import Traced
+from ..base.vit import ViTPromptTuner
 from .config import L2PConfig
 from .layer import L2PEmbeddings
 

@@ -1,1 +1,0 @@
-"""Reference methods that prompts have to beat, one file a method."""

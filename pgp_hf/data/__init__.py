@@ -1,0 +1,1 @@
+"""From a dataset to batches: streams of tasks, their images, augmentation and the collator."""

@@ -1,0 +1,111 @@
+"""The images of one split, by row number: encoded, decoded, hashed and verified.
+
+Private to `pgp_hf.data.stream`, and the only place there where an image is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from .rgb import to_rgb
+
+BATCH_ROWS = 64  # rows of encoded images in memory at a time
+THREADS = 4  # decoders release the GIL
+PROGRESS_FROM = 500  # fewer images are checked before a bar could be read
+
+
+class ImageRows:
+    """The image column of one split, by row number; `labels` has the mapped label of every row.
+
+    Rows are read in arrow form, which decodes nothing. Neither a lock nor an open file is held, so it pickles.
+    """
+
+    def __init__(self, split: str, data: datasets.Dataset, image_column: str, labels: np.ndarray) -> None:
+        self.split = split
+        self.labels = labels
+        self._feature = datasets.Image(mode=data.features[image_column].mode)
+        self._arrow = data.select_columns([image_column]).with_format("arrow")
+
+    def encoded(self, rows: Sequence[int]) -> list[dict[str, Any] | None]:
+        """The stored `{"bytes", "path"}` of these rows."""
+        return self._arrow[list(rows)].column(0).to_pylist()
+
+    def decode(self, row: int, stored: dict[str, Any] | None = None) -> PIL.Image.Image:
+        """The RGB image of one row (`stored`: its encoded form, when already read)."""
+        stored = stored or self.encoded([row])[0]
+        try:
+            if stored is None:
+                raise ValueError("the row has no image (None)")
+            return to_rgb(self._feature.decode_example(stored))
+        except Exception as error:  # decoders raise any type on damaged bytes
+            raise ValueError(self._broken(row, error)) from error
+
+    def content(self, row: int, stored: dict[str, Any] | None) -> bytes:
+        """The encoded bytes of one row's image, from its file when the row holds a path only; decodes nothing."""
+        try:
+            if stored is None or (stored["bytes"] is None and stored["path"] is None):
+                raise ValueError("the row has no image (None)")
+            if stored["bytes"] is not None:
+                return stored["bytes"]
+            return self._feature.embed_storage(pa.array([stored], self._feature.pa_type))[0]["bytes"].as_py()
+        except (OSError, ValueError) as error:
+            raise ValueError(self._broken(row, error)) from error
+
+    def _broken(self, row: int, error: Exception) -> str:
+        return f"image in row {row} of the {self.split} split is broken: {type(error).__name__}: {error}"
+
+    def digests(self, groups: Sequence[np.ndarray]) -> list[str]:
+        """SHA-256 of each group of rows, in row order over (label, length, encoded bytes); decodes nothing.
+
+        Label and length are little-endian int64. Independent of machine, path and arrow layout.
+        """
+        hashes = [hashlib.sha256() for _ in groups]
+        group_of = {int(row): group for group, rows in enumerate(groups) for row in rows}
+        for rows in _batches(sorted(group_of)):
+            for row, stored in zip(rows, self.encoded(rows), strict=True):
+                content = self.content(row, stored)
+                digest = hashes[group_of[row]]
+                digest.update(struct.pack("<qq", self.labels[row], len(content)))
+                digest.update(content)
+        return [digest.hexdigest() for digest in hashes]
+
+
+def _batches(rows: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS))
+
+
+def verify_images(selected: Sequence[tuple[ImageRows, Sequence[int]]], progress: bool) -> None:
+    """Decode these rows of each split once; ValueError with the first broken image and how many there are."""
+    jobs = [(split, rows) for split, chosen in selected for rows in _batches(chosen)]
+    total = sum(len(rows) for _, rows in jobs)
+
+    def errors(job: tuple[ImageRows, Sequence[int]]) -> list[str]:
+        split, rows = job
+        found = []
+        for row, stored in zip(rows, split.encoded(rows), strict=True):
+            try:
+                split.decode(row, stored)
+            except ValueError as error:
+                found.append(str(error))
+        return found
+
+    broken: list[str] = []
+    bar = tqdm(total=total, desc="Checking images", unit="img", disable=not progress or total < PROGRESS_FROM)
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        for (_, rows), found in zip(jobs, pool.map(errors, jobs), strict=True):
+            broken += found
+            bar.update(len(rows))
+    if broken:
+        raise ValueError(
+            f"{broken[0]} ({len(broken)} of {total} images are broken). Remove these rows or re-encode the images"
+        )

@@ -1,0 +1,286 @@
+"""What a stream takes from a dataset: its splits, columns and labels, and the choice of rows.
+
+Private to `pgp_hf.data.stream`. Whatever is wrong with a dataset is found here and reported with its fix. Labels are read
+through their column alone; images belong to `pgp_hf.data.rows`.
+"""
+
+from __future__ import annotations
+
+import numbers
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+EVAL_SPLITS = ("test", "validation", "valid", "val")
+LABEL_NAMES = ("label", "labels", "fine_label")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def shorten(values: Iterable[Any], limit: int = 10) -> str:
+    """`values` for an error message: the first `limit`, then how many more."""
+    values = list(values)
+    more = f", ... ({len(values) - limit} more)" if len(values) > limit else ""
+    return "[" + ", ".join(map(repr, values[:limit])) + more + "]"
+
+
+def check_int(name: str, value: Any, low: int, high: int | None = None, none: str | None = None) -> int | None:
+    """`value` as a plain int within low..high (None allowed when `none` says what None means), else an error."""
+    if value is None and none is not None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        suffix = f" or None ({none})" if none is not None else ""
+        raise TypeError(f"{name} must be an integer{suffix}, got {value!r} ({type(value).__name__})")
+    if value < low or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name} must be {span}, got {value}")
+    return int(value)
+
+
+# ---- splits ---------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str]) -> tuple[datasets.DatasetDict, str | None]:
+    """Load a local folder (parquet or image files) or a Hub id; returns the splits and a name without any path."""
+    text = os.fspath(path)
+    if os.path.isdir(text):
+        name = Path(text).resolve().name or None
+    elif isinstance(path, str) and HUB_ID.fullmatch(text):
+        name = text
+    else:
+        raise ValueError(
+            f"dataset {text!r} is neither an existing folder nor a Hub id ('name' or 'owner/name'); "
+            f"pass a folder of parquet or image files, a Hub id, or a loaded datasets.Dataset"
+        )
+    try:
+        return datasets.load_dataset(text), name
+    except Exception as error:  # load_dataset raises a dozen unrelated types; the reason is kept
+        where = "folder" if os.path.isdir(text) else "no such folder exists; as a Hub id"
+        raise ValueError(
+            f"dataset {text!r} ({where}) could not be loaded: {type(error).__name__}: {error}. "
+            f"Fix the path or id, or load it yourself and pass the datasets.DatasetDict"
+        ) from error
+
+
+def map_style(name: str, data: Any) -> datasets.Dataset:
+    """`data` if it is a `datasets.Dataset`, else a TypeError that says what to pass."""
+    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise TypeError(
+            f"{name} is a streaming {type(data).__name__}, whose rows cannot be selected by label; "
+            f"load it without streaming=True, or materialise it: "
+            f"datasets.Dataset.from_list(list(it), features=it.features)"
+        )
+    if not isinstance(data, datasets.Dataset):
+        raise TypeError(
+            f"{name} must be a datasets.Dataset or datasets.DatasetDict (or for `dataset` a folder or Hub id), "
+            f"got {type(data).__name__}"
+        )
+    return data
+
+
+def resolve_splits(
+    dataset: Any, test_dataset: Any, test_split: str | None
+) -> tuple[datasets.Dataset, datasets.Dataset | None, str | None]:
+    """The train rows, the test rows (None: to be held out of train) and the dataset's name."""
+    name = None
+    if isinstance(dataset, str | os.PathLike):
+        dataset, name = load(dataset)
+    if test_split is not None and test_dataset is not None:
+        raise ValueError(f"test_split={test_split!r} and test_dataset were both given; pass one of them")
+    if isinstance(dataset, datasets.DatasetDict):
+        if "train" not in dataset:
+            raise ValueError(
+                f"the dataset has no split 'train', only {shorten(dataset)}; "
+                f"pass datasets.DatasetDict(train=ds[...], test=ds[...]), or one split as a bare Dataset"
+            )
+        if test_split is not None and (test_split not in dataset or test_split == "train"):
+            usable = [split for split in dataset if split != "train"]
+            raise ValueError(f"test_split={test_split!r} is none of the splits to test on: {shorten(usable)}")
+        if test_dataset is None:
+            test_split = test_split or next((split for split in EVAL_SPLITS if split in dataset), None)
+            test_dataset = dataset[test_split] if test_split is not None else None
+        dataset = dataset["train"]
+    elif test_split is not None:
+        raise ValueError(
+            f"test_split={test_split!r} needs a datasets.DatasetDict; for a bare Dataset use test_dataset"
+        )
+    train = map_style("dataset", dataset)
+    test = None if test_dataset is None else map_style("test_dataset", test_dataset)
+    for split, data in (("train", train), ("test", test)):
+        if data is not None and len(data) == 0:
+            raise ValueError(f"the {split} split has no rows")
+    if name is None and train.info.dataset_name:
+        name = train.info.dataset_name.replace("\\", "/").rstrip("/")
+        name = name.split("/")[-1] if os.path.isabs(name) else name  # no path of this machine in a manifest
+    return train, test, name
+
+
+# ---- columns and labels ---------------------------------------------------------------------------------------------
+
+
+def resolve_columns(data: datasets.Dataset, label_column: str | None, image_column: str | None) -> tuple[str, str]:
+    """Names of the label and the image column of the train split, found by their features when not given."""
+    features = data.features
+    if label_column is None:
+        found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        found = found or [name for name in LABEL_NAMES if name in features]
+        label_column = _only(
+            found, "label_column", f"ClassLabel column, nor one named {' or '.join(LABEL_NAMES)}", features
+        )
+    if image_column is None:
+        found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        hint = "; a column of paths or bytes becomes one by dataset.cast_column(name, datasets.Image())"
+        image_column = _only(found, "image_column", "datasets.Image column", features, hint)
+    return label_column, image_column
+
+
+def _only(found: list[str], argument: str, what: str, features: datasets.Features, hint: str = "") -> str:
+    if len(found) == 1:
+        return found[0]
+    state = f"several candidates {shorten(found)}" if found else f"no {what}{hint}"
+    raise ValueError(f"{argument} is not clear: the dataset has {state}. Set {argument} to one of {shorten(features)}")
+
+
+def check_columns(split: str, data: datasets.Dataset, label_column: str, image_column: str) -> None:
+    """Raise unless `data` has an integer or ClassLabel `label_column` and a datasets.Image `image_column`."""
+    for argument, column in (("label_column", label_column), ("image_column", image_column)):
+        if column not in data.features:
+            raise ValueError(
+                f"{argument}={column!r} is not a column of the {split} split; set it to one of {shorten(data.features)}"
+            )
+    image, label = data.features[image_column], data.features[label_column]
+    if not isinstance(image, datasets.Image):
+        raise ValueError(
+            f"image column {image_column!r} of the {split} split is {image}, not datasets.Image; "
+            f"use dataset.cast_column({image_column!r}, datasets.Image())"
+        )
+    integer = isinstance(label, datasets.Value) and re.fullmatch(r"u?int\d+", label.dtype)
+    if not isinstance(label, datasets.ClassLabel) and not integer:
+        raise ValueError(
+            f"label column {label_column!r} of the {split} split is {label}, neither ClassLabel nor integer; "
+            f"use dataset.class_encode_column({label_column!r}), or set label_column to one of {shorten(data.features)}"
+        )
+
+
+def read_labels(split: str, data: datasets.Dataset, column: str) -> np.ndarray:
+    """The label column as stored, int64 of shape (rows,); unlabelled rows (None or -1) are an error."""
+    # Arrow, not numpy format: there an integer column with a null turns into floats.
+    values = data.select_columns([column]).with_format("arrow")[:].column(column)
+    labels = values.drop_null().cast(pa.int64()).to_numpy()
+    missing = values.null_count + int((labels == -1).sum())
+    if missing:
+        raise ValueError(
+            f"{missing} of {len(values)} rows of the {split} split are unlabelled (None or -1 in {column!r}); leave "
+            f"them out: dataset.filter(lambda x: x is not None and x >= 0, input_columns={column!r})"
+        )
+    return labels
+
+
+def map_labels(
+    train: datasets.Dataset, test: datasets.Dataset | None, column: str
+) -> tuple[np.ndarray, np.ndarray | None, list[str], list[int]]:
+    """Label ids 0..C-1 of the train and test rows, the names of the C labels, and their values in the column.
+
+    ClassLabel: the ids and names of the feature. Integer column: the sorted distinct values of the train split.
+    """
+    feature = train.features[column]
+    raw = read_labels("train", train, column)
+    raw_test = None if test is None else read_labels("test", test, column)
+    if isinstance(feature, datasets.ClassLabel):
+        names, values = list(feature.names), np.arange(feature.num_classes)
+        outside = np.setdiff1d(np.concatenate([raw] if test is None else [raw, raw_test]), values)
+        if len(outside):
+            raise ValueError(
+                f"label column {column!r} holds {shorten(outside.tolist())}, outside its ClassLabel's "
+                f"0..{len(names) - 1}; name them all: dataset.cast_column({column!r}, datasets.ClassLabel(names=...))"
+            )
+    else:
+        values = np.unique(raw)
+        names = [str(value) for value in values]
+    if test is None:
+        return np.searchsorted(values, raw), None, names, values.tolist()
+    other = test.features[column]
+    if getattr(feature, "names", None) != getattr(other, "names", None):
+        raise ValueError(
+            f"label column {column!r} is {feature} in the train split but {other} in the test split; "
+            f"cast the test split: test.cast_column({column!r}, train.features[{column!r}])"
+        )
+    unknown = np.setdiff1d(raw_test, raw)
+    if len(unknown):
+        known = dict(zip(values.tolist(), names, strict=True))
+        raise ValueError(
+            f"{len(unknown)} labels are in the test split but not in train: "
+            f"{shorten(known.get(value, value) for value in unknown.tolist())}; remove those rows from the test split, "
+            f"or add training images of these classes"
+        )
+    return np.searchsorted(values, raw), np.searchsorted(values, raw_test), names, values.tolist()
+
+
+# ---- choosing rows --------------------------------------------------------------------------------------------------
+# A class's draw depends on (seed, purpose, class) alone, so neither the class order nor other classes change it.
+
+
+def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split row numbers into (train, test), stratified: each class of two or more rows gives at least one to both."""
+    held = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        count = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
+        held[np.random.default_rng([seed, 2, label]).choice(rows, count, replace=False)] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def at_most(rows: np.ndarray, labels: np.ndarray, limit: int | None, seed: int, split: int) -> np.ndarray:
+    """At most `limit` of `rows` a class, in row order; `split` is 0 for train and 1 for test."""
+    if limit is None:
+        return rows
+    kept = []
+    for label in np.unique(labels[rows]):
+        own = rows[labels[rows] == label]
+        if len(own) > limit:
+            own = np.random.default_rng([seed, split, label]).choice(own, limit, replace=False)
+        kept.append(own)
+    return np.sort(np.concatenate(kept)) if kept else rows
+
+
+def choose_rows(
+    labels: np.ndarray,
+    test_labels: np.ndarray | None,
+    test_fraction: float,
+    seed: int,
+    max_train: int | None,
+    max_test: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers to train and to test on; without test labels the test rows are held out of the train rows."""
+    if test_labels is None:
+        train, test = hold_out(labels, test_fraction, seed)
+        test_labels = labels
+    else:
+        train, test = np.arange(len(labels)), np.arange(len(test_labels))
+    return at_most(train, labels, max_train, seed, split=0), at_most(test, test_labels, max_test, seed, split=1)
+
+
+def cut(
+    split: str, rows: np.ndarray, labels: np.ndarray, tasks: Sequence[tuple[int, ...]], names: Sequence[str]
+) -> list[np.ndarray]:
+    """The chosen `rows` of each task (a tuple of label ids); an empty task is an error, an empty class a warning."""
+    own_labels = labels[rows]
+    of_task = [rows[np.isin(own_labels, classes)] for classes in tasks]
+    for index, own in enumerate(of_task):
+        if len(own) == 0:
+            classes = shorten(names[label] for label in tasks[index])
+            raise ValueError(
+                f"task {index} (0-based, classes {classes}) has no {split} images; "
+                f"use fewer tasks, another class_order, or add {split} images of these classes"
+            )
+    empty = np.flatnonzero(np.bincount(own_labels, minlength=len(names)) == 0)
+    if len(empty):
+        classes = shorten(names[label] for label in empty)
+        warnings.warn(f"{len(empty)} classes have no {split} images: {classes}", stacklevel=2)
+    return of_task

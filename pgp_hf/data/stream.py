@@ -1,0 +1,330 @@
+"""Streams: the classes of a `datasets.Dataset` cut into tasks that are learned one after another.
+
+Rows are chosen through the label column, so building a stream or asking for a task decodes no image; images are
+decoded when a `TaskImages` is indexed. A manifest of class order and content hashes pins a stream down, so that a
+resumed or repeated run can prove that it sees the same data.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+
+from . import source as source_data
+from .rows import ImageRows, verify_images
+from .source import check_int, shorten
+
+SCENARIOS = ("class_incremental", "task_incremental", "online")
+MANIFEST_FORMAT = 1
+# What must agree for two runs to be the same stream, besides the tasks' contents ...
+_SAME = ("scenario", "num_tasks", "num_classes", "label_names", "label_values", "class_order")
+# ... and the settings that are named as the likely cause when it does not.
+_CAUSES = (
+    "seed",
+    "label_column",
+    "image_column",
+    "test_fraction",
+    "max_train_samples_per_class",
+    "max_eval_samples_per_class",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: its 0-based place in the stream and its label ids (0..num_classes-1), in stream order."""
+
+    index: int
+    classes: tuple[int, ...]
+
+
+class TaskImages(torch.utils.data.Dataset):
+    """Map-style view of some rows of one split: `{"image": RGB PIL image, "label": int, "index": int}` each.
+
+    `labels` (int64, shape `(len,)`) has the mapped label ids without decoding anything. Pickles and forks, so
+    DataLoader workers can share it.
+    """
+
+    labels: np.ndarray
+
+    def __init__(self, source: ImageRows, rows: np.ndarray) -> None:
+        self._source = source
+        self._rows = rows
+        self.labels = source.labels[rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, PIL.Image.Image | int]:
+        """Item `index`; the image is decoded here.
+
+        Raises:
+            IndexError: `index` is out of range.
+            ValueError: the image does not decode; names its split and row.
+        """
+        position = operator.index(index)
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
+        position %= len(self)
+        image = self._source.decode(int(self._rows[position]))
+        return {"image": image, "label": int(self.labels[position]), "index": position}
+
+
+class TaskStream:
+    """Tasks over a dataset. Build one with `TaskStream.from_dataset`.
+
+    Attributes:
+        scenario: `"class_incremental"`, `"task_incremental"` or `"online"` (class-incremental in one epoch).
+        num_tasks, num_classes, seed: As given or found.
+        class_order: All label ids in the order in which they arrive.
+        label_names: Name of each label id.
+        id2label: The same as a dict, as transformers' configs want it.
+        tasks: The `Task` objects, in order.
+    """
+
+    def __init__(
+        self,
+        train: tuple[ImageRows, list[np.ndarray]],
+        test: tuple[ImageRows, list[np.ndarray]],
+        tasks: list[Task],
+        label_names: list[str],
+        settings: dict[str, Any],
+    ) -> None:
+        self._splits = {"train": train, "test": test}
+        self._settings = settings  # the manifest without its tasks
+        self._digests: dict[str, list[str]] | None = None
+        self._verified = False
+        self.tasks = tasks
+        self.label_names = label_names
+        self.id2label = dict(enumerate(label_names))
+        self.class_order: list[int] = [label for task in tasks for label in task.classes]
+        self.scenario: str = settings["scenario"]
+        self.seed: int | None = settings["seed"]
+        self.num_tasks = len(tasks)
+        self.num_classes = len(label_names)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: datasets.Dataset | datasets.DatasetDict | str | os.PathLike[str],
+        *,
+        num_tasks: int,
+        label_column: str | None = None,
+        image_column: str | None = None,
+        scenario: str = "class_incremental",
+        seed: int | None = 0,
+        class_order: Sequence[int] | None = None,
+        test_dataset: datasets.Dataset | None = None,
+        test_split: str | None = None,
+        test_fraction: float = 0.2,
+        max_train_samples_per_class: int | None = None,
+        max_eval_samples_per_class: int | None = None,
+    ) -> TaskStream:
+        """Cut a dataset into `num_tasks` tasks of (nearly) equally many classes.
+
+        Args:
+            dataset: A `Dataset`; a `DatasetDict` with a split `"train"`; a local folder of parquet or image files; or
+                a Hub id. Formats and transforms set on it are not applied.
+            num_tasks: Number of tasks, 1..number of classes; sizes differ by one class at most.
+            label_column: ClassLabel or integer column. Default: the only ClassLabel column, else the one named
+                `label`, `labels` or `fine_label`. Distinct integers are sorted and mapped to ids 0..C-1.
+            image_column: A `datasets.Image` column. Default: the only one.
+            scenario: `"class_incremental"`, `"task_incremental"` or `"online"`.
+            seed: Draws the class order, the held-out rows and the rows kept a class. None: label order, and 0 for
+                the rows.
+            class_order: Label ids in stream order, instead of a drawn order.
+            test_dataset: Test rows, with the columns of the train rows.
+            test_split: Name of the test split of a `DatasetDict`. Default: the first of `test`, `validation`,
+                `valid`, `val`.
+            test_fraction: Share of each class held out as test rows when there are none.
+            max_train_samples_per_class: Keep at most so many training images a class (a seeded choice).
+            max_eval_samples_per_class: The same for test images.
+
+        Raises:
+            TypeError: A streaming dataset or an argument of the wrong type.
+            ValueError: Anything else that is wrong with the dataset or an argument; the message has the fix.
+        """
+        if scenario not in SCENARIOS:
+            raise ValueError(f"scenario must be one of {shorten(SCENARIOS)}, got {scenario!r}")
+        seed = check_int("seed", seed, 0, none="label order")
+        num_tasks = check_int("num_tasks", num_tasks, 1)
+        limits = {
+            name: check_int(name, value, 1, none="all")
+            for name, value in (
+                ("max_train_samples_per_class", max_train_samples_per_class),
+                ("max_eval_samples_per_class", max_eval_samples_per_class),
+            )
+        }
+        if not 0 < test_fraction < 1:
+            raise ValueError(f"test_fraction must lie between 0 and 1 (both excluded), got {test_fraction}")
+
+        train, test, name = source_data.resolve_splits(dataset, test_dataset, test_split)
+        label_column, image_column = source_data.resolve_columns(train, label_column, image_column)
+        for split, data in (("train", train), ("test", test)):
+            if data is not None:
+                source_data.check_columns(split, data, label_column, image_column)
+        labels, test_labels, label_names, label_values = source_data.map_labels(train, test, label_column)
+        if num_tasks > len(label_names):
+            raise ValueError(f"num_tasks={num_tasks} is more than the {len(label_names)} classes of {label_column!r}")
+
+        order = _class_order(class_order, seed, len(label_names))
+        tasks = [Task(t, tuple(part.tolist())) for t, part in enumerate(np.array_split(order, num_tasks))]
+        held_out = test is None
+        rows, test_rows = source_data.choose_rows(labels, test_labels, test_fraction, seed or 0, *limits.values())
+        images = test_images = ImageRows("train", train, image_column, labels)  # held-out rows keep their row numbers
+        if held_out:
+            test = train
+        else:
+            test_images = ImageRows("test", test, image_column, test_labels)
+        splits = [
+            (source, source_data.cut(split, chosen, source.labels, [task.classes for task in tasks], label_names))
+            for split, source, chosen in (("train", images, rows), ("test", test_images, test_rows))
+        ]
+        settings = {
+            "format": MANIFEST_FORMAT,
+            "dataset": {"name": name, "fingerprint": {"train": train._fingerprint, "test": test._fingerprint}},
+            "scenario": scenario,
+            "seed": seed,
+            "num_tasks": num_tasks,
+            "num_classes": len(label_names),
+            "label_column": label_column,
+            "image_column": image_column,
+            "label_names": label_names,
+            "label_values": label_values,
+            "class_order": order.tolist(),
+            "test_fraction": float(test_fraction) if held_out else None,
+            **limits,
+        }
+        return cls(*splits, tasks, label_names, settings)
+
+    def __repr__(self) -> str:
+        return f"TaskStream({self.scenario}: {self.num_classes} classes in {self.num_tasks} tasks, seed={self.seed})"
+
+    def train(self, t: int) -> TaskImages:
+        """Training images of task `t` (0-based)."""
+        return self._images("train", t)
+
+    def test(self, t: int) -> TaskImages:
+        """Test images of task `t` (0-based)."""
+        return self._images("test", t)
+
+    def seen_classes(self, t: int) -> list[int]:
+        """Label ids of tasks 0..t, in stream order."""
+        return [label for task in self.tasks[: self._index(t) + 1] for label in task.classes]
+
+    def manifest(self) -> dict[str, Any]:
+        """What pins this stream down, ready for JSON: settings, class order, and a content hash per task and split.
+
+        `sha256` covers, in row order, the label id and the encoded image bytes (see `ImageRows.digests`), not paths;
+        it decodes nothing and is computed once. `dataset` (name, fingerprints) is for information only.
+
+        Raises:
+            ValueError: an image's file cannot be read.
+        """
+        if self._digests is None:
+            self._digests = {split: source.digests(rows) for split, (source, rows) in self._splits.items()}
+        tasks = []
+        for task in self.tasks:
+            entry: dict[str, Any] = {"classes": list(task.classes)}
+            for split, (_, rows) in self._splits.items():
+                entry[split] = {"num_images": len(rows[task.index]), "sha256": self._digests[split][task.index]}
+            tasks.append(entry)
+        return {**_copy(self._settings), "tasks": tasks}
+
+    def verify(self, progress: bool = True) -> None:
+        """Decode every selected image once (again only after a failure), before hours are spent on training.
+
+        Args:
+            progress: Show a progress bar when there are many images.
+
+        Raises:
+            ValueError: Some image does not decode; names the first one's split and row, and how many there are.
+        """
+        if not self._verified:
+            chosen = [(source, np.sort(np.concatenate(rows)).tolist()) for source, rows in self._splits.values()]
+            verify_images(chosen, progress)
+            self._verified = True
+
+    def check_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Compare this stream with the manifest of an earlier run.
+
+        Dataset name and fingerprints are not compared, nor are settings that leave data and order as they were.
+
+        Raises:
+            TypeError: `manifest` is not a mapping.
+            ValueError: Data or order differ (the message says what, and which settings may be the cause), or
+                `manifest` is not a manifest of this format.
+        """
+        if not isinstance(manifest, Mapping):
+            raise TypeError(f"manifest must be a dict as from TaskStream.manifest(), got {type(manifest).__name__}")
+        if manifest.get("format") != MANIFEST_FORMAT:
+            raise ValueError(f"manifest format must be {MANIFEST_FORMAT}, got {manifest.get('format')!r}")
+        own = self.manifest()
+        lacking = [key for key in own if key not in manifest]
+        if lacking:
+            raise ValueError(f"manifest lacks {shorten(lacking)}; pass one written by TaskStream.manifest()")
+        differences = [_difference(key, own[key], manifest[key]) for key in _SAME if own[key] != manifest[key]]
+        for t, (here, there) in enumerate(zip(own["tasks"], manifest["tasks"], strict=False)):
+            if here["classes"] == there.get("classes"):
+                for split in ("train", "test"):
+                    if here[split] != there.get(split):
+                        what = f"{split} images of task {t} (0-based)"
+                        differences.append(_difference(what, here[split], there.get(split)))
+        if differences:
+            causes = [_difference(key, own[key], manifest[key]) for key in _CAUSES if own[key] != manifest[key]]
+            hint = f" Settings that differ: {'; '.join(causes)}." if causes else ""
+            shown = differences[:4] + [f"{len(differences) - 4} more differences"] * (len(differences) > 4)
+            raise ValueError(
+                f"this stream is not that of the manifest: {'; '.join(shown)}.{hint} "
+                f"Build it from the same data with the same arguments, or start a new run in another folder"
+            )
+
+    def _index(self, t: int) -> int:
+        return check_int("task t (0-based)", t, 0, self.num_tasks - 1)
+
+    def _images(self, split: str, t: int) -> TaskImages:
+        source, rows = self._splits[split]
+        return TaskImages(source, rows[self._index(t)])
+
+
+def _class_order(given: Sequence[int] | None, seed: int | None, num_classes: int) -> np.ndarray:
+    """The label ids in stream order: as given, drawn with `seed`, or in label order when `seed` is None."""
+    if given is None:
+        return np.arange(num_classes) if seed is None else np.random.default_rng(seed).permutation(num_classes)
+    order = [check_int("an element of class_order", label, 0, num_classes - 1) for label in given]
+    duplicates = sorted(label for label, count in Counter(order).items() if count > 1)
+    missing = sorted(set(range(num_classes)) - set(order))
+    if duplicates or missing:
+        raise ValueError(
+            f"class_order must be a permutation of the label ids 0..{num_classes - 1}; "
+            f"duplicates: {shorten(duplicates)}, missing: {shorten(missing)}"
+        )
+    return np.array(order)
+
+
+def _difference(what: str, here: Any, there: Any) -> str:
+    """`what` with both values; of two sequences the first place where they part."""
+    if isinstance(here, dict) and isinstance(there, Mapping):
+        key = "num_images" if here["num_images"] != there.get("num_images") else "sha256"
+        return _difference(f"{what}, {key}", here[key], there.get(key))
+    if isinstance(here, list) and isinstance(there, list):
+        if len(here) != len(there):
+            return _difference(f"{what}, length", len(here), len(there))
+        at = next(i for i, (a, b) in enumerate(zip(here, there, strict=True)) if a != b)
+        return _difference(f"{what}[{at}]", here[at], there[at])
+    return f"{what}: {here!r} here, {there!r} in the manifest"
+
+
+def _copy(value: Any) -> Any:
+    """A copy of nested dicts and lists, so that a caller's edits stay the caller's."""
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return list(value) if isinstance(value, list) else value

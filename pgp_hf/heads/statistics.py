@@ -1,0 +1,261 @@
+"""Class statistics as a head: linear discriminant analysis in closed form; torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EMPTY = (
+    "the statistics head knows no class yet: train a task first (PGPTrainer gathers the statistics when a task ends), "
+    "or load an adapter that has finished one."
+)
+
+
+class ClassStatistics(nn.Module):
+    """Counts, means and the pooled within-class scatter of features, and the classifier that follows from them.
+
+    Linear discriminant analysis with a covariance that all classes share: with n features of d dimensions, n_c of them
+    and mean mu_c in class c, and scatter `S = sum_i (x_i - mu_{y_i}) (x_i - mu_{y_i})^T`,
+
+        Sigma = (1 - a) S / n + a tr(S) / (n d) I            a the shrinkage (Friedman 1989; Ledoit and Wolf 2004)
+        logit_c(x) = mu_c^T Sigma^-1 x - mu_c^T Sigma^-1 mu_c / 2 + log(n_c / n)
+
+    up to a term that all classes share. That is the log posterior of Gaussian classes, so the softmax gives
+    probabilities. A class without features has the logit minus infinity. Where every class has one feature only, S is
+    zero and Sigma the identity: the nearest class mean.
+
+    Everything is float64 and stays so under `to`, `half` and PEFT's casts (a device without float64 leaves it on the
+    CPU). Means are subtracted before anything is squared: features far from zero lose no digits.
+
+    Args:
+        num_classes: C.
+        dim: d.
+        shrinkage: a, in (0, 1]; above 0, so that Sigma has an inverse however few features there are.
+
+    Attributes:
+        counts: `(C,)`, int64.
+        means: `(C, d)`; zero for a class without features.
+        scatter: `(d, d)`.
+
+    Raises:
+        ValueError: sizes below 1, a shrinkage outside (0, 1].
+    """
+
+    counts: Tensor
+    means: Tensor
+    scatter: Tensor
+
+    def __init__(self, num_classes: int, dim: int, shrinkage: float = 0.1) -> None:
+        super().__init__()
+        if num_classes < 1 or dim < 1:
+            raise ValueError(f"num_classes={num_classes}, dim={dim}: both must be at least 1.")
+        if not 0 < shrinkage <= 1:
+            raise ValueError(f"shrinkage={shrinkage} is outside (0, 1]: it is the weight of the isotropic covariance.")
+        self.shrinkage = shrinkage
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("means", torch.zeros(num_classes, dim, dtype=torch.float64))
+        self.register_buffer("scatter", torch.zeros(dim, dim, dtype=torch.float64))
+        self._solved: tuple[list[tuple[Tensor, int | None]], tuple[Tensor, Tensor, Tensor]] | None = None
+
+    @property
+    def seen(self) -> Tensor:
+        """`(C,)`, bool: the classes that have features."""
+        return self.counts > 0
+
+    def fresh(self) -> ClassStatistics:
+        """Empty statistics of the same shape, on the same device."""
+        return ClassStatistics(*self.means.shape, self.shrinkage).to(self.means.device)
+
+    # ---- accumulation --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> ClassStatistics:
+        """Add features `(N, d)` with labels `(N,)` in 0..C-1, N >= 0.
+
+        Raises:
+            ValueError: other shapes, labels out of range, values that are not finite.
+        """
+        classes, dim = self.means.shape
+        if features.ndim != 2 or features.shape[1] != dim or labels.shape != features.shape[:1]:
+            raise ValueError(
+                f"features of shape {tuple(features.shape)} and labels of shape {tuple(labels.shape)} do not fit: "
+                f"expected (N, {dim}) and (N,)."
+            )
+        labels = labels.to(self.counts.device, torch.int64)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise ValueError(f"labels in {int(labels.min())}..{int(labels.max())}: expected 0..{classes - 1}.")
+        x = features.detach().to(self.means.device).to(torch.float64)
+        if not torch.isfinite(x).all():
+            raise ValueError(
+                f"features hold values that are not finite ({int((~torch.isfinite(x)).sum())} of {x.numel()}): "
+                "the model's inputs or prompts have diverged."
+            )
+        batch = self.fresh()
+        batch.counts += torch.bincount(labels, minlength=classes)
+        batch.means.index_add_(0, labels, x).div_(batch.counts.clamp(min=1)[:, None])
+        x = x - batch.means[labels]
+        batch.scatter += x.mT @ x
+        return self.merge(batch)
+
+    @torch.no_grad()
+    def merge(self, other: ClassStatistics) -> ClassStatistics:
+        """Add the features that `other` has summed up (Chan, Golub and LeVeque 1979).
+
+        A class that `other` lacks keeps its mean to the bit.
+        """
+        ours, theirs = self.counts.double(), other.counts.to(self.counts.device).double()
+        share = theirs / (ours + theirs).clamp(min=1)
+        apart = other.means.to(self.means.device) - self.means
+        apart[theirs == 0] = 0
+        self.scatter += other.scatter.to(self.scatter.device) + apart.mT @ ((ours * share)[:, None] * apart)
+        self.means += share[:, None] * apart
+        self.counts += other.counts.to(self.counts.device)
+        return self
+
+    @torch.no_grad()
+    def reduce(self, total: Callable[[Tensor], Tensor]) -> ClassStatistics:
+        """Become the statistics of all processes' features.
+
+        Args:
+            total: the sum of a tensor over the processes of a data-parallel run; called three times.
+        """
+        counts = total(self.counts.clone())
+        means = total(self.counts[:, None] * self.means) / counts.clamp(min=1)[:, None]
+        apart = self.means - means  # each process's scatter is about its own means
+        self.scatter.copy_(total(self.scatter + apart.mT @ (self.counts[:, None] * apart)))
+        self.means.copy_(means)
+        self.counts.copy_(counts)
+        return self
+
+    @torch.no_grad()
+    def compensate_drift(
+        self, before: Tensor, after: Tensor, total: Callable[[Tensor], Tensor] | None = None
+    ) -> ClassStatistics:
+        """Move the means along with how the features of other images have moved since.
+
+        Old images are gone, but new ones went through the model before the new task and after it. With x and x + D
+        their features then and m the mean of x, the movement is fitted by ridge regression and applied to each mean,
+
+            D ~ mean(D) + (x - m) A,    A = (S + tr(S) / d I)^-1 sum (x - m)^T (D - mean(D)),    S = sum (x - m)^T (x - m)
+
+        a linear form of semantic drift compensation (Yu et al., CVPR 2020; Gomez-Villa et al., ECCV 2024). Counts and
+        scatter stay.
+
+        Args:
+            before, after: features `(N, d)` of the same images, N >= 0.
+            total: the sum of a tensor over the processes of a data-parallel run, each with images of its own.
+
+        Raises:
+            ValueError: other shapes, or values that are not finite.
+        """
+        dim, device = self.means.shape[1], self.means.device
+        if before.ndim != 2 or before.shape[1] != dim or before.shape != after.shape:
+            raise ValueError(
+                f"features of shape {tuple(before.shape)} before and {tuple(after.shape)} after: expected (N, {dim}) twice."
+            )
+        for when, x in (("before", before), ("after", after)):
+            if not torch.isfinite(x).all():
+                raise ValueError(
+                    f"features {when} hold values that are not finite ({int((~torch.isfinite(x)).sum())} of {x.numel()}): "
+                    "the model's inputs or prompts have diverged."
+                )
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for pair in zip(before.detach().split(4096), after.detach().split(4096), strict=True):
+                x, later = (features.to(device).to(torch.float64) for features in pair)
+                yield x, later - x
+
+        total = total or (lambda tensor: tensor)
+        sums = torch.zeros(2, dim, dtype=torch.float64, device=device)
+        for x, moved in batches():
+            sums += torch.stack([x.sum(0), moved.sum(0)])
+        count = total(torch.tensor(float(len(before)), dtype=torch.float64, device=device)).clamp(min=1)
+        centre, shift = total(sums) / count
+        products = torch.zeros(2, dim, dim, dtype=torch.float64, device=device)
+        for x, moved in batches():
+            products += (x - centre).mT @ torch.stack([x - centre, moved - shift])
+        scatter, turn = total(products)
+        ridge = scatter.diagonal().mean()
+        turn = torch.linalg.solve(scatter + ridge * torch.eye(dim).to(scatter), turn) if ridge > 0 else turn
+        self.means[self.seen] += shift + (self.means[self.seen] - centre) @ turn
+        return self
+
+    # ---- the classifier ------------------------------------------------------------------------------------------
+
+    @property
+    def covariance(self) -> Tensor:
+        """Sigma, `(d, d)`."""
+        identity = torch.eye(len(self.scatter), dtype=self.scatter.dtype, device=self.scatter.device)
+        scatter = self.scatter / self.counts.sum().clamp(min=1)
+        scale = scatter.diagonal().mean()
+        if scale == 0:
+            return identity
+        return (1 - self.shrinkage) * scatter + self.shrinkage * scale * identity
+
+    def whitening(self) -> Tensor:
+        """W, `(d, d)`, with `W W^T = Sigma^-1`: between `x W` the head measures Euclidean distances.
+
+        Raises:
+            ValueError: no class has features, or the buffers do not come from any.
+        """
+        if not int(self.counts.sum()):
+            raise ValueError(EMPTY)
+        factor = self._factor()
+        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        return torch.linalg.solve_triangular(factor, identity, upper=False).mT
+
+    def _factor(self) -> Tensor:
+        """Cholesky factor of Sigma."""
+        factor, failed = torch.linalg.cholesky_ex(self.covariance)
+        if failed:
+            raise ValueError("the class statistics are damaged: their covariance is not positive definite.")
+        return factor
+
+    def solve(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight `(C, d)`, bias `(C,)` and centre m `(d,)`: the logits are `(x - m) weight^T + bias`.
+
+        m, the mean over all features, changes every class's logit by the same amount and keeps the products small.
+        The solution is kept until the buffers change.
+
+        Raises:
+            ValueError: no class has features, or the buffers do not come from any.
+        """
+        buffers = self.counts, self.means, self.scatter
+        # inference tensors keep no count of their changes
+        state = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in buffers]
+        if self._solved is not None and all(
+            tensor is kept and version is not None and version == before
+            for (tensor, version), (kept, before) in zip(state, self._solved[0], strict=True)
+        ):
+            return self._solved[1]
+        total = int(self.counts.sum())
+        if total == 0:
+            raise ValueError(EMPTY)
+        share = self.counts.double() / total
+        centre = share @ self.means
+        means = self.means - centre
+        means[~self.seen] = 0
+        weight = torch.cholesky_solve(means.mT, self._factor()).mT
+        bias = share.log() - (weight * means).sum(-1) / 2
+        self._solved = state, (weight, bias, centre)
+        return self._solved[1]
+
+    @torch.no_grad()
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits `(N, C)` of features `(N, d)`, float32, on the features' device; minus infinity for unseen classes."""
+        weight, bias, centre = self.solve()
+        with torch.autocast(device_type=weight.device.type, enabled=False):
+            logits = (features.detach().to(weight.device).to(torch.float64) - centre) @ weight.mT + bias
+        return logits.to(features.device, torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassStatistics:
+        """Follow the model to another device, but not to another precision."""
+        device = fn(torch.empty(0, device=self.means.device)).device
+        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        return super()._apply(lambda tensor: tensor.to(device), recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_solved": None}  # a copy's tensors have histories of their own

@@ -1,0 +1,6 @@
+"""`python -m pgp_hf.hub`."""
+
+from .push import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

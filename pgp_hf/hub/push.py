@@ -1,0 +1,317 @@
+"""The Hub: every finished task is one commit on `main` and one tag, `task-1`, `task-2`, ...
+
+    python -m pgp_hf.hub push OUTPUT_DIR --repo_id USER/NAME
+
+uploads what is missing there, in order, and changes nothing when all of it is there. A trainer does the same while it
+trains (`push_to_hub=True`), through the queue in `queue.py`. Only the files named in `UPLOADED_FILES` leave the machine,
+as sanitised copies: local paths are stripped, and the card names the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import shlex
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+
+from ..runs.folder import RESULTS, RunFolder
+from ..runs.reading import read_json
+from .queue import Refused, Uploads, explain
+from .snapshot import CARD, UPLOADED_FILES, is_ours, listed, snapshot
+
+__all__ = ["UPLOADED_FILES", "PushError", "Pushed", "TaskRepo", "command", "listed", "missing", "push", "snapshot"]
+
+WAIT = 300.0
+"""Seconds to wait for an upload by default, before it is reported as missing."""
+
+
+class PushError(RuntimeError):
+    """Tasks are missing on the Hub; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push came to.
+
+    Attributes:
+        repo_id: with its owner.
+        uploaded: tags that are new.
+        present: tags that were there.
+    """
+
+    repo_id: str
+    uploaded: list[str]
+    present: list[str]
+
+
+# ---- one repository ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TaskRepo:
+    """The repository of a run.
+
+    Args:
+        repo_id: "owner/name", or "name" for the token's own user.
+        token: as everywhere in `huggingface_hub`; `HF_TOKEN` or the stored one by default.
+        private: whether a new repository is private; the owner's default by default.
+        base_model: Hub id of a backbone that was loaded from a local folder.
+        new_run: whether the tasks come from a run that starts now, so that no task can be there yet.
+    """
+
+    repo_id: str
+    token: str | None = field(default=None, repr=False)
+    private: bool | None = None
+    base_model: str | None = None
+    new_run: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("repo_id", self.repo_id), ("base_model", self.base_model)):
+            try:
+                if value is not None:
+                    validate_repo_id(value)
+            except HFValidationError as error:
+                raise ValueError(f"{name}={value!r} is not 'name' or 'owner/name' on the Hub: {error}") from error
+        self._api = HfApi(token=self.token)
+
+    @property
+    def url(self) -> str:
+        return f"{self._api.endpoint}/{self.repo_id}"
+
+    def create(self) -> None:
+        """Make the repository unless it is there, and take its full id.
+
+        Raises:
+            Refused: an existing repository that is public although `private`, or holds a run although `new_run`.
+        """
+        self.repo_id = self._api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+        if self.private and not self._api.repo_info(self.repo_id).private:
+            raise Refused(
+                f"{self.repo_id} exists and is public, which private=True does not change: make it private in its "
+                "settings, choose another repository, or leave private out."
+            )
+        if self.new_run and "task-1" in self._tags():
+            raise Refused(
+                f"{self.repo_id} holds a run already (tag task-1), and this is a new one: choose another repository, or "
+                f"delete the old tags first (hf repos tag delete {self.repo_id} task-1, and so on)."
+            )
+
+    def put(self, t: int, folder: Path) -> bool:
+        """Upload the task with 0-based index t from `folder`, unless it is there; whether anything had to be done.
+
+        After it `main` holds exactly this task's files, beside files that are not of a run. A commit whose answer was
+        lost is not made twice, and `main` is never overwritten when somebody else moved it meanwhile.
+
+        Raises:
+            Refused: a tag with another content, or later tasks on `main`.
+        """
+        tag, tags = f"task-{t + 1}", self._tags()
+        with tempfile.TemporaryDirectory(prefix="pgp_hf-") as copy, disable_progress_bars():
+            files = snapshot(folder, Path(copy), repo_id=self.repo_id, base_model=self.base_model)
+            wanted = {path: Path(copy) / path for path in files}
+            if tag in tags:
+                self._check_same(tag, wanted)
+                return False
+            later = sorted(name for name in tags if re.fullmatch(r"task-\d+", name) and int(name[5:]) > t + 1)
+            commit = self._find(t, wanted) if later else self._head(t, wanted)
+            if commit is None:
+                raise Refused(
+                    f"{tag} cannot be uploaded: {self.repo_id} holds {', '.join(later)} already, and main never goes "
+                    "back. Choose another repository, or delete those tags first "
+                    f"(hf repos tag delete {self.repo_id} {later[0]}, and so on)."
+                )
+            self._api.create_tag(self.repo_id, tag=tag, revision=commit)
+        return True
+
+    def _tags(self) -> dict[str, str]:
+        return {tag.name: tag.target_commit for tag in self._api.list_repo_refs(self.repo_id).tags}
+
+    def _tree(self, revision: str) -> dict[str, RepoFile]:
+        entries = self._api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and is_ours(entry.path)}
+
+    def _head(self, t: int, wanted: dict[str, Path]) -> str:
+        """The head of `main` with the wanted files: as it is, or after a commit."""
+        head = self._api.repo_info(self.repo_id, revision="main").sha
+        tree = self._tree(head)
+        if _difference(tree, wanted) is None:
+            return head
+        additions = []
+        for path, file in wanted.items():
+            tensors = path.endswith(".safetensors")
+            additions.append(CommitOperationAdd(path, file.read_bytes() if tensors else file))  # paths get a bar
+            if tensors:
+                # one by one: several at once go through a thread pool, which Python joins at its exit, hung or not
+                self._api.preupload_lfs_files(self.repo_id, additions[-1:])
+        deletions = [CommitOperationDelete(path) for path in tree if path not in wanted]
+        title = _title(t, read_json(wanted[RESULTS]))
+        commit = self._api.create_commit(
+            self.repo_id, [*additions, *deletions], commit_message=title, revision="main", parent_commit=head
+        )
+        return commit.oid
+
+    def _find(self, t: int, wanted: dict[str, Path]) -> str | None:
+        """An earlier commit with the wanted files, whose tag was lost."""
+        start = f"Task {t + 1} of "
+        for commit in self._api.list_repo_commits(self.repo_id):
+            if commit.title.startswith(start) and _difference(self._tree(commit.commit_id), wanted) is None:
+                return commit.commit_id
+        return None
+
+    def _check_same(self, tag: str, wanted: dict[str, Path]) -> None:
+        path = _difference(self._tree(tag), wanted)
+        if path is not None:
+            raise Refused(
+                f"{self.repo_id} holds another run: its {tag} differs from the one here in {path}. Published revisions "
+                "are never changed: choose another repository, or delete the old tags first "
+                f"(hf repos tag delete {self.repo_id} {tag}, and so on)."
+            )
+
+
+def _title(t: int, results: dict[str, Any]) -> str:
+    return (
+        f"Task {t + 1} of {results['num_tasks']}: average accuracy {results['average_accuracy']:.2f} %, "
+        f"forgetting {results['forgetting']:.2f}"
+    )
+
+
+def _difference(tree: dict[str, RepoFile], wanted: dict[str, Path]) -> str | None:
+    """A path at which a revision and the wanted files differ; cards may have been edited by people."""
+    for path in sorted({*tree, *wanted} - {CARD}):
+        if path not in tree or path not in wanted:
+            return path
+        there, data = tree[path], wanted[path].read_bytes()
+        if there.lfs is not None:
+            same = there.lfs.sha256 == hashlib.sha256(data).hexdigest()
+        else:
+            same = there.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        if not same:
+            return path
+    return None
+
+
+# ---- a whole folder ---------------------------------------------------------------------------------------------------
+
+
+def push(
+    output_dir: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    base_model: str | None = None,
+    wait: float = WAIT,
+    say: Callable[[str], None] = lambda line: None,
+) -> Pushed:
+    """Upload the finished tasks of a run that are not on the Hub yet, in order; running it again changes nothing.
+
+    Connection errors, time-outs and 5xx answers are retried with exponential backoff.
+
+    Args:
+        output_dir: the run's folder.
+        repo_id, token, private, base_model: as for [`TaskRepo`].
+        wait: seconds without progress after which it gives up.
+        say: receives a line for each task.
+
+    Raises:
+        ValueError: a folder without finished tasks, an id that cannot be one.
+        PushError: tasks that could not be uploaded, with the reason and the command that finishes it.
+    """
+    folder = RunFolder(output_dir)
+    tasks = folder.finished_tasks()
+    if not tasks:
+        raise ValueError(f"{folder.root} holds no finished task (task-1): give the output_dir of a run.")
+    repo, uploaded, present = TaskRepo(repo_id, token, private, base_model), [], []
+
+    def put(t: int) -> None:
+        new = repo.put(t, folder.task(t))
+        (uploaded if new else present).append(f"task-{t + 1}")
+        say(f"task-{t + 1} {'uploaded' if new else 'is there already'}: {repo.url}/tree/task-{t + 1}")
+
+    def ignore(message: str) -> None:
+        """The error below says it."""
+
+    uploads = Uploads(repo.create, put, notify=ignore, token=token, first=folder.first)
+    uploads.add(tasks)
+    done = -1
+    while not uploads.wait(wait) and uploads.done > done:
+        done = uploads.done
+    uploads.close()
+    if uploads.done < tasks:
+        raise PushError(missing(uploads, tasks, command(folder.root, repo)))
+    return Pushed(repo.repo_id, uploaded, present)
+
+
+def command(output_dir: str | Path, repo: TaskRepo) -> str:
+    """The command line that uploads what is missing; without a token, which does not belong on a screen."""
+    parts = ["python", "-m", "pgp_hf.hub", "push", str(output_dir), "--repo_id", repo.repo_id]
+    parts += ["--private"] if repo.private else ["--no-private"] if repo.private is False else []
+    parts += ["--base_model", repo.base_model] if repo.base_model else []
+    return shlex.join(parts)
+
+
+def missing(uploads: Uploads, tasks: int, finish: str) -> str:
+    """The report of tasks that are not on the Hub."""
+    names = [f"task-{t + 1}" for t in range(uploads.done, tasks)]
+    shown = ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
+    reason = "The upload has not finished." if uploads.error is None else explain(uploads.error, uploads.token)
+    return (
+        f"Not on the Hub: {shown}. {reason}\nNothing is lost. This finishes the upload, with the token of HF_TOKEN or "
+        f"`hf auth login`:\n  {finish}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0 when everything is on the Hub."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pgp_hf.hub", description="Finished tasks on the Hugging Face Hub."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser(
+        "push",
+        help="upload the finished tasks of a run that are missing on the Hub",
+        description="Upload the finished tasks of a run that are missing on the Hub, each as a commit on main and a "
+        "tag task-1, task-2, ... Running it again changes nothing.",
+    )
+    one.add_argument("output_dir", help="the run's folder, which holds task-1, task-2, ...")
+    one.add_argument("--repo_id", "--repo-id", required=True, help="owner/name; name alone is your own")
+    one.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        help="whether a repository that has to be made is private; by default as its owner's settings say",
+    )
+    one.add_argument("--token", help="by default HF_TOKEN, or the token that `hf auth login` stored")
+    one.add_argument(
+        "--base_model", "--base-model", help="Hub id of the backbone, when the run loaded it from a local folder"
+    )
+    one.add_argument(
+        "--wait",
+        type=float,
+        default=WAIT,
+        help="seconds without progress after which to give up (default: %(default)g)",
+    )
+    args = parser.parse_args(argv)
+    try:
+        push(
+            args.output_dir,
+            args.repo_id,
+            token=args.token,
+            private=args.private,
+            base_model=args.base_model,
+            wait=args.wait,
+            say=lambda line: print(line, flush=True),
+        )
+    except (PushError, ValueError) as error:
+        print(f"error: {error}", flush=True)
+        return 1
+    return 0

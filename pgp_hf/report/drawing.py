@@ -1,0 +1,218 @@
+"""What the figures in `plots.py` are made of: looks that tell lines apart without colour, panels, heat-maps, files.
+
+Drawn through matplotlib's object API, so pyplot's global state stays untouched and no display is needed; every PNG is
+written to a temporary file first and then moved into place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..runs.atomic import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MAP = "cividis"  # from dark to light also in grey, and alike to all eyes
+_COLOURS = (
+    "#000000",
+    "#D55E00",
+    "#0072B2",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+)  # Okabe and Ito, the palest last
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # one fewer, so that pairs repeat only after 30 lines
+_DPI = 120
+_GREY = "#555555"
+_DIRECT = 5, 16  # at most so many lines, and letters in a name, for names to stand beside the lines
+
+
+# ---- lines ----------------------------------------------------------------------------------------------------------
+
+
+def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A colour, a marker and a dash for each label; marker and dash alone tell 30 of them apart."""
+    looks = zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_DASHES), strict=False)
+    return {
+        label: {"color": colour, "marker": marker, "linestyle": dash}
+        for label, (colour, marker, dash) in zip(labels, looks, strict=False)
+    }
+
+
+def line(points: int) -> dict[str, Any]:
+    """What all lines have in common."""
+    size = 5 if points <= 12 else 4
+    return {
+        "markersize": size, "linewidth": 1.6, "markerfacecolor": "white", "markeredgewidth": 1.3, "clip_on": False,
+    }  # fmt: skip
+
+
+def dress(axes: Axes, title: str, below: str) -> None:
+    """Grid, frame and labels of a panel with lines; the title says what the y axis shows, and its unit."""
+    axes.grid(True, color="#DDDDDD", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(below, fontsize=9, color=_GREY)
+
+
+def scale(axes: Axes, values: np.ndarray, span: float, from_zero: bool, whole: bool = False) -> None:
+    """A y axis with a margin and round ticks, which does not blow up a flat line.
+
+    Args:
+        values: that are drawn, NaN where there is none.
+        span: the least that it covers.
+        from_zero: whether it begins at zero; negative values are shown all the same.
+        whole: whether only whole numbers are ticks.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = np.nanmin(values), np.nanmax(values)
+    if from_zero:
+        low = min(low, 0.0)
+        high = max(high, low + span)
+    else:
+        low = min(low, high - span)
+    margin = 0.06 * (high - low)
+    axes.set_ylim(low - margin, high + margin)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=whole))
+
+
+def after_task(axes: Axes, tasks: int) -> None:
+    """An x axis of tasks, counted from 1."""
+    places, labels = ticks(tasks, most=10)
+    axes.set_xticks([place + 1 for place in places], labels)
+    margin = min(0.3, 0.06 * (tasks - 1)) or 0.3
+    axes.set_xlim(1 - margin, tasks + margin)
+
+
+def ticks(count: int, most: int = 24) -> tuple[list[int], list[int]]:
+    """Positions (0-based) and labels (1-based): all of them up to `most`, else the first and round numbers."""
+    step = next(step for step in (1, 5, 10, 50, 100, 500, count) if count <= most * step)
+    labels = sorted({1, *range(step, count + 1, step)})
+    return [label - 1 for label in labels], labels
+
+
+# ---- names of lines -------------------------------------------------------------------------------------------------
+
+
+def are_direct(labels: Iterable[str]) -> bool:
+    """Whether the names are few and short enough to stand beside the lines' ends; else a legend has them."""
+    labels = list(labels)
+    return len(labels) <= _DIRECT[0] and max(map(len, labels), default=0) <= _DIRECT[1]
+
+
+def name_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
+    """Write each line's name on the right of a panel whose limits stand, joined to the line's end.
+
+    Args:
+        ends: by name, where the line ends in data coordinates.
+        colours: of the lines; the names themselves are dark, whatever the line's colour.
+    """
+    low, high = axes.get_ylim()
+    order = sorted(ends, key=lambda name: ends[name][1])
+    heights = _apart([(ends[name][1] - low) / (high - low) for name in order], gap=0.11)
+    for name, height in zip(order, heights, strict=True):
+        axes.annotate(
+            name, ends[name], (1.04, height), textcoords=axes.transAxes, va="center", fontsize=8.5, color="#222222",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5},
+        )  # fmt: skip
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising numbers in 0..1 moved so little that neighbours are at least `gap` apart."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    top = 1.0
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], top)
+        top = moved[i] - gap
+    return moved
+
+
+def legend(fig: Figure, grid: Sequence[Axes], columns: int) -> None:
+    """One legend above all panels, with an entry a label: a line may be absent from a panel."""
+    found: dict[str, Any] = {}
+    for axes in grid:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    fit = int(fig.get_figwidth() / (0.95 + 0.085 * max(map(len, found))))  # inches: line and gaps, then letters
+    place = {"loc": "outside upper center", "ncols": max(1, min(len(found), columns, fit))}
+    fig.legend(list(found.values()), list(found), frameon=False, handlelength=3.5, **place)
+
+
+# ---- heat-maps ------------------------------------------------------------------------------------------------------
+
+
+def heat_map(values: np.ndarray, *, low: float, high: float, bar: str, decimals: int) -> tuple[Figure, Axes]:
+    """A heat-map of `(rows, columns)`, NaN left blank, 1-based; numbers in the cells while they fit."""
+    import matplotlib
+    from matplotlib.ticker import MaxNLocator
+
+    rows, columns = values.shape
+    written = columns <= 24 and rows <= 24
+    cell = 0.52 if max(rows, columns) <= 12 else 0.38
+    width, height = (cell, cell) if written else (min(cell, 6.5 / columns), min(0.25, 6.5 / rows))
+    flat = columns * width >= 2 * rows * height  # then the colour bar lies below
+    fig = figure(max(3.6, width * columns + 1.9), max(2.0 if flat else 2.6, height * rows + (1.6 if flat else 1.2)))
+    axes = fig.add_subplot()
+    colours = matplotlib.colormaps[_MAP].with_extremes(bad="white")
+    image = axes.imshow(
+        np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high, aspect="equal" if written else "auto",
+        interpolation="nearest",
+    )  # fmt: skip
+    if written:
+        for i, j in np.argwhere(np.isfinite(values)):
+            dark = (values[i, j] - low) / ((high - low) or 1) < 0.55
+            axes.text(
+                j, i, f"{values[i, j]:.{decimals}f}", ha="center", va="center", fontsize=8,
+                color="white" if dark else "black", in_layout=False,
+            )  # fmt: skip
+    axes.set_xticks(*ticks(columns))
+    axes.set_yticks(*ticks(rows))
+    axes.tick_params(length=0, labelsize=9)
+    axes.spines[:].set_color("#BBBBBB")
+    place = {"location": "bottom", "aspect": 40} if flat else {"location": "right", "aspect": 25}
+    strip = fig.colorbar(image, ax=axes, shrink=0.85, pad=0.03, ticks=MaxNLocator(6, steps=[1, 2, 5, 10]), **place)
+    strip.set_label(bar, fontsize=9)
+    strip.ax.tick_params(labelsize=8)
+    strip.outline.set_visible(False)
+    return fig, axes
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
+    fig.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
+    return fig
+
+
+def save(fig: Figure, path: str | os.PathLike) -> Path:
+    """Write a figure as PNG, whole or not at all.
+
+    Raises:
+        ValueError: `path` does not end in `.png`.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"figures are PNG files; got {str(path)!r}. Let the name end in .png.")
+    with replacing(path) as part:
+        fig.savefig(part, format="png")
+    return path

@@ -1,0 +1,120 @@
+"""The files of a run: written whole or not at all, safetensors and JSON only.
+
+output_dir/  the last finished task's files, and
+  task-1/ ... task-T/   the same files as they stood when each task ended
+  features/task-1.safetensors ...   head inputs and pool entries of each task's test images when it ended
+  checkpoints/task-t/checkpoint-N/  Trainer checkpoints of the task in training, removed when it ends
+  continued.json        in a run that went on from a single revision: how many tasks are not here
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .atomic import replacing
+from .reading import read_json
+
+ADAPTER_CONFIG, PROCESSOR = "adapter_config.json", "preprocessor_config.json"
+ADAPTER = "adapter_model.safetensors"
+BASES, DESCRIPTION = "projection.safetensors", "projection.json"
+MANIFEST, RESULTS = "stream.json", "results.json"
+FEATURES, CHECKPOINTS, CONTINUED = "features", "checkpoints", "continued.json"
+
+
+class RunFolder:
+    """Layout of an output folder.
+
+    Args:
+        root: the run's `output_dir`.
+    """
+
+    single = False  # whether the last task's files are all there is
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root)
+
+    def task(self, t: int) -> Path:
+        """Folder of the task with 0-based index t."""
+        return self.root / f"task-{t + 1}"
+
+    def features(self, t: int) -> Path:
+        return self.root / FEATURES / f"task-{t + 1}.safetensors"
+
+    def checkpoints(self, t: int) -> Path:
+        return self.root / CHECKPOINTS / f"task-{t + 1}"
+
+    def last_checkpoint(self, t: int) -> Path | None:
+        """The newest complete Trainer checkpoint of a task: its state file is the one written last."""
+        found = [
+            folder
+            for folder in self.checkpoints(t).glob("checkpoint-*")
+            if folder.name.removeprefix("checkpoint-").isdecimal() and (folder / "trainer_state.json").is_file()
+        ]
+        return max(found, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+
+    def finished_tasks(self) -> int:
+        """How many tasks have ended, counted from the first."""
+        first = t = self.first
+        while self.task(t).is_dir():
+            t += 1
+        return t if t > first else 0
+
+    @property
+    def first(self) -> int:
+        """0-based index of the first task whose files are here; above 0 in a run that went on from a revision."""
+        path = self.root / CONTINUED
+        first = read_json(path).get("first") if path.exists() else 0
+        if type(first) is not int or first < 0:
+            raise ValueError(f"{path} has first={first!r}: expected the 0-based index of a task.")
+        return first
+
+    def is_empty(self) -> bool:
+        return not any(self.root.glob("task-*")) and not (self.root / CHECKPOINTS).exists()
+
+    def check_unused(self) -> None:
+        """Raise ValueError when there is an earlier run."""
+        if not self.is_empty():
+            raise ValueError(
+                f"output_dir={self.root} holds an earlier run ({self.finished_tasks()} finished tasks): continue it with "
+                "resume_from_checkpoint=True, delete it with overwrite_output_dir=True, or choose another folder."
+            )
+
+    def clear(self) -> None:
+        """Delete an earlier run's files, and nothing else."""
+        for task in self.root.glob("task-*"):
+            for file in task.rglob("*"):
+                if file.is_file():
+                    (self.root / file.relative_to(task)).unlink(missing_ok=True)
+        for folder in (*self.root.glob("task-*"), *self.root.glob(".task-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in (FEATURES, CHECKPOINTS):
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+        (self.root / CONTINUED).unlink(missing_ok=True)
+
+    def publish(self, t: int, write: Any) -> Path:
+        """Write a finished task: `write(folder)` fills a temporary folder, which then takes its place.
+
+        The files are copied to the top level afterwards, each atomically; a run that dies in between has its task.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".task-{t + 1}-", dir=self.root))
+        try:
+            write(temporary)
+            temporary.chmod(0o755)  # mkdtemp is private; a finished task is not
+            shutil.rmtree(self.task(t), ignore_errors=True)
+            os.replace(temporary, self.task(t))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.promote(t)
+        return self.task(t)
+
+    def promote(self, t: int) -> None:
+        """Copy a finished task's files to the top level."""
+        for file in sorted(self.task(t).rglob("*")):
+            if file.is_file():
+                with replacing(self.root / file.relative_to(self.task(t))) as temporary:
+                    shutil.copyfile(file, temporary)

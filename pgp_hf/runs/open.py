@@ -1,0 +1,84 @@
+"""Opening what an earlier run left: a run's folder, a single revision, a repository on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..projection import Projection, ProjectionConfig
+from .folder import ADAPTER_CONFIG, RunFolder
+from .revision import Revision
+from .sources import TASK, locate
+
+
+class RevisionRun(RunFolder):
+    """A run of which one revision is at hand, and earlier ones where they can be found.
+
+    Args:
+        folder: the revision's files.
+        tasks: how many tasks had ended.
+        run: the folder that holds `features/` and earlier tasks, as far as they are there.
+        earlier: folder of the task with 0-based index t; without it, that in `run`.
+    """
+
+    single = True
+
+    def __init__(self, folder: Path, tasks: int, run: Path, earlier: Callable[[int], Path] | None = None) -> None:
+        super().__init__(folder)
+        self._tasks, self._run = tasks, RunFolder(run)
+        self._earlier = earlier or self._run.task
+
+    def task(self, t: int) -> Path:
+        return self.root if t == self._tasks - 1 else self._earlier(t)
+
+    def features(self, t: int) -> Path:
+        return self._run.features(t)
+
+    def last_checkpoint(self, t: int) -> Path | None:
+        return None
+
+    def finished_tasks(self) -> int:
+        return self._tasks
+
+
+def open_run(where: str | Path, **hub: Any) -> RunFolder:
+    """The run to continue: a run's folder, one of its task folders or a copy of one, or "repo@task-3" on the Hub.
+
+    Args:
+        where: as above.
+        hub: `token` and so on, as `locate`.
+
+    Raises:
+        ValueError: no such revision, or one that is damaged; see `Revision.read`.
+    """
+    folder = Path(where)
+    repo, at, revision = str(where).rpartition("@")
+    if at and not folder.exists():
+        folder = locate(repo, revision, card=True, **hub)
+        return RevisionRun(
+            folder, _tasks(folder, revision), folder, lambda t: locate(repo, f"task-{t + 1}", card=True, **hub)
+        )
+    run = RunFolder(folder)
+    if run.is_empty() and (folder / ADAPTER_CONFIG).is_file():
+        folder = locate(folder)
+        named = TASK.fullmatch(folder.resolve().name)
+        return RevisionRun(folder, _tasks(folder), folder.resolve().parent if named else folder)
+    return run
+
+
+def _tasks(folder: Path, revision: str | None = None) -> int:
+    tasks = Revision.read(folder, revision).tasks
+    if not tasks:
+        raise ValueError(f"{folder} is an adapter without a run: there is nothing to continue.")
+    return tasks
+
+
+def load_projection_config(repo_or_dir: str | Path, revision: str | None = None, **hub: Any) -> ProjectionConfig:
+    """`ProjectionConfig.from_pretrained`."""
+    return Revision.read(locate(repo_or_dir, revision, **hub), revision).projection_config()
+
+
+def load_projection(repo_or_dir: str | Path, revision: str | None = None, **hub: Any) -> Projection:
+    """`Projection.from_pretrained`."""
+    return Revision.read(locate(repo_or_dir, revision, **hub), revision).projection()

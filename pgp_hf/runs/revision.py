@@ -1,0 +1,183 @@
+"""Revisions: the files of one finished task, in a local folder or on the Hub, checked before anything uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..projection import Basis, Projection, ProjectionConfig
+from ..projection.projector import TRANSPOSED
+from . import reading
+from .checks import check_basis, check_results_file, check_stream_file, finished_tasks
+from .digest import backbone_key, backbone_sha256
+from .folder import ADAPTER, ADAPTER_CONFIG, BASES, DESCRIPTION, MANIFEST, RESULTS
+from .sources import OTHERS, REVISION_FILES, RUN_FILES, TASK
+
+ADAPTERS = ("L2P", "DUALPROMPT", "CLIP_PROMPT")
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A revision's small files, read and checked; its tensors are read on demand.
+
+    Attributes:
+        folder: where the files are.
+        adapter: content of `adapter_config.json`.
+        manifest, results: content of `stream.json` and `results.json`; both None for an adapter without a run.
+    """
+
+    folder: Path
+    adapter: dict[str, Any]
+    manifest: dict[str, Any] | None
+    results: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, folder: Path, revision: str | None = None) -> Revision:
+        """Read and check a folder that `locate` returned.
+
+        Args:
+            folder: of the revision.
+            revision: by which name it was found; "task-3" must hold three finished tasks.
+
+        Raises:
+            ValueError: a file that is damaged, asks for code to be run, or contradicts another.
+        """
+        for name in (*REVISION_FILES, *OTHERS):
+            if name.endswith(".json") and (folder / name).exists():
+                reading.refuse_code(reading.read_json(folder / name), folder / name)
+        adapter = reading.read_json(folder / ADAPTER_CONFIG)
+        if adapter.get("peft_type") not in ADAPTERS:
+            raise ValueError(
+                f"{folder / ADAPTER_CONFIG} has peft_type={adapter.get('peft_type')!r}: expected one of "
+                f"{', '.join(ADAPTERS)}, the adapters of this package."
+            )
+        there = [name for name in RUN_FILES if (folder / name).exists()]
+        if not there:
+            return cls(folder, adapter, None, None)
+        if len(there) < len(RUN_FILES):
+            lacking = next(name for name in RUN_FILES if name not in there)
+            raise ValueError(f"{folder} has {there[0]}, but no {lacking}: the download or copy is incomplete.")
+        manifest, results = (reading.read_json(folder / name) for name in (MANIFEST, RESULTS))
+        check_stream_file(manifest, adapter, folder / MANIFEST)
+        tasks = check_results_file(results, manifest, folder / RESULTS)
+        named = TASK.fullmatch(revision or "")
+        if named and int(named[1]) != tasks:
+            raise ValueError(
+                f"{folder / RESULTS} shows {tasks} finished tasks, but the revision is called {revision!r}."
+            )
+        return cls(folder, adapter, manifest, results)
+
+    @property
+    def tasks(self) -> int:
+        """Number of finished tasks; 0 without a run."""
+        return 0 if self.results is None else finished_tasks(self.results["accuracy_matrix"])
+
+    @property
+    def seen_classes(self) -> list[int] | None:
+        """Label ids of the finished tasks; None without a run."""
+        if self.manifest is None:
+            return None
+        return [label for task in self.manifest["tasks"][: self.tasks] for label in task["classes"]]
+
+    def weights(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's tensors.
+
+        Args:
+            expected: tensors (of any values, or on the meta device) of exactly the names and shapes that must be there.
+
+        Raises:
+            ValueError: a file that is damaged, was altered, or has other names or shapes.
+        """
+        path = self.folder / ADAPTER
+        shapes = reading.tensor_shapes(path)
+        missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+        if missing or extra:
+            what = [f"it lacks {name!r}" for name in missing[:1]] + [f"it holds {name!r}" for name in extra[:1]]
+            raise ValueError(
+                f"{path} does not fit the backbone or its {ADAPTER_CONFIG}: {', and '.join(what)} ({len(missing)} names "
+                f"missing, {len(extra)} unknown). Load it on the kind of model it was made on."
+            )
+        for name, shape in shapes.items():
+            if shape != tuple(expected[name].shape):
+                raise ValueError(
+                    f"{path}: {name!r} has shape {shape}, expected {tuple(expected[name].shape)} by the backbone and "
+                    f"{ADAPTER_CONFIG}."
+                )
+        tensors = reading.read_tensors(path)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() != expected[name].is_floating_point():
+                raise ValueError(f"{path}: {name!r} has dtype {tensor.dtype}, expected {expected[name].dtype}.")
+        self._check_digest(path)
+        return tensors
+
+    def bases(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The projection's bases by parameter name, and the content of `projection.json`.
+
+        Raises:
+            ValueError: no run; a file that is damaged or was altered; bases that are not orthonormal, or do not belong
+                to the adapter's parameters.
+        """
+        self._check_run()
+        path = self.folder / BASES
+        description = reading.read_json(self.folder / DESCRIPTION)
+        parameters, shapes = reading.tensor_shapes(self.folder / ADAPTER), reading.tensor_shapes(path)
+        for name, shape in shapes.items():
+            parameter = parameters.get(name, parameters.get(name.removesuffix(TRANSPOSED)))
+            check_basis(name, shape, parameter, description.get(name), path)
+        tensors = reading.read_tensors(path)
+        for name, columns in tensors.items():
+            try:
+                Basis(columns)
+            except ValueError as error:
+                raise ValueError(f"{path}: {name!r}: {error}") from error
+        self._check_digest(path)
+        return tensors, description
+
+    def projection_config(self) -> ProjectionConfig:
+        """The settings in `projection.json`.
+
+        Raises:
+            ValueError: no run, or settings that this version does not know or allow.
+        """
+        self._check_run()
+        path = self.folder / DESCRIPTION
+        settings = {name: value for name, value in reading.read_json(path).items() if not isinstance(value, dict)}
+        try:
+            return ProjectionConfig(**settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no projection's description ({error}).") from error
+
+    def projection(self) -> Projection:
+        """The projection with its bases; raises as `bases` and `projection_config`."""
+        projection = Projection(self.projection_config())
+        projection.load_state(*self.bases())
+        return projection
+
+    def check_backbone(self, model: nn.Module) -> None:
+        """Raise ValueError when the backbone's weights are not those that the run had."""
+        noted = (self.results or {}).get("sha256", {}).get(backbone_key(model))
+        if noted is None:
+            return
+        found = backbone_sha256(model, self.adapter.get("modules_to_save"))
+        if found not in (None, noted):
+            raise ValueError(
+                f"the backbone's weights are not those that {self.folder} was trained on (their digest differs from the "
+                f"one in {RESULTS}), although its shapes are: prompts and keys mean nothing on another backbone. Pass the "
+                f"right one, adapter_config.json names {self.adapter.get('base_model_name_or_path')!r}."
+            )
+
+    def _check_run(self) -> None:
+        if self.results is None:
+            raise ValueError(f"{self.folder} is an adapter without a run: it has no {DESCRIPTION} and {BASES}.")
+
+    def _check_digest(self, path: Path) -> None:
+        noted = (self.results or {}).get("sha256", {}).get(path.name)
+        if noted is not None and noted != reading.sha256(path):
+            raise ValueError(
+                f"{path} is not the file that the run wrote (its digest differs from the one in {RESULTS}): it is "
+                "damaged or was altered. Fetch it again."
+            )

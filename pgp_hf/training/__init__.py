@@ -1,0 +1,1 @@
+"""The trainer of a stream, its arguments, and what it measures and writes."""

@@ -1,0 +1,186 @@
+"""Training arguments of a stream: `transformers.TrainingArguments` with the published defaults of L2P and PGP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+if TYPE_CHECKING:
+    from ..hub.push import TaskRepo
+
+
+@dataclass
+class PGPTrainingArguments(TrainingArguments):
+    """`TrainingArguments` for one stream of tasks; every task is trained with these.
+
+    Defaults: Adam at a constant learning rate of 0.03 * 16 / 256, batch 16, five epochs per task, gradients clipped at
+    norm 1, a fresh optimizer per task (PGP's released settings for L2P; AdamW without weight decay is Adam).
+
+    Raises:
+        ValueError: a combination that cannot work, each with the fix.
+    """
+
+    learning_rate: float = field(default=0.001875, metadata={"help": "constant learning rate: 0.03 * 16 / 256"})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "training images per step and process"})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "test images per step and process"})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "epochs per task; 1 when scenario is online"})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "schedule within each task"})
+    optim: str = field(default="adamw_torch", metadata={"help": "optimizer; AdamW without weight decay is Adam"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False: images are read lazily"})
+    save_strategy: str = field(
+        default="epoch",
+        metadata={"help": "when to write a checkpoint to resume from; they are removed when their task ends"},
+    )
+
+    later_prompt_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "learning rate, from the second task on, of the prompts and keys that tasks share, which a projection "
+            "protects; learning_rate when not given. A first-order projection holds best for small steps"
+        },
+    )
+    compensate_drift: bool = field(
+        default=False,
+        metadata={
+            "help": "with a statistics head: when a task ends, move the means of older classes as the features of the "
+            "task's own images have moved, which pass through the model before and after; costs one or two such passes"
+        },
+    )
+    reinit_optimizer: bool = field(default=True, metadata={"help": "start each task with a fresh optimizer"})
+    train_mask: Literal["task", "seen"] = field(
+        default="task",
+        metadata={"help": "classes in the training loss: the current task's ('task') or all seen so far ('seen')"},
+    )
+    eval_mask: Literal["seen", "none"] = field(
+        default="seen",
+        metadata={"help": "classes a prediction may take: those seen so far, or all ('none', as in released code)"},
+    )
+    augmentation: Literal["none", "flip", "crop_flip"] = field(
+        default="crop_flip",
+        metadata={"help": "of training images: random resized crop and horizontal flip, flip alone, or none"},
+    )
+    crop_min_scale: float = field(default=0.05, metadata={"help": "smallest share of the image that a crop keeps"})
+    cache_queries: bool = field(
+        default=True,
+        metadata={
+            "help": "keep the images' queries, which never change, instead of computing them again: of test images, and "
+            "of training images where they have fewer views (one unaugmented, two flipped) than passes over them, unless "
+            "max_steps is set"
+        },
+    )
+    verify_images: bool = field(default=True, metadata={"help": "decode every image once before training starts"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "delete an earlier run in output_dir instead of refusing to touch it"}
+    )
+
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "upload each finished task to the Hub beside the training, as one commit on main and a tag task-1, "
+            "task-2, ...; checkpoints are never uploaded, and a failed upload never stops the training"
+        },
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={"help": "repository to upload to: owner/name, or name for your own; output_dir's name by default"},
+    )
+    hub_private_repo: bool | None = field(
+        default=None,
+        metadata={
+            "help": "make a new repository private; the owner's default by default. With an existing public one nothing "
+            "is uploaded"
+        },
+    )
+    hub_strategy: HubStrategy | str = field(
+        default="every_save",
+        metadata={"help": "'every_save': upload a task as soon as it is finished; 'end': all tasks after the last"},
+    )
+    hub_base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the backbone, to be named in uploads of a run on a local folder"}
+    )
+    hub_wait: float = field(
+        default=300.0,
+        metadata={"help": "longest wait, in seconds, for uploads that are under way when the last task ends"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch warns at every loader otherwise
+        if self.push_to_hub:
+            self.check_hub()
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}=True would cast the prompts for good, and rounding undoes the projection: use bf16=True, "
+                    "which keeps them in float32."
+                )
+        if self.dataloader_drop_last:
+            raise ValueError(
+                "dataloader_drop_last=True would leave test images out of the evaluation, and small tasks out of the "
+                "training: leave it False."
+            )
+        if not self.eval_do_concat_batches:
+            raise ValueError("eval_do_concat_batches=False leaves test images in pieces: leave it True.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the images before they are read: leave it False.")
+        if self.deepspeed:
+            raise ValueError(
+                "deepspeed steps flattened shards, which cannot be projected, and prompts are far too small to gain "
+                "from it: launch with plain data parallelism (accelerate launch --multi_gpu)."
+            )
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas share the prompt selection: "
+                "start with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
+            )
+        later = self.later_prompt_learning_rate
+        if later is not None and not 0 <= later < float("inf"):
+            raise ValueError(
+                f"later_prompt_learning_rate={later} is not a learning rate: use a finite number >= 0, or leave it out."
+            )
+        if later is not None and not self.reinit_optimizer:
+            raise ValueError(
+                "later_prompt_learning_rate and reinit_optimizer=False exclude each other: one optimizer for all tasks "
+                "keeps its learning rates."
+            )
+        if not 0 < self.crop_min_scale <= 1:
+            raise ValueError(f"crop_min_scale={self.crop_min_scale} is outside (0, 1]: it is a share of the image.")
+        for name, allowed in (
+            ("train_mask", ("task", "seen")),
+            ("eval_mask", ("seen", "none")),
+            ("augmentation", ("none", "flip", "crop_flip")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+
+    def hub_repo(self, new_run: bool = False) -> TaskRepo:
+        """The repository to upload to: `hub_model_id`, or the token's user and the name of `output_dir`."""
+        from ..hub.push import TaskRepo
+
+        return TaskRepo(
+            self.hub_model_id or Path(self.output_dir).absolute().name,
+            token=self.hub_token,
+            private=self.hub_private_repo,
+            base_model=self.hub_base_model,
+            new_run=new_run,
+        )
+
+    def check_hub(self) -> None:
+        """Raise ValueError for settings of the Hub that have no meaning for a stream of tasks."""
+        if self.hub_strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
+            raise ValueError(
+                f"hub_strategy={HubStrategy(self.hub_strategy).value!r} would upload checkpoints with their optimizer "
+                "state: choose 'every_save' (each task when it is finished) or 'end' (all tasks after the last)."
+            )
+        if self.hub_revision not in (None, "main"):
+            raise ValueError(
+                f"hub_revision={self.hub_revision!r}: tasks are commits on main, tagged task-1, task-2, ...; leave it out."
+            )
+        if not self.hub_wait >= 0:
+            raise ValueError(f"hub_wait={self.hub_wait} must be at least 0: it is a number of seconds.")
+        self.hub_repo()  # checks the ids

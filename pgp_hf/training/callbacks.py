@@ -1,0 +1,100 @@
+"""Events of a stream, beside those of a Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+
+from .arguments import PGPTrainingArguments
+
+
+class StreamCallback(TrainerCallback):
+    """A `TrainerCallback` that may also listen to a stream. Tasks are counted from 0; kwargs always hold `model`
+    and `stream`. Each event receives `args, state, control` first."""
+
+    def on_stream_begin(
+        self, args: PGPTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first task; kwargs: `first_task` (above 0 in a resumed run)."""
+
+    def on_task_begin(
+        self, args: PGPTrainingArguments, state: TrainerState, control: TrainerControl, task: int, **kwargs: Any
+    ) -> None:
+        """Before a task trains."""
+
+    def on_task_end(
+        self,
+        args: PGPTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        task: int,
+        results: dict[str, Any],
+        folder: Path,
+        **kwargs: Any,
+    ) -> None:
+        """After a task was trained, its statistics gathered, all seen tasks evaluated, and `folder` written."""
+
+    def on_stream_end(
+        self,
+        args: PGPTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        results: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        """After the last task."""
+
+
+class StreamProgress(ProgressCallback, StreamCallback):
+    """Progress bars that say which task they belong to, and a line when a task starts and ends."""
+
+    task = 0
+
+    def on_task_begin(self, args, state, control, task, stream=None, **kwargs):  # type: ignore[override]
+        self.task = task
+        if state.is_world_process_zero:
+            names = [stream.label_names[label] for label in stream.tasks[task].classes]
+            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            tqdm.write(f"Task {task + 1} of {stream.num_tasks}: {len(stream.train(task))} images of {shown}")
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[override]
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(f"  training task {self.task + 1}")
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):  # type: ignore[override]
+        if state.is_world_process_zero and self.prediction_bar is None:
+            self.prediction_bar = tqdm(
+                total=len(eval_dataloader), desc="  evaluation", leave=False, dynamic_ncols=True
+            )
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[override]
+        if "train_runtime" not in (logs or {}):  # the task's line says it
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def on_task_end(self, args, state, control, task, results, folder, **kwargs):  # type: ignore[override]
+        if state.is_world_process_zero:
+            shares = results.get("changed_selections")
+            changed = f"changed selections {100 * shares[-1]:.1f} %, " if shares else ""
+            tqdm.write(
+                f"  average accuracy {results['average_accuracy']:.2f} %, forgetting {results['forgetting']:.2f}, "
+                f"drift {results['drift'][-1]:.3f}, {changed}protected rank {results['projection_rank'][-1]} -> {folder}"
+            )
+
+
+class FollowTraining(TrainerCallback):
+    """Tells the tuner when a task's steps begin, and the training images which epoch it is, for their augmentation."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[override]
+        self.trainer.tuner.training_starts()  # a checkpoint has been loaded, processes agree
+
+    def on_epoch_begin(self, args, state, control, **kwargs):  # type: ignore[override]
+        if hasattr(self.trainer.train_dataset, "set_epoch"):
+            self.trainer.train_dataset.set_epoch(int((state.epoch or 0) + 1e-6))

@@ -1,0 +1,155 @@
+"""What a stream came to: the measures of one evaluation, and the content of the results file."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from .. import metrics
+
+
+def relative_drift(before: np.ndarray, after: np.ndarray) -> float:
+    """Mean over images of `|f_i(x) - f_j(x)| / |f_j(x)|` for features `(N, d)` (the poster's Eq. 2, measured)."""
+    before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    norms = np.linalg.norm(before, axis=-1)
+    return float(np.mean(np.linalg.norm(after - before, axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)))
+
+
+def changed_share(before: np.ndarray, after: np.ndarray) -> float:
+    """Share of images whose set of selected pool entries `(N, k)` differs."""
+    return float(np.mean((np.sort(before, axis=-1) != np.sort(after, axis=-1)).any(-1)))
+
+
+def percent(logits: np.ndarray, labels: np.ndarray) -> float:
+    return float(100 * np.mean(logits.argmax(-1) == labels))
+
+
+SUMMARY = (
+    "average_accuracy",
+    "forgetting",
+    "forgetting_clipped",
+    "backward_transfer",
+    "learning_accuracy",
+    "per_task_average_accuracy",
+)
+
+
+@dataclass
+class StreamResults:
+    """What a run has measured so far; `to_dict` is the content of `results.json`.
+
+    Attributes:
+        matrix: accuracies in percent of the chosen head, a row per finished task; row i has i + 1 entries.
+        linear_matrix: the same of the linear head beside a statistics head, else empty.
+        drift, rank: one value per finished task.
+        changed: share of old test images with other pool entries than when their task ended, one value per finished
+            task; empty where nothing is selected.
+        usage: per seen task, how often its test images selected each pool entry, after the last finished task.
+        drift_lacks: tasks that drift and changed selections leave out, because the run was continued from a single
+            revision; 0-based, usually none.
+        seconds: wall time by activity, summed over tasks.
+        images_trained: training images seen, with repetitions.
+    """
+
+    method: str
+    projection: str
+    head: str
+    scenario: str
+    num_tasks: int
+    seed: int
+    eval_mask: str
+    batchwise_prompt: bool
+    compensate_drift: bool = False
+    matrix: list[list[float]] = field(default_factory=list)
+    linear_matrix: list[list[float]] = field(default_factory=list)
+    drift: list[float] = field(default_factory=list)
+    changed: list[float] = field(default_factory=list)
+    rank: list[int] = field(default_factory=list)
+    usage: list[list[int]] | None = None
+    drift_lacks: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "statistics": 0.0, "evaluation": 0.0})
+    images_trained: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        results = {
+            "method": self.method,
+            "projection": self.projection,
+            "head": self.head,
+            "scenario": self.scenario,
+            "num_tasks": self.num_tasks,
+            **self._accuracies(self.matrix),
+            "drift": self.drift,
+            "projection_rank": self.rank,
+            "train_images_per_second": self.images_trained / max(self.seconds["train"], 1e-9),
+            "images_trained": self.images_trained,
+            "seconds": self.seconds,
+            "eval_mask": self.eval_mask,
+            "batchwise_prompt": self.batchwise_prompt,
+            "seed": self.seed,
+            "versions": versions(),
+        }
+        if self.changed:
+            results["changed_selections"] = self.changed
+        if self.usage is not None:
+            results["prompt_usage"] = self.usage
+        if self.compensate_drift:
+            results["compensate_drift"] = True
+        if self.drift_lacks:
+            results["drift_lacks"] = self.drift_lacks
+        if self.head == "statistics":
+            results["heads"] = {
+                "linear": self._accuracies(self.linear_matrix),
+                "statistics": self._accuracies(self.matrix),
+            }
+        return results
+
+    def _accuracies(self, matrix: list[list[float]]) -> dict[str, Any]:
+        """A head's accuracies, and what follows from them."""
+        full = [[*row, *[None] * (self.num_tasks - len(row))] for row in matrix]
+        full += [[None] * self.num_tasks for _ in range(self.num_tasks - len(full))]
+        summary = metrics.summarize(full)
+        return {"accuracy_matrix": full, **{name: summary[name] for name in SUMMARY}}
+
+    def load(self, results: dict[str, Any]) -> None:
+        """Continue from the content of a results file.
+
+        Raises:
+            ValueError: a file of another method, scenario, number of tasks or seed.
+        """
+        same = ("method", "projection", "head", "scenario", "num_tasks", "seed", "eval_mask", "batchwise_prompt")
+        for name in same:
+            if results.get(name) != getattr(self, name):
+                raise ValueError(
+                    f"the earlier run has {name}={results.get(name)!r}, this one {getattr(self, name)!r}: "
+                    "continue with the same settings, or choose another output_dir."
+                )
+        if results.get("compensate_drift", False) != self.compensate_drift:
+            raise ValueError(
+                f"the earlier run has compensate_drift={not self.compensate_drift}, this one {self.compensate_drift}: "
+                "continue with the same settings, or choose another output_dir."
+            )
+        self.matrix = _rows(results["accuracy_matrix"])
+        if self.head == "statistics":
+            self.linear_matrix = _rows(results["heads"]["linear"]["accuracy_matrix"])
+        self.changed = list(results.get("changed_selections", []))
+        self.drift, self.rank = list(results["drift"]), list(results["projection_rank"])
+        self.seconds, self.images_trained = dict(results["seconds"]), results["images_trained"]
+        self.usage = results.get("prompt_usage")
+        self.drift_lacks = list(results.get("drift_lacks", []))
+
+
+def _rows(matrix: list[list[float | None]]) -> list[list[float]]:
+    """The rows of finished tasks, without the entries that are not there yet."""
+    return [[a for a in row if a is not None] for row in matrix if row[0] is not None]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a number depends on."""
+    packages = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+    from .. import __version__
+
+    return {"pgp_hf": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}

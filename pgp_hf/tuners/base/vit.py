@@ -1,0 +1,176 @@
+"""Prompts on a ViT, chosen by a query to the frozen model: the query pass and the hooks around a forward pass."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .head import prepare_head
+from .model import PromptTuner
+from .outputs import add_similarity
+
+
+class ViTPromptTuner(PromptTuner):
+    """Adds prompts to a `ViTModel` or `ViTForImageClassification` of any size, chosen by a query to the frozen model.
+
+    One forward pass runs these hooks: before the backbone, the frozen model's CLS feature of the same images (or
+    `prompt_query`, `(B, d)`, when the caller has kept it) selects each image's prompts; after the backbone, the method
+    hides its prompts from everything downstream; after the whole model, in training, the output gets
+    `prompt_similarity` `(B,)`, and a loss that the model computed itself gets the pull term
+    `- pull_constraint_coeff * mean_b sum_k cos(q_b, k)`.
+    """
+
+    @abstractmethod
+    def _targets(self, config: Any, stem: str, backbone: nn.Module) -> list[str]:
+        """Names of the modules to wrap; `stem` is the backbone's name with a dot, or empty."""
+
+    @abstractmethod
+    def _select(self, query: Tensor, config: Any) -> Tensor:
+        """Choose prompts for queries `(B, d)`; returns each image's summed cosine with its keys, `(B,)`."""
+
+    def _check_call(self, config: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse arguments of a forward pass that do not fit."""
+
+    _similarity: Tensor | None = None
+    _as_tuple = False
+    _head_hook: Any = None  # on the classifier, for one forward pass
+
+    # ---- injection -----------------------------------------------------------------------------------------------
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        name = backbone_name(self.model)
+        backbone = self.model.get_submodule(name)
+        targets = self._targets(peft_config, f"{name}." if name else "", backbone)
+        self._check_targets(peft_config, targets)
+        peft_config.target_modules = targets
+        self._check_width(peft_config, backbone.config.hidden_size)
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        prepare_head(model, peft_config)
+        inside = [name for name, _ in self.backbone.named_modules() if name]
+        for saved in peft_config.modules_to_save or []:
+            if any(name == saved or name.endswith(f".{saved}") for name in inside):
+                raise ValueError(
+                    f"modules_to_save={peft_config.modules_to_save}: {saved!r} is in the backbone, which must stay frozen "
+                    "for queries to mean the same in every task. Name modules outside it, such as the classifier."
+                )
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        self._install_hooks(
+            [
+                model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
+                self.backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
+                self.backbone.register_forward_hook(self._after_backbone),
+                model.register_forward_hook(self._after_model, with_kwargs=True),
+            ]
+        )
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The `ViTModel`."""
+        return self.model.get_submodule(backbone_name(self.model))
+
+    # ---- a forward pass ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def query(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """The query function q(x): the frozen model's CLS feature, `(B, d)` (L2P, Sec. 4.2).
+
+        Always in eval mode, so that dropout cannot change which prompts an image gets.
+        """
+        backbone, layers = self.backbone, self.layers
+        kwargs.setdefault("interpolate_pos_encoding", self.adapter_config.interpolate_pos_encoding)
+        training = [module for module in backbone.modules() if module.training]
+        bypass = [layer.bypass for layer in layers]
+        try:
+            for layer in layers:
+                layer.bypass = True
+            for module in training:
+                module.training = False
+            return backbone(pixel_values, return_dict=True, **kwargs).last_hidden_state[:, 0]
+        finally:
+            for layer, value in zip(layers, bypass, strict=True):
+                layer.bypass = value
+            for module in training:
+                module.training = True
+
+    def frozen_features(self, pixel_values: Tensor) -> Tensor:
+        return self.query(pixel_values)
+
+    def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self.layer.bypass:
+            return None
+        if self._head_hook is not None:  # of a pass that failed
+            self._head_hook.remove()
+        # for one pass: PEFT copies a classifier together with its hooks
+        speak = self.uses_statistics_head and hasattr(model, "classifier")
+        self._head_hook = model.classifier.register_forward_hook(self._after_classifier) if speak else None
+        return_dict = kwargs.get("return_dict")
+        self._as_tuple = not (model.config.return_dict if return_dict is None else return_dict)
+        return args, {**kwargs, "return_dict": True}  # the hooks below need names; _after_model undoes it
+
+    def _before_backbone(self, backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self.layer.bypass:
+            return None
+        query = kwargs.pop("prompt_query", None)
+        self._similarity = None
+        for layer in self.layers:
+            layer.selected = None
+        if self.layer.adapter is None:
+            return args, kwargs
+        config = self.adapter_config
+        self._check_call(config, kwargs)
+        if config.interpolate_pos_encoding and kwargs.get("interpolate_pos_encoding") is None:
+            kwargs["interpolate_pos_encoding"] = True
+        pixel_values = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        if query is None:
+            position = {k: v for k, v in kwargs.items() if k == "interpolate_pos_encoding" and v is not None}
+            query = self.query(pixel_values, **position)
+        elif query.shape != (len(pixel_values), config.hidden_size):
+            raise ValueError(
+                f"prompt_query of shape {tuple(query.shape)}: expected {(len(pixel_values), config.hidden_size)}, "
+                "one CLS feature of the frozen model per image."
+            )
+        similarity = self._select(query, config)
+        self._similarity = similarity if self.model.training else None
+        return args, kwargs
+
+    def _after_classifier(self, classifier: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        self._head_hook = self._head_hook.remove()
+        return self.statistics(args[0])  # float32 in any case: half precision has too few digits to rank classes
+
+    def _after_model(self, model: nn.Module, args: tuple, kwargs: dict, output: ModelOutput) -> Any:
+        if self.layer.bypass:
+            return None
+        # popped: a graph tensor left on a module would break copy.deepcopy
+        similarity = self._similarity
+        self._similarity = None
+        if similarity is not None:
+            changes = {}
+            if getattr(output, "loss", None) is not None:
+                items = kwargs.get("num_items_in_batch")
+                pull = similarity.mean() if items is None else similarity.sum() / items
+                changes["loss"] = output.loss - self.adapter_config.pull_constraint_coeff * pull
+            output = add_similarity(output, similarity, **changes)
+        return output.to_tuple() if self._as_tuple else output
+
+
+def backbone_name(model: nn.Module) -> str:
+    """Name of the ViT inside `model`, empty when it is the model itself.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name, module in model.named_modules():
+        embeddings = getattr(module, "embeddings", None)
+        if hasattr(embeddings, "patch_embeddings") and hasattr(embeddings, "cls_token"):
+            return name
+    raise ValueError(
+        f"{type(model).__name__} has no patch embeddings with a CLS token, which visual prompts need: "
+        "use a ViTModel or a ViTForImageClassification."
+    )
