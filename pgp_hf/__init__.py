@@ -11,6 +11,8 @@ import importlib.abc
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .data.stream import TaskStream
     from .inference.classifier import load_pretrained
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from .training.trainer import PGPTrainer
     from .tuners import ClipPromptConfig, DualPromptConfig, L2PConfig
 
-__version__ = "0.1.0"
 
 _HOME = {
     "ClipPromptConfig": "tuners",

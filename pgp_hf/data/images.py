@@ -104,9 +104,10 @@ class CachedQueries(Dataset):
 
 
 class ImageCollator:
-    """Turns items `{"image", "label"[, "prompt_query"]}` into a batch by the backbone's own image processor.
+    """Turn items `{"image", "label"[, "task", "index", "prompt_query"]}` into a batch by the backbone's image processor.
 
-    Returns `pixel_values` `(B, C, H, W)`, `labels` `(B,)` and, when present, `prompt_query` `(B, d)`.
+    Returns `pixel_values` `(B, C, H, W)` and `labels` `(B,)`; of what every item has, also `task` `(B,)`, `index` `(B,)`
+    and `prompt_query` `(B, d)`. What only some have is left out: queries are then computed for the whole batch.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -117,6 +118,9 @@ class ImageCollator:
             "pixel_values": self.processor([item["image"] for item in items], return_tensors="pt")["pixel_values"],
             "labels": torch.tensor([item["label"] for item in items]),
         }
-        if "prompt_query" in items[0]:
+        for name in ("task", "index"):
+            if all(name in item for item in items):
+                batch[name] = torch.tensor([item[name] for item in items])
+        if all("prompt_query" in item for item in items):
             batch["prompt_query"] = torch.stack([item["prompt_query"] for item in items])
         return batch

@@ -47,17 +47,22 @@ class Task:
 
 
 class TaskImages(torch.utils.data.Dataset):
-    """Map-style view of some rows of one split: `{"image": RGB PIL image, "label": int, "index": int}` each.
+    """Map-style view of one task's rows of one split.
 
-    `labels` (int64, shape `(len,)`) has the mapped label ids without decoding anything. Pickles and forks, so
-    DataLoader workers can share it.
+    An item is `{"image": RGB PIL image, "label": int, "task": int, "index": int}`: the task's 0-based place in the
+    stream, and the image's position within it. Pickles and forks, so DataLoader workers can share it.
+
+    Attributes:
+        task: 0-based.
+        labels: mapped label ids, int64, `(len,)`; read without decoding anything.
     """
 
     labels: np.ndarray
 
-    def __init__(self, source: ImageRows, rows: np.ndarray) -> None:
+    def __init__(self, source: ImageRows, rows: np.ndarray, task: int) -> None:
         self._source = source
         self._rows = rows
+        self.task = task
         self.labels = source.labels[rows]
 
     def __len__(self) -> int:
@@ -75,7 +80,7 @@ class TaskImages(torch.utils.data.Dataset):
             raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
         position %= len(self)
         image = self._source.decode(int(self._rows[position]))
-        return {"image": image, "label": int(self.labels[position]), "index": position}
+        return {"image": image, "label": int(self.labels[position]), "task": self.task, "index": position}
 
 
 class TaskStream:
@@ -292,7 +297,8 @@ class TaskStream:
 
     def _images(self, split: str, t: int) -> TaskImages:
         source, rows = self._splits[split]
-        return TaskImages(source, rows[self._index(t)])
+        index = self._index(t)
+        return TaskImages(source, rows[index], index)
 
 
 def _class_order(given: Sequence[int] | None, seed: int | None, num_classes: int) -> np.ndarray:

@@ -122,6 +122,8 @@ class StreamEvaluation:
         """
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels", None)
+        inputs.pop("task", None)
+        inputs.pop("index", None)
         with torch.no_grad(), self._head_inputs() as features:
             outputs = model(**inputs)
         allowed = self._allowed_classes()

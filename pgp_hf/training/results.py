@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import metrics
+from ..version import __version__
 
 
 def relative_drift(before: np.ndarray, after: np.ndarray) -> float:
@@ -150,6 +151,4 @@ def _rows(matrix: list[list[float | None]]) -> list[list[float]]:
 def versions() -> dict[str, str]:
     """Versions that a number depends on."""
     packages = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
-    from .. import __version__
-
     return {"pgp_hf": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -277,6 +277,11 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         losses = losses + self.projection.penalty(self.tuner)
         return losses.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(
+            model, {k: v for k, v in inputs.items() if k not in ("task", "index")}, *args, **kwargs
+        )
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.results.images_trained += len(inputs["pixel_values"]) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -324,6 +329,7 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         self.model.eval()
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
         for i, batch in enumerate(tqdm(loader, desc="statistics", leave=False, disable=hidden)):
+            batch = {k: v for k, v in batch.items() if k not in ("task", "index")}
             yield self._prepare_inputs(batch), share[i * batch_size : (i + 1) * batch_size].tolist()
 
     @torch.no_grad()
