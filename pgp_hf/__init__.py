@@ -11,7 +11,7 @@ import importlib.abc
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .data.stream import TaskStream

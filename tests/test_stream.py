@@ -121,7 +121,7 @@ def test_given_class_order_and_frozen_task(splits):
 def test_items(splits):
     images = TaskStream.from_dataset(splits, num_tasks=2).train(1)
     item = images[2]
-    assert set(item) == {"image", "label", "index"} and item["image"].mode == "RGB" and item["index"] == 2
+    assert set(item) == {"image", "label", "task", "index"} and item["image"].mode == "RGB" and item["index"] == 2
     assert type(item["label"]) is int and item["label"] == images.labels[2]
     assert images[-1]["index"] == len(images) - 1 and images[np.int64(3)]["index"] == 3
     assert sum(1 for _ in images) == len(images)  # iteration ends
