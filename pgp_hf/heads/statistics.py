@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Total = Callable[[Tensor], Tensor]  # the sum of a tensor over the processes of a data-parallel run
 
 EMPTY = (
     "the statistics head knows no class yet: train a task first (PGPTrainer gathers the statistics when a task ends), "
@@ -116,7 +118,7 @@ class ClassStatistics(nn.Module):
         return self
 
     @torch.no_grad()
-    def reduce(self, total: Callable[[Tensor], Tensor]) -> ClassStatistics:
+    def reduce(self, total: Total) -> ClassStatistics:
         """Become the statistics of all processes' features.
 
         Args:
@@ -131,9 +133,7 @@ class ClassStatistics(nn.Module):
         return self
 
     @torch.no_grad()
-    def compensate_drift(
-        self, before: Tensor, after: Tensor, total: Callable[[Tensor], Tensor] | None = None
-    ) -> ClassStatistics:
+    def compensate_drift(self, before: Tensor, after: Tensor, total: Total | None = None) -> ClassStatistics:
         """Move the means along with how the features of other images have moved since.
 
         Old images are gone, but new ones went through the model before the new task and after it. With x and x + D
@@ -259,3 +259,37 @@ class ClassStatistics(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_solved": None}  # a copy's tensors have histories of their own
+
+
+@torch.no_grad()
+def gather_task(
+    statistics: ClassStatistics,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    total: Total | None = None,
+    *,
+    before: Tensor | None = None,
+    as_before: Callable[[], Tensor] | None = None,
+) -> ClassStatistics:
+    """Gather the statistics of one task's images, for `statistics.merge`.
+
+    Args:
+        statistics: of the earlier tasks; with `before`, their means are moved along with the drift.
+        batches: features `(N, d)` and labels `(N,)` of this process's images, as the trained model sees them.
+        total: sums over the processes of a data-parallel run; None for a single process.
+        before: features of the same images, in the same order, from before the task was trained. None: no compensation.
+        as_before: returns the features of the same images once more, passed through the trained model the way images
+            of earlier tasks pass through it; called after `batches` is used up. None where all images pass alike.
+
+    Returns:
+        Statistics of this task's images alone, of all processes.
+    """
+    task, after = statistics.fresh(), []
+    for features, labels in batches:
+        task.update(features, labels)
+        if before is not None and as_before is None:
+            after.append(features)
+    if before is not None:
+        statistics.compensate_drift(before, torch.cat(after) if as_before is None else as_before(), total)
+    if total is not None:
+        task.reduce(total)
+    return task

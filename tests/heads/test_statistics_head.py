@@ -1,4 +1,4 @@
-"""The class-statistics head: its mathematics, who speaks when, its life inside an adapter, and a stream with it."""
+"""The class-statistics head inside an adapter, and a stream learned with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import runpy
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,221 +20,9 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, pipeline
 
 from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig
-from pgp_hf.heads.statistics import ClassStatistics
 from pgp_hf.training.results import changed_share
 
 pytestmark = pytest.mark.usefixtures("without_figures")
-
-C, D = 5, 7
-
-
-def sample(n=120, seed=0, mean=0.0, classes=C):
-    """Features (N, D), float64, of classes of unequal size with correlated dimensions; labels."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, classes, (n,), generator=generator) * torch.randint(0, 2, (n,), generator=generator)
-    mixing = torch.randn(D, D, generator=generator, dtype=torch.float64)
-    centres = torch.randn(classes, D, generator=generator, dtype=torch.float64)
-    features = centres[labels] + torch.randn(n, D, generator=generator, dtype=torch.float64) @ mixing
-    return features + mean, labels
-
-
-def gathered(features, labels, batch=16, **kwargs):
-    statistics = ClassStatistics(kwargs.pop("classes", C), D, **kwargs)
-    for at in range(0, len(labels), batch):
-        statistics.update(features[at : at + batch], labels[at : at + batch])
-    return statistics
-
-
-def same(a, b, **tolerance):
-    return all(
-        torch.allclose(getattr(a, n).double(), getattr(b, n).double(), **tolerance)
-        for n in ("counts", "means", "scatter")
-    )
-
-
-# ---- the mathematics -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shrinkage", [0.1, 0.7, 1.0])
-def test_equals_scikit_learn(shrinkage):
-    features, labels = sample()
-    reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(features.numpy(), labels.numpy())
-    logits = gathered(features, labels, shrinkage=shrinkage)(features)
-    assert logits.dtype == torch.float32
-    assert torch.equal(logits.argmax(-1), torch.from_numpy(reference.predict(features.numpy())))
-    expected = torch.from_numpy(reference.predict_log_proba(features.numpy())).float()
-    assert torch.allclose(logits.log_softmax(-1), expected, atol=1e-5)
-
-
-def test_equals_the_formula_written_out_and_unseen_classes_never_win():
-    features, labels = sample()
-    n, means, scatter = len(labels), torch.zeros(C, D, dtype=torch.float64), 0
-    for c in range(C):
-        own = features[labels == c]
-        means[c] = own.mean(0)
-        scatter = scatter + (own - means[c]).T @ (own - means[c])
-    sigma = 0.9 * scatter / n + 0.1 * torch.trace(scatter / n) / D * torch.eye(D)
-    inverse = torch.linalg.inv(sigma)
-    bias = -0.5 * torch.einsum("cd,de,ce->c", means, inverse, means) + torch.log(torch.bincount(labels) / n)
-    expected = (features @ inverse @ means.T + bias).log_softmax(-1)
-    statistics = gathered(features, labels, classes=C + 2)
-    logits = statistics(features)
-    assert torch.allclose(logits[:, :C].log_softmax(-1), expected.float(), atol=1e-5)
-    assert torch.isneginf(logits[:, C:]).all()
-    assert statistics.seen.tolist() == [True] * C + [False] * 2
-
-
-def test_a_mean_far_from_zero_loses_no_digits():
-    features, labels = sample()
-    near, far = gathered(features, labels), gathered(features + 1e4, labels)
-    assert torch.allclose(near.scatter, far.scatter, rtol=1e-9)
-    assert torch.allclose(near(features), far(features + 1e4), atol=1e-5)
-
-
-def test_batches_and_order_change_nothing():
-    features, labels = sample()
-    whole, order = gathered(features, labels, batch=1000), torch.randperm(len(labels))
-    for other in (gathered(features, labels, batch=1), gathered(features[order], labels[order], batch=13)):
-        assert same(whole, other, rtol=1e-10)
-
-
-class Processes:
-    """Runs a function on several threads, each with a `total` that sums over them, as all-reduce does."""
-
-    def __init__(self, count):
-        self.count, self.slots, self.barrier = count, {}, threading.Barrier(count, timeout=20)
-
-    def total(self, rank):
-        def total(tensor):
-            self.slots[rank] = tensor
-            self.barrier.wait()
-            result = sum(self.slots[r] for r in range(self.count))
-            self.barrier.wait()
-            return result
-
-        return total
-
-    def run(self, function):
-        threads = [threading.Thread(target=function, args=(rank, self.total(rank))) for rank in range(self.count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-
-@pytest.mark.parametrize("mean", [0.0, 1e4])
-def test_processes_together_are_one(mean):
-    features, labels = sample(mean=mean)
-    one, many = gathered(features, labels), [None] * 3
-    order = labels.argsort()  # so that a process lacks classes
-
-    def work(rank, total):
-        own = order[rank * 40 : (rank + 1) * 40]
-        many[rank] = gathered(features[own], labels[own]).reduce(total)
-
-    Processes(3).run(work)
-    assert all(same(one, each, rtol=1e-9) for each in many)
-    assert torch.allclose(one(features), many[0](features), atol=1e-5)
-
-
-def test_a_finished_class_stays_to_the_bit():
-    features, labels = sample()
-    old, new = labels < 3, labels >= 3
-    statistics = gathered(features[old], labels[old])
-    before = statistics.means.clone()
-    statistics.merge(gathered(features[new], labels[new]))
-    assert torch.equal(statistics.means[:3], before[:3])
-    assert same(statistics, gathered(features, labels), rtol=1e-10)
-
-
-def test_one_image_a_class_is_the_nearest_mean():
-    features = torch.eye(D)[:3] * 4
-    statistics = ClassStatistics(C, D).update(features, torch.arange(3))
-    points = torch.randn(50, D)
-    assert torch.equal(statistics(points).argmax(-1), torch.cdist(points, features).argmin(-1))
-
-
-def test_the_solution_follows_the_buffers():
-    features, labels = sample()
-    statistics = gathered(features, labels)
-    first = statistics(features)
-    solved = statistics.solve()
-    assert all(a is b for a, b in zip(solved, statistics.solve(), strict=True))  # not computed again
-    twin = copy.deepcopy(statistics)
-    for changed in (statistics, twin):
-        changed.update(features[:9] + 1, labels[:9].flip(0))
-        assert torch.equal(changed(features), gathered_again(changed)(features))
-        assert not torch.equal(changed(features), first)
-    other = gathered(*sample(seed=1))
-    for assign in (False, True):
-        statistics.load_state_dict(other.state_dict(), assign=assign)
-        assert torch.equal(statistics(features), other(features))
-        other.means += 1e-3
-    with torch.inference_mode():
-        lent = gathered(features, labels)
-        assert torch.equal(lent(features), first)
-        lent.means.mul_(0)
-        assert not torch.equal(lent(features), first)
-
-
-def gathered_again(statistics):
-    """The same buffers in an object that has solved nothing."""
-    fresh = statistics.fresh()
-    fresh.load_state_dict(statistics.state_dict())
-    return fresh
-
-
-def test_precision_is_kept():
-    features, labels = sample(mean=1e4)
-    statistics = gathered(features, labels)
-    expected = statistics(features)
-    for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.float()):
-        assert torch.equal(cast(statistics)(features), expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(statistics(features), expected)
-    assert statistics.to("meta").means.device.type == "meta"
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda s: s(torch.zeros(1, D)), "knows no class yet"),
-        (lambda s: s.update(torch.zeros(2, D + 1), torch.zeros(2)), r"shape \(2, 8\).*expected \(N, 7\) and \(N,\)"),
-        (lambda s: s.update(torch.zeros(2, D), torch.zeros(3)), r"labels of shape \(3,\)"),
-        (lambda s: s.update(torch.zeros(2, D), torch.tensor([0, 5])), r"0..5: expected 0..4"),
-        (lambda s: s.update(torch.zeros(2, D), torch.tensor([-1, 2])), r"-1..2: expected 0..4"),
-        (lambda s: s.update(torch.full((2, D), torch.nan), torch.zeros(2)), r"not finite \(14 of 14\)"),
-        (lambda s: ClassStatistics(0, 3), "num_classes=0"),
-        (lambda s: ClassStatistics(3, 3, shrinkage=0.0), r"shrinkage=0.0 is outside \(0, 1\]"),
-    ],
-)
-def test_refusals(call, message):
-    statistics = ClassStatistics(C, D)
-    with pytest.raises(ValueError, match=message):
-        call(statistics)
-    assert int(statistics.counts.sum()) == 0 and not statistics.means.any()
-
-
-def test_a_scatter_that_is_none_is_refused():
-    statistics = gathered(*sample())
-    statistics.scatter -= 1000 * torch.eye(D)
-    with pytest.raises(ValueError, match="damaged"):
-        statistics(torch.zeros(1, D))
-
-
-def test_no_features_leave_statistics_alone():
-    features, labels = sample()
-    statistics = gathered(features, labels)
-    before = copy.deepcopy(statistics)
-    statistics.update(features[:0], labels[:0])
-    assert same(before, statistics, atol=0, rtol=0)
-
-
-def test_changed_share_compares_sets():
-    before = np.array([[0, 1], [2, 3], [4, 0], [1, 2]])
-    assert changed_share(before, np.array([[1, 0], [3, 2], [4, 1], [1, 2]])) == 0.25
-    assert changed_share(before, before[:, ::-1]) == 0
-
 
 # ---- inside an adapter -----------------------------------------------------------------------------------------------
 
@@ -567,6 +354,12 @@ def test_changed_selections_are_measured(run):
     assert results["changed_selections"][2] == pytest.approx(np.mean(shares))
 
 
+def test_changed_share_compares_sets():
+    before = np.array([[0, 1], [2, 3], [4, 0], [1, 2]])
+    assert changed_share(before, np.array([[1, 0], [3, 2], [4, 1], [1, 2]])) == 0.25
+    assert changed_share(before, before[:, ::-1]) == 0
+
+
 def test_resumed_is_straight(run, tmp_path):
     method, trainer, folder = run
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -638,7 +431,7 @@ def test_the_statistics_take_no_random_number_and_every_image(tmp_path):
 
 @pytest.mark.parametrize("method", ["l2p", "dualprompt"])
 def test_the_command_line_chooses_the_head(tmp_path, monkeypatch, capsys, method):
-    script = Path(__file__).parents[1] / "examples" / f"run_{method}_pgp.py"
+    script = Path(__file__).parents[2] / "examples" / f"run_{method}_pgp.py"
     for arguments, head in (([], "linear"), (["--head", "statistics"], "statistics")):
         monkeypatch.setattr(sys, "argv", [str(script), "--dry_run", "--use_cpu", "true", *arguments])
         with pytest.raises(SystemExit) as end:
