@@ -53,7 +53,7 @@ def test_it_predicts_and_scores_like_the_run(place):
     assert str(place.parent) not in text
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
     assert code.count("path/to/tiny-backbone") == 2 and "revision=" not in code
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"{code}\nimport json\nprint(json.dumps(scores.tolist()))"],
         cwd=place, env=environment, capture_output=True, text=True, timeout=280,
