@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 
 from ... import embedded
+from .card import AdapterCard
 from .registration import extend_peft_type
 
 
@@ -82,3 +84,12 @@ class PromptConfig(PeftConfig):
         """The method's own settings, as JSON has them: what must agree for a run to be continued."""
         given = {one.name for one in fields(PeftConfig)} | {"id2label", "learned_entries", "class_tokens"}
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in given}
+
+    @classmethod
+    def card(cls, settings: Mapping[str, Any]) -> AdapterCard:
+        """Return what a model card says of such an adapter.
+
+        Args:
+            settings: the content of `adapter_config.json`, which may lack entries.
+        """
+        return AdapterCard(f"those of the adapter `{cls.method_name}`, with the settings in `adapter_config.json`")

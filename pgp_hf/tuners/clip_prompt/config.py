@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..base.card import AdapterCard, setting
 from ..base.config import PromptConfig
 
 
@@ -57,3 +58,19 @@ class ClipPromptConfig(PromptConfig):
         """
         texts = [template.format(str(name).replace("_", " ")) for name in names]
         return cls(class_tokens=tokenizer(texts)["input_ids"], id2label=dict(enumerate(map(str, names))), **kwargs)
+
+    @classmethod
+    def card(cls, settings: Mapping[str, Any]) -> AdapterCard:
+        parts = [f"{setting(settings, 'text_length')} context tokens per task before each class name"]
+        if settings.get("image_length") != 0:
+            parts += [f"{setting(settings, 'image_length')} image prompt tokens shared by all tasks"]
+        return AdapterCard(
+            parts=" and ".join(parts),
+            features="the image features",
+            head="similarity with the class names, each behind its task's context",
+            trained_head="the contexts",
+            finished="The text context of a finished task never moves.",
+            per_image=True,
+            base_class="CLIPModel",
+            scores="logits_per_image",
+        )

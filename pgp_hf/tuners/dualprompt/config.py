@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from ..base.card import AdapterCard, setting
 from ..base.config import PromptConfig
 
 
@@ -50,3 +53,21 @@ class DualPromptConfig(PromptConfig):
             if len(set(layers)) != len(layers) or any(layer < 0 for layer in layers):
                 raise ValueError(f"{name}={layers}: name each layer once, counted from 0.")
             setattr(self, name, layers)
+
+    @classmethod
+    def card(cls, settings: Mapping[str, Any]) -> AdapterCard:
+        def prefixes(kind: str) -> str:
+            length, layers = setting(settings, f"{kind}_length"), setting(settings, f"{kind}_layers")
+            return f"{kind} prefixes of length {length} in layers {layers}"
+
+        parts = [] if settings.get("general_length") == 0 else [prefixes("general")]
+        parts += [f"{setting(settings, 'pool_size')} {prefixes('expert')}, one per task, found by key"]
+        return AdapterCard(
+            parts=" and ".join(parts),
+            features="the CLS token",
+            head="linear, on the CLS token",
+            trained_head="the linear head",
+            linear_head=True,
+            finished="The expert prefixes of a finished task never move.",
+            per_image=True,
+        )

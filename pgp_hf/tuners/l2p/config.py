@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from ..base.card import AdapterCard, setting
 from ..base.config import PromptConfig
 
 HEAD_TYPES = ("prompt", "token")
@@ -52,3 +55,17 @@ class L2PConfig(PromptConfig):
                 "Use it only to compare with released code.",
                 stacklevel=3,
             )
+
+    @classmethod
+    def card(cls, settings: Mapping[str, Any]) -> AdapterCard:
+        pool, length, top_k = (setting(settings, name) for name in ("pool_size", "prompt_length", "top_k"))
+        each = "batch" if settings.get("batchwise_prompt") else "image"
+        features = "the mean of the prompt tokens" if settings.get("head_type") == "prompt" else "the CLS token"
+        return AdapterCard(
+            parts=f"{pool} prompts of {length} tokens, {top_k} of them selected for each {each}",
+            features=features,
+            head=f"linear, on {features}",
+            trained_head="the linear head",
+            linear_head=True,
+            per_image=each == "image",
+        )

@@ -1,0 +1,38 @@
+"""What an adapter contributes to the model card of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class AdapterCard(NamedTuple):
+    """Phrases about an adapter from which a model card is written; the defaults hold for any adapter.
+
+    Attributes:
+        parts: what was added to the backbone, such as "10 prompts of 5 tokens".
+        features: what the head reads.
+        head: what classifies when no statistics head does.
+        trained_head: what was trained along with the prompts in order to classify.
+        linear_head: whether that is a linear layer, which all tasks share and no projection holds.
+        finished: a sentence about what never moves once its task is over; empty where all of it keeps learning.
+        per_image: whether each image alone decides which prompts it gets.
+        base_class: the class of transformers that loads the backbone.
+        scores: the attribute of the model's output that holds a score for each class.
+    """
+
+    parts: str
+    features: str = "the features that the trained head reads"
+    head: str = "trained with the adapter"
+    trained_head: str = "the trained head"
+    linear_head: bool = False
+    finished: str = ""
+    per_image: bool = False
+    base_class: str = "AutoModelForImageClassification"
+    scores: str = "logits"
+
+
+def setting(settings: Mapping[str, Any], name: str) -> str:
+    """Return a setting as a card shows it, a dash if it is not recorded."""
+    value = settings.get(name)
+    return "–" if value is None else str(value)
