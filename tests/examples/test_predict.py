@@ -13,7 +13,7 @@ from PIL import Image
 
 from pgp_hf import load_pretrained
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "predict.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "predict.py"
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from pgp_hf import L2PConfig, PGPTrainer, PGPTrainingArguments, TaskStream, embedded, load_pretrained
 from pgp_hf.report import figures as plots
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "demo.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "demo.py"
 
 
 @pytest.fixture
