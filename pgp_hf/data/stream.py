@@ -21,9 +21,9 @@ import torch
 
 from . import source as source_data
 from .rows import ImageRows, verify_images
+from .scenarios import SCENARIOS
 from .source import check_int, shorten
 
-SCENARIOS = ("class_incremental", "task_incremental", "online")
 MANIFEST_FORMAT = 1
 # What must agree for two runs to be the same stream, besides the tasks' contents ...
 _SAME = ("scenario", "num_tasks", "num_classes", "label_names", "label_values", "class_order")
@@ -224,6 +224,14 @@ class TaskStream:
     def seen_classes(self, t: int) -> list[int]:
         """Label ids of tasks 0..t, in stream order."""
         return [label for task in self.tasks[: self._index(t) + 1] for label in task.classes]
+
+    def allowed_classes(self, after: int, task: int) -> list[int]:
+        """Return the label ids that may win for an image of task `task` once tasks 0..`after` are learned.
+
+        In the task-incremental scenario these are the task's own classes, in the others all classes seen so far.
+        """
+        classes = [own.classes for own in self.tasks]
+        return SCENARIOS[self.scenario].allowed_classes(classes, self._index(after), self._index(task))
 
     def manifest(self) -> dict[str, Any]:
         """What pins this stream down, ready for JSON: settings, class order, and a content hash per task and split.

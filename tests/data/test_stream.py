@@ -18,7 +18,8 @@ import PIL.Image
 import pytest
 import torch
 
-from pgp_hf.data.stream import SCENARIOS, Task, TaskImages, TaskStream
+from pgp_hf.data.scenarios import SCENARIOS
+from pgp_hf.data.stream import Task, TaskImages, TaskStream
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 
