@@ -15,12 +15,16 @@ from .registration import extend_peft_type
 
 @dataclass
 class PromptConfig(PeftConfig):
-    """Base of the adapters' configurations; `method_name` is the PEFT type."""
+    """Base of the adapters' configurations.
+
+    `method_name` is the PEFT type; `command_line` names the fields that are options of the adapter's example.
+    """
 
     method_name: ClassVar[str]
+    command_line: ClassVar[tuple[str, ...]] = ()
 
     pull_constraint_coeff: float = field(
-        default=0.1, metadata={"help": "weight of the pull term, which draws selected keys to the query"}
+        default=0.1, metadata={"help": "weight of the pull term, which draws the selected keys towards the query"}
     )
     interpolate_pos_encoding: bool = field(
         default=False,

@@ -21,12 +21,17 @@ class ClipPromptConfig(PromptConfig):
     """
 
     method_name = "CLIP_PROMPT"
+    command_line = ("text_length", "image_length")
 
     pool_size: int = field(default=10, metadata={"help": "number of text contexts, one per task"})
-    text_length: int = field(default=16, metadata={"help": "context tokens before the class name; 0 for none"})
-    image_length: int = field(default=10, metadata={"help": "image prompt tokens behind CLS; 0 for none"})
+    text_length: int = field(
+        default=16, metadata={"help": "context tokens before each class name, learned per task; 0 for none"}
+    )
+    image_length: int = field(
+        default=10, metadata={"help": "image prompt tokens after CLS, shared by all tasks; 0 for none"}
+    )
     grow_pool: bool = field(
-        default=False, metadata={"help": "add contexts when a stream has more tasks than there are"}
+        default=False, metadata={"help": "add contexts when the stream has more tasks than contexts"}
     )
     class_tokens: list[list[int]] | None = field(
         default=None, metadata={"help": "token ids of each class name, start and end tokens included"}

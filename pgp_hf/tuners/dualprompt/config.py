@@ -19,6 +19,16 @@ class DualPromptConfig(PromptConfig):
     """
 
     method_name = "DUALPROMPT"
+    command_line = (
+        "pool_size",
+        "general_length",
+        "expert_length",
+        "general_layers",
+        "expert_layers",
+        "pull_constraint_coeff",
+        "copy_previous",
+        "grow_pool",
+    )
 
     pool_size: int = field(default=10, metadata={"help": "number of expert entries, one per task"})
     general_length: int = field(default=5, metadata={"help": "length of the general prefixes; 0 leaves them out"})
@@ -27,16 +37,16 @@ class DualPromptConfig(PromptConfig):
         default_factory=lambda: [0, 1], metadata={"help": "layers, counted from 0, that take the general prefixes"}
     )
     expert_layers: list[int] = field(
-        default_factory=lambda: [2, 3, 4], metadata={"help": "layers that take the expert prefixes"}
+        default_factory=lambda: [2, 3, 4], metadata={"help": "layers, counted from 0, that take the expert prefixes"}
     )
     grow_pool: bool = field(
-        default=False, metadata={"help": "enlarge the pool when a stream has more tasks than entries"}
+        default=False, metadata={"help": "enlarge the pool when the stream has more tasks than entries"}
     )
     copy_previous: bool = field(
-        default=True, metadata={"help": "start a task's expert entry from that of the task before it"}
+        default=True, metadata={"help": "start a task's expert entry as a copy of the previous task's"}
     )
     pull_constraint_coeff: float = field(
-        default=1.0, metadata={"help": "weight of the pull term, which draws a task's key to its queries"}
+        default=1.0, metadata={"help": "weight of the pull term, which draws a task's key towards its queries"}
     )
     learned_entries: int | None = field(
         default=None,

@@ -22,8 +22,16 @@ class L2PConfig(PromptConfig):
     """
 
     method_name = "L2P"
+    command_line = (
+        "pool_size",
+        "prompt_length",
+        "top_k",
+        "pull_constraint_coeff",
+        "head_type",
+        "batchwise_prompt",
+    )
 
-    pool_size: int = field(default=10, metadata={"help": "number M of prompts in the pool, each with a key"})
+    pool_size: int = field(default=10, metadata={"help": "number of prompts in the pool, each with a key"})
     prompt_length: int = field(default=5, metadata={"help": "tokens per prompt; 0 leaves the model as it is"})
     top_k: int = field(default=5, metadata={"help": "prompts selected for each image"})
     head_type: str = field(
@@ -33,8 +41,8 @@ class L2PConfig(PromptConfig):
     batchwise_prompt: bool = field(
         default=False,
         metadata={
-            "help": "select by a vote of the batch, as released code does; for comparison only, since predictions "
-            "then depend on the neighbours in the batch"
+            "help": "let each batch vote on its prompts, as the released code does; for comparison only, since a "
+            "prediction then depends on the other images in its batch"
         },
     )
 
