@@ -1,1 +1,1 @@
-"""From a dataset to batches: streams of tasks, their images, augmentation and the collator."""
+"""Turn a dataset into batches: streams of tasks and their scenarios, images, augmentation and the collator."""

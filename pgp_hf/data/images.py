@@ -1,7 +1,8 @@
-"""From stored images to batches: augmentation that depends on counters alone, and the collator."""
+"""Turn stored images into batches: augmentation that depends on counters alone, cached queries, and the collator."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .stream import TaskImages
+from .stream import ImageItem, TaskImages
 
 
-class AugmentedImages(Dataset):
-    """Training images of a task, each augmented by randomness that is a function of (seed, task, epoch, index).
+class QueriedItem(ImageItem, total=False):
+    """Add to an image the query `(d,)` that the frozen model gave it, where that is known."""
+
+    prompt_query: Tensor
+
+
+class AugmentedImages(Dataset[QueriedItem]):
+    """Augment a task's training images, each by randomness that is a function of (seed, task, epoch, index).
 
     No random number generator is consumed: the order of access, the number of workers and a resumed run do not change
     what an image looks like in an epoch.
@@ -23,27 +30,32 @@ class AugmentedImages(Dataset):
         images: the task's images.
         augmentation: "none", "flip" (horizontal, p = 0.5) or "crop_flip" (random resized crop as in Inception
             training: area `crop_min_scale` to 1, aspect ratio 3/4 to 4/3; then flip). The image processor resizes.
+        crop_min_scale: the least share of an image's area that a crop keeps.
         seed: of the run.
         task: 0-based.
 
     Attributes:
-        queries: `(views, N, d)`, one query for each of `views`, which then travel with the images; None by default.
+        queries: `(views, N, d)`, a query for each image in each of `views`, which then travels with the image; None by
+            default.
     """
 
     def __init__(self, images: TaskImages, augmentation: str, crop_min_scale: float, seed: int, task: int) -> None:
         self.images, self.augmentation, self.crop_min_scale = images, augmentation, crop_min_scale
         self.queries: Tensor | None = None
         self._counters = (seed, task)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see changes
+        # shared memory, so that persistent workers see a new epoch
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
+        """Draw other augmentations from now on, those of this epoch."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item, flip = self.images[index], False
+    def __getitem__(self, index: int) -> QueriedItem:
+        item: QueriedItem = {**self.images[index]}
+        flip = False
         if self.augmentation != "none":
             rng = np.random.default_rng([*self._counters, int(self._epoch), index])
             flip = bool(rng.random() < 0.5)
@@ -55,13 +67,15 @@ class AugmentedImages(Dataset):
             item["prompt_query"] = self.queries[int(flip), index]
         return item
 
-    def views(self) -> list[Dataset]:
-        """All views that the images can have, each for all images; none where random crops make them uncountable."""
-        return {"none": [self.images], "flip": [self.images, FlippedImages(self.images)]}.get(self.augmentation, [])
+    def views(self) -> list[Dataset[ImageItem]]:
+        """Return all views that images can have, each of all images; none if random crops make them uncountable."""
+        if self.augmentation == "crop_flip":
+            return []
+        return [self.images] if self.augmentation == "none" else [self.images, FlippedImages(self.images)]
 
 
-class FlippedImages(Dataset):
-    """Every image from left to right."""
+class FlippedImages(Dataset[ImageItem]):
+    """Turn every image from left to right."""
 
     def __init__(self, images: TaskImages) -> None:
         self.images = images
@@ -69,7 +83,7 @@ class FlippedImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> ImageItem:
         item = self.images[index]
         return {**item, "image": _flipped(item["image"])}
 
@@ -79,6 +93,7 @@ def _flipped(image: Image.Image) -> Image.Image:
 
 
 def _random_box(size: tuple[int, int], min_scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Draw the left, upper, right and lower edge of a crop, by rejection; the whole image after ten attempts."""
     width, height = size
     for _ in range(10):
         area = width * height * rng.uniform(min_scale, 1)
@@ -90,30 +105,34 @@ def _random_box(size: tuple[int, int], min_scale: float, rng: np.random.Generato
     return 0, 0, width, height  # very long images: every crop was too wide or too high
 
 
-class CachedQueries(Dataset):
-    """Images with the queries that the frozen model gave them before, `(N, d)`."""
+class CachedQueries(Dataset[QueriedItem]):
+    """Send images on with the queries `(N, d)` that the frozen model gave them before."""
 
-    def __init__(self, images: Dataset, queries: Tensor) -> None:
+    def __init__(self, images: TaskImages, queries: Tensor) -> None:
         self.images, self.queries = images, queries
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> QueriedItem:
         return {**self.images[index], "prompt_query": self.queries[index]}
 
 
 class ImageCollator:
-    """Turn items `{"image", "label"[, "task", "index", "prompt_query"]}` into a batch by the backbone's image processor.
+    """Turn items `{"image", "label"[, "task", "index", "prompt_query"]}` into a batch.
 
-    Returns `pixel_values` `(B, C, H, W)` and `labels` `(B,)`; of what every item has, also `task` `(B,)`, `index` `(B,)`
-    and `prompt_query` `(B, d)`. What only some have is left out: queries are then computed for the whole batch.
+    A batch holds `pixel_values` `(B, C, H, W)` and `labels` `(B,)`; and of what every item has, `task` `(B,)`, `index`
+    `(B,)` and `prompt_query` `(B, d)`. What only some items have is left out: without queries, the model computes them
+    for the whole batch.
+
+    Args:
+        processor: the backbone's image processor.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Callable[..., Mapping[str, Tensor]]) -> None:
         self.processor = processor
 
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = {
             "pixel_values": self.processor([item["image"] for item in items], return_tensors="pt")["pixel_values"],
             "labels": torch.tensor([item["label"] for item in items]),

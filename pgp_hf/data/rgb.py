@@ -1,4 +1,4 @@
-"""Any image as RGB, the same in training and in prediction."""
+"""Turn any image into RGB, in the same way for training and for prediction."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ import PIL.ImageOps
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Any PIL image as 8-bit RGB: alpha is dropped, 16-bit grey keeps its high byte (PIL would clip it to white)."""
+    """Convert a PIL image to 8-bit RGB; alpha is dropped.
+
+    Raises:
+        ValueError: a mode whose values have no known range.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # PIL would clip 16-bit grey to white: keep the high byte
         image = PIL.Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"image mode {image.mode!r} has no known value range; convert it to 8 bits first")
@@ -21,41 +26,43 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def open_rgb(path: str | os.PathLike) -> PIL.Image.Image:
-    """The image in a file, upright by its EXIF orientation.
+def open_rgb(path: str | os.PathLike[str]) -> PIL.Image.Image:
+    """Open an image file as RGB, turned upright by its EXIF orientation.
 
     Raises:
-        ValueError: no file, or none that decodes; names the path.
+        ValueError: there is no such file, or it does not decode; names the path.
     """
     try:
         with PIL.Image.open(path) as image:
             image.load()
-            if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:
-                image = PIL.ImageOps.exif_transpose(image)
-            return to_rgb(image)
+            turned = image.getexif().get(PIL.ExifTags.Base.Orientation) is not None
+            return to_rgb(PIL.ImageOps.exif_transpose(image) if turned else image)
     except Exception as error:  # decoders raise any type on damaged bytes
         raise ValueError(f"{os.fspath(path)} cannot be read as an image ({type(error).__name__}: {error}).") from error
 
 
 def array_to_rgb(array: Any) -> PIL.Image.Image:
-    """An image from an array: `(H, W)`, `(H, W, C)` or `(C, H, W)`, C in 1, 3, 4; 0..255 integers or floats in [0, 1].
+    """Make an RGB image from an array.
+
+    Args:
+        array: `(H, W)`, `(H, W, C)` or `(C, H, W)`, C in 1, 3, 4; integers in 0..255 or floats in [0, 1].
 
     Raises:
-        ValueError: another shape or range.
+        ValueError: another shape, type or range.
     """
     array = np.asarray(array)
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)
     if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)):
         raise ValueError(
-            f"array of shape {array.shape} is no image: expected (H, W), (H, W, C) or (C, H, W), C in 1, 3, 4."
+            f"array of shape {array.shape} is not an image: expected (H, W), (H, W, C) or (C, H, W), C in 1, 3, 4."
         )
     if array.dtype.kind not in "fbiu":
-        raise ValueError(f"array of {array.dtype} is no image: expected integers in 0..255 or floats in [0, 1].")
+        raise ValueError(f"array of {array.dtype} is not an image: expected integers in 0..255 or floats in [0, 1].")
     top = 1 if array.dtype.kind in "fb" else 255
     if not (array.min() >= 0 and array.max() <= top):
         raise ValueError(
-            f"array of {array.dtype} with values from {array.min()} to {array.max()} is no image: expected integers in "
+            f"array of {array.dtype} with values from {array.min()} to {array.max()} is not an image: expected integers in "
             "0..255 or floats in [0, 1], before any normalisation."
         )
     pixels = np.rint(array * (255 / top)).astype(np.uint8) if top == 1 else array.astype(np.uint8)

@@ -1,6 +1,6 @@
-"""The images of one split, by row number: encoded, decoded, hashed and verified.
+"""Read a split's images by row number: encoded, decoded, hashed and verified.
 
-Private to `pgp_hf.data.stream`, and the only place there where an image is opened.
+A stream opens images here and nowhere else.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ from .rgb import to_rgb
 
 BATCH_ROWS = 64  # rows of encoded images in memory at a time
 THREADS = 4  # decoders release the GIL
-PROGRESS_FROM = 500  # fewer images are checked before a bar could be read
+PROGRESS_FROM = 500  # fewer images are checked before anybody could read a bar
 
 
 class ImageRows:
-    """The image column of one split, by row number; `labels` has the mapped label of every row.
+    """Give access to the image column of one split by row number.
 
-    Rows are read in arrow form, which decodes nothing. Neither a lock nor an open file is held, so it pickles.
+    Rows are read in Arrow form, which decodes nothing. Holds neither a lock nor an open file, so it can be pickled.
+
+    Args:
+        split: name of the split, for error messages.
+        data: the split's rows.
+        image_column: a `datasets.Image` column.
+        labels: the mapped label of every row.
     """
 
     def __init__(self, split: str, data: datasets.Dataset, image_column: str, labels: np.ndarray) -> None:
@@ -37,11 +43,15 @@ class ImageRows:
         self._arrow = data.select_columns([image_column]).with_format("arrow")
 
     def encoded(self, rows: Sequence[int]) -> list[dict[str, Any] | None]:
-        """The stored `{"bytes", "path"}` of these rows."""
+        """Return the stored `{"bytes", "path"}` of these rows."""
         return self._arrow[list(rows)].column(0).to_pylist()
 
     def decode(self, row: int, stored: dict[str, Any] | None = None) -> PIL.Image.Image:
-        """The RGB image of one row (`stored`: its encoded form, when already read)."""
+        """Return the RGB image of one row; `stored` is its encoded form, if it has been read already.
+
+        Raises:
+            ValueError: the row has no image, or one that does not decode; names split and row.
+        """
         stored = stored or self.encoded([row])[0]
         try:
             if stored is None:
@@ -51,7 +61,11 @@ class ImageRows:
             raise ValueError(self._broken(row, error)) from error
 
     def content(self, row: int, stored: dict[str, Any] | None) -> bytes:
-        """The encoded bytes of one row's image, from its file when the row holds a path only; decodes nothing."""
+        """Return the encoded bytes of one row's image, from its file if the row holds only a path; decode nothing.
+
+        Raises:
+            ValueError: the row has no image, or its file cannot be read.
+        """
         try:
             if stored is None or (stored["bytes"] is None and stored["path"] is None):
                 raise ValueError("the row has no image (None)")
@@ -65,9 +79,9 @@ class ImageRows:
         return f"image in row {row} of the {self.split} split is broken: {type(error).__name__}: {error}"
 
     def digests(self, groups: Sequence[np.ndarray]) -> list[str]:
-        """SHA-256 of each group of rows, in row order over (label, length, encoded bytes); decodes nothing.
+        """Return the SHA-256 of each group of rows, in row order, over label, length and encoded bytes; decode nothing.
 
-        Label and length are little-endian int64. Independent of machine, path and arrow layout.
+        Label and length are little-endian int64. The digest depends on neither machine, path nor Arrow layout.
         """
         hashes = [hashlib.sha256() for _ in groups]
         group_of = {int(row): group for group, rows in enumerate(groups) for row in rows}
@@ -85,7 +99,11 @@ def _batches(rows: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def verify_images(selected: Sequence[tuple[ImageRows, Sequence[int]]], progress: bool) -> None:
-    """Decode these rows of each split once; ValueError with the first broken image and how many there are."""
+    """Decode these rows of each split once, on several threads.
+
+    Raises:
+        ValueError: images do not decode; names the first one and how many there are.
+    """
     jobs = [(split, rows) for split, chosen in selected for rows in _batches(chosen)]
     total = sum(len(rows) for _, rows in jobs)
 

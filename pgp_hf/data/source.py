@@ -1,12 +1,14 @@
-"""What a stream takes from a dataset: its splits, columns and labels, and the choice of rows.
+"""Read a dataset: find its splits, columns and labels, and choose rows for the tasks.
 
-Private to `pgp_hf.data.stream`. Whatever is wrong with a dataset is found here and reported with its fix. Labels are read
-through their column alone; images belong to `pgp_hf.data.rows`.
+Streams are built from these functions, and the command line uses some of them for datasets of its own. Whatever is
+wrong with a dataset is found here and reported with its fix. Labels are read through their column alone; images are
+read in `pgp_hf.data.rows`.
 """
 
 from __future__ import annotations
 
 import numbers
+import operator
 import os
 import re
 import warnings
@@ -24,30 +26,40 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def shorten(values: Iterable[Any], limit: int = 10) -> str:
-    """`values` for an error message: the first `limit`, then how many more."""
+    """Return `values` for an error message: the first `limit`, then how many more there are."""
     values = list(values)
     more = f", ... ({len(values) - limit} more)" if len(values) > limit else ""
     return "[" + ", ".join(map(repr, values[:limit])) + more + "]"
 
 
-def check_int(name: str, value: Any, low: int, high: int | None = None, none: str | None = None) -> int | None:
-    """`value` as a plain int within low..high (None allowed when `none` says what None means), else an error."""
-    if value is None and none is not None:
-        return None
+def check_int(name: str, value: Any, low: int, high: int | None = None, *, expected: str = "an integer") -> int:
+    """Return `value` as a plain int; raise TypeError unless it is an integer, ValueError unless within low..high."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        suffix = f" or None ({none})" if none is not None else ""
-        raise TypeError(f"{name} must be an integer{suffix}, got {value!r} ({type(value).__name__})")
-    if value < low or (high is not None and value > high):
+        raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+    number = operator.index(value)
+    if number < low or (high is not None and number > high):
         span = f"at least {low}" if high is None else f"in {low}..{high}"
         raise ValueError(f"{name} must be {span}, got {value}")
-    return int(value)
+    return number
+
+
+def check_optional_int(name: str, value: Any, low: int, none: str) -> int | None:
+    """Return `value` as [`check_int`] does, or None if it is None; `none` says what None means."""
+    return None if value is None else check_int(name, value, low, expected=f"an integer or None ({none})")
 
 
 # ---- splits ---------------------------------------------------------------------------------------------------------
 
 
 def load(path: str | os.PathLike[str]) -> tuple[datasets.DatasetDict, str | None]:
-    """Load a local folder (parquet or image files) or a Hub id; returns the splits and a name without any path."""
+    """Load a local folder of parquet or image files, or a dataset from the Hub.
+
+    Returns:
+        The splits, and a name for the dataset that holds no path of this machine.
+
+    Raises:
+        ValueError: `path` is neither a folder nor a Hub id, or it does not load; the message keeps the reason.
+    """
     text = os.fspath(path)
     if os.path.isdir(text):
         name = Path(text).resolve().name or None
@@ -69,7 +81,7 @@ def load(path: str | os.PathLike[str]) -> tuple[datasets.DatasetDict, str | None
 
 
 def map_style(name: str, data: Any) -> datasets.Dataset:
-    """`data` if it is a `datasets.Dataset`, else a TypeError that says what to pass."""
+    """Return `data` if it is a `datasets.Dataset`; otherwise raise a TypeError that says what to pass."""
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise TypeError(
             f"{name} is a streaming {type(data).__name__}, whose rows cannot be selected by label; "
@@ -87,8 +99,18 @@ def map_style(name: str, data: Any) -> datasets.Dataset:
 def resolve_splits(
     dataset: Any, test_dataset: Any, test_split: str | None
 ) -> tuple[datasets.Dataset, datasets.Dataset | None, str | None]:
-    """The train rows, the test rows (None: to be held out of train) and the dataset's name."""
-    name = None
+    """Return the train rows, the test rows (None where they have to be held out of train) and the dataset's name.
+
+    Args:
+        dataset: a `Dataset`, a `DatasetDict`, a local folder or a Hub id.
+        test_dataset: test rows given by themselves.
+        test_split: name of the test split of a `DatasetDict`; by default the first of `EVAL_SPLITS` that it has.
+
+    Raises:
+        TypeError: a streaming dataset, or something else than a dataset.
+        ValueError: splits that are missing, empty or given twice.
+    """
+    name: str | None = None
     if isinstance(dataset, str | os.PathLike):
         dataset, name = load(dataset)
     if test_split is not None and test_dataset is not None:
@@ -101,7 +123,7 @@ def resolve_splits(
             )
         if test_split is not None and (test_split not in dataset or test_split == "train"):
             usable = [split for split in dataset if split != "train"]
-            raise ValueError(f"test_split={test_split!r} is none of the splits to test on: {shorten(usable)}")
+            raise ValueError(f"test_split={test_split!r} is not a split to test on; the dataset has {shorten(usable)}")
         if test_dataset is None:
             test_split = test_split or next((split for split in EVAL_SPLITS if split in dataset), None)
             test_dataset = dataset[test_split] if test_split is not None else None
@@ -125,7 +147,11 @@ def resolve_splits(
 
 
 def resolve_columns(data: datasets.Dataset, label_column: str | None, image_column: str | None) -> tuple[str, str]:
-    """Names of the label and the image column of the train split, found by their features when not given."""
+    """Return the names of the label and the image column; where None is given, find them by their features.
+
+    Raises:
+        ValueError: no column or several could be meant.
+    """
     features = data.features
     if label_column is None:
         found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -141,6 +167,7 @@ def resolve_columns(data: datasets.Dataset, label_column: str | None, image_colu
 
 
 def _only(found: list[str], argument: str, what: str, features: datasets.Features, hint: str = "") -> str:
+    """Return the only column in `found`, or raise an error about `argument`."""
     if len(found) == 1:
         return found[0]
     state = f"several candidates {shorten(found)}" if found else f"no {what}{hint}"
@@ -148,7 +175,7 @@ def _only(found: list[str], argument: str, what: str, features: datasets.Feature
 
 
 def check_columns(split: str, data: datasets.Dataset, label_column: str, image_column: str) -> None:
-    """Raise unless `data` has an integer or ClassLabel `label_column` and a datasets.Image `image_column`."""
+    """Raise ValueError unless the label column is integer or ClassLabel and the image column is datasets.Image."""
     for argument, column in (("label_column", label_column), ("image_column", image_column)):
         if column not in data.features:
             raise ValueError(
@@ -169,7 +196,7 @@ def check_columns(split: str, data: datasets.Dataset, label_column: str, image_c
 
 
 def read_labels(split: str, data: datasets.Dataset, column: str) -> np.ndarray:
-    """The label column as stored, int64 of shape (rows,); unlabelled rows (None or -1) are an error."""
+    """Return the label column as stored, int64 `(rows,)`; raise ValueError if rows are unlabelled (None or -1)."""
     # Arrow, not numpy format: there an integer column with a null turns into floats.
     values = data.select_columns([column]).with_format("arrow")[:].column(column)
     labels = values.drop_null().cast(pa.int64()).to_numpy()
@@ -185,16 +212,24 @@ def read_labels(split: str, data: datasets.Dataset, column: str) -> np.ndarray:
 def map_labels(
     train: datasets.Dataset, test: datasets.Dataset | None, column: str
 ) -> tuple[np.ndarray, np.ndarray | None, list[str], list[int]]:
-    """Label ids 0..C-1 of the train and test rows, the names of the C labels, and their values in the column.
+    """Map the labels to ids 0..C-1.
 
-    ClassLabel: the ids and names of the feature. Integer column: the sorted distinct values of the train split.
+    A ClassLabel keeps its ids and names. In an integer column, the distinct values of the train split are sorted and
+    numbered.
+
+    Returns:
+        Ids of the train rows and of the test rows (None without any), the C names, and the C values in the column.
+
+    Raises:
+        ValueError: labels outside their ClassLabel, features that differ between the splits, or test labels that no
+            train row has.
     """
     feature = train.features[column]
     raw = read_labels("train", train, column)
     raw_test = None if test is None else read_labels("test", test, column)
     if isinstance(feature, datasets.ClassLabel):
         names, values = list(feature.names), np.arange(feature.num_classes)
-        outside = np.setdiff1d(np.concatenate([raw] if test is None else [raw, raw_test]), values)
+        outside = np.setdiff1d(np.concatenate([raw] if raw_test is None else [raw, raw_test]), values)
         if len(outside):
             raise ValueError(
                 f"label column {column!r} holds {shorten(outside.tolist())}, outside its ClassLabel's "
@@ -203,7 +238,7 @@ def map_labels(
     else:
         values = np.unique(raw)
         names = [str(value) for value in values]
-    if test is None:
+    if test is None or raw_test is None:
         return np.searchsorted(values, raw), None, names, values.tolist()
     other = test.features[column]
     if getattr(feature, "names", None) != getattr(other, "names", None):
@@ -227,7 +262,7 @@ def map_labels(
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split row numbers into (train, test), stratified: each class of two or more rows gives at least one to both."""
+    """Split the row numbers into train and test, class by class; a class of two or more rows has at least one in each."""
     held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -237,7 +272,7 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
 
 
 def at_most(rows: np.ndarray, labels: np.ndarray, limit: int | None, seed: int, split: int) -> np.ndarray:
-    """At most `limit` of `rows` a class, in row order; `split` is 0 for train and 1 for test."""
+    """Keep at most `limit` rows of each class, in row order; `split` is 0 for train and 1 for test."""
     if limit is None:
         return rows
     kept = []
@@ -257,7 +292,7 @@ def choose_rows(
     max_train: int | None,
     max_test: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers to train and to test on; without test labels the test rows are held out of the train rows."""
+    """Return the row numbers to train and to test on; without test labels, test rows are held out of the train rows."""
     if test_labels is None:
         train, test = hold_out(labels, test_fraction, seed)
         test_labels = labels
@@ -269,7 +304,11 @@ def choose_rows(
 def cut(
     split: str, rows: np.ndarray, labels: np.ndarray, tasks: Sequence[tuple[int, ...]], names: Sequence[str]
 ) -> list[np.ndarray]:
-    """The chosen `rows` of each task (a tuple of label ids); an empty task is an error, an empty class a warning."""
+    """Sort the chosen rows into the tasks, each given by its label ids; warn about classes without images.
+
+    Raises:
+        ValueError: a task has no images.
+    """
     own_labels = labels[rows]
     of_task = [rows[np.isin(own_labels, classes)] for classes in tasks]
     for index, own in enumerate(of_task):
@@ -279,8 +318,8 @@ def cut(
                 f"task {index} (0-based, classes {classes}) has no {split} images; "
                 f"use fewer tasks, another class_order, or add {split} images of these classes"
             )
-    empty = np.flatnonzero(np.bincount(own_labels, minlength=len(names)) == 0)
-    if len(empty):
+    empty = np.flatnonzero(np.bincount(own_labels, minlength=len(names)) == 0).tolist()
+    if empty:
         classes = shorten(names[label] for label in empty)
         warnings.warn(f"{len(empty)} classes have no {split} images: {classes}", stacklevel=2)
     return of_task

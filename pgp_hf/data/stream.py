@@ -1,7 +1,7 @@
-"""Streams: the classes of a `datasets.Dataset` cut into tasks that are learned one after another.
+"""Cut the classes of a `datasets.Dataset` into tasks that are learned one after another.
 
 Rows are chosen through the label column, so building a stream or asking for a task decodes no image; images are
-decoded when a `TaskImages` is indexed. A manifest of class order and content hashes pins a stream down, so that a
+decoded when a `TaskImages` is indexed. A manifest of class order and content hashes identifies a stream, so that a
 resumed or repeated run can prove that it sees the same data.
 """
 
@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import datasets
 import numpy as np
@@ -22,12 +22,12 @@ import torch
 from . import source as source_data
 from .rows import ImageRows, verify_images
 from .scenarios import SCENARIOS
-from .source import check_int, shorten
+from .source import check_int, check_optional_int, shorten
 
 MANIFEST_FORMAT = 1
-# What must agree for two runs to be the same stream, besides the tasks' contents ...
+# what must agree, besides the tasks' contents, for two streams to be the same ...
 _SAME = ("scenario", "num_tasks", "num_classes", "label_names", "label_values", "class_order")
-# ... and the settings that are named as the likely cause when it does not.
+# ... and the settings that are named as the likely cause when it does not
 _CAUSES = (
     "seed",
     "label_column",
@@ -40,40 +40,51 @@ _CAUSES = (
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its 0-based place in the stream and its label ids (0..num_classes-1), in stream order."""
+    """Name a task's classes.
+
+    Args:
+        index: the task's 0-based place in the stream.
+        classes: its label ids (0..num_classes-1), in stream order.
+    """
 
     index: int
     classes: tuple[int, ...]
 
 
-class TaskImages(torch.utils.data.Dataset):
-    """Map-style view of one task's rows of one split.
+class ImageItem(TypedDict):
+    """Hold an RGB image, its label id, its task's 0-based place in the stream, and its own position in the task."""
 
-    An item is `{"image": RGB PIL image, "label": int, "task": int, "index": int}`: the task's 0-based place in the
-    stream, and the image's position within it. Pickles and forks, so DataLoader workers can share it.
+    image: PIL.Image.Image
+    label: int
+    task: int
+    index: int
+
+
+class TaskImages(torch.utils.data.Dataset[ImageItem]):
+    """Give map-style access to one task's rows of one split, as `ImageItem`s.
+
+    Can be pickled and forked, so DataLoader workers can share it.
 
     Attributes:
         task: 0-based.
         labels: mapped label ids, int64, `(len,)`; read without decoding anything.
     """
 
-    labels: np.ndarray
-
     def __init__(self, source: ImageRows, rows: np.ndarray, task: int) -> None:
         self._source = source
         self._rows = rows
         self.task = task
-        self.labels = source.labels[rows]
+        self.labels: np.ndarray = source.labels[rows]
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, PIL.Image.Image | int]:
-        """Item `index`; the image is decoded here.
+    def __getitem__(self, index: int) -> ImageItem:
+        """Return item `index`; the image is decoded here.
 
         Raises:
             IndexError: `index` is out of range.
-            ValueError: the image does not decode; names its split and row.
+            ValueError: the image does not decode; the message names its split and row.
         """
         position = operator.index(index)
         if not -len(self) <= position < len(self):
@@ -84,15 +95,17 @@ class TaskImages(torch.utils.data.Dataset):
 
 
 class TaskStream:
-    """Tasks over a dataset. Build one with `TaskStream.from_dataset`.
+    """Divide a dataset into a sequence of tasks. Build one with `TaskStream.from_dataset`.
 
     Attributes:
-        scenario: `"class_incremental"`, `"task_incremental"` or `"online"` (class-incremental in one epoch).
-        num_tasks, num_classes, seed: As given or found.
-        class_order: All label ids in the order in which they arrive.
-        label_names: Name of each label id.
-        id2label: The same as a dict, as transformers' configs want it.
-        tasks: The `Task` objects, in order.
+        scenario: the name of its scenario, a key of `pgp_hf.data.scenarios.SCENARIOS`.
+        num_tasks: as given.
+        num_classes: as found.
+        seed: as given.
+        class_order: all label ids, in the order in which they arrive.
+        label_names: the name of each label id.
+        id2label: the same as a dict, as transformers' configurations expect it.
+        tasks: the `Task` objects, in order.
     """
 
     def __init__(
@@ -136,33 +149,34 @@ class TaskStream:
         """Cut a dataset into `num_tasks` tasks of (nearly) equally many classes.
 
         Args:
-            dataset: A `Dataset`; a `DatasetDict` with a split `"train"`; a local folder of parquet or image files; or
+            dataset: a `Dataset`; a `DatasetDict` with a split `"train"`; a local folder of parquet or image files; or
                 a Hub id. Formats and transforms set on it are not applied.
-            num_tasks: Number of tasks, 1..number of classes; sizes differ by one class at most.
-            label_column: ClassLabel or integer column. Default: the only ClassLabel column, else the one named
+            num_tasks: number of tasks, 1..number of classes; their sizes differ by one class at most.
+            label_column: a ClassLabel or integer column. Default: the only ClassLabel column, else the one named
                 `label`, `labels` or `fine_label`. Distinct integers are sorted and mapped to ids 0..C-1.
-            image_column: A `datasets.Image` column. Default: the only one.
-            scenario: `"class_incremental"`, `"task_incremental"` or `"online"`.
-            seed: Draws the class order, the held-out rows and the rows kept a class. None: label order, and 0 for
-                the rows.
-            class_order: Label ids in stream order, instead of a drawn order.
-            test_dataset: Test rows, with the columns of the train rows.
-            test_split: Name of the test split of a `DatasetDict`. Default: the first of `test`, `validation`,
+            image_column: a `datasets.Image` column. Default: the only one.
+            scenario: `"class_incremental"`, `"task_incremental"` (the task of each test image is given) or `"online"`
+                (class-incremental, with one epoch for each task).
+            seed: draws the class order, the held-out rows and the rows kept of each class. With None, classes come in
+                label order, and rows are drawn as with 0.
+            class_order: label ids in stream order, instead of a drawn order.
+            test_dataset: test rows, with the columns of the train rows.
+            test_split: name of the test split of a `DatasetDict`. Default: the first of `test`, `validation`,
                 `valid`, `val`.
-            test_fraction: Share of each class held out as test rows when there are none.
-            max_train_samples_per_class: Keep at most so many training images a class (a seeded choice).
-            max_eval_samples_per_class: The same for test images.
+            test_fraction: share of each class held out as test rows when there are none.
+            max_train_samples_per_class: number of training images kept of each class at most, drawn by the seed.
+            max_eval_samples_per_class: the same for test images.
 
         Raises:
-            TypeError: A streaming dataset or an argument of the wrong type.
-            ValueError: Anything else that is wrong with the dataset or an argument; the message has the fix.
+            TypeError: a streaming dataset or an argument of the wrong type.
+            ValueError: anything else that is wrong with the dataset or an argument; the message has the fix.
         """
         if scenario not in SCENARIOS:
             raise ValueError(f"scenario must be one of {shorten(SCENARIOS)}, got {scenario!r}")
-        seed = check_int("seed", seed, 0, none="label order")
+        seed = check_optional_int("seed", seed, 0, none="label order")
         num_tasks = check_int("num_tasks", num_tasks, 1)
         limits = {
-            name: check_int(name, value, 1, none="all")
+            name: check_optional_int(name, value, 1, none="all")
             for name, value in (
                 ("max_train_samples_per_class", max_train_samples_per_class),
                 ("max_eval_samples_per_class", max_eval_samples_per_class),
@@ -182,20 +196,24 @@ class TaskStream:
 
         order = _class_order(class_order, seed, len(label_names))
         tasks = [Task(t, tuple(part.tolist())) for t, part in enumerate(np.array_split(order, num_tasks))]
-        held_out = test is None
         rows, test_rows = source_data.choose_rows(labels, test_labels, test_fraction, seed or 0, *limits.values())
         images = test_images = ImageRows("train", train, image_column, labels)  # held-out rows keep their row numbers
-        if held_out:
-            test = train
-        else:
+        if test is not None and test_labels is not None:
             test_images = ImageRows("test", test, image_column, test_labels)
-        splits = [
-            (source, source_data.cut(split, chosen, source.labels, [task.classes for task in tasks], label_names))
-            for split, source, chosen in (("train", images, rows), ("test", test_images, test_rows))
-        ]
+
+        def cut(split: str, images: ImageRows, rows: np.ndarray) -> tuple[ImageRows, list[np.ndarray]]:
+            classes = [task.classes for task in tasks]
+            return images, source_data.cut(split, rows, images.labels, classes, label_names)
+
         settings = {
             "format": MANIFEST_FORMAT,
-            "dataset": {"name": name, "fingerprint": {"train": train._fingerprint, "test": test._fingerprint}},
+            "dataset": {
+                "name": name,
+                "fingerprint": {
+                    "train": train._fingerprint,
+                    "test": (train if test is None else test)._fingerprint,
+                },
+            },
             "scenario": scenario,
             "seed": seed,
             "num_tasks": num_tasks,
@@ -205,24 +223,24 @@ class TaskStream:
             "label_names": label_names,
             "label_values": label_values,
             "class_order": order.tolist(),
-            "test_fraction": float(test_fraction) if held_out else None,
+            "test_fraction": float(test_fraction) if test is None else None,
             **limits,
         }
-        return cls(*splits, tasks, label_names, settings)
+        return cls(cut("train", images, rows), cut("test", test_images, test_rows), tasks, label_names, settings)
 
     def __repr__(self) -> str:
         return f"TaskStream({self.scenario}: {self.num_classes} classes in {self.num_tasks} tasks, seed={self.seed})"
 
     def train(self, t: int) -> TaskImages:
-        """Training images of task `t` (0-based)."""
+        """Return the training images of task `t` (0-based)."""
         return self._images("train", t)
 
     def test(self, t: int) -> TaskImages:
-        """Test images of task `t` (0-based)."""
+        """Return the test images of task `t` (0-based)."""
         return self._images("test", t)
 
     def seen_classes(self, t: int) -> list[int]:
-        """Label ids of tasks 0..t, in stream order."""
+        """Return the label ids of tasks 0..t, in stream order."""
         return [label for task in self.tasks[: self._index(t) + 1] for label in task.classes]
 
     def allowed_classes(self, after: int, task: int) -> list[int]:
@@ -234,10 +252,10 @@ class TaskStream:
         return SCENARIOS[self.scenario].allowed_classes(classes, self._index(after), self._index(task))
 
     def manifest(self) -> dict[str, Any]:
-        """What pins this stream down, ready for JSON: settings, class order, and a content hash per task and split.
+        """Return what identifies this stream, ready for JSON: settings, class order, a content hash per task and split.
 
         `sha256` covers, in row order, the label id and the encoded image bytes (see `ImageRows.digests`), not paths;
-        it decodes nothing and is computed once. `dataset` (name, fingerprints) is for information only.
+        nothing is decoded, and it is computed once. `dataset` (name, fingerprints) is for information only.
 
         Raises:
             ValueError: an image's file cannot be read.
@@ -253,13 +271,13 @@ class TaskStream:
         return {**_copy(self._settings), "tasks": tasks}
 
     def verify(self, progress: bool = True) -> None:
-        """Decode every selected image once (again only after a failure), before hours are spent on training.
+        """Decode every selected image, before hours are spent on training; do nothing after a first success.
 
         Args:
-            progress: Show a progress bar when there are many images.
+            progress: show a progress bar when there are many images.
 
         Raises:
-            ValueError: Some image does not decode; names the first one's split and row, and how many there are.
+            ValueError: images do not decode; the message names the first one's split and row, and how many there are.
         """
         if not self._verified:
             chosen = [(source, np.sort(np.concatenate(rows)).tolist()) for source, rows in self._splits.values()]
@@ -273,7 +291,7 @@ class TaskStream:
 
         Raises:
             TypeError: `manifest` is not a mapping.
-            ValueError: Data or order differ (the message says what, and which settings may be the cause), or
+            ValueError: data or order differ (the message says where, and which settings may be the cause), or
                 `manifest` is not a manifest of this format.
         """
         if not isinstance(manifest, Mapping):
@@ -296,7 +314,7 @@ class TaskStream:
             hint = f" Settings that differ: {'; '.join(causes)}." if causes else ""
             shown = differences[:4] + [f"{len(differences) - 4} more differences"] * (len(differences) > 4)
             raise ValueError(
-                f"this stream is not that of the manifest: {'; '.join(shown)}.{hint} "
+                f"this stream is not the one in the manifest: {'; '.join(shown)}.{hint} "
                 f"Build it from the same data with the same arguments, or start a new run in another folder"
             )
 
@@ -310,7 +328,7 @@ class TaskStream:
 
 
 def _class_order(given: Sequence[int] | None, seed: int | None, num_classes: int) -> np.ndarray:
-    """The label ids in stream order: as given, drawn with `seed`, or in label order when `seed` is None."""
+    """Return the label ids in stream order: as given, drawn with `seed`, or in label order when `seed` is None."""
     if given is None:
         return np.arange(num_classes) if seed is None else np.random.default_rng(seed).permutation(num_classes)
     order = [check_int("an element of class_order", label, 0, num_classes - 1) for label in given]
@@ -325,7 +343,7 @@ def _class_order(given: Sequence[int] | None, seed: int | None, num_classes: int
 
 
 def _difference(what: str, here: Any, there: Any) -> str:
-    """`what` with both values; of two sequences the first place where they part."""
+    """Describe how two values differ; of two sequences, the first place where they do."""
     if isinstance(here, dict) and isinstance(there, Mapping):
         key = "num_images" if here["num_images"] != there.get("num_images") else "sha256"
         return _difference(f"{what}, {key}", here[key], there.get(key))
@@ -338,7 +356,7 @@ def _difference(what: str, here: Any, there: Any) -> str:
 
 
 def _copy(value: Any) -> Any:
-    """A copy of nested dicts and lists, so that a caller's edits stay the caller's."""
+    """Copy nested dicts and lists, so that a caller's edits stay the caller's."""
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
     return list(value) if isinstance(value, list) else value

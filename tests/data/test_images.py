@@ -83,6 +83,44 @@ def test_cached_queries_travel_with_their_images(images):
     assert len(view) == len(images)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_queries_of_some_images_are_left_out(images, order):
+    """Whichever item comes first; what all items have stays."""
+    some = CachedQueries(images, torch.randn(len(images), 7))
+    items = [(images, some)[which][position] for which, position in zip(order, (4, 1), strict=True)]
+    batch = ImageCollator(tiny.processor())(items)
+    assert "prompt_query" not in batch
+    assert batch["task"].tolist() == [0, 0] and batch["index"].tolist() == [4, 1]
+    assert batch["labels"].tolist() == images.labels[[4, 1]].tolist()
+
+
+def test_images_of_two_tasks_keep_their_own_task_and_index():
+    stream = tiny.stream()
+    first, second = stream.train(0), stream.train(2)
+    queries = torch.randn(2, len(first), 7)
+    items = [CachedQueries(first, queries[0])[5], CachedQueries(second, queries[1])[3], first[-1]]
+    batch = ImageCollator(tiny.processor())(items[:2])
+    assert batch["task"].tolist() == [0, 2] and batch["index"].tolist() == [5, 3]
+    assert batch["task"].dtype == batch["index"].dtype == torch.int64
+    assert torch.equal(batch["prompt_query"], queries[[0, 1], [5, 3]])
+    assert batch["labels"].tolist() == [first.labels[5], second.labels[3]]
+    assert ImageCollator(tiny.processor())(items)["index"].tolist() == [5, 3, len(first) - 1]
+
+
+@pytest.mark.parametrize("lacking", ["task", "index"])
+def test_what_an_item_lacks_is_left_out_of_its_batch(images, lacking):
+    items = [images[0], {name: value for name, value in images[1].items() if name != lacking}]
+    assert set(ImageCollator(tiny.processor())(items)) == {"pixel_values", "labels", "task", "index"} - {lacking}
+
+
+@pytest.mark.parametrize("kind", ["none", "flip", "crop_flip"])
+def test_augmented_and_flipped_images_keep_task_and_index(kind):
+    images = tiny.stream().train(1)
+    view = AugmentedImages(images, kind, 0.2, seed=0, task=1)
+    for one in (view, *view.views()):
+        assert [(one[i]["task"], one[i]["index"]) for i in range(3)] == [(1, 0), (1, 1), (1, 2)]
+
+
 def test_each_view_travels_with_its_own_query(images):
     view = AugmentedImages(images, "flip", 1.0, 0, 0)
     plain, flipped = view.views()
