@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import sys
+from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__ as __version__
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
     from .inference.classifier import load_pretrained
     from .projection import ProjectionConfig
     from .training.arguments import PGPTrainingArguments
-    from .training.trainer import PGPTrainer
+    from .training.callbacks import StreamCallback
+    from .training.pgp_trainer import PGPTrainer
+    from .training.trainer import StreamTrainer
     from .tuners import ClipPromptConfig, DualPromptConfig, L2PConfig
 
 
@@ -26,9 +30,11 @@ _HOME = {
     "ClipPromptConfig": "tuners",
     "DualPromptConfig": "tuners",
     "L2PConfig": "tuners",
-    "PGPTrainer": "training.trainer",
+    "PGPTrainer": "training.pgp_trainer",
     "PGPTrainingArguments": "training.arguments",
     "ProjectionConfig": "projection",
+    "StreamCallback": "training.callbacks",
+    "StreamTrainer": "training.trainer",
     "TaskStream": "data.stream",
     "load_pretrained": "inference",
 }
@@ -39,6 +45,8 @@ __all__ = [
     "PGPTrainer",
     "PGPTrainingArguments",
     "ProjectionConfig",
+    "StreamCallback",
+    "StreamTrainer",
     "TaskStream",
     "load_pretrained",
 ]
@@ -54,28 +62,51 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-class _RegisterAfterPeft(importlib.abc.MetaPathFinder):
-    """Imports `pgp_hf.tuners` right after PEFT, when somebody imports PEFT after us."""
+def _register_tuners() -> None:
+    importlib.import_module(f"{__name__}.tuners")
+
+
+def _hand_in_readers() -> None:
+    """Give `projection`, which knows no file and no Hub, the functions behind its `from_pretrained`."""
+
+    def reader(name: str) -> Any:
+        # imported when called: reading a revision takes more than torch
+        return lambda *args, **kwargs: getattr(importlib.import_module(f"{__name__}.runs.open"), name)(*args, **kwargs)
+
+    projection = importlib.import_module(f"{__name__}.projection")
+    projection.set_readers(config=reader("load_projection_config"), projection=reader("load_projection"))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Call a function right after a module is imported, whoever imports it.
+
+    Neither PEFT nor `projection` has a place to register at that does not have to be imported first, and `import pgp_hf`
+    alone must import neither: it would cost seconds.
+    """
+
+    def __init__(self, module: str, then: Callable[[], None]) -> None:
+        self.module, self.then = module, then
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != "peft":
+        if name != self.module:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
-            def exec_module(module: Any) -> None:
-                if self in sys.meta_path:  # only now: a mere look for PEFT must not use the finder up
+            def exec_module(module: ModuleType) -> None:
+                if self in sys.meta_path:  # only now: a mere look for the module must not use the finder up
                     sys.meta_path.remove(self)
                 run(module)
-                importlib.import_module("pgp_hf.tuners")
+                self.then()
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one import's loader
         return spec
 
 
-if "peft" in sys.modules:
-    importlib.import_module("pgp_hf.tuners")
-else:
-    sys.meta_path.insert(0, _RegisterAfterPeft())
+for _module, _then in {"peft": _register_tuners, f"{__name__}.projection": _hand_in_readers}.items():
+    if _module in sys.modules:
+        _then()
+    else:
+        sys.meta_path.insert(0, _AfterImport(_module, _then))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..models import StreamModel
 from .arguments import PGPTrainingArguments
 
 
@@ -87,14 +89,22 @@ class StreamProgress(ProgressCallback, StreamCallback):
 
 
 class FollowTraining(TrainerCallback):
-    """Tells the tuner when a task's steps begin, and the training images which epoch it is, for their augmentation."""
+    """Tell the model when a task's steps begin, and the training images which epoch it is, for their augmentation.
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    Args:
+        model: the `StreamModel` in training.
+        start_epoch: called with the 0-based epoch as it begins.
+    """
 
-    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[override]
-        self.trainer.tuner.training_starts()  # a checkpoint has been loaded, processes agree
+    def __init__(self, model: StreamModel, start_epoch: Callable[[int], None]) -> None:
+        self.model, self.start_epoch = model, start_epoch
 
-    def on_epoch_begin(self, args, state, control, **kwargs):  # type: ignore[override]
-        if hasattr(self.trainer.train_dataset, "set_epoch"):
-            self.trainer.train_dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.model.training_starts()  # a checkpoint has been loaded, processes agree
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.start_epoch(int((state.epoch or 0) + 1e-6))

@@ -1,175 +1,165 @@
-"""Measuring a stream: predictions under the evaluation rules, features, drift, and the results file's content."""
+"""Measuring a stream under the evaluation rules: accuracies, drift, changed selections."""
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import Dataset
-from tqdm.auto import tqdm
+from torch import Tensor
 from transformers import EvalPrediction
-from transformers.trainer_utils import PredictionOutput
+from transformers.utils import ModelOutput
 
-from ..data.images import CachedQueries
+from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
 from ..heads import keep_classes
+from ..methods import ContinualMethod
+from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel
 from .results import StreamResults, changed_share, percent, relative_drift
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the share of right predictions in percent, as a `Trainer`'s `compute_metrics`."""
     return {"accuracy": percent(prediction.predictions, prediction.label_ids)}
 
 
-class StreamEvaluation:
-    """The part of `PGPTrainer` that evaluates: whole streams, and a `Trainer`'s own evaluation and prediction."""
+class Recorded(NamedTuple):
+    """How a task's test images are seen.
 
-    results: StreamResults
-    stream: TaskStream
-    task: int | None
-    _features: dict[int, np.ndarray]
-    _selected: dict[int, np.ndarray]
-    _queries: dict[int, Tensor]
-    _scored: int | None
-    _recording: bool
+    Attributes:
+        labels: `(N,)`.
+        logits: `(N, C)`, those of classes that may not win at minus infinity.
+        features: what the head has read, `(N, d)`.
+        linear: the linear head's logits beside those of a statistics head; else None.
+        selected: pool entries, `(N, k)`; None where nothing is selected.
+    """
 
-    def evaluate_stream(self) -> dict[str, Any]:
-        """Evaluate every task trained so far, and take the figures into `results`.
+    labels: np.ndarray
+    logits: np.ndarray
+    features: np.ndarray
+    linear: np.ndarray | None = None
+    selected: np.ndarray | None = None
 
-        Class-incremental and online: a prediction may be any class seen so far, and no task id enters.
-        Task-incremental: a prediction is one of its own task's classes.
 
-        Returns:
-            The content of `results.json`.
-        """
-        if self.task is None:
-            raise ValueError("no task has been trained yet: call train() or train_task(0) first.")
-        started = time.perf_counter()
-        t, row, linear, usage, drifts, changes = self.task, [], [], [], [], []
-        for j in range(t + 1):
-            output = self._record(j)
-            found = output.predictions
-            row.append(percent(found["logits"], output.label_ids))
-            if "linear" in found:
-                linear.append(percent(found["linear"], output.label_ids))
-            if j == t:
-                self._keep_reference(t, found)
-            elif j not in self.results.drift_lacks:
-                drifts.append(relative_drift(self._features[j], found["features"]))
-            if "selected" in found:
-                selected = found["selected"]
-                usage.append(np.bincount(selected.ravel(), minlength=self.tuner.adapter_config.pool_size).tolist())
-                if j < t and j not in self.results.drift_lacks:
-                    changes.append(changed_share(self._selected[j], selected))
-        self.results.matrix[t:] = [row]
-        self.results.linear_matrix[t:] = [linear] if linear else []
-        self.results.drift[t:] = [float(np.mean(drifts or 0))]
-        self.results.changed[t:] = [float(np.mean(changes or 0))] if usage else []
-        self.results.usage = usage or None
-        self._count("evaluation", started)
-        results = self.results.to_dict()
-        logs = {f"eval_task_{j + 1}_accuracy": value for j, value in enumerate(row)}
-        self.log(
-            {
-                **logs,
-                "eval_average_accuracy": results["average_accuracy"],
-                "eval_forgetting": results["forgetting"],
-                "eval_drift": results["drift"][-1],
-                **({"eval_changed_selections": self.results.changed[-1]} if self.results.changed else {}),
-                "eval_projection_rank": results["projection_rank"][-1] if results["projection_rank"] else 0,
-            }
-        )
-        return results
+@dataclass
+class References:
+    """How the test images of finished tasks were seen when their task ended: what drift is measured against.
 
-    def _keep_reference(self, j: int, found: dict[str, np.ndarray]) -> None:
-        """Keep how the test images of task j are seen when it ends: drift is measured against that."""
-        self._features[j] = found["features"]
-        if "selected" in found:
-            self._selected[j] = found["selected"]
+    Attributes:
+        features: by task, `(N, d)`.
+        selected: by task, `(N, k)`; empty where nothing is selected.
+    """
 
-    def _test_sets(self, t: int) -> dict[str, Any]:
-        return {f"task_{j + 1}": self.stream.test(j) for j in range(t + 1)}
+    features: dict[int, np.ndarray] = field(default_factory=dict)
+    selected: dict[int, np.ndarray] = field(default_factory=dict)
 
-    def _allowed_classes(self) -> list[int] | None:
-        """Classes that a prediction may take now; None for all."""
-        if self.stream.scenario == "task_incremental" and self._scored is not None:
-            return list(self.stream.tasks[self._scored].classes)
-        return None if self.args.eval_mask == "none" or self.task is None else self.stream.seen_classes(self.task)
+    def keep(self, j: int, features: np.ndarray, selected: np.ndarray | None = None) -> None:
+        """Keep how the test images of task j are seen as it ends."""
+        self.features[j] = features
+        if selected is not None:
+            self.selected[j] = selected
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As a `Trainer`'s; notes whose test images these are, which the task-incremental scenario needs."""
-        found = re.search(r"task_(\d+)$", metric_key_prefix)
-        self._scored = int(found[1]) - 1 if found else None
-        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def tensors(self, j: int) -> dict[str, Tensor]:
+        """Return what is kept of task j, as its file has it."""
+        kept = {"features": self.features, "selected": self.selected}
+        return {name: torch.from_numpy(np.ascontiguousarray(of[j])) for name, of in kept.items() if j in of}
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """One evaluation batch: loss, logits with unseen classes masked, labels.
 
-        While a stream is evaluated, the logits come with the head's inputs, the selected prompts and, when a
-        statistics head speaks, the linear head's logits on the same inputs.
-        """
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels", None)
-        inputs.pop("task", None)
-        inputs.pop("index", None)
-        with torch.no_grad(), self._head_inputs() as features:
-            outputs = model(**inputs)
-        allowed = self._allowed_classes()
-        logits = keep_classes(self.tuner.class_logits(outputs).float(), allowed)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        if prediction_loss_only:
-            return loss, None, None
-        if not self._recording:
-            return loss, logits, labels
-        found = {"logits": logits, "features": features[0].float()}
-        if self.tuner.uses_statistics_head:
-            with torch.no_grad(), self.accelerator.autocast():
-                found["linear"] = keep_classes(self.tuner.linear_logits(features[0]).float(), allowed)
-        if self.tuner.selected_prompts is not None:
-            found["selected"] = self.tuner.selected_prompts
-        return loss, found, labels
+def allowed_classes(
+    stream: TaskStream, after: int | None, mask: str, tasks: Tensor | None
+) -> list[int] | Tensor | None:
+    """Return the classes that predictions may take, as `heads.keep_classes` takes them.
 
-    @contextmanager
-    def _head_inputs(self) -> Iterator[list[Tensor]]:
-        """A list that receives what the head reads, `(B, d)`, at each forward pass meanwhile."""
-        features: list[Tensor] = []
-        watch = self.tuner.watch_features(lambda tensor: features.append(tensor.detach()))
-        try:
-            yield features
-        finally:
-            watch.remove()
+    Class-incremental and online: all classes seen, and no task id enters. Task-incremental: each image's own task's.
 
-    def _record(self, j: int) -> PredictionOutput:
-        """Predictions, features and selections for the test images of task j."""
-        images = self.stream.test(j)
-        if self.args.cache_queries and self.tuner.query is not None:
-            if j not in self._queries:
-                self._queries[j] = self._frozen_queries(images)
-            images = CachedQueries(images, self._queries[j])
-        compute_metrics, self.compute_metrics, self._recording = self.compute_metrics, None, True
-        try:
-            return self.predict(images, metric_key_prefix=f"eval_task_{j + 1}")
-        finally:
-            self.compute_metrics, self._recording = compute_metrics, False
+    Args:
+        after: the last task trained, 0-based; None before the first.
+        mask: `eval_mask`: "seen", or "none" for all classes.
+        tasks: 0-based task of each image, `(B,)`, where it is known.
+    """
+    if SCENARIOS[stream.scenario].task_known and tasks is not None:
+        own = torch.zeros(stream.num_tasks, stream.num_classes, dtype=torch.bool, device=tasks.device)
+        for task in stream.tasks:
+            own[task.index, list(task.classes)] = True
+        return own[tasks]
+    return None if mask == "none" or after is None else stream.seen_classes(after)
 
-    @torch.no_grad()
-    def _frozen_queries(self, images: Dataset) -> Tensor:
-        """Queries `(N, d)` of images, on every process, in the batches that evaluation uses."""
-        queries, hidden = [], self.args.disable_tqdm or not self.is_world_process_zero()
-        for batch in tqdm(self.get_test_dataloader(images), desc="queries", leave=False, disable=hidden):
-            with self.accelerator.autocast():
-                query = self.tuner.query(self._prepare_inputs(batch)["pixel_values"])
-            queries.append(self.accelerator.gather_for_metrics(query).cpu())
-        return torch.cat(queries)
+
+@torch.no_grad()
+def score(
+    model: StreamModel,
+    method: ContinualMethod,
+    output: ModelOutput,
+    features: Tensor,
+    allowed: list[int] | Tensor | None,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> dict[str, Tensor]:
+    """Return the logits of one batch, and what [`Recorded`] has besides them.
+
+    Args:
+        output: of the model.
+        features: what the head has read, `(B, d)`.
+        allowed: from `allowed_classes`.
+        autocast: the precision that the model runs in.
+    """
+    logits = method.adjust_logits(model.class_logits(output).float(), features)
+    found = {"logits": keep_classes(logits, allowed), "features": features.float()}
+    if isinstance(model, KeepsClassStatistics) and model.uses_statistics_head:
+        with autocast():
+            found["linear"] = keep_classes(model.linear_logits(features).float(), allowed)
+    if isinstance(model, SelectsPrompts) and model.selected_prompts is not None:
+        found["selected"] = model.selected_prompts
+    return found
+
+
+def measure(
+    results: StreamResults,
+    references: References,
+    t: int,
+    record: Callable[[int], Recorded],
+    pool_size: int,
+) -> None:
+    """Evaluate all tasks up to the 0-based task t, which has just ended, and take the figures into `results`.
+
+    Args:
+        references: receives those of task t.
+        record: predicts a task's test images.
+        pool_size: number of entries that images select from, if they do.
+    """
+    row, linear, usage, drifts, changes = [], [], [], [], []
+    for j in range(t + 1):
+        found = record(j)
+        row.append(percent(found.logits, found.labels))
+        if found.linear is not None:
+            linear.append(percent(found.linear, found.labels))
+        compared = j < t and j not in results.drift_lacks
+        if j == t:
+            references.keep(t, found.features, found.selected)
+        elif compared:
+            drifts.append(relative_drift(references.features[j], found.features))
+        if found.selected is not None:
+            usage.append(np.bincount(found.selected.ravel(), minlength=pool_size).tolist())
+            if compared:
+                changes.append(changed_share(references.selected[j], found.selected))
+    results.matrix[t:] = [row]
+    results.linear_matrix[t:] = [linear] if linear else []
+    results.drift[t:] = [float(np.mean(drifts or 0))]
+    results.changed[t:] = [float(np.mean(changes or 0))] if usage else []
+    results.usage = usage or None
+
+
+def summary_logs(results: StreamResults) -> dict[str, float]:
+    """Return what is logged after the evaluation of a stream."""
+    content = results.to_dict()
+    changed = {"eval_changed_selections": results.changed[-1]} if results.changed else {}
+    return {
+        **{f"eval_task_{j + 1}_accuracy": value for j, value in enumerate(results.matrix[-1])},
+        "eval_average_accuracy": content["average_accuracy"],
+        "eval_forgetting": content["forgetting"],
+        "eval_drift": results.drift[-1],
+        **changed,
+        "eval_projection_rank": results.rank[-1] if results.rank else 0,
+    }

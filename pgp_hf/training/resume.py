@@ -1,217 +1,317 @@
-"""How a run goes on: from its own folder, from a single revision, from the Hub."""
+"""How a run goes on: what its files hold is checked as a whole before a trainer takes anything over."""
 
 from __future__ import annotations
 
 import copy
 import shutil
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from huggingface_hub.errors import EntryNotFoundError
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from .. import hub
 from ..data.stream import TaskStream
-from ..projection import Projection
-from ..report import card as model_card
-from ..report import figures as plots
-from ..runs.atomic import write_json
+from ..methods import ContinualMethod, MethodState
+from ..models import StreamModel
+from ..report import card, figures
+from ..runs.atomic import write_json, write_tensors
 from ..runs.folder import ADAPTER_CONFIG, CONTINUED, DESCRIPTION, MANIFEST, RESULTS, RunFolder
 from ..runs.open import open_run
 from ..runs.reading import read_json, read_tensors
 from ..runs.revision import Revision
+from .arguments import PGPTrainingArguments
+from .evaluation import Recorded, References
+from .progress import Progress
 from .results import StreamResults
 
 
-class ContinuedRuns:
-    """The part of `PGPTrainer` that reads what an earlier run left."""
+class LoadedTask(NamedTuple):
+    """The state that a run had when a task ended, read and checked.
 
-    folder: RunFolder
+    Attributes:
+        weights: of the adapter, by their names in its file.
+        bases: of the projection, and their description.
+        method: what the method remembers; None in a run that was written before methods had files of their own.
+    """
+
+    revision: Revision
+    weights: dict[str, Tensor]
+    bases: tuple[dict[str, Tensor], dict[str, Any]]
+    method: MethodState | None
     results: StreamResults
-    projection: Projection
-    stream: TaskStream
-    task: int | None
-    _interrupted: bool
-    _features: dict[int, np.ndarray]
-    _selected: dict[int, np.ndarray]
 
-    def _start(self, resume: str | bool | None) -> tuple[int, str | None]:
-        """Index of the first task to train, and the checkpoint to enter it by."""
-        if self.task is not None and not resume:
-            state, ways = (
-                f"has trained {self.task + 1} tasks already",
-                "train(resume_from_checkpoint=True) or train_task",
-            )
-            if self._interrupted:
-                state, ways = f"has begun task {self.task + 1} already", "train(resume_from_checkpoint=True)"
-            raise ValueError(f"this trainer {state}: go on with {ways}, or make a new model and a new trainer.")
-        if not resume:
-            if self.is_world_process_zero():
-                if self.args.overwrite_output_dir:
-                    self.folder.clear()
-                else:
-                    self.folder.check_unused()
-            self.accelerator.wait_for_everyone()
-            return 0, None
-        with self.args.main_process_first(desc="fetching the run"):  # it may be on the Hub
-            source = open_run(self.folder.root if resume is True else resume, token=self.args.hub_token)
-        elsewhere = source.root.resolve() != self.folder.root.resolve()
-        if elsewhere and source.root.resolve().is_relative_to(self.folder.root.resolve()):
-            raise ValueError(f"output_dir={self.folder.root} holds {source.root}: continue it in another output_dir.")
-        if elsewhere and not self.args.overwrite_output_dir and self.is_world_process_zero():
-            self.folder.check_unused()
-        finished = source.finished_tasks()
-        if finished:
-            if not self.args.reinit_optimizer and finished < self.stream.num_tasks:
+
+class EarlierRun:
+    """A run to go on from, held against the stream, the model and the method that are to continue it.
+
+    Args:
+        source: its folder, or a single revision of it.
+        model: the `PeftModel`; not changed here.
+        learner: the `StreamModel` inside it.
+        results: of the trainer that goes on.
+    """
+
+    def __init__(
+        self,
+        source: RunFolder,
+        stream: TaskStream,
+        model: PeftModel,
+        learner: StreamModel,
+        method: ContinualMethod,
+        results: StreamResults,
+    ) -> None:
+        self.source, self.stream, self.model, self.learner = source, stream, model, learner
+        self.method, self.results = method, results
+
+    def load(self, t: int) -> LoadedTask:
+        """Read and check the state after the 0-based task t.
+
+        Raises:
+            ValueError: files that are damaged, or belong to another stream, model, method or setting.
+        """
+        revision, results = self._revision(t), copy.deepcopy(self.results)
+        weights, bases = revision.weights(self._expected()), revision.bases()
+        revision.check_backbone(self.model.get_base_model())
+        try:
+            results.load(revision.results or {})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{revision.folder / RESULTS} lacks what a run needs to go on ({type(error).__name__}: {error})."
+            ) from error
+        return LoadedTask(revision, weights, bases, self._method_state(revision), results)
+
+    def _expected(self) -> dict[str, Tensor]:
+        return get_peft_model_state_dict(
+            self.model, adapter_name=self.model.active_adapter, save_embedding_layers=False
+        )
+
+    def _revision(self, t: int) -> Revision:
+        """Read the revision of task t, which must have this stream, this projection and these settings."""
+        folder = self.source.task(t)
+        revision = Revision.read(folder, f"task-{t + 1}")
+        if revision.manifest is None:
+            raise ValueError(f"{folder} is an adapter without a run: there is nothing to continue.")
+        self.stream.check_manifest(revision.manifest)
+        projection = self.method.projection
+        if projection is not None:
+            _compare("projection", folder, read_json(folder / DESCRIPTION), projection.config.to_dict())
+        _compare("adapter", folder, revision.adapter, self.learner.settings())
+        return revision
+
+    def _method_state(self, revision: Revision) -> MethodState | None:
+        """Return what the method remembers, if it is this method with these settings."""
+        found = revision.method()
+        if found is None:
+            if self.method.name != "projected_prompts":
                 raise ValueError(
-                    "reinit_optimizer=False carries the optimizer's state from task to task, which finished tasks do "
-                    "not keep: such a run cannot be resumed exactly. Start anew, or use reinit_optimizer=True."
+                    f"{revision.folder} does not say by which method it was trained: only projected prompts can be continued."
                 )
-            self._load_task(source, finished - 1)
+            return None
+        tensors, content = found
+        _compare("method", revision.folder, content, {"name": self.method.name})
+        _compare("method", revision.folder, content["settings"], self.method.settings())
+        return MethodState(tensors, content.get("state", {}))
+
+    # ---- what drift is measured against --------------------------------------------------------------------------
+
+    def load_references(
+        self,
+        loaded: LoadedTask,
+        references: References,
+        record: Callable[[dict[str, Tensor], int], Recorded],
+    ) -> list[int]:
+        """Fill in how the test images of finished tasks were seen when their task ended.
+
+        They are read from `features/`. Where that is missing, as for a revision from the Hub, they are computed again
+        with the adapter of that time.
+
+        Args:
+            record: predicts a task's test images with an adapter's weights of that time.
+
+        Returns:
+            Tasks for which there is neither, which drift leaves out.
+        """
+        lost, last = [], loaded.revision
+        for j in range(last.tasks):
+            path = self.source.features(j)
+            if path.is_file():
+                tensors = _read_reference(path, len(self.stream.test(j)), j)
+                references.keep(j, tensors["features"], tensors.get("selected"))
+                continue
+            try:
+                then = loaded.weights if j == last.tasks - 1 else self._earlier(last, j).weights(self._expected())
+            except (ValueError, EntryNotFoundError):
+                lost.append(j)
+                continue
+            found = record(then, j)
+            references.keep(j, found.features, found.selected)
+        if new := sorted({*lost} - {*loaded.results.drift_lacks}):
+            warnings.warn(
+                f"{self.source.root}: of tasks {', '.join(str(j + 1) for j in new)} neither features/ nor the revision is "
+                'there, so drift and changed selections leave them out from now on. Continue from "owner/name@task-k" on '
+                "the Hub, or from a folder beside task-1, task-2, ... to have them measured.",
+                stacklevel=6,
+            )
+        return lost
+
+    def _earlier(self, last: Revision, j: int) -> Revision:
+        """Read the revision of the earlier task j; ValueError when there is none, or it is another run's."""
+        revision = self._revision(j)
+        rows = [(found.results or {})["accuracy_matrix"][: j + 1] for found in (revision, last)]
+        if rows[0] != rows[1]:
+            raise ValueError(f"{revision.folder} is another run's: its accuracies differ")
+        return revision
+
+    # ---- its files -----------------------------------------------------------------------------------------------
+
+    def copy_to(self, folder: RunFolder, finished: int) -> None:
+        """Copy the finished tasks that are there to another run's folder, each whole or not at all."""
+        last, first = Revision.read(self.source.task(finished - 1)), finished - 1
+        while first > self.source.first:
+            try:
+                self._earlier(last, first - 1)
+            except (ValueError, EntryNotFoundError):  # reported with the references
+                break
+            first -= 1
+        if first:
+            write_json(folder.root / CONTINUED, {"first": first})
+        for t in range(first, finished):
+            task = self.source.task(t)
+            folder.publish(t, lambda target, task=task: _copy_task(task, target))
+
+
+@dataclass(frozen=True)
+class Resumer:
+    """Take an earlier run over into a trainer, which hands over what that changes.
+
+    Attributes:
+        model, learner: the `PeftModel`, and the `StreamModel` inside it.
+        folder: the trainer's own.
+        predict: predicts the test images of a task.
+    """
+
+    args: PGPTrainingArguments
+    stream: TaskStream
+    model: PeftModel
+    learner: StreamModel
+    method: ContinualMethod
+    progress: Progress
+    folder: RunFolder
+    predict: Callable[[int], Recorded]
+
+    def resume(self, where: str | bool) -> tuple[int, Path | None]:
+        """Take over a run; return the first task to train, and the checkpoint to enter it by.
+
+        Args:
+            where: as `StreamTrainer.train` has it.
+
+        Raises:
+            ValueError: a run that does not fit, or that cannot be continued in this trainer or folder.
+        """
+        source = self._find(where)
+        finished, progress = source.finished_tasks(), self.progress
+        earlier = EarlierRun(source, self.stream, self.model, self.learner, self.method, progress.results)
+        if finished:
+            self._take_over(earlier, finished - 1)
         checkpoint = source.last_checkpoint(finished) if finished < self.stream.num_tasks else None
-        if not finished and self._interrupted:
+        if not finished and progress.interrupted:
             if checkpoint is None:
                 raise ValueError(
                     f"this trainer has begun its first task and {source.root} holds no checkpoint of it: make a new model "
                     "and a new trainer."
                 )
             self._forget_first_task()
-        self._interrupted = False
-        if self.is_world_process_zero():
-            if elsewhere and self.args.overwrite_output_dir:
-                self.folder.clear()
-            if finished and (elsewhere or source.single):
-                self._adopt(source, finished)
-            if finished:
-                self.folder.promote(finished - 1)  # a run may have died before it came to that
-        self.accelerator.wait_for_everyone()
+        progress.interrupted = False
+        if self.args.process_index == 0:
+            self._prepare_folder(earlier, finished)
         if not finished and checkpoint is None:
-            warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=3)
-        return finished, None if checkpoint is None else str(checkpoint)
+            warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=4)
+        return finished, checkpoint
 
-    # ---- the state -----------------------------------------------------------------------------------------------
+    def _elsewhere(self, source: RunFolder) -> bool:
+        return source.root.resolve() != self.folder.root.resolve()
+
+    def _find(self, where: str | bool) -> RunFolder:
+        """Find the run, and check that it can be continued in this folder."""
+        with self.args.main_process_first(desc="fetching the run"):  # it may be on the Hub
+            source = open_run(self.folder.root if where is True else str(where), token=self.args.hub_token)
+        if self._elsewhere(source):
+            if source.root.resolve().is_relative_to(self.folder.root.resolve()):
+                raise ValueError(
+                    f"output_dir={self.folder.root} holds {source.root}: continue it in another output_dir."
+                )
+            if not self.args.overwrite_output_dir and self.args.process_index == 0:
+                self.folder.check_unused()
+        if not self.args.reinit_optimizer and 0 < source.finished_tasks() < self.stream.num_tasks:
+            raise ValueError(
+                "reinit_optimizer=False carries the optimizer's state from task to task, which finished tasks do "
+                "not keep: such a run cannot be resumed exactly. Start anew, or use reinit_optimizer=True."
+            )
+        return source
+
+    def _take_over(self, earlier: EarlierRun, t: int) -> None:
+        """Take over the state that the run had when the 0-based task t ended; all of it is checked before."""
+        loaded = earlier.load(t)
+        if self.method.projection is not None:
+            self.method.projection.load_state(*loaded.bases)
+        if loaded.method is not None:
+            self.method.load_state(loaded.method)
+        self.progress.results, self.progress.references = loaded.results, References()
+
+        def record(weights: dict[str, Tensor], j: int) -> Recorded:
+            self._put(weights, j)
+            return self.predict(j)
+
+        lost = earlier.load_references(loaded, self.progress.references, record)
+        loaded.results.drift_lacks = sorted({*loaded.results.drift_lacks, *lost})
+        self._put(loaded.weights, t)
+
+    def _put(self, weights: dict[str, Tensor], t: int) -> None:
+        """Give the model the adapter that it had when the 0-based task t ended."""
+        set_peft_model_state_dict(self.model, weights, adapter_name=self.model.active_adapter)
+        self.progress.task = t
+        self.learner.resume_after(t)
 
     def _forget_first_task(self) -> None:
         """Go back to before the first task, which this very trainer has begun; a checkpoint has the parameters."""
-        self.projection.load_state({}, self.projection.config.to_dict())
-        self.optimizer = self.lr_scheduler = self.task = None
-        blank = {name: [] for name in ("matrix", "linear_matrix", "drift", "changed", "rank")}
-        self.results = replace(self.results, usage=None, **blank)
+        if self.method.projection is not None:
+            self.method.projection.load_state({}, self.method.projection.config.to_dict())
+        self.progress.forget()
 
-    def _load_task(self, source: RunFolder, t: int) -> None:
-        """Take over the state that the run in `source` had when task t ended; everything is checked before."""
-        revision = self._revision(source, t)
-        model, results = self.accelerator.unwrap_model(self.model), copy.deepcopy(self.results)
-        expected = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
-        weights, (bases, description) = revision.weights(expected), revision.bases()
-        revision.check_backbone(self.tuner.model)
-        try:
-            results.load(revision.results)
-        except (KeyError, TypeError, AttributeError) as error:
+    def _prepare_folder(self, earlier: EarlierRun, finished: int) -> None:
+        """Bring what there is of the finished tasks into this folder."""
+        elsewhere = self._elsewhere(earlier.source)
+        if elsewhere and self.args.overwrite_output_dir:
+            self.folder.clear()
+        if finished and (elsewhere or earlier.source.single):
+            earlier.copy_to(self.folder, finished)
+            references = self.progress.references
+            for t in references.features:
+                write_tensors(self.folder.features(t), references.tensors(t))
+        if finished:
+            self.folder.promote(finished - 1)  # a run may have died before it came to that
+
+
+def _compare(what: str, folder: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raise ValueError at the first setting in which an earlier run differs."""
+    for name, value in own.items():
+        if saved.get(name) != value:
             raise ValueError(
-                f"{revision.folder / RESULTS} lacks what a run needs to go on ({type(error).__name__}: {error})."
-            ) from error
-        self.projection.load_state(bases, description)
-        self.results = results
-        self.eval_dataset = self._test_sets(t)
-        self._load_references(source, revision, expected, weights)
-        self._put(weights, t)
-
-    def _revision(self, source: RunFolder, t: int) -> Revision:
-        """The revision of task t, found to have this stream, this projection and these settings.
-
-        Raises:
-            ValueError: it has not, or is damaged.
-        """
-        folder = source.task(t)
-        revision = Revision.read(folder, f"task-{t + 1}")
-        if revision.manifest is None:
-            raise ValueError(f"{folder} is an adapter without a run: there is nothing to continue.")
-        self.stream.check_manifest(revision.manifest)
-        for saved, settings, what in (
-            (read_json(folder / DESCRIPTION), self.projection.config.to_dict(), "projection"),
-            (revision.adapter, self.tuner.adapter_config.settings(), "adapter"),
-        ):
-            for name, value in settings.items():
-                if saved.get(name) != value:
-                    raise ValueError(
-                        f"the {what} in {folder} has {name}={saved.get(name)!r}, this one {value!r}: continue with the same."
-                    )
-        return revision
-
-    def _put(self, weights: dict[str, Tensor], t: int) -> None:
-        """Give the model the adapter that it had when task t ended."""
-        model = self.accelerator.unwrap_model(self.model)
-        set_peft_model_state_dict(model, weights, adapter_name=model.active_adapter)
-        self.task = t
-        self.tuner.resume_after(t)
-
-    # ---- what drift is measured against --------------------------------------------------------------------------
-
-    def _load_references(
-        self, source: RunFolder, last: Revision, expected: dict[str, Tensor], weights: dict[str, Tensor]
-    ) -> None:
-        """The test images of finished tasks, as they were when their task ended.
-
-        Read from `features/`; where that is not at hand, as in a revision from the Hub, computed again with the adapter
-        of that time. Drift leaves out the tasks for which there is neither.
-        """
-        self._features, self._selected = {}, {}
-        lost = []
-        for j in range(last.tasks):
-            if source.features(j).is_file():
-                self._read_reference(source.features(j), j)
-                continue
-            try:
-                then = weights if j == last.tasks - 1 else self._earlier(source, last, j).weights(expected)
-            except (ValueError, EntryNotFoundError):
-                lost.append(j)
-                continue
-            self._put(then, j)
-            self._keep_reference(j, self._record(j).predictions)
-        if news := sorted({*lost} - {*self.results.drift_lacks}):
-            warnings.warn(
-                f"{source.root}: of tasks {', '.join(str(j + 1) for j in news)} neither features/ nor the revision is at "
-                'hand, so drift and changed selections leave them out from now on. Continue from "owner/name@task-k" on '
-                "the Hub, or from a folder beside task-1, task-2, ... to have them measured.",
-                stacklevel=5,
+                f"the {what} in {folder} has {name}={saved.get(name)!r}, this one {value!r}: continue with the same."
             )
-        self.results.drift_lacks = sorted({*self.results.drift_lacks, *lost})
 
-    def _earlier(self, source: RunFolder, last: Revision, j: int) -> Revision:
-        """The revision of the earlier task j; ValueError when it is not at hand, or another run's."""
-        revision = self._revision(source, j)
-        rows = [found.results["accuracy_matrix"][: j + 1] for found in (revision, last)]
-        if rows[0] != rows[1]:
-            raise ValueError(f"{revision.folder} is another run's: its accuracies differ")
-        return revision
 
-    def _read_reference(self, path: Path, j: int) -> None:
-        tensors, images = read_tensors(path), len(self.stream.test(j))
-        if "features" not in tensors or any(tensor.ndim != 2 or len(tensor) != images for tensor in tensors.values()):
-            raise ValueError(f"{path} does not hold a row for each of the {images} test images of task {j + 1}.")
-        self._keep_reference(j, {name: tensor.numpy() for name, tensor in tensors.items()})
-
-    # ---- its files -----------------------------------------------------------------------------------------------
-
-    def _adopt(self, source: RunFolder, finished: int) -> None:
-        """Copy the finished tasks that are at hand, each whole or not at all."""
-        last, first = Revision.read(source.task(finished - 1)), finished - 1
-        while first > source.first:
-            try:
-                self._earlier(source, last, first - 1)
-            except (ValueError, EntryNotFoundError):  # reported with the references
-                break
-            first -= 1
-        if first:
-            write_json(self.folder.root / CONTINUED, {"first": first})
-        for t in range(first, finished):
-            self.folder.publish(t, lambda folder, t=t: _copy_task(source.task(t), folder))
-        for t in self._features:
-            self._write_reference(t)
+def _read_reference(path: Path, images: int, j: int) -> dict[str, np.ndarray]:
+    tensors = read_tensors(path)
+    if "features" not in tensors or any(tensor.ndim != 2 or len(tensor) != images for tensor in tensors.values()):
+        raise ValueError(f"{path} does not hold a row for each of the {images} test images of task {j + 1}.")
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 def _copy_task(source: Path, folder: Path) -> None:
@@ -228,7 +328,8 @@ def _copy_task(source: Path, folder: Path) -> None:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / path)
     if not (folder / "README.md").exists():
-        names = (RESULTS, MANIFEST, ADAPTER_CONFIG, DESCRIPTION)
-        contents = [read_json(folder / name) for name in names]
-        plots.save_figures(contents[0], folder / "figures")
-        model_card.save_card(folder / "README.md", *contents)
+        results, manifest, adapter, description = (
+            read_json(folder / name) for name in (RESULTS, MANIFEST, ADAPTER_CONFIG, DESCRIPTION)
+        )
+        figures.save_figures(results, folder / "figures")
+        card.save_card(folder / "README.md", results, manifest, adapter, description)

@@ -1,10 +1,10 @@
-"""`PGPTrainer`: a `transformers.Trainer` that learns a stream of tasks and projects every update of the prompts."""
+"""The trainer of a stream: a `transformers.Trainer` that learns one task after another, by any method on any model."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+import shutil
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,45 +13,55 @@ from accelerate.utils import broadcast, set_seed
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset
+from torch.utils.hooks import RemovableHandle
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import TrainOutput
 
+from .. import hub
 from ..data.images import AugmentedImages, CachedQueries, ImageCollator
+from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
-from ..projection import Projection, ProjectionConfig
+from ..methods import Batch, Collectives, ContinualMethod, FineTuning, ProjectedPrompts, TaskContext
+from ..models import KeepsClassStatistics, Protectable, SelectsPrompts, StreamModel, stream_model
+from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
-from .evaluation import StreamEvaluation, accuracy
+from .evaluation import Recorded, accuracy, allowed_classes, measure, score, summary_logs
+from .loss import image_losses, mean_over_step
+from .progress import Progress
 from .pushing import PushTasks
 from .results import StreamResults
-from .writing import RunFiles
+from .resume import Resumer
+from .setup import check_model, check_settings, separate_learning_rate
+from .views import Passes, head_inputs
+from .writing import read_method, write_method, write_task
 
 
-class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
-    """Learns a `TaskStream` task by task.
+class StreamTrainer(Trainer):
+    """Learn a `TaskStream` task by task.
 
-    After each task: statistics of its training images (deterministic views, no random number consumed) grow the
-    projection's bases; the test images of all tasks so far are evaluated; the task's folder is written.
+    After each task the method takes from it what it needs (deterministic views of the training images, no random number
+    consumed), the test images of all tasks so far are evaluated, and the task's folder is written.
 
     Args:
         model: a `PeftModel` with a prompt adapter of this package and a classification head.
         args: training arguments; each task is trained with them.
         stream: the tasks.
-        projection: what is protected; `ProjectionConfig()` by default, `method="none"` for none.
+        method: how the stream is learned; fine-tuning by default.
         processing_class: the backbone's image processor, for training, evaluation and the saved folder.
         kwargs: any other argument of `Trainer`.
 
     Attributes:
-        results: `StreamResults` so far.
-        projection: the `Projection` with its bases.
+        method: how the stream is learned.
+        folder: the `RunFolder` that is written to.
+        progress: how far the run has come: `results`, the `task`, and what drift is measured against.
 
     Raises:
         TypeError: a model without a prompt adapter, or one without a head.
-        ValueError: a head that does not fit the stream, a missing image processor, DeepSpeed or FSDP, a projection
-            that the adapter cannot have.
+        ValueError: a head that does not fit the stream, a missing image processor, DeepSpeed or FSDP, a method that
+            the model cannot have.
     """
 
     def __init__(
@@ -59,11 +69,11 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         model: PeftModel,
         args: PGPTrainingArguments,
         stream: TaskStream,
-        projection: ProjectionConfig | None = None,
+        method: ContinualMethod | None = None,
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        _check_model(model, stream)
+        check_model(model, stream)
         if processing_class is None and kwargs.get("data_collator") is None:
             raise ValueError(
                 "processing_class is missing: pass the backbone's image processor, for example "
@@ -71,12 +81,12 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
             )
         if any(part is not None for part in kwargs.get("optimizers", ())):
             raise ValueError(
-                "optimizers=(...) would be used for one task and without projection: name it by args.optim, or pass "
-                "optimizer_cls_and_kwargs=(torch.optim.SGD, {...}), from which each task makes its own."
+                "optimizers=(...) would be used for one task and without the method's rules: name it by args.optim, or "
+                "pass optimizer_cls_and_kwargs=(torch.optim.SGD, {...}), from which each task makes its own."
             )
         self.stream = stream
-        self.projection = Projection(projection)
-        kwargs.setdefault("compute_loss_func", self._task_loss)
+        self.method = FineTuning() if method is None else method
+        kwargs.setdefault("compute_loss_func", mean_over_step)
         kwargs.setdefault("compute_metrics", accuracy)
         kwargs.setdefault("eval_dataset", {"task_1": stream.test(0)})  # grows with the tasks
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
@@ -86,48 +96,59 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
                 "DeepSpeed and FSDP shard parameters, while queries and protected directions need them whole: use plain "
                 "data parallelism (accelerate launch --multi_gpu); prompts are too small to gain from sharding."
             )
-        if stream.scenario == "online":
-            if self.args.max_steps > 0:
-                raise ValueError(
-                    f"max_steps={self.args.max_steps} and scenario='online', one epoch, exclude each other."
-                )
+        learner = self.stream_model
+        learner.prepare_stream([list(task.classes) for task in stream.tasks], stream.id2label)
+        check_settings(self.args, stream, self.method, learner)
+        if SCENARIOS[stream.scenario].one_epoch:
             self.args.num_train_epochs = 1
-        self.tuner.prepare_stream([list(task.classes) for task in stream.tasks])
-        config = self.tuner.adapter_config
-        if config.id2label == {label: f"LABEL_{label}" for label in config.id2label}:  # the model was given no names
-            config.id2label = dict(stream.id2label)
-        check_projection(self.projection.config, self.tuner)
-        if self.args.compensate_drift and config.head != "statistics":
-            raise ValueError(
-                f"compensate_drift=True moves the class means of a statistics head, which head={config.head!r} lacks: set "
-                f"head='statistics' in the {type(config).__name__}, or leave it out."
-            )
         self.folder = RunFolder(self.args.output_dir)
-        self.results = StreamResults(
-            method=config.peft_type.lower(),
-            projection=self.projection.config.method,
-            head=config.head,
+        settings, projection = learner.settings(), self.method.projection
+        results = StreamResults(
+            method=learner.name if isinstance(self.method, ProjectedPrompts) else self.method.name,
+            projection="none" if projection is None else projection.config.method,
+            head=settings.get("head", "linear"),
             scenario=stream.scenario,
             num_tasks=stream.num_tasks,
             seed=self.args.seed,
             eval_mask=self.args.eval_mask,
-            batchwise_prompt=getattr(config, "batchwise_prompt", False),
+            batchwise_prompt=settings.get("batchwise_prompt", False),
             compensate_drift=self.args.compensate_drift,
         )
-        self.task: int | None = None  # in training, or trained last
-        self._interrupted = False  # whether that task was begun and is not finished
-        self._features: dict[int, np.ndarray] = {}  # of each task's test images when it ended
-        self._selected: dict[int, np.ndarray] = {}  # their pool entries; empty where nothing is selected
-        self._queries: dict[int, Tensor] = {}
-        self._scored: int | None = None  # task whose test images are being evaluated
+        self.progress = Progress(results)
+        self._context: TaskContext | None = None  # of the task in training
+        self._images: AugmentedImages | None = None  # and its images
+        self._handles: list[RemovableHandle] = []  # of hooks on the optimizer
+        self._test_queries: dict[int, Tensor | None] = {}
         self._recording = False
-        self.add_callback(FollowTraining(self))
+        self.add_callback(FollowTraining(learner, self._start_epoch))
         if self.args.push_to_hub:
             self.args.check_hub()  # set_push_to_hub() comes after the arguments' own checks
             self.add_callback(PushTasks())
         if not self.args.disable_tqdm:
             self.pop_callback(ProgressCallback)
-            self.add_callback(StreamProgress)
+            self.add_callback(StreamProgress())
+
+    @property
+    def stream_model(self) -> StreamModel:
+        """Return what learns: the prompt tuner inside the `PeftModel`."""
+        return stream_model(self._whole_model())
+
+    @property
+    def results(self) -> StreamResults:
+        """Return the `StreamResults` so far."""
+        return self.progress.results
+
+    @property
+    def task(self) -> int | None:
+        """Return the 0-based index of the task in training or trained last; None before the first."""
+        return self.progress.task
+
+    @task.setter
+    def task(self, task: int | None) -> None:
+        self.progress.task = task
+
+    def _whole_model(self) -> PeftModel:
+        return self.accelerator.unwrap_model(self.model)
 
     # ---- the stream ----------------------------------------------------------------------------------------------
 
@@ -167,233 +188,304 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
         Raises:
             ValueError: a task out of turn, or one that was begun and broke off.
         """
-        if self._interrupted:
-            raise ValueError(
-                f"this trainer has begun task {self.task + 1} and not finished it: continue by "
-                "train(resume_from_checkpoint=True), or make a new model and a new trainer."
+        self.progress.begin(t)
+        learner, context = self.stream_model, self._make_context(t)
+        with self.progress.timed("train"):
+            self._images = images = AugmentedImages(
+                self.stream.train(t), self.args.augmentation, self.args.crop_min_scale, self.args.seed, t
             )
-        if t != len(self.results.matrix):
-            raise ValueError(
-                f"t={t} is not the next task: {len(self.results.matrix)} of {self.stream.num_tasks} tasks are trained, "
-                f"so t={len(self.results.matrix)} comes next (counted from 0)."
-            )
-        self.task, self._interrupted = t, True
-        self.train_dataset = AugmentedImages(
-            self.stream.train(t), self.args.augmentation, self.args.crop_min_scale, self.args.seed, t
-        )
-        started = time.perf_counter()
-        self._cache_train_queries()
-        self._count("train", started)
-        started = time.perf_counter()
-        before = self._all_head_features(t) if self.args.compensate_drift and t > 0 else None
-        self._count("statistics", started)
+            self._passes().keep_training_queries(images, self._passes_over_images())
+            self.train_dataset = self.method.train_images(context, images)
+        with self.progress.timed("statistics"):
+            before = self._passes().head_features(t) if self.args.compensate_drift and t > 0 else None
         # a function of (seed, task) alone: paired runs and resumed runs see the same random numbers
         set_seed(_task_seed(self.args.seed, t))
         self.eval_dataset = self._test_sets(t)
         if self.args.reinit_optimizer:
             self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
-        self.tuner.begin_task(t)
-        self.projection.projector.anchor(self._prompt_parameters())
+        learner.begin_task(t)
+        self.method.begin_task(context)
         self._fire("on_task_begin", task=t)
-
-        started = time.perf_counter()
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self._count("train", started)
-        self.tuner.end_task(t)
-
-        started = time.perf_counter()
-        if self.tuner.statistics is not None:
-            self._gather_class_statistics(t, before)
-        if self.projection.active:
-            self._gather_statistics(t)
-        self._count("statistics", started)
-        self.results.rank[t:] = [self.projection.rank]
+        with self.progress.timed("train"):
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        learner.end_task(t)
+        with self.progress.timed("statistics"):
+            self._passes().learn_class_statistics(t, before)
+            self.method.end_task(context)
+        self.results.rank[t:] = [0 if self.method.projection is None else self.method.projection.rank]
         self.evaluate_stream()
         self._write_task(t)
-        self._interrupted = False
+        self.progress.interrupted = False
         self._fire("on_task_end", task=t, results=self.results.to_dict(), folder=self.folder.task(t))
         return output
 
-    def _cache_train_queries(self) -> None:
-        """Compute the queries of the task's training images once, where they would be computed more often."""
-        views = self.train_dataset.views()
-        passes = self.args.num_train_epochs + (self.projection.active or self.tuner.statistics is not None)
-        worth = 0 < len(views) < passes and self.args.max_steps <= 0
-        known = isinstance(self.data_collator, ImageCollator)  # another one might augment
-        if worth and known and self.args.cache_queries and self.tuner.query is not None:
-            self.train_dataset.queries = torch.stack([self._frozen_queries(view) for view in views])
+    def evaluate_stream(self) -> dict[str, Any]:
+        """Evaluate every task trained so far, and take the figures into `results`.
+
+        Class-incremental and online: a prediction may be any class seen so far, and no task id enters.
+        Task-incremental: a prediction is one of its own task's classes.
+
+        Returns:
+            The content of `results.json`.
+        """
+        if self.task is None:
+            raise ValueError("no task has been trained yet: call train() or train_task(0) first.")
+        learner = self.stream_model
+        pool_size = learner.pool_size if isinstance(learner, SelectsPrompts) else 0
+        with self.progress.timed("evaluation"):
+            measure(self.results, self.progress.references, self.task, self._record, pool_size)
+        self.log(summary_logs(self.results))
+        return self.results.to_dict()
+
+    def _make_context(self, t: int) -> TaskContext:
+        passes = self._passes()
+        several = self.args.world_size > 1
+        self._context = TaskContext(
+            task=t,
+            stream=self.stream,
+            model=self.stream_model,
+            seed=self.args.seed,
+            train_mask=self.args.train_mask,
+            views=lambda limit: self._passes().views_for_method(t, limit),
+            collectives=Collectives(passes.sum, self.accelerator.gather, broadcast) if several else Collectives(),
+        )
+        return self._context
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    @property
-    def tuner(self) -> Any:
-        """The prompt tuner inside the `PeftModel`."""
-        return self.accelerator.unwrap_model(self.model).base_model
-
-    def _prompt_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self.tuner.prompt_parameters().items())
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As a `Trainer`'s, with the rules of the model and of the method attached to it."""
         new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if new:
-            plain = getattr(optimizer, "optimizer", optimizer)
-            if self.task and self.args.later_prompt_learning_rate is not None:
-                self._separate_prompts(plain, self.args.later_prompt_learning_rate)
-            plain.register_step_post_hook(lambda *_: self.tuner.after_step())
-            if self.projection.active:
-                self.projection.projector.attach(plain, self._prompt_parameters)
+        plain, context, learner = getattr(optimizer, "optimizer", optimizer), self._context, self.stream_model
+        later = self.args.later_prompt_learning_rate
+        if new and self.task and later is not None and isinstance(learner, Protectable):
+            separate_learning_rate(plain, learner.prompt_parameters().values(), later)
+        for handle in self._handles:  # an optimizer that is kept has those of the task before
+            handle.remove()
+        self._handles = [plain.register_step_post_hook(lambda *_: learner.after_step())]
+        if context is not None:
+            self._handles += self.method.attach(context, plain)
         return optimizer
 
-    def _separate_prompts(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-        """Give the prompts and keys that tasks share a learning rate of their own."""
-        prompts = {id(parameter) for _, parameter in self._prompt_parameters()}
-        for group in list(optimizer.param_groups):
-            own = [parameter for parameter in group["params"] if id(parameter) in prompts]
-            if own:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in prompts]
-                optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
-
-    def _task_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Cross-entropy over the task's classes minus the pull term, averaged over the whole step's images."""
-        classes = (
-            self.stream.seen_classes(self.task)
-            if self.args.train_mask == "seen"
-            else self.stream.tasks[self.task].classes
-        )
-        index = torch.tensor(list(classes), device=labels.device)
-        position = labels.new_full((self.stream.num_classes,), -100)
-        position[index] = torch.arange(len(index), device=labels.device)
-        losses = F.cross_entropy(
-            self.tuner.class_logits(outputs).float()[:, index],
-            position[labels],
-            reduction="none",
-            label_smoothing=self.args.label_smoothing_factor,
-        )
-        pull = getattr(outputs, "prompt_similarity", None)
-        if pull is not None:
-            losses = losses - self.tuner.adapter_config.pull_constraint_coeff * pull
-        losses = losses + self.projection.penalty(self.tuner)
-        return losses.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(
-            model, {k: v for k, v in inputs.items() if k not in ("task", "index")}, *args, **kwargs
-        )
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the method's losses, one for each image, averaged over the whole step's images."""
+        batch = Batch.split(inputs)
+        if self.compute_loss_func is not mean_over_step:  # the user's own
+            inputs = {**batch.inputs, "labels": batch.labels}
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._context is None:
+            raise ValueError("no task has begun: train by train() or train_task(t).")
+        output = model(**batch.inputs)
+        losses = image_losses(self.method, self._context, batch, output, self.args.label_smoothing_factor)
+        loss = mean_over_step(losses, batch.labels, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, losses summed
+        return (loss, output) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As a `Trainer`'s; stops at a loss that is not finite.
+
+        Raises:
+            FloatingPointError: such a loss.
+        """
         self.results.images_trained += len(inputs["pixel_values"]) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            kept = (
-                f"task {self.task} is kept in {self.folder.task(self.task - 1)}"
-                if self.task
-                else "no task was finished"
-            )
+            t = self.task or 0
+            kept = f"task {t} is kept in {self.folder.task(t - 1)}" if t else "no task was finished"
             raise FloatingPointError(
-                f"the loss became {loss.item()} in task {self.task + 1} at step {self.state.global_step + 1} of "
+                f"the loss became {loss.item()} in task {t + 1} at step {self.state.global_step + 1} of "
                 f"{self.state.max_steps} (learning rate {self._get_learning_rate():g}); {kept}. "
                 "Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16."
             )
         return loss
 
-    # ---- statistics ----------------------------------------------------------------------------------------------
+    def _start_epoch(self, epoch: int) -> None:
+        if self._images is not None:
+            self._images.set_epoch(epoch)
 
-    def _training_views(
-        self, t: int, batch_size: int, limit: int | None = None
-    ) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        """Batches of the task's training images, unaugmented, and each image's position within the task.
+    def _passes(self) -> Passes:
+        return Passes(
+            args=self.args,
+            accelerator=self.accelerator,
+            stream=self.stream,
+            model=self.model,
+            learner=self.stream_model,
+            images=self._images,
+            collate=self.data_collator,
+            prepare=self._prepare_inputs,
+            test_loader=self.get_test_dataloader,
+        )
 
-        `limit` images at most; each process gets its share.
+    def _passes_over_images(self) -> float:
+        """Return how often a task's training images are gone over: by training, and by statistics of some kind."""
+        learner, projection = self.stream_model, self.method.projection
+        statistics = isinstance(learner, KeepsClassStatistics) and learner.statistics is not None
+        return self.args.num_train_epochs + (statistics or (projection is not None and projection.active))
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Tensor | None]:
+        """Return loss, logits and labels of one evaluation batch; classes that may not win are masked.
+
+        While a stream is evaluated, the logits come with what `Recorded` has besides.
         """
-        images, queries = self.stream.train(t), self.train_dataset.queries
-        if queries is not None:
-            images = CachedQueries(images, queries[0])
-        indices = np.arange(len(images))
-        if limit is not None and limit < len(images):
-            indices = np.sort(np.random.default_rng([self.args.seed, t]).permutation(indices)[:limit])
-        share = indices[self.args.process_index :: self.args.world_size]
-        if len(indices) < self.args.world_size:
+        inputs, learner = self._prepare_inputs(inputs), self.stream_model
+        labels, tasks, _ = (inputs.pop(name, None) for name in ("labels", "task", "index"))
+        with torch.no_grad(), head_inputs(learner) as features:
+            output = model(**inputs)
+        allowed = allowed_classes(self.stream, self.task, self.args.eval_mask, tasks)
+        found = score(learner, self.method, output, features[0], allowed, self.accelerator.autocast)
+        loss = None if labels is None else F.cross_entropy(found["logits"], labels)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, found if self._recording else found["logits"], labels
+
+    def _record(self, j: int) -> Recorded:
+        """Predict the test images of the 0-based task j."""
+        images: Dataset = self.stream.test(j)
+        if j not in self._test_queries:
+            self._test_queries[j] = self._passes().queries(images)
+        if (queries := self._test_queries[j]) is not None:
+            images = CachedQueries(images, queries)
+        compute_metrics, self.compute_metrics, self._recording = self.compute_metrics, None, True
+        try:
+            output = self.predict(images, metric_key_prefix=f"eval_task_{j + 1}")
+        finally:
+            self.compute_metrics, self._recording = compute_metrics, False
+        return Recorded(labels=np.asarray(output.label_ids), **output.predictions)
+
+    def _test_sets(self, t: int) -> dict[str, Dataset]:
+        return {f"task_{j + 1}": self.stream.test(j) for j in range(t + 1)}
+
+    # ---- starting and resuming -----------------------------------------------------------------------------------
+
+    def _start(self, resume: str | bool | None) -> tuple[int, str | None]:
+        """Begin a new run, or take over an earlier one; return the first task, and the checkpoint to enter it by."""
+        checkpoint, first = None, 0
+        if resume:
+            first, checkpoint = Resumer(
+                args=self.args,
+                stream=self.stream,
+                model=self._whole_model(),
+                learner=self.stream_model,
+                method=self.method,
+                progress=self.progress,
+                folder=self.folder,
+                predict=self._record,
+            ).resume(resume)
+            if first:
+                self.eval_dataset = self._test_sets(first - 1)
+            else:
+                self.optimizer = self.lr_scheduler = None
+        else:
+            self.progress.check_new()
+            if self.is_world_process_zero():
+                if self.args.overwrite_output_dir:
+                    self.folder.clear()
+                else:
+                    self.folder.check_unused()
+        self.accelerator.wait_for_everyone()
+        return first, None if checkpoint is None else str(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if (state := read_method(Path(resume_from_checkpoint))) is not None:
+            self.method.load_state(state)
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.folder.checkpoints(self.task)) if self.task is not None else super()._get_output_dir(trial)
+
+    @cached_property
+    def _digest(self) -> dict[str, str]:
+        return self.stream_model.digest()
+
+    def _write_task(self, t: int) -> None:
+        if self.is_world_process_zero():
+            self._write_reference(t)
+            self.folder.publish(t, self._write_files)
+            shutil.rmtree(self.folder.checkpoints(t).parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _write_reference(self, t: int) -> None:
+        write_tensors(self.folder.features(t), self.progress.references.tensors(t))
+
+    def _write_files(self, folder: Path) -> None:
+        write_task(
+            folder,
+            model=self._whole_model(),
+            method=self.method,
+            processor=self.processing_class,
+            results=self.results.to_dict(),
+            manifest=self.stream.manifest(),
+            digest=self._digest,
+        )
+
+    # A `Trainer` would upload checkpoints, optimizer state and whatever else lies in `output_dir`; these replace it.
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Take the repository's id. It is made by the first upload: a Hub out of reach must not stop a training."""
+        self.hub_model_id = self.args.hub_repo().repo_id
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Leave checkpoints where they are: `PushTasks` uploads finished tasks."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As a `Trainer`'s, with what the method remembers beside the model; nothing is uploaded."""
+        super().save_model(output_dir, _internal_call=True)
+        if output_dir is not None and self.args.should_save:
+            write_method(Path(output_dir), self.method)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> hub.Pushed | None:
+        """Upload the finished tasks that are not on the Hub yet, each as a commit on `main` and a tag; see `hub.push`.
+
+        Args:
+            token, private: instead of those in `args`.
+            commit_message, kwargs: not used: each task has its own message and card.
+
+        Returns:
+            What was uploaded; None on other processes than the main one.
+
+        Raises:
+            ValueError: no task is finished, `blocking=False`, another revision than main.
+            hub.PushError: tasks that could not be uploaded, with the command that finishes it.
+        """
+        if not blocking or revision not in (None, "main"):
             raise ValueError(
-                f"{len(indices)} images for the statistics of task {t + 1} are too few for {self.args.world_size} "
-                "processes: use fewer processes, or raise max_images."
+                f"blocking={blocking}, revision={revision!r}: tasks go to main and to tags, and in the background by "
+                "push_to_hub=True in the training arguments; leave both out."
             )
-        loader = DataLoader(
-            Subset(images, share.tolist()),
-            batch_size=batch_size,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            generator=torch.Generator(),  # the loader draws a seed, which must not come from the training's numbers
-        )
-        self.model.eval()
-        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        for i, batch in enumerate(tqdm(loader, desc="statistics", leave=False, disable=hidden)):
-            batch = {k: v for k, v in batch.items() if k not in ("task", "index")}
-            yield self._prepare_inputs(batch), share[i * batch_size : (i + 1) * batch_size].tolist()
-
-    @torch.no_grad()
-    def _gather_statistics(self, t: int) -> None:
-        """Show the task's training images to the projection."""
-        several = self.args.world_size > 1
-        self.projection.update_bases(
-            self.tuner,
-            self._projection_inputs(t),
-            task=t,
-            seed=self.args.seed,
-            classes=self.stream.seen_classes(t),
-            reduce=(lambda tensor: self.accelerator.reduce(tensor, "sum")) if several else None,
-            gather=self.accelerator.gather if several else None,
-            broadcast=broadcast if several else None,
-        )
-
-    def _projection_inputs(self, t: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        # a batch that fits training also fits the backward passes that a projection may need
-        for inputs, images in self._training_views(t, self.args.train_batch_size, self.projection.config.max_images):
-            inputs.pop("labels")
-            if "prompt_query" not in inputs and self.tuner.query is not None:
-                with self.accelerator.autocast():  # as training and evaluation see it; the rest is in full precision
-                    inputs["prompt_query"] = self.tuner.query(inputs["pixel_values"])
-            yield inputs, images
-
-    @torch.no_grad()
-    def _head_features(self, t: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the head reads of this process's share of the task's training images, and their labels, by batches."""
-        for inputs, _ in self._training_views(t, self.args.eval_batch_size):
-            labels = inputs.pop("labels")
-            with self._head_inputs() as features, self.accelerator.autocast():
-                self.model(**inputs)
-            yield features[0].float().cpu(), labels
-
-    def _all_head_features(self, t: int) -> Tensor:
-        return torch.cat([features for features, _ in self._head_features(t)])
-
-    @torch.no_grad()
-    def _gather_class_statistics(self, t: int, before: Tensor | None = None) -> None:
-        """Show the task's training images to the statistics head, as the prompts now render them.
-
-        `before`: how they were rendered when the task began, for drift compensation.
-        """
-        several = self.args.world_size > 1
-        total = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if several else None
-        statistics, after = self.tuner.statistics.fresh(), []
-        for features, labels in self._head_features(t):
-            statistics.update(features, labels)
-            if before is not None:
-                after.append(features)
-        if before is not None:
-            restricted = self.tuner.as_before_task(t)
-            with restricted or nullcontext():
-                seen = torch.cat(after) if restricted is None else self._all_head_features(t)
-            self.tuner.statistics.compensate_drift(before, seen, total)
-        if several:
-            statistics.reduce(total)
-        self.tuner.learn_statistics(statistics)
+        if not self.is_world_process_zero():
+            return None
+        repo = self.args.hub_repo()
+        token, private = token or repo.token, repo.private if private is None else private
+        return hub.push(self.folder.root, repo.repo_id, token=token, private=private, base_model=repo.base_model)
 
     # ---- small ---------------------------------------------------------------------------------------------------
-
-    def _count(self, activity: str, started: float) -> None:
-        self.results.seconds[activity] += time.perf_counter() - started
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         for callback in self.callback_handler.callbacks:
@@ -405,39 +497,3 @@ class PGPTrainer(StreamEvaluation, RunFiles, Trainer):
 
 def _task_seed(seed: int, t: int) -> int:
     return int(np.random.SeedSequence([seed, t]).generate_state(1)[0])
-
-
-def check_projection(projection: ProjectionConfig, tuner: Any) -> None:
-    """Raise ValueError when a projection asks for something that the adapter lacks."""
-    config = tuner.adapter_config
-    if projection.reads_statistics and config.head != "statistics":
-        raise ValueError(
-            f"probe_space='statistics' needs head='statistics' in the {type(config).__name__}, not {config.head!r}."
-        )
-    if projection.ln_penalty and not tuner.token_offsets():
-        raise ValueError(
-            f"ln_penalty={projection.ln_penalty} is for prompts that enter the network as tokens, and this "
-            f"{type(config).__name__} has none: leave it at 0."
-        )
-
-
-def _check_model(model: Any, stream: TaskStream) -> None:
-    if not isinstance(model, PeftModel) or not hasattr(model.base_model, "prompt_parameters"):
-        raise TypeError(
-            f"model is a {type(model).__name__} without a prompt adapter: wrap it by "
-            "peft.get_peft_model(model, pgp_hf.L2PConfig(...))."
-        )
-    config = model.base_model.adapter_config
-    if config.id2label is None:
-        raise TypeError(
-            f"{type(model.get_base_model()).__name__} has no classifier: use a model with a head, for example "
-            "AutoModelForImageClassification (a CLIPModel takes its class names from ClipPromptConfig.for_classes)."
-        )
-    if not isinstance(stream, TaskStream):
-        raise TypeError(f"stream is a {type(stream).__name__}: pass a pgp_hf.TaskStream.")
-    classes = len(config.id2label)
-    if classes != stream.num_classes:
-        raise ValueError(
-            f"the model's head has {classes} outputs, the stream {stream.num_classes} classes: load the backbone with "
-            f"num_labels={stream.num_classes} (and ignore_mismatched_sizes=True if it had a head)."
-        )

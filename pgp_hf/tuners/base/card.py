@@ -11,23 +11,25 @@ class AdapterCard(NamedTuple):
 
     Attributes:
         parts: what was added to the backbone, such as "10 prompts of 5 tokens".
+        prompts: whether that is prompts.
+        selects: whether keys select prompts for each input; False where all inputs get the same, None if not known.
         features: what the head reads.
         head: what classifies when no statistics head does.
-        trained_head: what was trained along with the prompts in order to classify.
+        trained_head: what was trained in order to classify.
         linear_head: whether that is a linear layer, which all tasks share and no projection holds.
         finished: a sentence about what never moves once its task is over; empty where all of it keeps learning.
-        per_image: whether each image alone decides which prompts it gets.
         base_class: the class of transformers that loads the backbone.
         scores: the attribute of the model's output that holds a score for each class.
     """
 
     parts: str
+    prompts: bool = True
+    selects: bool | None = None
     features: str = "the features that the trained head reads"
     head: str = "trained with the adapter"
     trained_head: str = "the trained head"
     linear_head: bool = False
     finished: str = ""
-    per_image: bool = False
     base_class: str = "AutoModelForImageClassification"
     scores: str = "logits"
 

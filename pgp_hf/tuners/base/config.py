@@ -17,10 +17,12 @@ from .registration import extend_peft_type
 class PromptConfig(PeftConfig):
     """Base of the adapters' configurations.
 
-    `method_name` is the PEFT type; `command_line` names the fields that are options of the adapter's example.
+    `method_name` is the PEFT type; `base_class` names the class of transformers that loads the backbone;
+    `command_line` names the fields that are options of the adapter's example.
     """
 
     method_name: ClassVar[str]
+    base_class: ClassVar[str] = "AutoModelForImageClassification"
     command_line: ClassVar[tuple[str, ...]] = ()
 
     pull_constraint_coeff: float = field(

@@ -1,40 +1,49 @@
-"""Prompt tokens in front of an attention: which rows their movement must be orthogonal to for it to stay."""
+"""The rows that prompt tokens must not move along for the first attention to stay as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor, nn
 
 
+class SelfAttention(Protocol):
+    """The part of an attention module that forms its logits; the attentions of ViT and CLIP have it."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    head_dim: int
+
+
 def consistency_rows(
-    tokens: Tensor, norms: Sequence[nn.LayerNorm], attention: Any, inserted: int
+    tokens: Tensor, norms: Sequence[nn.LayerNorm], attention: SelfAttention, inserted: int
 ) -> tuple[Tensor, Tensor]:
-    """The two conditions under which an attention that prompt tokens enter stays (Lu et al., NeurIPS 2024).
+    """Return the rows for the two conditions under which an attention stays consistent (Lu et al., NeurIPS 2024).
 
     Token l of the prompt, p_l, reaches the attention as `z_l = a (p_l - mu_l) / s_l + b`, with the weight a and the
-    bias b of the LayerNorm and the token's own mean and deviation. As long as mu and s stay, `dz_l = a dp_l / s_l`, and
-    for the query q_h of any token in head h, the attention weights S_h over the prompt tokens, W_k,h and W_v:
+    bias b of the LayerNorm and the token's own mean and standard deviation. As long as mu and s stay the same,
+    `dz_l = a dp_l / s_l`. For the query q_h of any token in head h, the attention weights S_h over the prompt tokens,
+    W_k,h and W_v this gives:
 
         logits:    q_h W_k,h dz_l^T = 0       if dp_l is orthogonal to the row  a * (q_h W_k,h)
         output:    S_h dz W_v = 0             if every column of dp is orthogonal to the row  S_h / s
 
-    The paper writes the second as `S_h dp = 0`, which is the same where all tokens have the same deviation. Several
-    norms in a row are taken as one, with the product of their weights and of the deviations; what holds mu and s of
-    the second is that those of the first and the directions above stay, which is not enforced. Neither condition covers
-    the queries that the prompt tokens themselves send, the residual stream, or later layers.
+    The paper writes the second as `S_h dp = 0`, which is the same where all tokens have the same standard deviation.
+    Several norms in a row are treated as one, with the product of their weights and of the standard deviations. This
+    assumes that mu and s of the second norm stay the same too, which is not enforced. Neither condition covers the
+    queries of the prompt tokens themselves, the residual stream, or later layers.
 
     Args:
-        tokens: as they enter the network, `(B, T, d)`, the prompt at 1 .. `inserted`.
+        tokens: as they enter the network, `(B, T, d)`, with the prompt at 1 .. `inserted`.
         norms: the LayerNorms between the tokens and the attention.
-        attention: the first attention, with `q_proj`, `k_proj` and `head_dim`.
+        attention: the first attention.
         inserted: number of prompt tokens P.
 
     Returns:
         Rows along the width, `(B, H, T, d)`, and over the prompt tokens, `(B, H, T, P)`.
     """
-    hidden, scale, deviation = tokens, 1.0, 1.0
+    hidden, scale, deviation = tokens, tokens.new_ones(()), tokens.new_ones(())
     for norm in norms:
         deviation = deviation * (hidden.float().var(-1, correction=0) + norm.eps).sqrt()
         scale, hidden = scale * norm.weight, norm(hidden)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,13 @@ class TaskEntryTuner(PromptTuner):
         """Initial values of new entries."""
         return uniform(*shape)
 
-    def prepare_stream(self, tasks: list[list[int]]) -> None:
+    def prepare_stream(self, tasks: list[list[int]], names: Mapping[int, str]) -> None:
         """Check that every task has an entry, or make room.
 
         Raises:
             ValueError: more tasks than entries, without `grow_pool`.
         """
+        super().prepare_stream(tasks, names)
         config = self.adapter_config
         if len(tasks) <= config.pool_size:
             return

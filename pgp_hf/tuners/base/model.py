@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,19 +13,18 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ...heads.statistics import ClassStatistics
+from ...projection.protocol import PerSample, Traced, flat
+from ...runs.digest import backbone_key, backbone_sha256
 from .layer import PromptLayer
-from .tracing import PerSample, Traced, flat
 
 
 class PromptTuner(BaseTuner):
     """A PEFT tuner with prompts in wrapped modules of a frozen backbone; a method fills in the abstract parts.
 
-    A trainer meets methods through the part on streams, and through `class_logits`, `watch_features`, `query` (None
-    where nothing is selected), `selected_prompts` and the part on heads.
+    To a trainer it is a `pgp_hf.models.StreamModel`, a `KeepsClassStatistics` and `Protectable`.
     """
 
     tuner_layer_cls = PromptLayer
-    query: Callable[..., Tensor] | None = None
     target_module_mapping: dict[str, list[str]] = {}
     _in_task = False
 
@@ -65,8 +64,51 @@ class PromptTuner(BaseTuner):
         """Turns the gradient of each image's copy of a parameter into rows; all of it is one row by default."""
         return flat
 
-    def prepare_stream(self, tasks: list[list[int]]) -> None:
-        """Called once before a stream; `tasks` has the classes of each task."""
+    # ---- a stream ------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The method's PEFT type in lower case, such as "l2p"."""
+        return self.adapter_config.peft_type.lower()
+
+    @property
+    def class_names(self) -> dict[int, str] | None:
+        """Name of each class; None without a classifier."""
+        return self.adapter_config.id2label
+
+    def settings(self) -> dict[str, Any]:
+        """Return the adapter's own settings, which must agree for a run to be continued."""
+        return self.adapter_config.settings()
+
+    def digest(self) -> dict[str, str]:
+        """Return the SHA-256 of the frozen backbone by its key in `results.json`; nothing for sharded weights."""
+        found = backbone_sha256(self.model, self.adapter_config.modules_to_save)
+        return {} if found is None else {backbone_key(self.model): found}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that learn, by their names in `adapter_model.safetensors`."""
+        adapter = self.adapter
+        return {
+            f"base_model.{name}".replace(f".modules_to_save.{adapter}", "").removesuffix(f".{adapter}"): parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def auxiliary_loss(self, output: ModelOutput) -> Tensor | None:
+        """Return each image's pull term with its weight, `(B,)`; None where no keys are selected."""
+        similarity = getattr(output, "prompt_similarity", None)
+        return None if similarity is None else -self.adapter_config.pull_constraint_coeff * similarity
+
+    def prepare_stream(self, tasks: list[list[int]], names: Mapping[int, str]) -> None:
+        """Take the classes' names from a stream, unless the model had names for them.
+
+        Args:
+            tasks: label ids of each task.
+            names: by label id.
+        """
+        config = self.adapter_config
+        if config.id2label == {label: f"LABEL_{label}" for label in config.id2label or ()}:
+            config.id2label = dict(names)
 
     def begin_task(self, task: int) -> None:
         """Called before the 0-based task trains; the linear head classifies from now on."""

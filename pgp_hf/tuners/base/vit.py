@@ -99,6 +99,11 @@ class ViTPromptTuner(PromptTuner):
             for module in training:
                 module.training = True
 
+    @property
+    def pool_size(self) -> int:
+        """Number of pool entries that images select from."""
+        return self.adapter_config.pool_size
+
     def frozen_features(self, pixel_values: Tensor) -> Tensor:
         return self.query(pixel_values)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -128,8 +128,8 @@ class ClipPromptModel(TaskEntryTuner):
     def _fresh(self, *shape: int) -> Tensor:
         return 0.02 * torch.randn(*shape)
 
-    def prepare_stream(self, tasks: list[list[int]]) -> None:
-        super().prepare_stream(tasks)
+    def prepare_stream(self, tasks: list[list[int]], names: Mapping[int, str]) -> None:
+        super().prepare_stream(tasks, names)
         self._tasks = tasks
 
     def begin_task(self, task: int) -> None:

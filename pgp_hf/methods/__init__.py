@@ -1,0 +1,25 @@
+"""Every way of learning a stream, one file each; by name from `create`.
+
+    StreamTrainer(model, args, stream, method=pgp_hf.methods.create("fine_tuning"), processing_class=processor)
+
+A method of your own is a subclass of `ContinualMethod`, registered by `register`.
+"""
+
+from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, TaskContext
+from .fine_tuning import FineTuning
+from .projected_prompts import ProjectedPrompts
+from .registry import METHODS, create, register
+
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Collectives",
+    "ContinualMethod",
+    "FineTuning",
+    "MethodCard",
+    "MethodState",
+    "ProjectedPrompts",
+    "TaskContext",
+    "create",
+    "register",
+]

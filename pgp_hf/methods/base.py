@@ -1,0 +1,231 @@
+"""What every way of learning a stream is: fine-tuning, until a method overrides what it does otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+from torch.utils.hooks import RemovableHandle
+from transformers.utils import ModelOutput
+
+from ..data.scenarios import SCENARIOS
+from ..data.stream import TaskStream
+from ..models import StreamModel
+from ..projection import Projection
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Item = dict[str, object]  # of a dataset: "image", "label", "task", "index"
+Collective = Callable[[Tensor], Tensor]
+
+
+class Batch(NamedTuple):
+    """The images of one training step, as a method may know them.
+
+    Attributes:
+        inputs: what the model is given, `pixel_values` among it.
+        labels: `(B,)`.
+        tasks: 0-based task of each image, `(B,)`; None where a collator of the user's own does not tell.
+        indices: position of each image within its task, `(B,)`; None likewise.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    tasks: Tensor | None
+    indices: Tensor | None
+
+    @classmethod
+    def split(cls, inputs: dict[str, Tensor]) -> Batch:
+        """Take apart what a collator has put together."""
+        rest = dict(inputs)
+        labels, tasks, indices = rest.pop("labels"), rest.pop("task", None), rest.pop("index", None)
+        return cls(rest, labels, tasks, indices)
+
+
+class Collectives(NamedTuple):
+    """What the processes of a data-parallel run do together; each is None in a single process.
+
+    Attributes:
+        reduce: the sum of a tensor over the processes.
+        gather: tensors of one shape, concatenated along dimension 0 in the order of the processes.
+        broadcast: the main process's tensor.
+    """
+
+    reduce: Collective | None = None
+    gather: Collective | None = None
+    broadcast: Collective | None = None
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """The task that a method is called for.
+
+    Attributes:
+        task: 0-based.
+        stream: all tasks.
+        model: what learns.
+        seed: of the run.
+        train_mask: "task" or "seen": classes in the loss unless the method says otherwise.
+        views: the task's training images without augmentation, this process's share of them, in batches: the batch, and
+            the images' positions within the task. Called with the largest number of images to take, None for all. The
+            model is in eval mode, and no random number is consumed.
+        collectives: see [`Collectives`].
+    """
+
+    task: int
+    stream: TaskStream
+    model: StreamModel
+    seed: int
+    train_mask: str
+    views: Callable[[int | None], Iterator[tuple[Batch, list[int]]]]
+    collectives: Collectives = field(default_factory=Collectives)
+
+
+class MethodState(NamedTuple):
+    """What a method remembers from task to task, in a form that files can hold.
+
+    Attributes:
+        tensors: by name; in `method.safetensors`.
+        values: ready for JSON; in `method.json`.
+    """
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MethodCard:
+    """What a model card says of a method.
+
+    Args:
+        title: its name, such as "Elastic weight consolidation (EWC)".
+        sentence: what it does, in one sentence.
+        limits: what it does not promise, a sentence each.
+        citation: of its paper; None for none.
+    """
+
+    title: str
+    sentence: str
+    limits: tuple[str, ...] = ()
+    citation: str | None = None
+
+
+@dataclass
+class NoSettings:
+    """The configuration of a method without any setting."""
+
+
+class ContinualMethod:
+    """A way of learning a stream, the same for every `StreamModel` and every trainer.
+
+    Each part does by default what fine-tuning does. A method overrides what differs and is registered by
+    `pgp_hf.methods.register`; its trainer calls the parts in this order:
+
+        check                   once, when the trainer is made
+        train_images            before a task: which images it trains on
+        begin_task, attach      before its first step
+        classes, loss           at each step
+        end_task                after its last step: statistics, bases, Fisher information
+        adjust_logits           in every evaluation
+        state, load_state       when a task's files are written, and when a run is resumed
+
+    Args:
+        config: an instance of `config_class`; its defaults when not given.
+
+    Attributes:
+        name: by which it is registered, recorded and chosen.
+        config_class: a dataclass, the fields of which are the method's settings.
+        scenarios: those in which the method is defined.
+        projection: bases that the method keeps and applies; None for a method without. They are written to
+            `projection.safetensors` and `projection.json`.
+
+    Raises:
+        TypeError: `config` is not an instance of `config_class`.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[DataclassInstance]] = NoSettings
+    scenarios: ClassVar[frozenset[str]] = frozenset(SCENARIOS)
+    projection: Projection | None = None
+
+    def __init__(self, config: DataclassInstance | None = None) -> None:
+        if config is not None and not isinstance(config, self.config_class):
+            raise TypeError(
+                f"config is a {type(config).__name__}: {type(self).__name__} takes a {self.config_class.__name__}."
+            )
+        self.config = self.config_class() if config is None else config
+
+    # ---- what it is ----------------------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as JSON has them; a run is continued only with the same."""
+        return asdict(self.config)
+
+    def describe(self) -> MethodCard:
+        """Return what the model card says of the method."""
+        return MethodCard(self.name.replace("_", " ").capitalize(), "")
+
+    def check(self, model: StreamModel) -> None:
+        """Raise TypeError or ValueError, with the fix, when the method cannot be had on this model."""
+
+    # ---- a task --------------------------------------------------------------------------------------------------
+
+    def train_images(self, context: TaskContext, images: Dataset[Item]) -> Dataset[Item]:
+        """Return the task's training images, with those of older tasks for a method that keeps some."""
+        return images
+
+    def begin_task(self, context: TaskContext) -> None:
+        """Prepare for a task; the model is as the task before has left it."""
+
+    def attach(self, context: TaskContext, optimizer: Optimizer) -> Iterable[RemovableHandle]:
+        """Add the method's rules for gradients and updates to the task's optimizer; return their handles."""
+        return ()
+
+    def classes(self, context: TaskContext) -> Sequence[int]:
+        """Return the label ids that take part in the loss; an image of another class is an error."""
+        if context.train_mask == "seen":
+            return context.stream.seen_classes(context.task)
+        return context.stream.tasks[context.task].classes
+
+    def loss(self, context: TaskContext, batch: Batch, output: ModelOutput, losses: Tensor) -> Tensor:
+        """Return each image's loss, `(B,)`.
+
+        Never reduced: the trainer divides the sum by the images of the whole step, so that neither accumulation nor the
+        number of processes changes a result. A penalty that does not depend on the image is added to each image's loss.
+
+        Args:
+            batch: the images.
+            output: what the model made of them.
+            losses: cross-entropy over `classes`, with the model's auxiliary loss, `(B,)`.
+        """
+        return losses
+
+    def end_task(self, context: TaskContext) -> None:
+        """Take from the trained task what later tasks need of it."""
+
+    def adjust_logits(self, logits: Tensor, features: Tensor) -> Tensor:
+        """Return the scores `(B, C)` that count, given the model's own and what its head has read, `(B, d)`."""
+        return logits
+
+    # ---- what lasts ----------------------------------------------------------------------------------------------
+
+    def state(self) -> MethodState:
+        """Return what the method remembers; a projection's bases are kept without being named here."""
+        return MethodState({}, {})
+
+    def load_state(self, state: MethodState) -> None:
+        """Take over what `state` returned.
+
+        Raises:
+            ValueError: a state that is not this method's.
+        """
+        if state.tensors or state.values:
+            found = ", ".join(sorted([*state.tensors, *state.values]))
+            raise ValueError(
+                f"method {self.name!r} remembers nothing, but its files hold {found}: they are another's."
+            )

@@ -1,0 +1,119 @@
+"""Prompts whose updates are projected onto the null space of what older tasks showed them: PGP and its relatives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from transformers.utils import ModelOutput
+
+from ..models import Protectable, StreamModel
+from ..projection import Projection, ProjectionConfig
+from .base import Batch, ContinualMethod, MethodCard, TaskContext
+from .registry import register
+
+
+@register
+class ProjectedPrompts(ContinualMethod):
+    """Prompt gradient projection (Qiao et al., ICLR 2024), or another condition of `pgp_hf.projection`.
+
+    Works on a model that is `Protectable`, as the prompt tuners are; with `method="none"` on any.
+
+    Args:
+        config: what is protected and how.
+
+    Attributes:
+        projection: the `Projection` with its bases.
+    """
+
+    name = "projected_prompts"
+    config_class = ProjectionConfig
+    config: ProjectionConfig
+    projection: Projection
+
+    def __init__(self, config: ProjectionConfig | None = None) -> None:
+        super().__init__(config)
+        self.projection = Projection(self.config)
+
+    def describe(self) -> MethodCard:
+        return MethodCard(
+            title="Prompt gradient projection",
+            sentence="updates of the prompts that tasks share were projected as the projection's files say",
+            citation="Qiao et al., Prompt Gradient Projection for Continual Learning, ICLR 2024",
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    def check(self, model: StreamModel) -> None:
+        check_projection(self.config, model)
+        if self.projection.active and not _protectable(model).prompt_parameters():
+            warnings.warn(
+                f"projection method {self.config.method!r} has nothing to protect: this {model.name} adapter has no prompt "
+                "that tasks share. No update will be projected; give it shared prompts, or choose method='none'.",
+                stacklevel=2,
+            )
+
+    def begin_task(self, context: TaskContext) -> None:
+        if self.projection.active:
+            self.projection.projector.anchor(self._parameters(context.model))
+
+    def attach(self, context: TaskContext, optimizer: Optimizer) -> Iterable[RemovableHandle]:
+        if not self.projection.active:
+            return ()
+        return self.projection.projector.attach(optimizer, lambda: self._parameters(context.model))
+
+    def loss(self, context: TaskContext, batch: Batch, output: ModelOutput, losses: Tensor) -> Tensor:
+        if not self.config.ln_penalty:
+            return losses
+        return losses + self.projection.penalty(_protectable(context.model))
+
+    def end_task(self, context: TaskContext) -> None:
+        """Show the task's training images to the projection, whose bases grow."""
+        if not self.projection.active:
+            return
+        self.projection.update_bases(
+            _protectable(context.model),
+            self._inputs(context),
+            task=context.task,
+            seed=context.seed,
+            classes=context.stream.seen_classes(context.task),
+            **context.collectives._asdict(),
+        )
+
+    def _inputs(self, context: TaskContext) -> Iterator[tuple[dict[str, Tensor], list[int]]]:
+        for batch, positions in context.views(self.config.max_images):
+            yield batch.inputs, positions
+
+    def _parameters(self, model: StreamModel) -> list[tuple[str, nn.Parameter]]:
+        return list(_protectable(model).prompt_parameters().items())
+
+
+def _protectable(model: StreamModel) -> Protectable:
+    if not isinstance(model, Protectable):
+        raise TypeError(
+            f"a {type(model).__name__} has no prompts that a projection could protect: use a prompt adapter "
+            "(pgp_hf.L2PConfig, ...), or method='none'."
+        )
+    return model
+
+
+def check_projection(config: ProjectionConfig, model: StreamModel) -> None:
+    """Raise ValueError when a projection needs something that the adapter lacks, TypeError without an adapter."""
+    if config.method == "none":
+        return
+    tuner, head = _protectable(model), model.settings().get("head")
+    if config.reads_statistics and head != "statistics":
+        raise ValueError(
+            f"probe_space='statistics' needs an adapter with head='statistics', not {head!r}: set it in the adapter's "
+            "configuration, or choose another probe_space."
+        )
+    if config.ln_penalty and not tuner.token_offsets():
+        raise ValueError(
+            f"ln_penalty={config.ln_penalty} is for prompts that enter the network as tokens, and this {model.name} "
+            "adapter has none: leave it at 0."
+        )

@@ -1,0 +1,60 @@
+"""The loss of a step: per image until the very end, so that accumulation and the number of processes change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+
+from ..methods import Batch, ContinualMethod, TaskContext
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, classes: Sequence[int], smoothing: float = 0.0) -> Tensor:
+    """Return each image's cross-entropy over some of the classes, `(B,)`.
+
+    Args:
+        logits: `(B, C)`.
+        labels: `(B,)`, all of them among `classes`.
+        classes: label ids that take part.
+        smoothing: label smoothing, in [0, 1].
+
+    Raises:
+        ValueError: a label outside `classes`, whose image would count for nothing.
+    """
+    index = torch.tensor(list(classes), device=labels.device)
+    position = labels.new_full((logits.shape[1],), -100)
+    position[index] = torch.arange(len(index), device=labels.device)
+    targets = position[labels]
+    outside = targets < 0
+    if outside.any():
+        raise ValueError(
+            f"{int(outside.sum())} of {len(labels)} images of this batch have labels outside the classes of the loss: "
+            f"{sorted(set(labels[outside].tolist()))} are not among {sorted(classes)}. Set train_mask='seen' to have all "
+            "classes seen so far in the loss, or let the method's classes() name them."
+        )
+    return F.cross_entropy(logits.float()[:, index], targets, reduction="none", label_smoothing=smoothing)
+
+
+def mean_over_step(losses: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Return the sum of each image's loss over the images of the whole step.
+
+    Args:
+        losses: `(B,)`, of one process and one micro-batch.
+        labels: `(B,)`.
+        num_items_in_batch: images of the step, over all processes and micro-batches; those of this batch when None.
+    """
+    return losses.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def image_losses(
+    method: ContinualMethod, context: TaskContext, batch: Batch, output: ModelOutput, smoothing: float
+) -> Tensor:
+    """Return each image's loss, `(B,)`: cross-entropy, what the model adds to it, and what the method makes of both."""
+    logits = context.model.class_logits(output)
+    losses = cross_entropy(logits, batch.labels, method.classes(context), smoothing)
+    if (own := context.model.auxiliary_loss(output)) is not None:
+        losses = losses + own
+    return method.loss(context, batch, output, losses)

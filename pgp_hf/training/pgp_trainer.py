@@ -1,0 +1,55 @@
+"""`PGPTrainer`: the trainer of a stream with prompts whose updates are projected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+
+from ..data.stream import TaskStream
+from ..methods import ProjectedPrompts
+from ..projection import Projection, ProjectionConfig
+from .arguments import PGPTrainingArguments
+from .trainer import StreamTrainer
+
+
+class PGPTrainer(StreamTrainer):
+    """Learn a `TaskStream` with prompts whose updates are projected: a `StreamTrainer` with that method.
+
+    Args:
+        model: a `PeftModel` with a prompt adapter of this package and a classification head.
+        args: training arguments; each task is trained with them.
+        stream: the tasks.
+        projection: what is protected; `ProjectionConfig()` by default, `method="none"` for none.
+        processing_class: the backbone's image processor, for training, evaluation and the saved folder.
+        kwargs: any other argument of `Trainer`.
+
+    Attributes:
+        projection: the `Projection` with its bases.
+
+    Raises:
+        TypeError, ValueError: as [`StreamTrainer`]; a projection that the adapter cannot have.
+    """
+
+    method: ProjectedPrompts
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: PGPTrainingArguments,
+        stream: TaskStream,
+        projection: ProjectionConfig | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args, stream, ProjectedPrompts(projection), processing_class, **kwargs)
+
+    @property
+    def projection(self) -> Projection:
+        """The `Projection` with its bases."""
+        return self.method.projection
+
+    @property
+    def tuner(self) -> Any:
+        """The prompt tuner inside the `PeftModel`."""
+        return self.stream_model

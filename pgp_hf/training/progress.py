@@ -1,0 +1,70 @@
+"""How far a run has come: what a trainer carries from task to task, beside the model and the method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .evaluation import References
+from .results import StreamResults
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        results: what has been measured.
+        references: what drift is measured against.
+        task: 0-based index of the task that is in training or was trained last; None before the first.
+        interrupted: True from a task's begin to its end, so that it stays True where a task breaks off.
+    """
+
+    results: StreamResults
+    references: References = field(default_factory=References)
+    task: int | None = None
+    interrupted: bool = False
+
+    def begin(self, t: int) -> None:
+        """Begin the 0-based task t.
+
+        Raises:
+            ValueError: another task broke off, or another comes next.
+        """
+        if self.interrupted:
+            raise ValueError(
+                f"this trainer has begun task {(self.task or 0) + 1} and not finished it: continue by "
+                "train(resume_from_checkpoint=True), or make a new model and a new trainer."
+            )
+        done = len(self.results.matrix)
+        if t != done:
+            raise ValueError(
+                f"t={t} is not the next task: {done} of {self.results.num_tasks} tasks are trained, so t={done} comes "
+                "next (counted from 0)."
+            )
+        self.task, self.interrupted = t, True
+
+    def check_new(self) -> None:
+        """Raise ValueError when a task has been begun already."""
+        if self.task is None:
+            return
+        if self.interrupted:
+            state, ways = f"has begun task {self.task + 1}", "train(resume_from_checkpoint=True)"
+        else:
+            state, ways = f"has trained {self.task + 1} tasks", "train(resume_from_checkpoint=True) or train_task"
+        raise ValueError(f"this trainer {state} already: go on with {ways}, or make a new model and a new trainer.")
+
+    def forget(self) -> None:
+        """Go back to before the first task."""
+        blank: dict[str, Any] = {name: [] for name in ("matrix", "linear_matrix", "drift", "changed", "rank")}
+        self.results, self.task = replace(self.results, usage=None, **blank), None
+
+    @contextmanager
+    def timed(self, activity: str) -> Iterator[None]:
+        """Add the wall time of the block to that of an activity."""
+        started = time.perf_counter()
+        yield
+        self.results.seconds[activity] += time.perf_counter() - started

@@ -1,0 +1,179 @@
+"""Passes over images beside the training: without augmentation, and without drawing a random number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+
+from ..data.images import AugmentedImages, CachedQueries, ImageCollator
+from ..data.stream import TaskStream
+from ..heads.statistics import gather_task
+from ..methods import Batch
+from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel
+from .arguments import PGPTrainingArguments
+
+Views = Iterator[tuple[Batch, list[int]]]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a pass over images needs of a trainer, which hands it over.
+
+    Attributes:
+        model, learner: the whole model, and the `StreamModel` inside it.
+        images: those of the task in training, which may know their queries.
+        collate: makes a batch of items.
+        prepare: moves a batch to the device.
+        test_loader: makes the loader that evaluation uses.
+    """
+
+    args: PGPTrainingArguments
+    accelerator: Accelerator
+    stream: TaskStream
+    model: nn.Module
+    learner: StreamModel
+    images: AugmentedImages | None
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    test_loader: Callable[[Dataset], DataLoader]
+
+    @property
+    def hidden(self) -> bool:
+        """Tell whether progress bars are off on this process."""
+        return self.args.disable_tqdm or not self.accelerator.is_main_process
+
+    @torch.no_grad()
+    def queries(self, images: Dataset) -> Tensor | None:
+        """Return the queries `(N, d)` of images, on every process, from the batches that evaluation uses.
+
+        None for a model that selects nothing, and where `cache_queries` is off.
+        """
+        if not self.args.cache_queries or not isinstance(self.learner, SelectsPrompts):
+            return None
+        queries = []
+        for batch in tqdm(self.test_loader(images), desc="queries", leave=False, disable=self.hidden):
+            with self.accelerator.autocast():
+                query = self.learner.query(self.prepare(batch)["pixel_values"])
+            queries.append(self.accelerator.gather_for_metrics(query).cpu())
+        return torch.cat(queries)
+
+    def keep_training_queries(self, images: AugmentedImages, passes: float) -> None:
+        """Compute the queries of a task's training images once, where they would be computed more often.
+
+        Args:
+            passes: number of times that training and statistics go over the images.
+        """
+        views = images.views()
+        known = isinstance(self.collate, ImageCollator)  # another one might augment
+        if 0 < len(views) < passes and self.args.max_steps <= 0 and known:
+            found = [queries for view in views if (queries := self.queries(view)) is not None]
+            images.queries = torch.stack(found) if found else None
+
+    # ---- training images -----------------------------------------------------------------------------------------
+
+    def training_views(self, t: int, batch_size: int, limit: int | None = None) -> Views:
+        """Yield batches of a task's training images, unaugmented, and each image's position within the task.
+
+        Each process gets its share; the model is in eval mode.
+
+        Args:
+            limit: largest number of images, over all processes; the choice is a function of (seed, task).
+
+        Raises:
+            ValueError: fewer images than processes.
+        """
+        images: Dataset = self.stream.train(t)
+        indices = np.arange(len(self.stream.train(t)))
+        if self.images is not None and self.images.queries is not None:
+            images = CachedQueries(images, self.images.queries[0])
+        if limit is not None and limit < len(indices):
+            indices = np.sort(np.random.default_rng([self.args.seed, t]).permutation(indices)[:limit])
+        share = indices[self.args.process_index :: self.args.world_size]
+        if len(indices) < self.args.world_size:
+            raise ValueError(
+                f"{len(indices)} images for the statistics of task {t + 1} are too few for {self.args.world_size} "
+                "processes: use fewer processes, or raise max_images."
+            )
+        loader = DataLoader(
+            Subset(images, share.tolist()),
+            batch_size=batch_size,
+            collate_fn=self.collate,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),  # the loader draws a seed, which must not come from the training's numbers
+        )
+        self.model.eval()
+        for i, batch in enumerate(tqdm(loader, desc="statistics", leave=False, disable=self.hidden)):
+            yield Batch.split(self.prepare(batch)), share[i * batch_size : (i + 1) * batch_size].tolist()
+
+    @torch.no_grad()
+    def views_for_method(self, t: int, limit: int | None) -> Views:
+        """Yield the training images as a method wants them: with the queries of a model that selects prompts by them."""
+        # a batch that fits training also fits the backward passes that a method may need
+        for batch, positions in self.training_views(t, self.args.train_batch_size, limit):
+            if "prompt_query" not in batch.inputs and isinstance(self.learner, SelectsPrompts):
+                with self.accelerator.autocast():  # as training and evaluation see them; the rest is in full precision
+                    batch.inputs["prompt_query"] = self.learner.query(batch.inputs["pixel_values"])
+            yield batch, positions
+
+    # ---- what the head reads -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _head_views(self, t: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, _ in self.training_views(t, self.args.eval_batch_size):
+            with head_inputs(self.learner) as features, self.accelerator.autocast():
+                self.model(**batch.inputs)
+            yield features[0].float().cpu(), batch.labels
+
+    def head_features(self, t: int) -> Tensor:
+        """Return what the head reads of this process's share of a task's training images, `(N, d)`, on the CPU."""
+        return torch.cat([features for features, _ in self._head_views(t)])
+
+    @torch.no_grad()
+    def learn_class_statistics(self, t: int, before: Tensor | None) -> None:
+        """Show a trained task's images to a statistics head, if there is one.
+
+        Args:
+            before: what the head read of them before the task was trained; None without drift compensation.
+        """
+        learner = self.learner
+        if not isinstance(learner, KeepsClassStatistics) or learner.statistics is None:
+            return
+        restricted = None if before is None else learner.as_before_task(t)
+
+        def as_before() -> Tensor:
+            assert restricted is not None
+            with restricted:
+                return self.head_features(t)
+
+        statistics = gather_task(
+            learner.statistics,
+            self._head_views(t),
+            self.sum if self.args.world_size > 1 else None,
+            before=before,
+            as_before=None if restricted is None else as_before,
+        )
+        learner.learn_statistics(statistics)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes."""
+        return self.accelerator.reduce(tensor, "sum")
+
+
+@contextmanager
+def head_inputs(model: StreamModel) -> Iterator[list[Tensor]]:
+    """Yield a list that receives what the head reads, `(B, d)`, at each forward pass inside the block."""
+    features: list[Tensor] = []
+    watch = model.watch_features(lambda tensor: features.append(tensor.detach()))
+    try:
+        yield features
+    finally:
+        watch.remove()
