@@ -1,10 +1,10 @@
 """Gradient projection for continual learning, on torch alone.
 
-A protected parameter is seen as rows of length `n`. While a task is finished, the vectors that its inputs showed the
-parameter are summed into a second moment (`SecondMoment`, or a `FrequentDirections` of bounded size); the energy rule turns it
-into an orthonormal `Basis` of the directions worth protecting; while later tasks train, `NullSpaceProjector` keeps
-every row's movement orthogonal to that basis, whatever the optimizer does. `Projection` strings the three together
-over a stream of tasks.
+A protected parameter is read as rows of length `n`. When a task ends, the vectors that its inputs show to the parameter
+are summed into a second moment (`SecondMoment`, or a `FrequentDirections` of bounded size), and the energy rule turns it
+into an orthonormal `Basis` of the directions worth protecting. While later tasks train, `NullSpaceProjector` keeps the
+movement of every row orthogonal to that basis, whatever the optimizer does. `Projection` connects the three over a
+stream of tasks; it meets a model as a `Protectable`.
 
     moment = SecondMoment(dim=64)
     for rows in old_inputs:                      # each (N, 64)
@@ -19,17 +19,23 @@ from .conditions import CONDITIONS, Context, Observation
 from .config import ProjectionConfig
 from .moments import FrequentDirections, SecondMoment, second_moment
 from .projector import NullSpaceProjector
+from .protocol import PerSample, Protectable, Traced
+from .readers import set_readers
 from .state import Projection
 
 __all__ = [
     "CONDITIONS",
     "Basis",
     "Context",
+    "FrequentDirections",
     "NullSpaceProjector",
     "Observation",
+    "PerSample",
     "Projection",
     "ProjectionConfig",
+    "Protectable",
     "SecondMoment",
-    "FrequentDirections",
+    "Traced",
     "second_moment",
+    "set_readers",
 ]

@@ -1,4 +1,4 @@
-"""Second moments, streamed: in full, or as a sketch of bounded size."""
+"""Second moments of a stream of rows: in full, or as a sketch of bounded size."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SKETCH = 512  # rows that a sketch keeps when it shrinks; it holds up to twice as many
+SKETCH = 512  # rows that a sketch keeps when it shrinks; it holds up to twice that number
 
 
 class SecondMoment:
-    """Uncentred second moment `C = sum_i z_i z_i^T`, accumulated in float64 over any number of rows.
+    """An uncentred second moment `C = sum_i z_i z_i^T`, accumulated in float64 over any number of rows.
 
-    Uncentred, because a condition such as `x dp^T = 0` must hold for the mean of x as well, which centring would drop.
+    It is uncentred because a condition such as `x dp^T = 0` must hold for the mean of x as well, which centring would
+    drop.
 
     Args:
         dim: length n of a row.
         batch_shape: leading dimensions of independent moments, for example `(layers, heads)`.
-        device: where to accumulate (a device without float64, such as MPS, falls to the CPU).
+        device: where to accumulate; the CPU for a device without float64, such as MPS.
 
     Attributes:
-        sum: `(*batch_shape, n, n)`, float64.
-        rows: rows summed so far, per moment.
+        sum: C, `(*batch_shape, n, n)`, float64.
+        rows: number of rows summed so far, per moment.
+
+    Raises:
+        ValueError: a `dim` below 1.
     """
 
     def __init__(self, dim: int, batch_shape: tuple[int, ...] = (), device: torch.device | str | None = None) -> None:
@@ -32,19 +36,22 @@ class SecondMoment:
 
     @property
     def dim(self) -> int:
+        """Return the length n of a row."""
         return self.sum.shape[-1]
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
+        """Return the leading dimensions of independent moments."""
         return tuple(self.sum.shape[:-2])
 
     @property
     def device(self) -> torch.device:
+        """Return the device that accumulates."""
         return self.sum.device
 
     @property
     def total(self) -> Tensor:
-        """Energy `tr C`, shape `(*batch_shape)`."""
+        """Return the energy `tr C`, `(*batch_shape)`."""
         return self.sum.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     @torch.no_grad()
@@ -52,7 +59,7 @@ class SecondMoment:
         """Add rows of shape `(*batch_shape, N, n)`, N >= 0.
 
         Raises:
-            ValueError: another shape, or values that are not finite.
+            ValueError: rows of another shape, or values that are not finite.
         """
         rows = _checked(rows, self)
         self.sum += rows.mT @ rows
@@ -60,19 +67,19 @@ class SecondMoment:
         return self
 
     def merge(self, reduce: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Take in what the other processes of a data-parallel run have summed; `gather` is not needed here."""
+        """Add what the other processes of a data-parallel run have summed; `gather` is not needed here."""
         self.sum = reduce(self.sum)
         self.rows = int(reduce(torch.tensor(self.rows, device=self.device)))
 
     def inside(self, columns: Tensor) -> Tensor:
-        """Energy in the span of orthonormal columns `(*batch_shape, n, r)`: `tr(M^T C M)`, shape `(*batch_shape)`."""
+        """Return the energy in the span of orthonormal columns M `(*batch_shape, n, r)`, `tr(M^T C M)`."""
         return (columns * (self.sum @ columns)).sum((-2, -1))
 
     def residual(self, index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Eigenvalues `(k,)`, descending, and eigenvectors `(n, k)` of `(I - M M^T) C (I - M M^T)`.
+        """Return the eigenvalues `(k,)`, descending, and eigenvectors `(n, k)` of `(I - M M^T) C (I - M M^T)`.
 
         Args:
-            index: which moment of the batch, flattened.
+            index: position of the moment in the flattened batch.
             columns: M, `(n, r)`.
         """
         c = self.sum.reshape(-1, self.dim, self.dim)[index]
@@ -85,27 +92,31 @@ class SecondMoment:
 class FrequentDirections:
     """A second moment in bounded memory: Frequent Directions (Liberty, KDD 2013), with `SecondMoment`'s interface.
 
-    Of the rows A `(N, n)` it holds B, at most `2 l` rows. As long as no more than `2 l` rows that are not zero have
-    come, B is A and everything is exact. Then, whenever B is full, it is replaced by `l` rows: with singular values s
-    and right singular vectors V of B, row i becomes `sqrt(max(s_i^2 - s_{l+1}^2, 0)) v_i`. What is lost is at most
+    Of the rows A `(N, n)` it holds B, at most `2 l` rows. As long as no more than `2 l` rows other than zero have
+    come, B is A and everything is exact. After that, whenever B is full, it is replaced by `l` rows: with singular
+    values s and right singular vectors V of B, row i becomes `sqrt(max(s_i^2 - s_{l+1}^2, 0)) v_i`. The loss is at
+    most
 
         0 <= A^T A - B^T B <= |A|_F^2 / l    (as quadratic forms; Liberty's Theorem 1),
 
-    and nothing at all when the rows have rank `l` or less. `total` is |A|_F^2, exactly, so that the share of energy
-    that B shows for a direction is never more than it really is. The blocks that are shrunk depend on the order of the
-    rows alone, not on how they are cut into batches; several processes sketch parts of the rows, so that they agree
+    and nothing at all when the rows have rank `l` or less. `total` is |A|_F^2 exactly, so that the share of energy
+    that B attributes to a direction never exceeds its true share. The blocks that are shrunk depend only on the order
+    of the rows, not on how they are cut into batches. Several processes each sketch a part of the rows: they agree
     with one process to rounding as long as nothing is shrunk, and within the bound after that.
 
     Args:
         dim: length n of a row.
         batch_shape: leading dimensions of independent sketches.
-        device: where to hold the rows (a device without float64 falls to the CPU).
-        size: l.
+        device: where to hold the rows; the CPU for a device without float64.
+        size: l, `SKETCH` by default.
 
     Attributes:
-        held: B of each sketch of the batch, flattened, `(k, n)`, float64.
-        rows: rows seen so far, per sketch, zeros included.
+        held: B of each sketch of the flattened batch, `(k, n)`, float64.
+        rows: number of rows seen so far, per sketch, zeros included.
         exact: False once a row had to be shrunk.
+
+    Raises:
+        ValueError: a `dim` below 1.
     """
 
     def __init__(
@@ -124,7 +135,7 @@ class FrequentDirections:
 
     @property
     def total(self) -> Tensor:
-        """Energy |A|_F^2 of all rows seen, shape `(*batch_shape)`."""
+        """Return the energy |A|_F^2 of all rows seen, `(*batch_shape)`."""
         return self._total.reshape(self.batch_shape)
 
     @torch.no_grad()
@@ -132,7 +143,7 @@ class FrequentDirections:
         """Add rows of shape `(*batch_shape, N, n)`, N >= 0.
 
         Raises:
-            ValueError: another shape, or values that are not finite.
+            ValueError: rows of another shape, or values that are not finite.
         """
         rows = _checked(rows, self)
         for index, new in enumerate(rows.reshape(len(self.held), -1, self.dim)):
@@ -143,7 +154,7 @@ class FrequentDirections:
 
     @torch.no_grad()
     def merge(self, reduce: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor] | None) -> None:
-        """Take in the rows of the other processes; a sketch of sketches keeps the bound.
+        """Add the rows of the other processes; a sketch of sketches keeps the bound.
 
         Args:
             reduce: sums a tensor over the processes.
@@ -159,7 +170,7 @@ class FrequentDirections:
         shrunk = gather(torch.tensor([not self.exact], dtype=torch.int64, device=self.device))
         lengths = torch.tensor([[len(held) for held in self.held]], device=self.device)
         for index, longest in enumerate(gather(lengths).amax(0).tolist()):
-            if longest:  # rows of zeros make shapes agree
+            if longest:  # padded with zeros, because gather needs equal shapes
                 held = self.held[index]
                 rows = gather(torch.nn.functional.pad(held, (0, 0, 0, longest - len(held))))
                 self.held[index] = held[:0]
@@ -167,13 +178,13 @@ class FrequentDirections:
         self.exact = self.exact and not shrunk.any()
 
     def inside(self, columns: Tensor) -> Tensor:
-        """Energy in the span of orthonormal columns `(*batch_shape, n, r)`, a lower bound; shape `(*batch_shape)`."""
+        """Return a lower bound of the energy in the span of orthonormal columns `(*batch_shape, n, r)`."""
         columns = columns.reshape(len(self.held), *columns.shape[-2:])
         found = [(b @ m).square().sum() for b, m in zip(self.held, columns, strict=True)]
         return torch.stack(found).reshape(self.batch_shape)
 
     def residual(self, index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and eigenvectors as `SecondMoment.residual` has them, from the rows; k is their number or n."""
+        """Return eigenvalues and eigenvectors as `SecondMoment.residual` does; k is the number of rows, at most n."""
         rows = self.held[index]
         for _ in range(2):
             rows = rows - (rows @ columns) @ columns.mT
@@ -181,26 +192,28 @@ class FrequentDirections:
         return s.square(), v.mT
 
     def _append(self, index: int, rows: Tensor) -> None:
-        """Rows behind those that are held; zeros, which padding and unselected entries bring, take no room."""
+        """Append rows to those held; zeros, which stem from padding and unselected entries, take no room."""
         held = torch.cat([self.held[index], rows[rows.any(-1)]])
         while len(held) > 2 * self.size:
             held = torch.cat([self._shrunk(held[: 2 * self.size]), held[2 * self.size :]])
         self.held[index] = held
 
     def _shrunk(self, rows: Tensor) -> Tensor:
+        """Return the `l` rows that replace `2 l`."""
         # U^T B = S V^T: the Gram matrix of the rows is enough, and smaller than B
         values, vectors = torch.linalg.eigh(rows @ rows.mT)
         values, vectors = values[-self.size - 1 :], vectors[:, -self.size :]
         lost, kept = values[0].clamp_min(0), values[1:]
         self.exact = False
         scale = (1 - lost / kept).clamp_min(0).sqrt().nan_to_num(0)
-        return scale[:, None] * (vectors.mT @ rows)
+        shrunk: Tensor = scale[:, None] * (vectors.mT @ rows)
+        return shrunk
 
 
 def second_moment(
     dim: int, batch_shape: tuple[int, ...] = (), device: torch.device | str | None = None
 ) -> SecondMoment | FrequentDirections:
-    """The smaller of the two, and the dense one when they are equal: a sketch for n above `2 * SKETCH`."""
+    """Return whichever takes less memory, the dense moment if they are equal: a sketch for n above `2 * SKETCH`."""
     return (FrequentDirections if dim > 2 * SKETCH else SecondMoment)(dim, batch_shape, device)
 
 
@@ -210,7 +223,7 @@ def _check_dim(dim: int) -> None:
 
 
 def _checked(rows: Tensor, moment: SecondMoment | FrequentDirections) -> Tensor:
-    """`rows` in float64 on the moment's device, once their shape and values are sound."""
+    """Return `rows` in float64 on the moment's device, after checking their shape and values."""
     expected = (*moment.batch_shape, "N", moment.dim)
     if rows.ndim != len(expected) or tuple(rows.shape[:-2]) != moment.batch_shape or rows.shape[-1] != moment.dim:
         raise ValueError(
@@ -227,6 +240,6 @@ def _checked(rows: Tensor, moment: SecondMoment | FrequentDirections) -> Tensor:
 
 
 def float64_device(device: torch.device | str | None) -> torch.device:
-    """`device`, or the CPU where the device has no float64 (MPS)."""
+    """Return `device`, or the CPU if the device has no float64 (MPS)."""
     device = torch.device("cpu" if device is None else device)
     return torch.device("cpu") if device.type == "mps" else device

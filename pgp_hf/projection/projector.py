@@ -1,4 +1,4 @@
-"""Keeps parameters in the null space of their bases while any optimizer steps."""
+"""The projector, which keeps parameters in the null space of their bases under any optimizer."""
 
 from __future__ import annotations
 
@@ -7,49 +7,54 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .basis import Basis
 from .config import APPLY_TO
 from .moments import float64_device
 
 NamedParameters = Iterable[tuple[str, Tensor]]
-TRANSPOSED = ".T"
+TRANSPOSED = ".T"  # ends the name of a basis for a parameter with its last two dimensions swapped
 
 
-class Hooks(tuple):
+class Hooks(tuple[RemovableHandle, ...]):
     """Handles of an optimizer's hooks."""
 
     def remove(self) -> None:
+        """Remove all hooks."""
         for hook in self:
             hook.remove()
 
 
 class NullSpaceProjector:
-    """Projects the movement (or the gradient) of named parameters onto the null space of their bases.
+    """Project the movement (or the gradient) of named parameters onto the null space of their bases.
 
-    `apply_to="update"` projects the displacement `p - p_anchor` from the value at the task's start after each step:
-    momentum, Adam's scaling, weight decay and clipping cannot leave the null space, nor does rounding pile up over
-    steps. `apply_to="gradient"` projects the gradient before the step, as the poster's algorithm has it; under an
-    optimizer that is not linear in the gradient (Adam) the step leaves the null space all the same. `apply_to="both"`
-    holds as "update" does, and the optimizer scales and remembers nothing but gradients inside the null space: under
-    "update" alone, directions that may not move decide on the size of Adam's steps in those that may. (Clipping comes
-    before the step and measures the whole gradient in any case.)
+    `apply_to="update"` projects the displacement `p - p_anchor` from the value at the task's start after each step.
+    Momentum, Adam's scaling, weight decay and clipping cannot leave the null space then, and rounding does not
+    accumulate over steps. `apply_to="gradient"` projects the gradient before the step, as the poster's algorithm does;
+    under an optimizer that is not linear in the gradient (Adam) the step leaves the null space all the same.
+    `apply_to="both"` guarantees what "update" does, and the optimizer scales and accumulates only gradients inside the
+    null space: under "update" alone, directions that may not move influence the size of Adam's steps in those that
+    may. (Clipping comes before the step and measures the whole gradient in any case.)
 
     A parameter is read as `(*batch, rows, n)`, with the batch and n of its basis: its last dimensions multiply to n,
     its first are the batch. Parameters without a basis are left alone. A name ending in ".T" stands for the parameter
     with its last two dimensions swapped; a parameter may have a basis under each of its two names. The two projections
-    act on different axes, so that they commute and both conditions hold.
+    act on different axes, so they commute and both conditions hold.
 
     Args:
         bases: basis of each protected parameter, by name.
         apply_to: "update", "gradient" or "both".
-        hold_norm: parameters whose rows keep the norm that they had at the anchor, unless "gradient": the part of a row
-            inside the null space is scaled. Cosines with protected directions then stay exactly, where a projection
-            alone keeps the products `q k^T` but not |k|.
+        hold_norm: parameters whose rows keep the norm that they had at the anchor, except with "gradient": the part of
+            a row inside the null space is rescaled. Cosines with protected directions then stay exactly the same,
+            whereas a projection alone keeps the products `q k^T` but not |k|.
 
     Attributes:
-        bases: the same; setting it drops the anchors, since a task's bases hold from the value it starts at.
+        bases: the same; setting it drops the anchors, since new bases hold from the value at the next task's start.
         hold_norm: the same.
+
+    Raises:
+        ValueError: an unknown `apply_to`.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class NullSpaceProjector:
 
     @property
     def bases(self) -> dict[str, Basis]:
+        """Return the basis of each protected parameter, by name."""
         return self._bases
 
     @bases.setter
@@ -71,7 +77,7 @@ class NullSpaceProjector:
 
     @torch.no_grad()
     def anchor(self, named_parameters: NamedParameters) -> None:
-        """Remember where the protected parameters stand; call at each task's start.
+        """Remember the values of the protected parameters; call this at each task's start.
 
         Raises:
             ValueError: a basis whose parameter is missing, or a parameter that its basis does not fit.
@@ -86,15 +92,15 @@ class NullSpaceProjector:
                         f"{key} has shape {shape}, which is not ({', '.join(map(str, basis.batch_shape))}"
                         f"{', ' if basis.batch_shape else ''}rows, {basis.dim}) as its basis of shape "
                         f"{tuple(basis.columns.shape)} needs: load the bases that belong to this adapter "
-                        "(and let no sharding cut it along its batch)."
+                        "(and do not shard it along the batch of its basis)."
                     )
-                # once a task rather than once a step
+                # moved here, once a task, rather than in every step
                 self.bases[key] = basis.to(float64_device(value.device))
             self._anchors[name] = value.detach().clone()
 
     @torch.no_grad()
     def project_updates_(self, named_parameters: NamedParameters) -> None:
-        """Put each protected parameter at `p_anchor + (p - p_anchor)(I - M M^T)`, in place.
+        """Move each protected parameter to `p_anchor + (p - p_anchor)(I - M M^T)`, in place.
 
         Raises:
             RuntimeError: `anchor` has not been called since the bases were set.
@@ -125,7 +131,7 @@ class NullSpaceProjector:
                 gradient.copy_(_project_all(bases, name, gradient.to(device).to(torch.float64)))
 
     def start(self, name: str) -> Tensor:
-        """The value that the parameter had at the task's start.
+        """Return the value that the parameter had at the task's start.
 
         Raises:
             RuntimeError: `anchor` has not been called since the bases were set.
@@ -135,12 +141,12 @@ class NullSpaceProjector:
         return self._anchors[name]
 
     def _protected(self, named_parameters: NamedParameters) -> Iterator[tuple[str, Tensor, dict[str, Basis]]]:
-        """Each protected parameter once, with its bases by key."""
+        """Yield each protected parameter once: its name, itself, and its bases by their own names."""
         parameters = dict(named_parameters)
         found: dict[str, dict[str, Basis]] = {}
         for key, basis in self.bases.items():
             name = key if key in parameters else key.removesuffix(TRANSPOSED)
-            if name not in parameters:  # a wrapper's prefix, say, would leave it unprotected
+            if name not in parameters:  # else a wrapper's prefix, say, would leave it unprotected
                 raise ValueError(
                     f"no parameter is named {name!r}, which has a basis: the parameters given are "
                     f"{', '.join(sorted(parameters)) or 'none'}."
@@ -152,15 +158,15 @@ class NullSpaceProjector:
     def attach(self, optimizer: Optimizer, named_parameters: Callable[[], NamedParameters]) -> Hooks:
         """Project at every step of `optimizer` from now on.
 
-        Optimizer hooks see gradients after accumulation, unscaling and clipping, and do not run for steps that a
-        gradient scaler skips.
+        Hooks of the optimizer see gradients after accumulation, unscaling and clipping, and do not run for steps that
+        a gradient scaler skips.
 
         Args:
             optimizer: any torch optimizer (not a wrapper of one).
             named_parameters: called at every step, because sharding may swap parameter objects.
 
         Returns:
-            A handle; `remove()` detaches.
+            A handle, whose `remove()` detaches the projector.
         """
         hooks = []
         if self.apply_to != "update":
@@ -171,19 +177,19 @@ class NullSpaceProjector:
 
 
 def _project_all(bases: dict[str, Basis], name: str, tensor: Tensor) -> Tensor:
-    """What remains of `tensor`, shaped as parameter `name`, in the null space of each of its bases."""
+    """Return the part of `tensor`, shaped like parameter `name`, in the null space of each of its bases."""
     for key, basis in bases.items():
-        turned = _transposed(tensor, key != name)
-        rows = basis.project(turned.reshape(*basis.batch_shape, -1, basis.dim))
-        full = basis.ranks == basis.dim  # where rounding would leave a little
-        tensor = _transposed(rows.masked_fill(full[..., None, None], 0).reshape(turned.shape), key != name)
+        oriented = _transposed(tensor, key != name)
+        rows = basis.project(oriented.reshape(*basis.batch_shape, -1, basis.dim))
+        full = basis.ranks == basis.dim  # exactly zero there, which rounding would miss
+        tensor = _transposed(rows.masked_fill(full[..., None, None], 0).reshape(oriented.shape), key != name)
     return tensor
 
 
 def _hold_norm(bases: dict[str, Basis], name: str, start: Tensor, moved: Tensor) -> Tensor:
-    """`moved`, changed inside the null space so that each row of `start + moved` has the norm of `start`'s row.
+    """Return `moved`, changed inside the null space so that each row of `start + moved` has the norm of `start`'s row.
 
-    A row is k = k_par + k_perp; its protected part k_par is the start's, so |k| stays if |k_perp| does.
+    A row is k = k_par + k_perp. Its protected part k_par is that of the start, so |k| stays the same if |k_perp| does.
     """
     before = _project_all(bases, name, start)
     after = before + moved
@@ -196,7 +202,7 @@ def _transposed(tensor: Tensor, swap: bool) -> Tensor:
 
 
 def _fits(shape: tuple[int, ...], basis: Basis) -> bool:
-    """Whether the first dimensions are the basis's batch and the last, one or several, multiply to its n."""
+    """Return whether the first dimensions are the basis's batch and the last, one or several, multiply to its n."""
     batch = len(basis.batch_shape)
     return shape[:batch] == basis.batch_shape and any(
         torch.Size(shape[i:]).numel() == basis.dim for i in range(batch, len(shape))
@@ -204,5 +210,6 @@ def _fits(shape: tuple[int, ...], basis: Basis) -> bool:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    # a DTensor sharded on dim 0 is projected shard by shard: the projection acts on the last dimensions
+    """Return this process's shard of a DTensor, and any other tensor as it is."""
+    # shards of dimension 0 can be projected one by one: the projection acts on the last dimensions
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -101,10 +101,19 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
         name = self.adapter
         return {
             f"base_model.model.{path}.{container}": getattr(layer, container)[name]
+            for path, layer in self._general_attentions().items()
+            for container in GENERAL
+        }
+
+    def _general_attentions(self) -> dict[str, DualPromptAttention]:
+        """Return the attention modules with general prefixes of at least one token, by their paths in the model."""
+        name = self.adapter
+        return {
+            path: layer
             for path, layer in self.model.named_modules()
             if isinstance(layer, DualPromptAttention)
-            for container in GENERAL
-            if name in getattr(layer, container) and getattr(layer, container)[name].numel()
+            and name in layer.dualprompt_general_key
+            and layer.dualprompt_general_key[name].numel()
         }
 
     @torch.no_grad()
@@ -120,20 +129,19 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
         the weights that the queries give to the L slots, so the rows are those of A_p, `(H, B * T, L)`, and the value
         prefixes are stored transposed, `(H, dh, L)`.
         """
-        names = {layer: path for path, layer in self.model.named_modules() if isinstance(layer, DualPromptAttention)}
-        general = [layer for layer in self.attentions if self.adapter in layer.dualprompt_general_key]
-        for layer in general:
+        general = self._general_attentions()
+        for layer in general.values():
             layer.record = []
         try:
             self.model(pixel_values, **({} if prompt_query is None else {"prompt_query": prompt_query}))
-            for layer in general:
-                stem = f"base_model.model.{names[layer]}"
+            for path, layer in general.items():
+                stem = f"base_model.model.{path}"
                 for query, weights in layer.record:
                     length = layer.dualprompt_general_key[self.adapter].shape[1]
                     yield f"{stem}.dualprompt_general_key", "prompt", _by_head(query)
                     yield f"{stem}.dualprompt_general_value", "value", _by_head(weights[..., :length])
         finally:
-            for layer in general:
+            for layer in general.values():
                 layer.record = None
 
     def attention_rows(

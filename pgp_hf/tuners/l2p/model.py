@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
+from ...projection.protocol import Traced
 from ..base.consistency import consistency_rows
 from ..base.layer import strip_prompts
 from ..base.pool import cosine_similarity, select_top_k
-from ..base.tracing import Traced
 from ..base.vit import ViTPromptTuner
 from .config import L2PConfig
 from .layer import L2PEmbeddings
