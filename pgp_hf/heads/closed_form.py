@@ -1,94 +1,122 @@
-"""What the frozen backbone alone achieves: classifiers in closed form on its CLS features.
+"""Measure what the frozen backbone achieves alone: classifiers in closed form on its CLS features.
 
-None has a prompt, an epoch or anything to forget: sums over the images of a class are added as classes arrive. A
-method that trains prompts has to be better than these rows to be worth its cost.
+None of them has prompts, epochs or anything to forget: sums over the images of a class are added as classes arrive. A
+method that trains prompts has to do better than these to be worth its cost.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.neighbors import NearestCentroid
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
+from .statistics import ClassStatistics
 
 SHRINKAGE = 0.1
 RIDGES = 10.0 ** np.arange(-8, 9)  # the strengths that RanPAC tries
 
 
-class _Refit(ABC):
-    """A scikit-learn classifier fitted anew to all features so far, which equals adding to its class sums."""
-
-    def __init__(self) -> None:
-        self._x: list[np.ndarray] = []
-        self._y: list[np.ndarray] = []
-
-    @abstractmethod
-    def _make(self) -> Any:
-        """The classifier, unfitted."""
+class Classifier(Protocol):
+    """Learn classes from features, task by task, and tell them apart."""
 
     def update(self, x: np.ndarray, y: np.ndarray) -> None:
         """Learn a task's features `(N, d)` and labels `(N,)`."""
-        self._x.append(x)
-        self._y.append(y)
-        labels = np.concatenate(self._y)
-        # scikit-learn refuses a single class
-        self._fitted = self._make().fit(np.concatenate(self._x), labels) if len(np.unique(labels)) > 1 else None
 
     def predict(self, x: np.ndarray) -> np.ndarray:
-        """Labels `(N,)` of features `(N, d)`."""
-        return np.full(len(x), self._y[0][0]) if self._fitted is None else self._fitted.predict(x)
+        """Return the labels `(N,)` of features `(N, d)`."""
+
+
+class _FromStatistics:
+    """Keep [`ClassStatistics`] of classes that need not be known in advance.
+
+    Attributes:
+        classes: the labels seen so far, sorted.
+        statistics: of these classes, in this order.
+    """
+
+    def __init__(self, shrinkage: float = 1.0) -> None:
+        self._shrinkage = shrinkage
+        self.classes = np.empty(0, dtype=np.int64)
+        self.statistics: ClassStatistics
+
+    def update(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Learn a task's features `(N, d)` and labels `(N,)`."""
+        classes = np.union1d(self.classes, y)
+        grown = ClassStatistics(len(classes), x.shape[1], self._shrinkage)
+        if len(self.classes):
+            places = torch.from_numpy(np.searchsorted(classes, self.classes))
+            grown.counts[places], grown.means[places] = self.statistics.counts, self.statistics.means
+            grown.scatter.copy_(self.statistics.scatter)
+        self.statistics = grown.update(torch.from_numpy(x), torch.from_numpy(np.searchsorted(classes, y)))
+        self.classes = classes
 
 
 @dataclass
-class NearestClassMean(_Refit):
-    """The class whose mean is nearest in Euclidean distance."""
+class NearestClassMean(_FromStatistics):
+    """Choose the class whose mean is nearest in Euclidean distance."""
 
     def __post_init__(self) -> None:
         super().__init__()
 
-    def _make(self) -> Any:
-        return NearestCentroid()
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """Return the labels `(N,)` of features `(N, d)`."""
+        features = torch.from_numpy(x).to(torch.float64)
+        distances = torch.cdist(features, self.statistics.means, compute_mode="donot_use_mm_for_euclid_dist")
+        return self.classes[distances.argmin(1).numpy()]
 
 
 @dataclass
-class ShrinkageLDA(_Refit):
-    """Class means and one covariance, shrunk towards a multiple of the identity."""
+class ShrinkageLDA(_FromStatistics):
+    """Classify by class means and one covariance, shrunk towards a multiple of the identity.
+
+    Args:
+        shrinkage: share of the identity in the covariance, in [0, 1]; at 0 the features alone must give it an inverse.
+    """
 
     shrinkage: float = field(
         default=SHRINKAGE, metadata={"help": "share of the identity in the covariance, in [0, 1]"}
     )
 
     def __post_init__(self) -> None:
-        super().__init__()
         if not 0 <= self.shrinkage <= 1:
             raise ValueError(f"shrinkage={self.shrinkage} is outside [0, 1]: it is a share, such as {SHRINKAGE}.")
+        super().__init__(self.shrinkage)
 
-    def _make(self) -> Any:
-        return LinearDiscriminantAnalysis(solver="lsqr", shrinkage=self.shrinkage)
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """Return the labels `(N,)` of features `(N, d)`.
+
+        Raises:
+            ValueError: a shrinkage of 0 and a covariance without an inverse.
+        """
+        weight, bias, centre = self.statistics.solve()
+        logits = (torch.from_numpy(x).to(torch.float64) - centre) @ weight.mT + bias
+        return self.classes[logits.argmax(1).numpy()]
 
 
 @dataclass
 class RandomProjectionRidge:
-    """Ridge regression to one-hot targets on `h = relu(f W)`, W Gaussian: RanPAC without its adapters.
+    """Fit one-hot targets by ridge regression on `h = relu(f W)`, W Gaussian: RanPAC without its adapters.
 
     McDonnell et al., NeurIPS 2023, sections 3 and 4: with the sums `G = sum h h^T` and `C = sum h y^T` over all images
     so far, a task ends with the weights `(G + r I)^-1 C`. r is the power of ten with the least squared error on a
-    fifth of the task's images, the others having joined the sums of the earlier tasks: out of 17 at the first task,
-    then downhill from the last one.
+    fifth of the task's images, after the others have joined the sums of the earlier tasks. The first task tries all 17
+    powers; later ones search downhill from the last r.
 
-    While there are fewer images than random features, the same weights come cheaper from the images' own Gram matrix,
-    `H^T (H H^T + r I)^-1 Y`: seconds for 5,000 images and the paper's M = 10,000. From then on G and C are kept
-    instead. All in float64, by Cholesky; a ridge too weak for that is passed over.
+    As long as there are fewer images than random features, the same weights are cheaper to get from the images' own
+    Gram matrix, `H^T (H H^T + r I)^-1 Y`: seconds for 5,000 images and the paper's M = 10,000. From then on G and C are
+    kept instead. Everything is float64 and solved by Cholesky; a ridge too weak for that is skipped.
+
+    Args:
+        width: number M of random features.
+        seed: of the random features, and of the choice of images that validate.
 
     Attributes:
         ridge: the r chosen last.
@@ -107,7 +135,7 @@ class RandomProjectionRidge:
         self._images, self._gram = True, torch.zeros(0, 0, dtype=torch.float64)
 
     def features(self, x: np.ndarray) -> Tensor:
-        """`relu(x W)`, `(N, M)`, of features `(N, d)`; W is drawn at the first call."""
+        """Return `relu(x W)`, `(N, M)`, of features `(N, d)`; W is drawn by the first call."""
         if not hasattr(self, "_projection"):
             self._projection = torch.from_numpy(self._rng.standard_normal((x.shape[1], self.width)))
         return (torch.from_numpy(np.asarray(x, dtype=np.float64)) @ self._projection).relu_()
@@ -132,15 +160,17 @@ class RandomProjectionRidge:
         else:
             sums = self._gram.addmm_(h[:fit].T, h[:fit]), self._y.addmm_(h[:fit].T, targets[:fit])
             held_out = h[fit:]
-        self._choose(sums, held_out, targets[-len(held_out) :])
+        ridge = self._choose(sums, held_out, targets[-len(held_out) :])
         if not self._images:
             self._gram.addmm_(h[fit:].T, h[fit:])
             self._y.addmm_(h[fit:].T, targets[fit:])
-        while (weight := _ridge(self._gram, self._y, self.ridge)) is None:
-            self.ridge *= 10
+        while (weight := _ridge(self._gram, self._y, ridge)) is None:
+            ridge *= 10
+        self.ridge = ridge
         self._weight = self._h.T @ weight if self._images else weight
 
-    def _choose(self, sums: tuple[Tensor, Tensor], h: Tensor, targets: Tensor) -> None:
+    def _choose(self, sums: tuple[Tensor, Tensor], h: Tensor, targets: Tensor) -> float:
+        """Return the ridge with the least squared error on features `h`, starting from the last one."""
         errors: dict[int, float] = {}
 
         def error(k: int) -> float:
@@ -153,22 +183,22 @@ class RandomProjectionRidge:
         best = min(reversed(ks), key=error) if self.ridge is None else int(np.abs(RIDGES - self.ridge).argmin())
         while (better := min((best, best + 1, best - 1), key=error)) != best:
             best = better
-        self.ridge = float(RIDGES[best])
+        return float(RIDGES[best])
 
     def predict(self, x: np.ndarray) -> np.ndarray:
-        """Labels `(N,)` of features `(N, d)`."""
+        """Return the labels `(N,)` of features `(N, d)`."""
         return self.classes[(self.features(x) @ self._weight).argmax(1).numpy()]
 
 
 def _ridge(gram: Tensor, right: Tensor, ridge: float) -> Tensor | None:
-    """`(gram + ridge I)^-1 right`; None where that is not positive definite in float64."""
+    """Return `(gram + ridge I)^-1 right`, or None where that matrix is not positive definite in float64."""
     regular = gram.clone()
     regular.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(regular)
     return None if failed else torch.cholesky_solve(right, factor)
 
 
-CLASSIFIERS: dict[str, Callable[[], Any]] = {
+CLASSIFIERS: dict[str, Callable[[], Classifier]] = {
     "nearest class mean": NearestClassMean,
     "shrinkage LDA": ShrinkageLDA,
     "random-projection ridge": RandomProjectionRidge,
@@ -178,48 +208,52 @@ CLASSIFIERS: dict[str, Callable[[], Any]] = {
 @torch.no_grad()
 def extract_features(
     extract: Callable[[Tensor], Tensor],
-    images: Dataset,
-    collator: Callable[[list], dict[str, Tensor]],
+    images: Dataset[Any],
+    collator: Callable[[list[Any]], dict[str, Tensor]],
     *,
     device: torch.device | str = "cpu",
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Features `(N, d)`, float32, of all images; `extract` maps pixel values `(B, 3, H, W)` to `(B, d)`."""
+    """Return the features `(N, d)`, float32, of all images; `extract` maps pixel values `(B, 3, H, W)` to `(B, d)`."""
     loader = DataLoader(images, batch_size=batch_size, collate_fn=collator, generator=torch.Generator())
     return np.concatenate([extract(batch["pixel_values"].to(device)).float().cpu().numpy() for batch in loader])
 
 
 def stream_features(
     extract: Callable[[Tensor], Tensor],
-    images: Callable[[int], Dataset],
+    images: Callable[[int], Dataset[Any]],
     num_tasks: int,
-    collator: Callable[[list], dict[str, Tensor]],
+    collator: Callable[[list[Any]], dict[str, Tensor]],
     *,
     progress: str | None = None,
-    **kwargs: Any,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
 ) -> list[np.ndarray]:
-    """[`extract_features`] of each task's images, `images(t)`; `progress` names the bar, None hides it."""
+    """Return [`extract_features`] of each task's `images(t)`; `progress` names the bar, None hides it."""
     tasks = tqdm(range(num_tasks), desc=progress, leave=False, disable=progress is None)
-    return [extract_features(extract, images(t), collator, **kwargs) for t in tasks]
+    return [extract_features(extract, images(t), collator, device=device, batch_size=batch_size) for t in tasks]
 
 
 def frozen_matrices(
     stream: TaskStream,
-    train: list[np.ndarray],
-    test: list[np.ndarray],
-    classifiers: Mapping[str, Callable[[], Any]] = CLASSIFIERS,
+    train: Sequence[np.ndarray],
+    test: Sequence[np.ndarray],
+    classifiers: Mapping[str, Callable[[], Classifier]] = CLASSIFIERS,
 ) -> dict[str, list[list[float | None]]]:
-    """Accuracy matrix (percent) of each classifier over the stream.
+    """Return the accuracy matrix (percent) of each classifier over the stream.
+
+    Where the task of a test image is known, each task has a classifier of its own, which knows its classes alone.
 
     Args:
-        train, test: features `(N_t, d)` of each task's images, in the order of `stream.train(t)` and `stream.test(t)`.
-        classifiers: by name, what makes a new one with `update(x, y)`, called task by task, and `predict(x)`.
+        stream: the tasks.
+        train: features `(N_t, d)` of each task's training images, in the order of `stream.train(t)`.
+        test: the same of each task's test images.
+        classifiers: by name, what makes a new classifier.
 
     Returns:
-        By classifier, `matrix[i][j]`: accuracy on task j with the classes of tasks 0..i known, None for j > i. In the
-        task-incremental scenario each task is classified among its own classes.
+        By name, `matrix[i][j]`: accuracy on task j with the classes of tasks 0..i known, None for j > i.
     """
-    own = stream.scenario == "task_incremental"
+    own = SCENARIOS[stream.scenario].task_known
     matrices: dict[str, list[list[float | None]]] = {}
     for name, make in classifiers.items():
         rows: list[list[float | None]] = []

@@ -35,7 +35,7 @@ class ClassStatistics(nn.Module):
     Args:
         num_classes: C.
         dim: d.
-        shrinkage: a, in (0, 1]; above 0, so that Sigma has an inverse however few features there are.
+        shrinkage: a, in [0, 1]. Above 0, Sigma has an inverse however few features there are.
 
     Attributes:
         counts: `(C,)`, int64.
@@ -43,7 +43,7 @@ class ClassStatistics(nn.Module):
         scatter: `(d, d)`.
 
     Raises:
-        ValueError: sizes below 1, a shrinkage outside (0, 1].
+        ValueError: sizes below 1, a shrinkage outside [0, 1].
     """
 
     counts: Tensor
@@ -54,8 +54,8 @@ class ClassStatistics(nn.Module):
         super().__init__()
         if num_classes < 1 or dim < 1:
             raise ValueError(f"num_classes={num_classes}, dim={dim}: both must be at least 1.")
-        if not 0 < shrinkage <= 1:
-            raise ValueError(f"shrinkage={shrinkage} is outside (0, 1]: it is the weight of the isotropic covariance.")
+        if not 0 <= shrinkage <= 1:
+            raise ValueError(f"shrinkage={shrinkage} is outside [0, 1]: it is the weight of the isotropic covariance.")
         self.shrinkage = shrinkage
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("means", torch.zeros(num_classes, dim, dtype=torch.float64))
@@ -69,7 +69,8 @@ class ClassStatistics(nn.Module):
 
     def fresh(self) -> ClassStatistics:
         """Empty statistics of the same shape, on the same device."""
-        return ClassStatistics(*self.means.shape, self.shrinkage).to(self.means.device)
+        classes, dim = self.means.shape
+        return ClassStatistics(classes, dim, self.shrinkage).to(self.means.device)
 
     # ---- accumulation --------------------------------------------------------------------------------------------
 
@@ -208,8 +209,14 @@ class ClassStatistics(nn.Module):
         return torch.linalg.solve_triangular(factor, identity, upper=False).mT
 
     def _factor(self) -> Tensor:
-        """Cholesky factor of Sigma."""
-        factor, failed = torch.linalg.cholesky_ex(self.covariance)
+        """Return the Cholesky factor of Sigma."""
+        covariance = self.covariance
+        if self.shrinkage == 0 and int(rank := torch.linalg.matrix_rank(covariance, hermitian=True)) < len(covariance):
+            raise ValueError(
+                f"shrinkage=0 leaves the covariance of {int(self.counts.sum())} features without an inverse (rank "
+                f"{int(rank)} in {len(covariance)} dimensions): choose a shrinkage above 0."
+            )
+        factor, failed = torch.linalg.cholesky_ex(covariance)
         if failed:
             raise ValueError("the class statistics are damaged: their covariance is not positive definite.")
         return factor

@@ -163,7 +163,8 @@ def test_precision_is_kept():
         (lambda s: s.update(torch.zeros(2, D), torch.tensor([-1, 2])), r"-1..2: expected 0..4"),
         (lambda s: s.update(torch.full((2, D), torch.nan), torch.zeros(2)), r"not finite \(14 of 14\)"),
         (lambda s: ClassStatistics(0, 3), "num_classes=0"),
-        (lambda s: ClassStatistics(3, 3, shrinkage=0.0), r"shrinkage=0.0 is outside \(0, 1\]"),
+        (lambda s: ClassStatistics(3, 3, shrinkage=-0.1), r"shrinkage=-0.1 is outside \[0, 1\]"),
+        (lambda s: ClassStatistics(3, 3, shrinkage=1.1), r"shrinkage=1.1 is outside \[0, 1\]"),
     ],
 )
 def test_refusals(call, message):

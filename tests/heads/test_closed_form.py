@@ -1,18 +1,24 @@
-"""The rows without prompts."""
+"""Classifiers in closed form on frozen features, against scikit-learn and formulas written out."""
 
 from __future__ import annotations
+
+import pickle
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
+from sklearn.neighbors import NearestCentroid
 
 from pgp_hf.data.images import ImageCollator
 from pgp_hf.heads.closed_form import (
     CLASSIFIERS,
     RIDGES,
     SHRINKAGE,
+    NearestClassMean,
     RandomProjectionRidge,
     ShrinkageLDA,
     extract_features,
@@ -96,6 +102,80 @@ def test_a_task_of_one_class():
     train, test = ([np.random.default_rng(t).normal(size=(n, 4)) for t in range(6)] for n in (8, 4))
     for matrix in frozen_matrices(stream, train, test).values():
         assert matrix[0][0] == 100
+
+
+# ---- from class statistics -------------------------------------------------------------------------------------------
+
+LABELS = (7, 2, 40, 11, 5, 3)  # in the order of their arrival
+
+
+def overlapping(count=400, dim=6, seed=0):
+    """Features of six classes of unequal size that overlap, far from zero, in correlated dimensions; labels."""
+    rng = np.random.default_rng(seed)
+    y = rng.choice(LABELS, count, p=[0.3, 0.25, 0.2, 0.1, 0.1, 0.05])
+    centres = rng.normal(size=(50, dim))
+    return 100 + centres[y] + rng.normal(size=(count, dim)) @ rng.normal(size=(dim, dim)), y
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (NearestClassMean, NearestCentroid),
+        *(
+            (lambda a=a: ShrinkageLDA(a), lambda a=a: LinearDiscriminantAnalysis(solver="lsqr", shrinkage=a))
+            for a in (0.0, 0.1, 0.7, 1.0)
+        ),
+    ],
+)
+def test_predictions_are_those_of_scikit_learn_on_everything_so_far(ours, theirs, kind):
+    """Task by task, some of them with classes that have been seen before."""
+    (x, y), (z, _) = overlapping(), overlapping(seed=1)
+    x, z, model = x.astype(kind), z.astype(kind), ours()
+    learned = np.zeros(len(x), dtype=bool)
+    for task in ([7, 2], [40], [11, 5, 3]):
+        for half in (0, 1):
+            new = np.isin(y, task) & (np.arange(len(y)) % 2 == half)
+            model.update(x[new], y[new])
+            learned |= new
+            expected = theirs().fit(x[learned].astype(np.float64), y[learned]).predict(z.astype(np.float64))
+            assert np.array_equal(model.predict(z), expected)
+    assert set(np.unique(expected)) == set(LABELS)
+
+
+@pytest.mark.parametrize("make", [NearestClassMean, ShrinkageLDA])
+def test_a_first_task_of_one_class(make):
+    (x, y), model = overlapping(), make()
+    model.update(x[y == 7], y[y == 7])
+    assert model.predict(x).tolist() == [7] * len(x)
+    model.update(x[y != 7], y[y != 7])
+    assert len(set(model.predict(x).tolist())) > 2
+
+
+@pytest.mark.parametrize("make", [NearestClassMean, ShrinkageLDA])
+def test_no_features_are_kept(make):
+    sizes = []
+    for count in (100, 5000):
+        model = make()
+        model.update(*overlapping(count))
+        model.update(*overlapping(count, seed=2))
+        sizes.append(len(pickle.dumps(model)))
+    assert sizes[0] == sizes[1] < 5000
+
+
+def test_without_shrinkage_the_covariance_needs_an_inverse():
+    x, y = overlapping(dim=20)
+    model = ShrinkageLDA(shrinkage=0)
+    model.update(x[:15], y[:15])
+    with pytest.raises(ValueError, match=r"shrinkage=0 .* 15 features .*\(rank \d+ in 20 dimensions\).* above 0"):
+        model.predict(x)
+    model.update(x[15:], y[15:])
+    assert np.array_equal(model.predict(x), LinearDiscriminantAnalysis(solver="lsqr").fit(x, y).predict(x))
+
+
+def test_a_benchmark_records_their_settings():
+    assert asdict(NearestClassMean()) == {} and asdict(ShrinkageLDA(0.3)) == {"shrinkage": 0.3}
+    assert asdict(RandomProjectionRidge(width=3)) == {"width": 3, "seed": 0}
 
 
 # ---- random-projection ridge -----------------------------------------------------------------------------------------
