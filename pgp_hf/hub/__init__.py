@@ -1,4 +1,4 @@
-"""Finished tasks on the Hugging Face Hub: one commit on `main` and one tag a task.
+"""Share finished tasks on the Hugging Face Hub, each as one commit on `main` and one tag.
 
 python -m pgp_hf.hub push OUTPUT_DIR --repo_id USER/NAME
 """

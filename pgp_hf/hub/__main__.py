@@ -1,4 +1,4 @@
-"""`python -m pgp_hf.hub`."""
+"""Run the command line: `python -m pgp_hf.hub`."""
 
 from .push import main
 

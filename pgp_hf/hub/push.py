@@ -1,8 +1,8 @@
-"""The Hub: every finished task is one commit on `main` and one tag, `task-1`, `task-2`, ...
+"""Upload finished tasks to the Hub, each as one commit on `main` and one tag: `task-1`, `task-2`, ...
 
     python -m pgp_hf.hub push OUTPUT_DIR --repo_id USER/NAME
 
-uploads what is missing there, in order, and changes nothing when all of it is there. A trainer does the same while it
+uploads what is missing there, in order, and changes nothing when everything is there. A trainer does the same while it
 trains (`push_to_hub=True`), through the queue in `queue.py`. Only the files named in `UPLOADED_FILES` leave the machine,
 as sanitised copies: local paths are stripped, and the card names the repository.
 """
@@ -36,17 +36,17 @@ WAIT = 300.0
 
 
 class PushError(RuntimeError):
-    """Tasks are missing on the Hub; the message says which, why, and what to do."""
+    """Tasks are missing on the Hub; the message says which ones, why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push came to.
+    """The outcome of a push.
 
     Attributes:
-        repo_id: with its owner.
+        repo_id: the repository, with its owner.
         uploaded: tags that are new.
-        present: tags that were there.
+        present: tags that were there before.
     """
 
     repo_id: str
@@ -66,7 +66,7 @@ class TaskRepo:
         token: as everywhere in `huggingface_hub`; `HF_TOKEN` or the stored one by default.
         private: whether a new repository is private; the owner's default by default.
         base_model: Hub id of a backbone that was loaded from a local folder.
-        new_run: whether the tasks come from a run that starts now, so that no task can be there yet.
+        new_run: whether the run starts now, so that the repository can hold none of its tasks yet.
     """
 
     repo_id: str
@@ -86,13 +86,14 @@ class TaskRepo:
 
     @property
     def url(self) -> str:
+        """Return the address of the repository."""
         return f"{self._api.endpoint}/{self.repo_id}"
 
     def create(self) -> None:
-        """Make the repository unless it is there, and take its full id.
+        """Create the repository unless it exists, and note its full id.
 
         Raises:
-            Refused: an existing repository that is public although `private`, or holds a run although `new_run`.
+            Refused: the repository exists, and is public although `private`, or holds a run although `new_run`.
         """
         self.repo_id = self._api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
         if self.private and not self._api.repo_info(self.repo_id).private:
@@ -102,18 +103,18 @@ class TaskRepo:
             )
         if self.new_run and "task-1" in self._tags():
             raise Refused(
-                f"{self.repo_id} holds a run already (tag task-1), and this is a new one: choose another repository, or "
+                f"{self.repo_id} already holds a run (tag task-1), and this is a new one: choose another repository, or "
                 f"delete the old tags first (hf repos tag delete {self.repo_id} task-1, and so on)."
             )
 
     def put(self, t: int, folder: Path) -> bool:
-        """Upload the task with 0-based index t from `folder`, unless it is there; whether anything had to be done.
+        """Upload the task with 0-based index t from `folder`, unless it is there; return whether it was missing.
 
-        After it `main` holds exactly this task's files, beside files that are not of a run. A commit whose answer was
-        lost is not made twice, and `main` is never overwritten when somebody else moved it meanwhile.
+        Afterwards `main` holds exactly this task's files, and files of other kinds as before. A commit whose answer was
+        lost is not made twice, and `main` is not overwritten when somebody else has moved it meanwhile.
 
         Raises:
-            Refused: a tag with another content, or later tasks on `main`.
+            Refused: the tag exists with other content, or `main` holds later tasks.
         """
         tag, tags = f"task-{t + 1}", self._tags()
         with tempfile.TemporaryDirectory(prefix="pgp_hf-") as copy, disable_progress_bars():
@@ -126,7 +127,7 @@ class TaskRepo:
             commit = self._find(t, wanted) if later else self._head(t, wanted)
             if commit is None:
                 raise Refused(
-                    f"{tag} cannot be uploaded: {self.repo_id} holds {', '.join(later)} already, and main never goes "
+                    f"{tag} cannot be uploaded: {self.repo_id} already holds {', '.join(later)}, and main never goes "
                     "back. Choose another repository, or delete those tags first "
                     f"(hf repos tag delete {self.repo_id} {later[0]}, and so on)."
                 )
@@ -141,17 +142,18 @@ class TaskRepo:
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and is_ours(entry.path)}
 
     def _head(self, t: int, wanted: dict[str, Path]) -> str:
-        """The head of `main` with the wanted files: as it is, or after a commit."""
-        head = self._api.repo_info(self.repo_id, revision="main").sha
+        """Return the head of `main`, after a commit unless it has the wanted files as it is."""
+        head = self._api.model_info(self.repo_id, revision="main").sha
+        assert head is not None  # only lists of models come without it
         tree = self._tree(head)
         if _difference(tree, wanted) is None:
             return head
-        additions = []
+        additions: list[CommitOperationAdd] = []
         for path, file in wanted.items():
             tensors = path.endswith(".safetensors")
-            additions.append(CommitOperationAdd(path, file.read_bytes() if tensors else file))  # paths get a bar
+            additions.append(CommitOperationAdd(path, file.read_bytes() if tensors else file))  # LFS paths get a bar
             if tensors:
-                # one by one: several at once go through a thread pool, which Python joins at its exit, hung or not
+                # one by one: several at once go through a thread pool, for which Python waits when it exits, even hung
                 self._api.preupload_lfs_files(self.repo_id, additions[-1:])
         deletions = [CommitOperationDelete(path) for path in tree if path not in wanted]
         title = _title(t, read_json(wanted[RESULTS]))
@@ -161,7 +163,7 @@ class TaskRepo:
         return commit.oid
 
     def _find(self, t: int, wanted: dict[str, Path]) -> str | None:
-        """An earlier commit with the wanted files, whose tag was lost."""
+        """Return an earlier commit that has the wanted files and has lost its tag, None if there is none."""
         start = f"Task {t + 1} of "
         for commit in self._api.list_repo_commits(self.repo_id):
             if commit.title.startswith(start) and _difference(self._tree(commit.commit_id), wanted) is None:
@@ -186,7 +188,7 @@ def _title(t: int, results: dict[str, Any]) -> str:
 
 
 def _difference(tree: dict[str, RepoFile], wanted: dict[str, Path]) -> str | None:
-    """A path at which a revision and the wanted files differ; cards may have been edited by people."""
+    """Return a path at which a revision and the wanted files differ, except the card, which people may edit."""
     for path in sorted({*tree, *wanted} - {CARD}):
         if path not in tree or path not in wanted:
             return path
@@ -213,35 +215,35 @@ def push(
     wait: float = WAIT,
     say: Callable[[str], None] = lambda line: None,
 ) -> Pushed:
-    """Upload the finished tasks of a run that are not on the Hub yet, in order; running it again changes nothing.
+    """Upload the finished tasks of a run that are not on the Hub yet, in order; pushing again changes nothing.
 
     Connection errors, time-outs and 5xx answers are retried with exponential backoff.
 
     Args:
         output_dir: the run's folder.
         repo_id, token, private, base_model: as for [`TaskRepo`].
-        wait: seconds without progress after which it gives up.
+        wait: seconds without progress after which to give up.
         say: receives a line for each task.
 
     Raises:
-        ValueError: a folder without finished tasks, an id that cannot be one.
+        ValueError: a folder without finished tasks; a `repo_id` or `base_model` that is not an id on the Hub.
         PushError: tasks that could not be uploaded, with the reason and the command that finishes it.
     """
     folder = RunFolder(output_dir)
     tasks = folder.finished_tasks()
     if not tasks:
         raise ValueError(f"{folder.root} holds no finished task (task-1): give the output_dir of a run.")
-    repo, uploaded, present = TaskRepo(repo_id, token, private, base_model), [], []
+    repo = TaskRepo(repo_id, token, private, base_model)
+    uploaded: list[str] = []
+    present: list[str] = []
 
     def put(t: int) -> None:
         new = repo.put(t, folder.task(t))
         (uploaded if new else present).append(f"task-{t + 1}")
         say(f"task-{t + 1} {'uploaded' if new else 'is there already'}: {repo.url}/tree/task-{t + 1}")
 
-    def ignore(message: str) -> None:
-        """The error below says it."""
-
-    uploads = Uploads(repo.create, put, notify=ignore, token=token, first=folder.first)
+    # nothing to report on the way: the error below says it all
+    uploads = Uploads(repo.create, put, notify=lambda message: None, token=token, first=folder.first)
     uploads.add(tasks)
     done = -1
     while not uploads.wait(wait) and uploads.done > done:
@@ -253,7 +255,7 @@ def push(
 
 
 def command(output_dir: str | Path, repo: TaskRepo) -> str:
-    """The command line that uploads what is missing; without a token, which does not belong on a screen."""
+    """Return the command line that uploads what is missing; a token does not belong on a screen, and is left out."""
     parts = ["python", "-m", "pgp_hf.hub", "push", str(output_dir), "--repo_id", repo.repo_id]
     parts += ["--private"] if repo.private else ["--no-private"] if repo.private is False else []
     parts += ["--base_model", repo.base_model] if repo.base_model else []
@@ -261,7 +263,7 @@ def command(output_dir: str | Path, repo: TaskRepo) -> str:
 
 
 def missing(uploads: Uploads, tasks: int, finish: str) -> str:
-    """The report of tasks that are not on the Hub."""
+    """Return a report of the tasks that are not on the Hub, with the command that uploads them."""
     names = [f"task-{t + 1}" for t in range(uploads.done, tasks)]
     shown = ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
     reason = "The upload has not finished." if uploads.error is None else explain(uploads.error, uploads.token)
@@ -272,9 +274,9 @@ def missing(uploads: Uploads, tasks: int, finish: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0 when everything is on the Hub."""
+    """Run the command line; return 0 when everything is on the Hub, 1 when not."""
     parser = argparse.ArgumentParser(
-        prog="python -m pgp_hf.hub", description="Finished tasks on the Hugging Face Hub."
+        prog="python -m pgp_hf.hub", description="Share finished tasks on the Hugging Face Hub."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser(
@@ -284,15 +286,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tag task-1, task-2, ... Running it again changes nothing.",
     )
     one.add_argument("output_dir", help="the run's folder, which holds task-1, task-2, ...")
-    one.add_argument("--repo_id", "--repo-id", required=True, help="owner/name; name alone is your own")
+    one.add_argument(
+        "--repo_id", "--repo-id", required=True, help="owner/name, or name alone for a repository of your own"
+    )
     one.add_argument(
         "--private",
         action=argparse.BooleanOptionalAction,
-        help="whether a repository that has to be made is private; by default as its owner's settings say",
+        help="whether a new repository is private; by default as its owner's settings say",
     )
-    one.add_argument("--token", help="by default HF_TOKEN, or the token that `hf auth login` stored")
+    one.add_argument("--token", help="by default that of HF_TOKEN, or the one that `hf auth login` stored")
     one.add_argument(
-        "--base_model", "--base-model", help="Hub id of the backbone, when the run loaded it from a local folder"
+        "--base_model", "--base-model", help="Hub id of the backbone, if the run loaded it from a local folder"
     )
     one.add_argument(
         "--wait",

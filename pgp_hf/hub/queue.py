@@ -1,4 +1,4 @@
-"""A queue of uploads beside the training: in order, patient with the network, never in the way of the program."""
+"""Upload in the background: in order, patient with the network, and never in the way of the program."""
 
 from __future__ import annotations
 
@@ -8,38 +8,39 @@ import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 LONGEST_PAUSE = 60.0
-"""Seconds between two attempts, at most; the first pause is about one second, and each may be twice the one before."""
+"""Seconds between two attempts at most; the first pause is about one second, and each may be twice the one before."""
 ATTEMPT = 900.0
-"""Seconds after which an attempt that shows no end is given up: a dead connection would hold the queue for ever."""
+"""Seconds after which an attempt counts as failed: a dead connection would otherwise block the queue for ever."""
 
 
 class Refused(ValueError):
-    """What no retry can change; the message has the fix."""
+    """An error that no retry can change; the message has the fix."""
 
 
 class Uploads:
-    """Uploads finished tasks on a thread of its own, task k + 1 never before task k.
+    """Upload finished tasks on a separate thread, task k + 1 never before task k.
 
     Connection errors, time-outs, rate limits and 5xx answers are retried with exponential backoff and jitter until
-    `close`. Anything else is told at once through `notify`, and tried again when another task is finished. The threads
-    are daemons: the program may end whatever they do.
+    `close`. Any other error is reported through `notify` right away, and the upload is tried again when another task is
+    finished. The threads are daemons: they never keep the program from ending.
 
     Args:
         prepare: called once, before the first task.
-        put: uploads the task with the given 0-based index; it must bear being called again for the same task.
-        notify: receives a message at once when something went wrong that a retry does not change.
+        put: uploads the task with the given 0-based index; it may be called again for the same task.
+        notify: receives a message as soon as something goes wrong that a retry does not change.
         token: kept out of all messages; the stored one by default.
         first: 0-based index of the first task to upload.
 
     Attributes:
-        wanted: tasks that are finished.
-        done: tasks that are uploaded, or come before `first`.
-        error: of the last attempt, None after a success.
+        wanted: number of tasks that are finished.
+        done: number of tasks that are uploaded, or come before `first`.
+        error: the error of the last attempt, None after a success.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Uploads:
         self._thread = threading.Thread(target=self._run, name="pgp_hf uploads", daemon=True)
 
     def add(self, tasks: int) -> None:
-        """The first `tasks` tasks are finished by now; 0 prepares without uploading."""
+        """Take note that the first `tasks` tasks are finished; 0 prepares without uploading."""
         with self._changed:
             self.wanted, self._blocked = max(self.wanted, tasks), False
             self._changed.notify_all()
@@ -68,7 +69,7 @@ class Uploads:
                 self._thread.start()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until all is uploaded, nothing can be, or `seconds` have passed; whether all is uploaded."""
+        """Wait until all is uploaded, nothing can be, or `seconds` have passed; return whether all is uploaded."""
         with self._changed:
             self._changed.wait_for(lambda: self._blocked or self._idle(), seconds)
             return self._idle()
@@ -83,15 +84,16 @@ class Uploads:
         return self._prepared and self.done >= self.wanted
 
     def _run(self) -> None:
-        chance, failures = random.Random(), 0  # the training's random numbers are not touched
+        chance, failures = random.Random(), 0  # a generator of its own: the training's numbers must not change
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or not (self._blocked or self._idle()))
                 if self._closed:
                     return
-                prepared, task = self._prepared, self.done
+                prepared = self._prepared
+                attempt = partial(self._put, self.done) if prepared else self._prepare
             try:
-                _within(ATTEMPT, lambda: self._put(task) if prepared else self._prepare())  # noqa: B023
+                _within(ATTEMPT, attempt)
             except Exception as error:  # whatever it is, training goes on and the user is told
                 lasting = not is_transient(error)
                 with self._changed:
@@ -102,7 +104,7 @@ class Uploads:
                         failures += 1
                         self._changed.wait_for(lambda: self._closed, pause)
                 if lasting:
-                    with contextlib.suppress(Warning):  # under -W error; the queue goes on
+                    with contextlib.suppress(Warning):  # raised under -W error, where it would end the thread
                         self._notify(f"Uploading to the Hub failed. {explain(error, self.token)}")
             else:
                 failures = 0
@@ -113,7 +115,7 @@ class Uploads:
 
 
 def _within(seconds: float, attempt: Callable[[], object]) -> None:
-    """Call `attempt` on a daemon thread of its own; TimeoutError when it takes longer, and it is left to itself."""
+    """Call `attempt` on a new daemon thread; raise TimeoutError if it takes longer, and leave it running."""
     errors: list[Exception] = []
 
     def run() -> None:
@@ -126,7 +128,7 @@ def _within(seconds: float, attempt: Callable[[], object]) -> None:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise TimeoutError(f"an upload showed no end after {seconds:g} s")
+        raise TimeoutError(f"an upload had not ended after {seconds:g} s")
     if errors:
         raise errors[0]
 
@@ -142,20 +144,20 @@ def _status(error: BaseException) -> int | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same upload may succeed later."""
+    """Return whether the same upload may succeed later."""
     status = _status(error)
     if status is not None:
-        # 409 and 412: somebody else wrote meanwhile, and the next attempt looks again
+        # 409 and 412: somebody else has written meanwhile, and the next attempt starts from what is there then
         return status in (408, 409, 412, 425, 429) or status >= 500
     if any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error)):
         return False
-    if isinstance(error, json.JSONDecodeError):  # a page of some gateway where the Hub's answer was expected
+    if isinstance(error, json.JSONDecodeError):  # some gateway's page instead of the Hub's answer
         return True
     return any(isinstance(one, (HTTPError, ConnectionError, TimeoutError)) for one in _chain(error))
 
 
 def explain(error: BaseException, token: str | None = None) -> str:
-    """One paragraph: what went wrong, and the fix where there is one; never the token."""
+    """Say in one paragraph what went wrong and, where there is a fix, how to fix it; never show the token."""
     status = _status(error)
     if any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error)):
         text = "HF_HUB_OFFLINE=1 forbids every upload: unset it."

@@ -1,4 +1,4 @@
-"""What leaves the machine: the files of the contract alone, as copies without a path of this machine."""
+"""Copy what may leave the machine: the files named here, without any path of this machine in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from huggingface_hub.utils import validate_repo_id
 from .. import embedded
 from ..report import card as model_card
 from ..runs.atomic import write_json
-from ..runs.folder import ADAPTER, ADAPTER_CONFIG, BASES, DESCRIPTION, MANIFEST, PROCESSOR, RESULTS
+from ..runs.folder import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    BASES,
+    DESCRIPTION,
+    MANIFEST,
+    METHOD,
+    METHOD_STATE,
+    PROCESSOR,
+    RESULTS,
+)
 from ..runs.reading import read_json
 
 CARD = "README.md"
@@ -23,6 +33,8 @@ UPLOADED_FILES = (
     ADAPTER,
     BASES,
     DESCRIPTION,
+    METHOD_STATE,
+    METHOD,
     MANIFEST,
     RESULTS,
     CARD,
@@ -30,34 +42,42 @@ UPLOADED_FILES = (
     "processor_config.json",
     "figures/*.png",
 )
-"""All that is ever uploaded."""
+"""The only files that are ever uploaded."""
 
 _PATH = re.compile(r"(~?/|[A-Za-z]:[\\/]|\\\\|file:/)")  # how an absolute path begins, on any system
 _CLASS_NAMES = ("id2label", "label2id", "label_names", "class_names")  # may begin with a slash, as "/m/01g317" does
 
 
 def listed(folder: Path) -> list[str]:
-    """The files of `folder` that may be uploaded, by their POSIX path inside it."""
+    """Return the files of `folder` that may be uploaded, by their POSIX path inside it."""
     paths = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     return [path for path in paths if is_ours(path)]
 
 
 def is_ours(path: str) -> bool:
+    """Return whether a path in a repository is one of the files that are uploaded."""
     return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in UPLOADED_FILES)
 
 
 def snapshot(folder: Path, target: Path, *, repo_id: str, base_model: str | None = None) -> list[str]:
-    """Copy a finished task to `target` as the Hub may have it.
+    """Copy a finished task to `target` in the form in which it is uploaded.
 
-    JSON loses absolute paths: of a dataset's folder its last name stays. `base_model_name_or_path` stays when it is a
-    Hub id or an embedded backbone's name; a local folder becomes `base_model`, or null. The card is rendered anew with
-    `repo_id` in its snippet. Files without such entries are copied byte for byte.
+    Absolute paths in JSON are reduced to their last part, such as the name of a dataset's folder.
+    `base_model_name_or_path` stays when it is a Hub id or the name of an embedded backbone; a local folder becomes
+    `base_model`, or null. The card is rendered anew, with `repo_id` in its code. Files without such entries are copied
+    byte for byte.
+
+    Args:
+        folder: the finished task.
+        target: the folder to fill.
+        repo_id: the repository that the copy is for.
+        base_model: Hub id of a backbone that was loaded from a local folder.
 
     Returns:
         The files, by their path in the repository.
 
     Raises:
-        ValueError: a folder that is no finished task.
+        ValueError: the folder is not a finished task.
     """
     contents = {name: read_json(folder / name) for name in (RESULTS, MANIFEST, ADAPTER_CONFIG, DESCRIPTION)}
     base = contents[ADAPTER_CONFIG].get("base_model_name_or_path")
@@ -72,13 +92,13 @@ def snapshot(folder: Path, target: Path, *, repo_id: str, base_model: str | None
             shutil.copyfile(folder / path, target / path)
         else:
             write_json(target / path, public)
-    contents[ADAPTER_CONFIG]["base_model_name_or_path"] = named or base  # a card may have a folder's last name
+    contents[ADAPTER_CONFIG]["base_model_name_or_path"] = named or base  # a card shows the last part of a local path
     model_card.save_card(target / CARD, *contents.values(), repo_id=repo_id)
     return listed(target)
 
 
 def _is_local(name: str) -> bool:
-    """Whether a backbone's name is a path; embedded backbones have a name of their own."""
+    """Return whether a backbone's name is a path, as those of embedded backbones and Hub ids are not."""
     if embedded.resolve(name) is not None:
         return False
     try:
@@ -89,7 +109,7 @@ def _is_local(name: str) -> bool:
 
 
 def _without_paths(value: Any) -> Any:
-    """`value` of JSON with the last part alone of every string that is an absolute path, class names excepted."""
+    """Return a JSON value in which absolute paths are reduced to their last part; class names stay as they are."""
     if isinstance(value, dict):
         return {key: item if key in _CLASS_NAMES else _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""A finished task as a classifier; no training code."""
+"""Classify images with a finished task; no training code is imported."""
 
 from .classifier import Prediction, PromptClassifier, load_pretrained, to_image
 

@@ -1,4 +1,4 @@
-"""Finding and loading the frozen backbone that an adapter names, and its image processor."""
+"""Find and load the frozen backbone that an adapter names, and its image processor."""
 
 from __future__ import annotations
 
@@ -9,18 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
 from .. import embedded
 from ..runs.folder import ADAPTER_CONFIG, PROCESSOR
 from ..runs.revision import Revision
+from ..tuners.base.config import PromptConfig
 
 
-def find_backbone(given: str | os.PathLike | None, revision: Revision, local: bool) -> tuple[str | Path, str | None]:
-    """Hub id or folder of the backbone, and its revision there."""
+def find_backbone(
+    given: str | os.PathLike[str] | None, revision: Revision, local: bool
+) -> tuple[str | Path, str | None]:
+    """Return the Hub id or folder of the backbone, and its revision there.
+
+    Args:
+        given: what the caller names; by default what `adapter_config.json` says.
+        revision: the adapter's files.
+        local: whether these were made on this machine, so that a path in them means what it says.
+
+    Raises:
+        ValueError: no backbone is named, or one that is not here and cannot be on the Hub.
+    """
     if given is not None:
         return (given if isinstance(given, Path) else str(given)), None
     name, path = revision.adapter.get("base_model_name_or_path"), revision.folder / ADAPTER_CONFIG
@@ -43,10 +56,20 @@ def find_backbone(given: str | os.PathLike | None, revision: Revision, local: bo
     return name, pinned
 
 
-def load_backbone(source: str | Path, config: Any, options: dict[str, Any]) -> PreTrainedModel:
-    kind: Any = CLIPModel
-    if config.peft_type != "CLIP_PROMPT":
-        kind, names = AutoModelForImageClassification, dict(config.id2label)
+def load_backbone(source: str | Path, config: PromptConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """Load the backbone of an adapter.
+
+    Args:
+        source: its Hub id or folder.
+        config: of the adapter; a backbone with a classifier gets a new one for its classes, to be filled by the adapter.
+        options: for `from_pretrained`.
+
+    Raises:
+        ValueError: it cannot be loaded, or only from a format that can run code.
+    """
+    kind: Any = getattr(transformers, config.base_class)
+    if kind is AutoModelForImageClassification:
+        names = dict(config.id2label or {})
         head = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
         options = {**options, **head, "ignore_mismatched_sizes": True}
     try:
@@ -59,8 +82,17 @@ def load_backbone(source: str | Path, config: Any, options: dict[str, Any]) -> P
         ) from error
 
 
-def load_processor(revision: Revision, source: str | Path | None, hub: dict[str, Any]) -> Any:
-    """The saved image processor, or else the backbone's."""
+def load_processor(revision: Revision, source: str | Path | None, hub: dict[str, Any]) -> BaseImageProcessor:
+    """Load the saved image processor, or else the backbone's.
+
+    Args:
+        revision: the adapter's files.
+        source: Hub id or folder of the backbone, if known.
+        hub: `token` and so on, for `from_pretrained`.
+
+    Raises:
+        ValueError: there is none, or one that cannot be made.
+    """
     saved = (revision.folder / PROCESSOR).is_file()
     if not saved and source is None:
         raise ValueError(f"{revision.folder} has no {PROCESSOR}: pass the backbone's image processor as processor=...")
@@ -77,7 +109,7 @@ def load_processor(revision: Revision, source: str | Path | None, hub: dict[str,
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Transformers at its errors alone: the report of a new head is no news here."""
+    """Silence transformers but for errors: it would report that the head is new, which is what is wanted here."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

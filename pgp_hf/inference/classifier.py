@@ -1,15 +1,15 @@
-"""A finished task as a classifier: `load_pretrained` for a local run or a repository on the Hub; no training code."""
+"""Classify images with a finished task, loaded from a local run or the Hub; no training code is imported."""
 
 from __future__ import annotations
 
 import copy
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import PIL.Image
@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .. import tuners  # noqa: F401 (registers the adapters)
@@ -29,14 +29,18 @@ from ..projection import Projection
 from ..runs.folder import ADAPTER_CONFIG
 from ..runs.revision import Revision
 from ..runs.sources import locate
+from ..tuners.base.config import PromptConfig
+from ..tuners.base.model import PromptTuner
 from .backbone import find_backbone, load_backbone, load_processor
 
-# what a tuner raises when an adapter's settings cannot be
+ImageLike: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | np.ndarray[Any, Any] | Tensor"
+
+# what PEFT and a tuner raise for an adapter's settings that cannot be
 _UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, OverflowError, StopIteration)
 
 
 class Prediction(NamedTuple):
-    """What the classifier says of one image.
+    """The classes and the prompts that an image gets.
 
     Attributes:
         labels: `{"label", "score"}` of the most probable classes, best first; scores are probabilities.
@@ -48,7 +52,7 @@ class Prediction(NamedTuple):
 
 
 class PromptClassifier:
-    """Backbone, prompts, head and class names of one revision, ready to predict; made by `load_pretrained`.
+    """Predict with the backbone, prompts, head and class names of one revision; made by `load_pretrained`.
 
     Attributes:
         model: the `PeftModel`, in eval mode. Its output has `logits` `(B, C)`, those of classes that no finished task
@@ -58,7 +62,9 @@ class PromptClassifier:
         classes: label ids that a prediction may take, None for all.
     """
 
-    def __init__(self, model: PeftModel, processor: Any, revision: Revision, classes: list[int] | None) -> None:
+    def __init__(
+        self, model: PeftModel, processor: BaseImageProcessor, revision: Revision, classes: list[int] | None
+    ) -> None:
         self.model, self.processor, self.classes = model, processor, classes
         self.manifest, self.results = revision.manifest, revision.results
         self._revision = revision
@@ -71,45 +77,50 @@ class PromptClassifier:
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Name of each class, those of later tasks included."""
-        return self.model.base_model.adapter_config.id2label
+        """Return the name of each class by its label id, those of later tasks included."""
+        return _tuner(self.model).adapter_config.id2label
 
     @cached_property
     def projection(self) -> Projection:
-        """The projection with its bases; read when asked for, since prediction needs none.
+        """Read the projection with its bases, which prediction does not need.
 
         Raises:
             ValueError: an adapter that was saved without a run.
         """
         return self._revision.projection()
 
-    def predict(self, images: Any, top_k: int = 1, batch_size: int = 32) -> list[list[dict[str, Any]]]:
+    def predict(
+        self, images: ImageLike | Iterable[ImageLike], top_k: int = 1, batch_size: int = 32
+    ) -> list[list[dict[str, Any]]]:
         """Classify images; no task id is needed.
 
         Args:
-            images: paths, PIL images or arrays (see `pgp_hf.inference.to_image`), mixed at will; or one of them.
-            top_k: how many classes to name for each image, at most as many as there are.
-            batch_size: images in a forward pass; predictions do not depend on it.
+            images: paths, PIL images or arrays (see `pgp_hf.inference.to_image`) in any mixture; or one of them.
+            top_k: number of classes to name for each image; all classes if there are fewer.
+            batch_size: number of images in a forward pass; predictions do not depend on it.
 
         Returns:
-            For each image `[{"label": name, "score": probability}, ...]`, best first.
+            `[{"label": name, "score": probability}, ...]` for each image, best first.
 
         Raises:
             ValueError: an image that cannot be read; a `top_k` or `batch_size` below 1.
         """
         return [prediction.labels for prediction in self.classify(images, top_k, batch_size)]
 
-    def classify(self, images: Any, top_k: int = 1, batch_size: int = 32) -> Iterator[Prediction]:
-        """As `predict`, one image after another as batches are done, each with its selected prompts."""
+    def classify(
+        self, images: ImageLike | Iterable[ImageLike], top_k: int = 1, batch_size: int = 32
+    ) -> Iterator[Prediction]:
+        """Classify as `predict` does, but yield each image as soon as its batch is done, with its selected prompts."""
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is out of range: it must be a whole number from 1.")
         one = isinstance(images, str | os.PathLike | PIL.Image.Image) or (
             isinstance(images, np.ndarray | Tensor) and images.ndim < 4
         )
-        return self._batches(iter([images] if one else images), top_k, batch_size)
+        several = cast("Iterable[ImageLike]", [images] if one else images)
+        return self._batches(iter(several), top_k, batch_size)
 
-    def _batches(self, images: Iterator[Any], top_k: int, batch_size: int) -> Iterator[Prediction]:
+    def _batches(self, images: Iterator[ImageLike], top_k: int, batch_size: int) -> Iterator[Prediction]:
         top_k = min(top_k, len(self.id2label) if self.classes is None else len(self.classes))
         while batch := [to_image(image) for image in islice(images, batch_size)]:
             scores, selected = self._scores(batch)
@@ -121,39 +132,41 @@ class PromptClassifier:
 
     @torch.no_grad()
     def _scores(self, images: list[PIL.Image.Image]) -> tuple[Tensor, Tensor | None]:
-        """Probabilities `(B, C)` and selected prompts `(B, k)`."""
+        """Return probabilities `(B, C)` and selected prompts `(B, k)`."""
         reference = next(self.model.parameters())
         pixels = self.processor(images, return_tensors="pt")["pixel_values"].to(reference.device, reference.dtype)
         logits = self.model(pixel_values=pixels).logits
-        return logits.float().softmax(-1).cpu(), self.model.base_model.selected_prompts
+        return logits.float().softmax(-1).cpu(), _tuner(self.model).selected_prompts
 
 
 def load_pretrained(
-    repo_or_dir: str | os.PathLike,
+    repo_or_dir: str | os.PathLike[str],
     revision: str | None = None,
     *,
-    backbone: str | os.PathLike | PreTrainedModel | None = None,
-    processor: Any = None,
+    backbone: str | os.PathLike[str] | PreTrainedModel | None = None,
+    processor: BaseImageProcessor | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     eval_mask: str = "seen",
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> PromptClassifier:
     """Load a revision as a classifier.
 
-    Everything is checked before anything is used, and only safetensors and JSON are read.
+    Everything is checked before anything is used: a revision is sound as a whole, or refused. Only safetensors and JSON
+    are read.
 
     Args:
         repo_or_dir: id of a repository on the Hub, a run's output folder, or one of its task folders.
         revision: "task-3" for the state after the third task, by default the last; on the Hub also a branch or commit.
         backbone: the frozen model, or its Hub id or folder, when `adapter_config.json` does not say where it is. A
-            model that is passed gets the adapter, as by `PeftModel.from_pretrained`; it stays as it was on refusal.
+            model that is passed gets the adapter, as by `PeftModel.from_pretrained`; when the revision is refused, it
+            stays as it was.
         processor: an image processor to use instead of the saved one. The saved one is loaded with `backend="pil"`.
-        device: where to run; that of the backbone by default, which is the CPU for one that is loaded here.
-        dtype: precision of the weights; that of the backbone by default.
+        device: where to run; by default the backbone's device, which is the CPU for one that is loaded here.
+        dtype: precision of the weights; by default the backbone's.
         attn_implementation: "eager", "sdpa", ...; transformers' choice by default.
         eval_mask: "seen": a prediction may be any class of the finished tasks; "none": classes without any training
             compete as well.
@@ -166,15 +179,12 @@ def load_pretrained(
     if eval_mask not in ("seen", "none"):
         raise ValueError(f"eval_mask={eval_mask!r} is unknown: choose one of seen, none.")
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    found = Revision.read(locate(repo_or_dir, revision, **hub), revision)
+    folder = locate(repo_or_dir, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    found = Revision.read(folder, revision)
     config = _adapter_config(found)
-    given = isinstance(backbone, nn.Module)
-    if given:
-        source, base = None, backbone
-        if not isinstance(base, PreTrainedModel) or any(isinstance(m, BaseTunerLayer) for m in base.modules()):
-            raise ValueError(
-                f"backbone is a {type(base).__name__}: pass a transformers model without an adapter, its Hub id or folder."
-            )
+    source: str | Path | None = None
+    if isinstance(backbone, nn.Module):
+        base = _plain(backbone)
     else:
         source, revision_of = find_backbone(backbone, found, local=Path(repo_or_dir).is_dir())
         options = {"attn_implementation": attn_implementation, "revision": revision_of or "main", **hub}
@@ -182,27 +192,28 @@ def load_pretrained(
     processor = processor or load_processor(found, source, hub)
     weights = found.weights(_expected(base, config))
     if found.results is not None:
-        found.bases()  # a revision is sound as a whole or refused
+        found.bases()  # prediction needs neither these nor the method's files
+    found.method()
     found.check_backbone(base)
 
     with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are replaced
         model = _wrap(base, config)
     set_peft_model_state_dict(model, weights)
     if found.tasks:
-        model.base_model.resume_after(found.tasks - 1)
+        _tuner(model).resume_after(found.tasks - 1)
     classes = None if eval_mask == "none" else found.seen_classes
     _make_classifier(model, classes)
     return PromptClassifier(model.to(device=device, dtype=dtype).eval(), processor, found, classes)
 
 
-def to_image(image: Any) -> PIL.Image.Image:
-    """An RGB image from a path, a PIL image or an array.
+def to_image(image: ImageLike) -> PIL.Image.Image:
+    """Convert a path, a PIL image or an array to an RGB image.
 
     Args:
         image: arrays are `(H, W)`, `(H, W, C)` or `(C, H, W)` with C in 1, 3, 4, integers in 0..255 or floats in [0, 1].
 
     Raises:
-        ValueError: a file that does not decode, an array that is no image.
+        ValueError: a file that does not decode, an array that is not an image.
         TypeError: anything else.
     """
     if isinstance(image, str | os.PathLike):
@@ -211,20 +222,40 @@ def to_image(image: Any) -> PIL.Image.Image:
         return to_rgb(image)
     if isinstance(image, np.ndarray | Tensor):
         return array_to_rgb(image.detach().cpu() if isinstance(image, Tensor) else image)
-    raise TypeError(f"a {type(image).__name__} is no image: pass paths, PIL images or arrays.")
+    raise TypeError(f"an image cannot be of type {type(image).__name__}: pass paths, PIL images or arrays.")
 
 
-def _adapter_config(revision: Revision) -> Any:
-    """The PEFT configuration."""
+def _tuner(model: PeftModel) -> PromptTuner:
+    return cast(PromptTuner, model.base_model)
+
+
+def _plain(backbone: nn.Module) -> PreTrainedModel:
+    """Return a backbone that was passed; ValueError for a model of another kind, or one with an adapter."""
+    if not isinstance(backbone, PreTrainedModel) or any(isinstance(m, BaseTunerLayer) for m in backbone.modules()):
+        raise ValueError(
+            f"backbone is a {type(backbone).__name__}: pass a transformers model without an adapter, its Hub id or "
+            "folder."
+        )
+    return backbone
+
+
+def _adapter_config(revision: Revision) -> PromptConfig:
+    """Return the adapter's configuration; ValueError for one that is unknown, or whose settings cannot be."""
     path = revision.folder / ADAPTER_CONFIG
     fields = {**revision.adapter, "inference_mode": True}
+    known = {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, PromptConfig)}
+    if fields["peft_type"] not in known:
+        raise ValueError(
+            f"{path} has peft_type={fields['peft_type']!r}: expected one of {', '.join(known)}, the prompt adapters that "
+            "are registered."
+        )
     try:
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]](**fields)
+        config = known[fields["peft_type"]](**fields)
         names = config.id2label or {}
         if list(names) != list(range(len(names))) or not all(isinstance(name, str) for name in names.values()):
             raise ValueError(f"id2label={str(names)[:80]} does not name the classes 0, 1, ... in turn")
     except _UNFIT as error:
-        raise ValueError(f"{path} is no adapter's configuration ({error}).") from error
+        raise ValueError(f"{path} is not a valid adapter configuration ({error}).") from error
     if revision.manifest and names == {index: f"LABEL_{index}" for index in names}:  # the model was given none
         config.id2label = dict(enumerate(revision.manifest["label_names"]))
     if not names:
@@ -234,8 +265,8 @@ def _adapter_config(revision: Revision) -> Any:
     return config
 
 
-def _expected(base: PreTrainedModel, config: Any) -> dict[str, Tensor]:
-    """Names and shapes of the adapter's tensors on this backbone, without touching it or taking memory."""
+def _expected(base: PreTrainedModel, config: PromptConfig) -> dict[str, Tensor]:
+    """Return the adapter's tensors on this backbone, on the meta device; the backbone is not touched."""
     try:
         with torch.device("meta"):
             skeleton = _wrap(type(base)(copy.deepcopy(base.config)), copy.deepcopy(config))
@@ -244,33 +275,33 @@ def _expected(base: PreTrainedModel, config: Any) -> dict[str, Tensor]:
         raise ValueError(f"the adapter does not fit this {type(base).__name__}: {error}") from error
 
 
-def _wrap(base: PreTrainedModel, config: Any) -> PeftModel:
+def _wrap(base: PreTrainedModel, config: PromptConfig) -> PeftModel:
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
-        )  # PEFT's own
+        # raised inside PEFT itself
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return PeftModel(base, config)
 
 
 def _make_classifier(model: PeftModel, classes: list[int] | None) -> None:
     """Give the model's output `logits` with unseen classes masked, and its configuration the class names."""
-    base, names = model.get_base_model(), model.base_model.adapter_config.id2label
+    tuner = _tuner(model)
+    base, names = cast(PreTrainedModel, model.get_base_model()), tuner.adapter_config.id2label
     base.config.id2label, base.config.label2id = dict(names), {name: index for index, name in names.items()}
 
-    def mask(module: PeftModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if kwargs.get("input_ids") is not None:  # CLIP as CLIP
+    def mask(module: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if kwargs.get("input_ids") is not None:  # the caller uses CLIP with texts of its own
             return output
         if isinstance(output, tuple):
-            at = 1 if kwargs.get("labels") is not None else 0  # behind the loss
+            at = 1 if kwargs.get("labels") is not None else 0  # the loss comes first
             return *output[:at], keep_classes(output[at], classes), *output[at + 1 :]
-        logits = keep_classes(module.base_model.class_logits(output), classes)
+        logits = keep_classes(tuner.class_logits(output), classes)
         if "logits" not in output:
             return ImageClassifierOutput(logits=logits)
         output.logits = logits
         return output
 
     model.register_forward_hook(mask, with_kwargs=True)
-    # otherwise the pipeline logs that it does not support the model, and then works
+    # without this the pipeline logs an error, that it does not support the model, and then works
     supported = getattr(transformers.pipelines.base, "SUPPORTED_PEFT_TASKS", {})
     known = supported.setdefault("image-classification", [])
     if type(model).__name__ not in known:

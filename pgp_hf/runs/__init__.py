@@ -1,1 +1,1 @@
-"""What is on disk: the files of a run, written whole and read with suspicion."""
+"""The files of a run on disk: written whole or not at all, and checked when they are read."""

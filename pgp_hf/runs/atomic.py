@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place when the block ends without an error.
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; its file takes the place of `path` when the block ends without an error.
 
-    Folders above are made. An earlier file stays as it was until then.
+    Missing folders are made. An earlier file stays as it is until then.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically; NaN and infinities are refused, since they are not JSON."""
+    """Write JSON atomically; NaN and infinities, which JSON does not have, raise ValueError."""
     text = json.dumps(content, indent=2, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -38,7 +38,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file atomically."""
-    # a tensor twice under two names would be refused as shared storage
+    # safetensors refuses tensors that share memory, such as one tensor under two names
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(own, temporary)

@@ -1,4 +1,4 @@
-"""The digest of a frozen backbone."""
+"""Recognise a frozen backbone by the digest of its weights."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import nn
 
 
 def backbone_key(model: nn.Module) -> str:
-    """Under which name `results.json` keeps a backbone's digest; weights of another precision have another."""
+    """Return the name under which `results.json` keeps a backbone's digest, one name per precision."""
     return f"backbone.{str(next(model.parameters()).dtype).removeprefix('torch.')}"
 
 
 @torch.no_grad()
 def backbone_sha256(model: nn.Module, modules_to_save: Iterable[str] | None) -> str | None:
-    """Digest of a model's frozen weights, the same with and without an adapter; None when they are sharded.
+    """Return the digest of a model's frozen weights, the same with and without an adapter; None if they are sharded.
 
     Args:
         model: the backbone, or a model that a prompt adapter has wrapped.
-        modules_to_save: names of the modules that the adapter brings along, which do not count.
+        modules_to_save: names of the modules that the adapter saves whole, which are left out.
     """
-    brought = set(modules_to_save or ()) | {"modules_to_save"}
+    saved = set(modules_to_save or ()) | {"modules_to_save"}
     own = {
         id(parameter)
         for module in model.modules()
@@ -31,10 +31,10 @@ def backbone_sha256(model: nn.Module, modules_to_save: Iterable[str] | None) -> 
     }
     digests = []
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "to_local"):
+        if hasattr(parameter, "to_local"):  # a DTensor: this process holds a part of it
             return None
-        if id(parameter) not in own and not brought & set(name.split(".")):
+        if id(parameter) not in own and not saved & set(name.split(".")):
             digest = hashlib.sha256(str(tuple(parameter.shape)).encode())
-            digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             digests.append(digest.hexdigest())
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()

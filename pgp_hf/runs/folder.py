@@ -1,7 +1,7 @@
-"""The files of a run: written whole or not at all, safetensors and JSON only.
+"""Lay out the files of a run, which are written whole or not at all, as safetensors and JSON only.
 
 output_dir/  the last finished task's files, and
-  task-1/ ... task-T/   the same files as they stood when each task ended
+  task-1/ ... task-T/   the same files as they were when each task ended
   features/task-1.safetensors ...   head inputs and pool entries of each task's test images when it ended
   checkpoints/task-t/checkpoint-N/  Trainer checkpoints of the task in training, removed when it ends
   continued.json        in a run that went on from a single revision: how many tasks are not here
@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from .atomic import replacing
 from .reading import read_json
@@ -21,43 +21,50 @@ from .reading import read_json
 ADAPTER_CONFIG, PROCESSOR = "adapter_config.json", "preprocessor_config.json"
 ADAPTER = "adapter_model.safetensors"
 BASES, DESCRIPTION = "projection.safetensors", "projection.json"
+METHOD_STATE, METHOD = "method.safetensors", "method.json"
 MANIFEST, RESULTS = "stream.json", "results.json"
 FEATURES, CHECKPOINTS, CONTINUED = "features", "checkpoints", "continued.json"
 
 
 class RunFolder:
-    """Layout of an output folder.
+    """The layout of an output folder.
 
     Args:
         root: the run's `output_dir`.
+
+    Attributes:
+        single: whether the last task's files are all there is.
     """
 
-    single = False  # whether the last task's files are all there is
+    single = False
 
-    def __init__(self, root: str | os.PathLike) -> None:
+    def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
 
     def task(self, t: int) -> Path:
-        """Folder of the task with 0-based index t."""
+        """Return the folder of the task with 0-based index t."""
         return self.root / f"task-{t + 1}"
 
     def features(self, t: int) -> Path:
+        """Return the file with the features of task t's test images."""
         return self.root / FEATURES / f"task-{t + 1}.safetensors"
 
     def checkpoints(self, t: int) -> Path:
+        """Return the folder of task t's Trainer checkpoints."""
         return self.root / CHECKPOINTS / f"task-{t + 1}"
 
     def last_checkpoint(self, t: int) -> Path | None:
-        """The newest complete Trainer checkpoint of a task: its state file is the one written last."""
+        """Return a task's newest complete Trainer checkpoint, None if there is none."""
         found = [
             folder
             for folder in self.checkpoints(t).glob("checkpoint-*")
+            # the state file is the one that a Trainer writes last
             if folder.name.removeprefix("checkpoint-").isdecimal() and (folder / "trainer_state.json").is_file()
         ]
         return max(found, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
 
     def finished_tasks(self) -> int:
-        """How many tasks have ended, counted from the first."""
+        """Return the number of tasks that have ended, counted from the first of the stream."""
         first = t = self.first
         while self.task(t).is_dir():
             t += 1
@@ -65,7 +72,7 @@ class RunFolder:
 
     @property
     def first(self) -> int:
-        """0-based index of the first task whose files are here; above 0 in a run that went on from a revision."""
+        """Return the 0-based index of the first task here, which is above 0 in a run that went on from a revision."""
         path = self.root / CONTINUED
         first = read_json(path).get("first") if path.exists() else 0
         if type(first) is not int or first < 0:
@@ -73,6 +80,7 @@ class RunFolder:
         return first
 
     def is_empty(self) -> bool:
+        """Return whether the folder holds no run, neither finished tasks nor checkpoints."""
         return not any(self.root.glob("task-*")) and not (self.root / CHECKPOINTS).exists()
 
     def check_unused(self) -> None:
@@ -91,20 +99,24 @@ class RunFolder:
                     (self.root / file.relative_to(task)).unlink(missing_ok=True)
         for folder in (*self.root.glob("task-*"), *self.root.glob(".task-*")):
             shutil.rmtree(folder, ignore_errors=True)
-        for folder in (FEATURES, CHECKPOINTS):
-            shutil.rmtree(self.root / folder, ignore_errors=True)
+        for name in (FEATURES, CHECKPOINTS):
+            shutil.rmtree(self.root / name, ignore_errors=True)
         (self.root / CONTINUED).unlink(missing_ok=True)
 
-    def publish(self, t: int, write: Any) -> Path:
-        """Write a finished task: `write(folder)` fills a temporary folder, which then takes its place.
+    def publish(self, t: int, write: Callable[[Path], object]) -> Path:
+        """Write a finished task, whole or not at all, and return its folder.
 
-        The files are copied to the top level afterwards, each atomically; a run that dies in between has its task.
+        The files are then copied to the top level, each atomically; a run that dies in between has its task.
+
+        Args:
+            t: the task's 0-based index.
+            write: fills the temporary folder that it gets, which then becomes the task's.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".task-{t + 1}-", dir=self.root))
         try:
             write(temporary)
-            temporary.chmod(0o755)  # mkdtemp is private; a finished task is not
+            temporary.chmod(0o755)  # mkdtemp makes it private, which a finished task is not
             shutil.rmtree(self.task(t), ignore_errors=True)
             os.replace(temporary, self.task(t))
         finally:

@@ -1,4 +1,4 @@
-"""Opening what an earlier run left: a run's folder, a single revision, a repository on the Hub."""
+"""Open what an earlier run left: a run's folder, a single revision, a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .sources import TASK, locate
 
 
 class RevisionRun(RunFolder):
-    """A run of which one revision is at hand, and earlier ones where they can be found.
+    """A run known by one revision, with earlier ones where they can be found.
 
     Args:
         folder: the revision's files.
         tasks: how many tasks had ended.
-        run: the folder that holds `features/` and earlier tasks, as far as they are there.
-        earlier: folder of the task with 0-based index t; without it, that in `run`.
+        run: the folder that holds `features/` and earlier tasks, as far as they exist.
+        earlier: returns the folder of the task with 0-based index t; by default the one in `run`.
     """
 
     single = True
@@ -30,24 +30,28 @@ class RevisionRun(RunFolder):
         self._earlier = earlier or self._run.task
 
     def task(self, t: int) -> Path:
+        """Return the folder of the task with 0-based index t; earlier ones on the Hub are downloaded."""
         return self.root if t == self._tasks - 1 else self._earlier(t)
 
     def features(self, t: int) -> Path:
+        """Return the file with the features of task t's test images."""
         return self._run.features(t)
 
     def last_checkpoint(self, t: int) -> Path | None:
+        """Return None: a revision is a finished task."""
         return None
 
     def finished_tasks(self) -> int:
+        """Return the number of tasks that had ended."""
         return self._tasks
 
 
 def open_run(where: str | Path, **hub: Any) -> RunFolder:
-    """The run to continue: a run's folder, one of its task folders or a copy of one, or "repo@task-3" on the Hub.
+    """Open the run to continue.
 
     Args:
-        where: as above.
-        hub: `token` and so on, as `locate`.
+        where: a run's folder, one of its task folders or a copy of one, or "repo@task-3" on the Hub.
+        hub: `token` and so on, as for `locate`.
 
     Raises:
         ValueError: no such revision, or one that is damaged; see `Revision.read`.
@@ -57,28 +61,31 @@ def open_run(where: str | Path, **hub: Any) -> RunFolder:
     if at and not folder.exists():
         folder = locate(repo, revision, card=True, **hub)
         return RevisionRun(
-            folder, _tasks(folder, revision), folder, lambda t: locate(repo, f"task-{t + 1}", card=True, **hub)
+            folder,
+            _finished_tasks(folder, revision),
+            folder,
+            lambda t: locate(repo, f"task-{t + 1}", card=True, **hub),
         )
     run = RunFolder(folder)
     if run.is_empty() and (folder / ADAPTER_CONFIG).is_file():
         folder = locate(folder)
         named = TASK.fullmatch(folder.resolve().name)
-        return RevisionRun(folder, _tasks(folder), folder.resolve().parent if named else folder)
+        return RevisionRun(folder, _finished_tasks(folder), folder.resolve().parent if named else folder)
     return run
 
 
-def _tasks(folder: Path, revision: str | None = None) -> int:
-    tasks = Revision.read(folder, revision).tasks
-    if not tasks:
-        raise ValueError(f"{folder} is an adapter without a run: there is nothing to continue.")
-    return tasks
-
-
 def load_projection_config(repo_or_dir: str | Path, revision: str | None = None, **hub: Any) -> ProjectionConfig:
-    """`ProjectionConfig.from_pretrained`."""
+    """Read the settings of a revision's projection: `ProjectionConfig.from_pretrained`."""
     return Revision.read(locate(repo_or_dir, revision, **hub), revision).projection_config()
 
 
 def load_projection(repo_or_dir: str | Path, revision: str | None = None, **hub: Any) -> Projection:
-    """`Projection.from_pretrained`."""
+    """Read a revision's projection with its bases: `Projection.from_pretrained`."""
     return Revision.read(locate(repo_or_dir, revision, **hub), revision).projection()
+
+
+def _finished_tasks(folder: Path, revision: str | None = None) -> int:
+    tasks = Revision.read(folder, revision).tasks
+    if not tasks:
+        raise ValueError(f"{folder} is an adapter without a run: there is nothing to continue.")
+    return tasks

@@ -1,4 +1,4 @@
-"""Files that may come from strangers, read with suspicion: bounded, checked, safetensors and JSON alone."""
+"""Read files that may come from strangers: bounded in size, checked, safetensors and JSON only."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 MAX_JSON = 8 * 2**20  # bytes; ImageNet-21k's class names take 3 MB
 MAX_HEADER = 8 * 2**20
 MAX_TENSORS = 2**31
+MAX_DIMS = 8
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".dill", ".ckpt", ".joblib", ".npy", ".npz")
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_ENTRY = {"dtype", "shape", "data_offsets"}
 _CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
@@ -39,7 +41,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
             parse_float=_finite,
         )
         if not isinstance(content, dict):
-            raise ValueError(f"a {type(content).__name__} where an object is expected")
+            raise ValueError(f"it holds a {type(content).__name__} where an object is expected")
     except RecursionError as error:
         raise ValueError(f"{path} is missing or damaged (nested too deeply).") from error
     except (OSError, ValueError) as error:
@@ -47,32 +49,37 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, from a safetensors file's header; no tensor is read, and no memory taken for any.
+def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes by name in a safetensors file; no tensor is read, and no memory is taken for one.
 
     Raises:
-        ValueError: a file that is missing or above 2 GB, a header that is damaged, holds a name twice or declares
+        ValueError: a file that is missing or above 2 GB; a header that is damaged, holds a name twice or declares
             other sizes than the file has.
     """
     try:
         with _opened(path, MAX_TENSORS) as file:
-            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= min(size - 8, MAX_HEADER):
-                raise ValueError(f"its header declares {length} bytes, the file has {size}")
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
-        if not isinstance(header, dict):
-            raise ValueError("its header is not an object")
-        header.pop("__metadata__", None)
-        return _check_header(header, size - 8 - length)
+            if length > MAX_HEADER:
+                raise ValueError(f"its header declares {length} bytes, allowed are {MAX_HEADER}")
+            # the library refuses overlaps, gaps, trailing bytes and sizes that do not fit the data
+            with safe_open(path, framework="pt") as tensors:
+                slices = [(name, tensors.get_slice(name)) for name in tensors.keys()]  # noqa: SIM118  # not a dict
+                shapes = {name: _check_shape(name, one.get_dtype(), tuple(one.get_shape())) for name, one in slices}
+            # ... and lets this pass: of two entries with one name it takes the last, and it skips unknown keys
+            for name, entry in json.loads(file.read(length), object_pairs_hook=_unique).items():
+                if name != "__metadata__" and entry.keys() != _ENTRY:
+                    raise ValueError(
+                        f"the entry of {name!r} must have dtype, shape and data_offsets, and nothing else"
+                    )
     except RecursionError as error:
         raise ValueError(f"{path} is missing or damaged (its header is nested too deeply).") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}).") from error
+    return shapes
 
 
-def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read a safetensors file, all of whose numbers are finite.
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a safetensors file, all of whose numbers must be finite.
 
     Raises:
         ValueError: as `tensor_shapes`; values that are not finite.
@@ -89,8 +96,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     return tensors
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """Hexadecimal digest of a file's bytes."""
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Return the hexadecimal digest of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -98,17 +105,18 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def refuse_pickles(names: Iterable[str], where: str | os.PathLike) -> None:
+def refuse_pickles(names: Iterable[str], where: str | os.PathLike[str]) -> None:
     """Raise ValueError when a listing of files has one that only code could read."""
     for name in sorted(names):
         if name.lower().endswith(PICKLED):
             raise ValueError(
                 f"{where} holds {name!r}, a format that can run code when it is read: pgp_hf reads safetensors and JSON "
-                "alone, and no folder or repository that mixes them with others. Remove the file if you trust the rest."
+                "only, from folders and repositories that hold nothing of the kind. Remove the file if you trust the "
+                "rest."
             )
 
 
-def refuse_code(content: Any, path: str | os.PathLike) -> None:
+def refuse_code(content: Any, path: str | os.PathLike[str]) -> None:
     """Raise ValueError when the content of a JSON file asks for code of its own to be run."""
     todo = [content]
     while todo:
@@ -116,67 +124,44 @@ def refuse_code(content: Any, path: str | os.PathLike) -> None:
         if isinstance(value, dict):
             asked = next((name for name in _CODE if value.get(name)), None)
             if asked:
-                raise ValueError(f"{path} asks for code of its own ({asked}): pgp_hf runs none (trust_remote_code).")
+                raise ValueError(
+                    f"{path} asks for code of its own ({asked}): pgp_hf never runs any (trust_remote_code)."
+                )
             todo += value.values()
         elif isinstance(value, list):
             todo += value
 
 
 @contextmanager
-def _opened(path: str | os.PathLike, most: int) -> Iterator[BinaryIO]:
-    """A regular file (no device or pipe, which may have no end) of at most `most` bytes."""
+def _opened(path: str | os.PathLike[str], most: int) -> Iterator[BinaryIO]:
+    """Open a regular file of at most `most` bytes; a device or pipe may never end."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("no regular file")
+        raise ValueError("not a regular file")
     with open(path, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
             raise ValueError(f"{size} bytes, allowed are {most}")
         yield file
 
 
-def _check_header(header: dict[str, Any], room: int) -> dict[str, tuple[int, ...]]:
-    shapes, spans = {}, []
-    for name, entry in header.items():
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"the entry of {name!r} is not one of dtype, shape and data_offsets")
-        dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype not in _BITS:
-            raise ValueError(f"{name!r} has dtype {dtype!r}, known are {', '.join(_BITS)}")
-        if not (_counts(shape) and len(shape) <= 8 and _counts(span) and len(span) == 2):
-            raise ValueError(f"{name!r} has shape {shape!r} and data_offsets {span!r}")
-        numbers = 1
-        for length in shape:
-            numbers *= length
-        if span[1] - span[0] != numbers * _BITS[dtype] // 8 or span[1] > room:
-            raise ValueError(
-                f"{name!r} declares shape {shape} of {dtype} at bytes {span}; the file has {room} bytes of data"
-            )
-        shapes[name] = tuple(shape)
-        spans.append(tuple(span))
-    end = 0
-    for start, stop in sorted(spans):
-        if start != end:
-            raise ValueError(f"its tensors overlap or leave a gap at byte {min(start, end)}")
-        end = stop
-    if end != room:
-        raise ValueError(f"its tensors end at byte {end} of {room}")
-    return shapes
-
-
-def _counts(value: Any) -> bool:
-    """Whether `value` is a list of whole numbers, none negative or beyond 63 bits."""
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+def _check_shape(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape; ValueError for one that torch cannot hold, or another type than those that are written here."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name!r} has dtype {dtype!r}, known are {', '.join(_DTYPES)}")
+    if len(shape) > MAX_DIMS or any(length >= 2**63 for length in shape):
+        raise ValueError(f"{name!r} has shape {shape}: expected at most {MAX_DIMS} lengths below 2**63")
+    return shape
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the name {twice!r} stands there twice")
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"the name {name!r} occurs twice")
+        content[name] = value
     return content
 
 
-def _refuse_constant(text: str) -> Any:
+def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 

@@ -1,4 +1,4 @@
-"""Revisions: the files of one finished task, in a local folder or on the Hub, checked before anything uses them."""
+"""Read revisions: the files of one finished task, in a local folder or on the Hub, checked before anything uses them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from torch import Tensor, nn
 from ..projection import Basis, Projection, ProjectionConfig
 from ..projection.projector import TRANSPOSED
 from . import reading
-from .checks import check_basis, check_results_file, check_stream_file, finished_tasks
+from .checks import check_basis, check_method_file, check_results_file, check_stream_file, finished_tasks
 from .digest import backbone_key, backbone_sha256
-from .folder import ADAPTER, ADAPTER_CONFIG, BASES, DESCRIPTION, MANIFEST, RESULTS
+from .folder import ADAPTER, ADAPTER_CONFIG, BASES, DESCRIPTION, MANIFEST, METHOD, METHOD_STATE, RESULTS
 from .sources import OTHERS, REVISION_FILES, RUN_FILES, TASK
-
-ADAPTERS = ("L2P", "DUALPROMPT", "CLIP_PROMPT")
 
 
 @dataclass(frozen=True)
 class Revision:
     """A revision's small files, read and checked; its tensors are read on demand.
 
-    Attributes:
+    Args:
         folder: where the files are.
         adapter: content of `adapter_config.json`.
         manifest, results: content of `stream.json` and `results.json`; both None for an adapter without a run.
@@ -41,7 +39,7 @@ class Revision:
 
         Args:
             folder: of the revision.
-            revision: by which name it was found; "task-3" must hold three finished tasks.
+            revision: the name by which it was found; "task-3" must hold three finished tasks.
 
         Raises:
             ValueError: a file that is damaged, asks for code to be run, or contradicts another.
@@ -50,10 +48,10 @@ class Revision:
             if name.endswith(".json") and (folder / name).exists():
                 reading.refuse_code(reading.read_json(folder / name), folder / name)
         adapter = reading.read_json(folder / ADAPTER_CONFIG)
-        if adapter.get("peft_type") not in ADAPTERS:
+        if not isinstance(adapter.get("peft_type"), str):
             raise ValueError(
-                f"{folder / ADAPTER_CONFIG} has peft_type={adapter.get('peft_type')!r}: expected one of "
-                f"{', '.join(ADAPTERS)}, the adapters of this package."
+                f"{folder / ADAPTER_CONFIG} has peft_type={adapter.get('peft_type')!r}: expected the name of a kind of "
+                "adapter."
             )
         there = [name for name in RUN_FILES if (folder / name).exists()]
         if not there:
@@ -73,21 +71,22 @@ class Revision:
 
     @property
     def tasks(self) -> int:
-        """Number of finished tasks; 0 without a run."""
+        """Return the number of finished tasks; 0 without a run."""
         return 0 if self.results is None else finished_tasks(self.results["accuracy_matrix"])
 
     @property
     def seen_classes(self) -> list[int] | None:
-        """Label ids of the finished tasks; None without a run."""
+        """Return the label ids of the finished tasks; None without a run."""
         if self.manifest is None:
             return None
         return [label for task in self.manifest["tasks"][: self.tasks] for label in task["classes"]]
 
     def weights(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The adapter's tensors.
+        """Read the adapter's tensors.
 
         Args:
-            expected: tensors (of any values, or on the meta device) of exactly the names and shapes that must be there.
+            expected: tensors with exactly the names and shapes that the file must have; their values are not read, and
+                they may be on the meta device.
 
         Raises:
             ValueError: a file that is damaged, was altered, or has other names or shapes.
@@ -115,7 +114,7 @@ class Revision:
         return tensors
 
     def bases(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The projection's bases by parameter name, and the content of `projection.json`.
+        """Read the projection's bases by parameter name, and the content of `projection.json`.
 
         Raises:
             ValueError: no run; a file that is damaged or was altered; bases that are not orthonormal, or do not belong
@@ -137,8 +136,29 @@ class Revision:
         self._check_digest(path)
         return tensors, description
 
+    def method(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read the method's tensors and the content of `method.json`; None for a run that wrote neither.
+
+        Raises:
+            ValueError: one file without the other; a file that is damaged or was altered, or lacks the method's name or
+                settings.
+        """
+        state, description = self.folder / METHOD_STATE, self.folder / METHOD
+        if not state.exists() and not description.exists():
+            return None
+        for path, other in ((state, description), (description, state)):
+            if not path.exists():
+                raise ValueError(
+                    f"{self.folder} has {other.name}, but no {path.name}: the download or copy is incomplete."
+                )
+        content = reading.read_json(description)
+        check_method_file(content, description)
+        tensors = reading.read_tensors(state)
+        self._check_digest(state)
+        return tensors, content
+
     def projection_config(self) -> ProjectionConfig:
-        """The settings in `projection.json`.
+        """Read the settings in `projection.json`.
 
         Raises:
             ValueError: no run, or settings that this version does not know or allow.
@@ -149,10 +169,10 @@ class Revision:
         try:
             return ProjectionConfig(**settings)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no projection's description ({error}).") from error
+            raise ValueError(f"{path} does not describe a projection ({error}).") from error
 
     def projection(self) -> Projection:
-        """The projection with its bases; raises as `bases` and `projection_config`."""
+        """Read the projection with its bases; raises as `bases` and `projection_config` do."""
         projection = Projection(self.projection_config())
         projection.load_state(*self.bases())
         return projection
@@ -167,7 +187,7 @@ class Revision:
             raise ValueError(
                 f"the backbone's weights are not those that {self.folder} was trained on (their digest differs from the "
                 f"one in {RESULTS}), although its shapes are: prompts and keys mean nothing on another backbone. Pass the "
-                f"right one, adapter_config.json names {self.adapter.get('base_model_name_or_path')!r}."
+                f"right one; {ADAPTER_CONFIG} names {self.adapter.get('base_model_name_or_path')!r}."
             )
 
     def _check_run(self) -> None:

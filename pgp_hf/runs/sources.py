@@ -1,9 +1,10 @@
-"""Where a revision is: in a local folder, or on the Hub, from where its files are fetched. No file is read here."""
+"""Find where a revision is: in a local folder, or on the Hub, from where it is downloaded. No file is read here."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download
@@ -19,26 +20,39 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from . import reading
-from .folder import ADAPTER, ADAPTER_CONFIG, BASES, CHECKPOINTS, DESCRIPTION, MANIFEST, PROCESSOR, RESULTS
+from .folder import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    BASES,
+    CHECKPOINTS,
+    DESCRIPTION,
+    MANIFEST,
+    METHOD,
+    METHOD_STATE,
+    PROCESSOR,
+    RESULTS,
+)
 
 RUN_FILES = (MANIFEST, RESULTS, DESCRIPTION, BASES)
-REVISION_FILES = (ADAPTER_CONFIG, ADAPTER, PROCESSOR, *RUN_FILES)
-# read by other loaders, never by this package: looked at for requests to run code
+"""What a finished task must have; an adapter without a run has none of it."""
+REVISION_FILES = (ADAPTER_CONFIG, ADAPTER, PROCESSOR, *RUN_FILES, METHOD_STATE, METHOD)
+"""All that is read of a revision; runs of earlier versions have no files of a method."""
+# read by other loaders, never by this package: searched for requests to run code
 OTHERS = ("config.json", "processor_config.json")
 TASK = re.compile(r"task-([1-9]\d{0,5})")
 _CARD = re.compile(r"README\.md|figures/[\w-]+\.png")
 
 
 def locate(
-    repo_or_dir: str | Path,
+    repo_or_dir: str | os.PathLike[str],
     revision: str | None = None,
     *,
     token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     card: bool = False,
 ) -> Path:
-    """Local folder with the files of a revision, downloaded first when it is on the Hub.
+    """Return the local folder with the files of a revision, downloaded first when it is on the Hub.
 
     Args:
         repo_or_dir: a run's output folder, one of its task folders (or a copy), or the id of a repository on the Hub.
@@ -48,73 +62,72 @@ def locate(
 
     Raises:
         ValueError: neither a folder nor the id of a repository; no such revision; a folder or repository with pickled
-            files or too large ones.
-        ConnectionError: the Hub is out of reach, and the revision is not in the cache.
+            files or with files that are too large.
+        ConnectionError: the Hub cannot be reached, and the revision is not in the cache.
     """
     if Path(repo_or_dir).is_dir():
         return _local(Path(repo_or_dir), revision)
-    name = str(repo_or_dir)
+    repo = str(repo_or_dir)
     try:
-        validate_repo_id(name)
+        validate_repo_id(repo)
     except HFValidationError as error:
-        raise ValueError(f"{name!r} is neither a folder here nor the id of a repository on the Hub.") from error
-    where = f"{name}@{revision or 'main'}"
-    wanted: Iterable[str] = (*REVISION_FILES, *OTHERS)
-    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    commit, unreachable = None, None
+        raise ValueError(f"{repo!r} is neither a folder here nor the id of a repository on the Hub.") from error
+    where = f"{repo}@{revision or 'main'}"
+    listing: tuple[str, dict[str, int]] | None = None
+    unreachable: HTTPError | None = None
     if not (local_files_only or constants.HF_HUB_OFFLINE):
         try:
-            commit, sizes = _listing(name, revision, token)
+            listing = _listing(repo, revision, token)
+        except HfHubHTTPError:  # the Hub has answered
+            raise
         except HTTPError as error:
-            if isinstance(error, HfHubHTTPError):  # the Hub has answered
-                raise
-            unreachable, options["local_files_only"] = error, True  # the cache may know it
-    if commit:
-        reading.refuse_pickles(sizes, where)
-        wanted = [file for file in sizes if file in wanted or (card and _CARD.fullmatch(file))]
-        for file in wanted:
-            if sizes[file] > (most := reading.MAX_TENSORS if file.endswith(".safetensors") else reading.MAX_JSON):
-                raise ValueError(f"{where}: {file} has {sizes[file]} bytes, allowed are {most}.")
-        _need(ADAPTER_CONFIG in wanted and ADAPTER in wanted, where)
+            unreachable = error  # the cache may know the revision
+    wanted: Iterable[str] = (*REVISION_FILES, *OTHERS) if listing is None else _choose(listing[1], where, card)
+    offline = local_files_only or unreachable is not None
+    cache = None if cache_dir is None else Path(cache_dir)
+
+    def fetch(file: str, at: str | None) -> Path:
+        return Path(hf_hub_download(repo, file, revision=at, token=token, cache_dir=cache, local_files_only=offline))
+
     try:
-        # by its name, which the cache then knows without a network; the rest come from the same commit
-        folder = Path(hf_hub_download(name, ADAPTER_CONFIG, revision=revision, **options)).parent
+        # by the revision's name, which the cache then knows without a network; the rest come from the same commit
+        folder = fetch(ADAPTER_CONFIG, revision).parent
     except LocalEntryNotFoundError as error:
         if unreachable is None:
             raise
         raise ConnectionError(
             f"the Hub cannot be reached ({unreachable}), and {where} is not in the cache."
         ) from error
-    if commit not in (None, folder.name):
-        raise ValueError(f"{where} moved from {commit} to {folder.name} just now: load it again.")
-    for file in wanted:
-        try:
-            hf_hub_download(name, file, revision=folder.name, **options)
-        except EntryNotFoundError as error:  # without a listing: not in the cache, and perhaps not in the repository
-            if file == ADAPTER:
-                raise ValueError(f"{where} has no {ADAPTER}, or it is not in the cache ({error}).") from error
+    if listing is not None and listing[0] != folder.name:
+        raise ValueError(f"{where} moved from {listing[0]} to {folder.name} just now: load it again.")
+    _fetch_all(wanted, lambda file: fetch(file, folder.name), where)
     return folder
 
 
 def _local(folder: Path, revision: str | None) -> Path:
+    """Return the folder of a revision in a local folder."""
     if revision not in (None, "main"):
-        chosen = folder / revision if TASK.fullmatch(revision) else None
-        if chosen is None or not chosen.is_dir():
-            found = sorted((int(m[1]) for file in folder.iterdir() if (m := TASK.fullmatch(file.name))), key=int)
-            raise ValueError(
-                f"revision={revision!r} is not in {folder}: "
-                + (f"choose one of {', '.join(f'task-{t}' for t in found)}." if found else "it holds one revision.")
-            )
-        folder = chosen
-    _need((folder / ADAPTER_CONFIG).is_file(), folder)
+        folder = _task_folder(folder, revision)
+    _require((folder / ADAPTER_CONFIG).is_file(), folder)
     files = (file.relative_to(folder) for file in folder.rglob("*"))
-    # a task in training has Trainer's checkpoints beside the finished ones
+    # a run whose next task is in training has Trainer's checkpoints, which nothing here reads
     reading.refuse_pickles((str(file) for file in files if CHECKPOINTS not in file.parts), folder)
-    _need((folder / ADAPTER).is_file(), folder)
+    _require((folder / ADAPTER).is_file(), folder)
     return folder
 
 
-def _need(there: bool, where: str | Path) -> None:
+def _task_folder(folder: Path, revision: str) -> Path:
+    chosen = folder / revision if TASK.fullmatch(revision) else None
+    if chosen is None or not chosen.is_dir():
+        found = sorted(int(m[1]) for file in folder.iterdir() if (m := TASK.fullmatch(file.name)))
+        raise ValueError(
+            f"revision={revision!r} is not in {folder}: "
+            + (f"choose one of {', '.join(f'task-{t}' for t in found)}." if found else "it holds one revision.")
+        )
+    return chosen
+
+
+def _require(there: bool, where: str | Path) -> None:
     if not there:
         raise ValueError(
             f"{where} has no {ADAPTER_CONFIG} and {ADAPTER}: expected a run's folder, one of its task folders, or a "
@@ -123,7 +136,7 @@ def _need(there: bool, where: str | Path) -> None:
 
 
 def _listing(repo: str, revision: str | None, token: str | bool | None) -> tuple[str, dict[str, int]]:
-    """Commit of a revision, and the sizes of its files by path."""
+    """Return a revision's commit, and the sizes of its files by path."""
     api = HfApi(token=token)
     try:
         # one request that is not repeated: without a network, this is where it shows
@@ -132,5 +145,28 @@ def _listing(repo: str, revision: str | None, token: str | bool | None) -> tuple
         refs = api.list_repo_refs(repo)
         names = [ref.name for ref in (*refs.tags, *refs.branches)]
         raise ValueError(f"{repo} has no revision {revision!r}: it has {', '.join(names) or 'none'}.") from error
+    assert commit is not None  # only lists of models come without it
     entries = api.list_repo_tree(repo, recursive=True, revision=commit)
     return commit, {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _choose(sizes: dict[str, int], where: str, card: bool) -> list[str]:
+    """Return which files of a repository to download; ValueError for one that must not be, or lacks what is needed."""
+    reading.refuse_pickles(sizes, where)
+    known = (*REVISION_FILES, *OTHERS)
+    wanted = [file for file in sizes if file in known or (card and _CARD.fullmatch(file))]
+    for file in wanted:
+        most = reading.MAX_TENSORS if file.endswith(".safetensors") else reading.MAX_JSON
+        if sizes[file] > most:
+            raise ValueError(f"{where}: {file} has {sizes[file]} bytes, allowed are {most}.")
+    _require(ADAPTER_CONFIG in wanted and ADAPTER in wanted, where)
+    return wanted
+
+
+def _fetch_all(files: Iterable[str], fetch: Callable[[str], Path], where: str) -> None:
+    for file in files:
+        try:
+            fetch(file)
+        except EntryNotFoundError as error:  # without a listing: not in the cache, and perhaps not in the repository
+            if file == ADAPTER:
+                raise ValueError(f"{where} has no {ADAPTER}, or it is not in the cache ({error}).") from error
