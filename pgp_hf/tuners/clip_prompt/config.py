@@ -21,6 +21,7 @@ class ClipPromptConfig(PromptConfig):
     """
 
     method_name = "CLIP_PROMPT"
+    base_class = "CLIPModel"
     command_line = ("text_length", "image_length")
 
     pool_size: int = field(default=10, metadata={"help": "number of text contexts, one per task"})
@@ -71,11 +72,11 @@ class ClipPromptConfig(PromptConfig):
             parts += [f"{setting(settings, 'image_length')} image prompt tokens shared by all tasks"]
         return AdapterCard(
             parts=" and ".join(parts),
+            selects=False,
             features="the image features",
             head="similarity with the class names, each behind its task's context",
             trained_head="the contexts",
             finished="The text context of a finished task never moves.",
-            per_image=True,
-            base_class="CLIPModel",
+            base_class=cls.base_class,
             scores="logits_per_image",
         )
