@@ -41,7 +41,7 @@ def entrance(model):
 
 
 def randomise(model):
-    """Weights and biases of the norms that are not those of a new model; queries that are one for all tokens."""
+    """Give the norms weights and biases unlike those of a new model, and all tokens the same query."""
     norms, attention = entrance(model)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -54,14 +54,14 @@ def randomise(model):
 
 
 def tokens(model, pixels):
-    """What enters the network, `(B, T, d)`, and how many prompt tokens there are."""
+    """Return the tokens that enter the network, `(B, T, d)`, and the number of prompt tokens."""
     model(pixel_values=pixels)
     layer = model.base_model.layer
     return layer(pixels).detach(), layer.inserted
 
 
 def through(norms, x, statistics=None):
-    """The norms written out; `statistics` of an earlier call stand in for those of `x`."""
+    """Apply the norms, written out, with `statistics` of an earlier call in place of those of `x`."""
     used = []
     for i, norm in enumerate(norms):
         mean, deviation = x.mean(-1, keepdim=True), (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
@@ -88,8 +88,8 @@ def test_rows_by_definition(method):
     hidden, statistics = through(norms, x)
     name = next(iter(model.base_model.prompt_parameters()))
     role, width = found[name]
-    turned_role, length = found[f"{name}.T"]
-    assert (role, turned_role) == ("prompt", "value")
+    transposed_role, length = found[f"{name}.T"]
+    assert (role, transposed_role) == ("prompt", "value")
     dh, scale = attention.head_dim, torch.stack([norm.weight for norm in norms]).prod(0)
     width = width.unflatten(0, (3, HEADS, -1))
     length = length.unflatten(-2, (3, HEADS, -1)) if method == "l2p" else length.unflatten(0, (3, HEADS, -1))
@@ -123,7 +123,7 @@ def learned(model, pixels, settings):
 
 @pytest.mark.parametrize("method", ["l2p", "clip"])
 def test_the_first_attention_of_old_images_is_consistent(method):
-    """While the tokens' statistics stay: the logits that old queries give to the prompt, and what it adds to them."""
+    """As long as the tokens' statistics stay: the logits of old queries for the prompt, and the prompt's contribution."""
     settings = {"prompt_length": 5} if method == "l2p" else {"image_length": 5}
     model, old = randomise(prompted.make(method, **settings)), prompted.images(1)
     norms, attention = entrance(model)
@@ -133,7 +133,7 @@ def test_the_first_attention_of_old_images_is_consistent(method):
     query = by_head(attention.q_proj, hidden)
 
     def sides(x):
-        z = through(norms, x, statistics)[0]  # the statistics of before: their drift is the penalty's business
+        z = through(norms, x, statistics)[0]  # statistics from before: only the penalty limits their drift
         logits = query @ by_head(attention.k_proj, z).mT
         weights = (query @ by_head(attention.k_proj, hidden).mT * attention.head_dim**-0.5).softmax(-1)
         return logits[..., prompt], weights[..., prompt] @ by_head(attention.v_proj, z)[..., prompt, :]
@@ -160,7 +160,7 @@ def test_the_first_attention_of_old_images_is_consistent(method):
 
 
 def test_both_projections_hold_under_adam():
-    """(batch, rows, n): along n by one basis, along the rows by the other, whatever the order."""
+    """(batch, rows, n): along n by one basis, along the rows by the other, in either order."""
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.randn(4, 6, 10))
     right = Basis(torch.linalg.qr(torch.randn(10, 3)).Q)
@@ -187,7 +187,7 @@ def test_both_projections_hold_under_adam():
     assert (parameter.grad.double() @ right.columns).norm() < 1e-5 > (parameter.grad.double().mT @ left.columns).norm()
 
 
-def test_a_turned_basis_must_fit():
+def test_a_transposed_basis_must_fit():
     projector = NullSpaceProjector({"p.T": Basis.empty(10, (4,))})
     with pytest.raises(ValueError, match=r"p\.T has shape \(4, 10, 6\).*\(4, rows, 10\)"):
         projector.anchor([("p", torch.zeros(4, 6, 10))])
@@ -219,19 +219,19 @@ def test_files_name_both_axes(tmp_path):
 
 
 def entering(model, pixels, count):
-    """What enters the first LayerNorm of an image: its prompt tokens, `(P, d)`."""
+    """Return the prompt tokens of an image as they enter the first LayerNorm, `(P, d)`."""
     backbone, found = model.base_model.backbone, []
     norm = backbone.pre_layrnorm if hasattr(backbone, "pre_layrnorm") else backbone.layers[0].layernorm_before
     hook = norm.register_forward_pre_hook(lambda module, args: found.append(args[0].detach().clone()))
     with torch.no_grad():
         model(pixel_values=pixels)
     hook.remove()
-    return found[-1][0, 1 : 1 + count]  # the one before, if any, is the query's
+    return found[-1][0, 1 : 1 + count]  # an earlier pass, if any, computed the query
 
 
 @pytest.mark.parametrize(("method", "settings", "count"), [("l2p", {"top_k": 5}, 15), ("clip", {}, 3)])
 def test_penalty_is_the_change_of_mean_and_deviation(method, settings, count):
-    """Of the tokens as they enter: a prompt alone may keep both, and its sum with a position embedding not."""
+    """It concerns tokens as they enter: a prompt may keep both while its sum with a position embedding does not."""
     model, pixels = prompted.make(method, **settings), prompted.images(2)  # an image selects the whole pool
     if method == "l2p":
         with torch.no_grad():
@@ -271,7 +271,7 @@ def test_penalty_is_the_change_of_mean_and_deviation(method, settings, count):
     with torch.no_grad():
         prompt.copy_(
             1 - tuner.token_offsets()[next(iter(tuner.prompt_parameters()))]
-        )  # no deviation: a slope all the same
+        )  # a standard deviation of 0 has a finite slope too
     prompt.grad = None
     projection.penalty(tuner).backward()
     assert prompt.grad.isfinite().all()
@@ -279,7 +279,7 @@ def test_penalty_is_the_change_of_mean_and_deviation(method, settings, count):
 
 
 def test_penalty_is_for_tokens(tmp_path):
-    """No LayerNorm stands behind a prefix."""
+    """A prefix passes through no LayerNorm."""
     model = prompted.make("dualprompt")
     settings = config(ln_penalty=1.0, energy=0.5, value_energy=0.5)
     projection = learned(model, prompted.images(2), settings)
@@ -288,26 +288,26 @@ def test_penalty_is_for_tokens(tmp_path):
         for prefix in model.base_model.prompt_parameters().values():
             prefix.mul_(2)
     assert projection.penalty(model.base_model) == 0
-    with pytest.raises(ValueError, match=r"ln_penalty=1.0 is for prompts that enter.*DualPromptConfig has none"):
+    with pytest.raises(ValueError, match=r"ln_penalty=1.0 is for prompts that enter.*dualprompt adapter has none"):
         tiny.trainer(tmp_path, model=model, projection=settings)
 
 
 def test_penalty_is_counted_once_a_step(tmp_path):
-    """However a step's images are cut into batches."""
+    """Splitting a step's images into batches does not change the loss."""
     settings = config(ln_penalty=0.5, energy=0.9, value_energy=0.5)
     trainer = tiny.trainer(tmp_path, projection=settings, num_train_epochs=1)
     trainer.train_task(0)
-    trainer.projection.projector.anchor(trainer._prompt_parameters())
+    model = trainer.model.eval()
+    parameters = model.base_model.prompt_parameters()
+    trainer.projection.projector.anchor(parameters.items())
     with torch.no_grad():
-        trainer._prompt_parameters()[0][1].mul_(1.1)
-    penalty = float(trainer.projection.penalty(trainer.tuner).detach())
-    logits = torch.randn(6, 6)
-    labels = torch.tensor(list(trainer.stream.tasks[0].classes) * 3)
-    outputs = type("Outputs", (), {})
+        next(iter(parameters.values())).mul_(1.1)
+    penalty = float(trainer.projection.penalty(model.base_model).detach())
+    pixels, labels = prompted.images(6), torch.tensor(list(trainer.stream.tasks[0].classes) * 3)
 
     def loss(part, items):
-        outputs.logits = logits[part]
-        return float(trainer._task_loss(outputs, labels[part], items).detach())
+        inputs = {"pixel_values": pixels[part], "labels": labels[part]}
+        return float(trainer.compute_loss(model, inputs, num_items_in_batch=items).detach())
 
     with_penalty = [loss(slice(None), None), loss(slice(2), 6) + loss(slice(2, 6), 6)]
     trainer.projection.config.ln_penalty = 0.0

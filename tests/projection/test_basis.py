@@ -118,7 +118,7 @@ def test_energy_one_protects_what_was_seen_and_nothing_else(dim, seen, count, ch
 
 
 def test_weak_new_directions_are_orthogonal_to_the_old_ones():
-    """Eigenvectors of a residual that is small beside what is protected already lean into it by rounding."""
+    """Eigenvectors of a residual far smaller than the protected part lean into that part by rounding."""
     rng = np.random.default_rng(0)
     frame = np.linalg.qr(rng.normal(size=(N, N)))[0]
     old = Basis.empty(N).extend(moment_of(rng.normal(size=(40, 4)) @ frame[:4]), 1.0)

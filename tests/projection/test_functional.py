@@ -1,4 +1,4 @@
-"""Functional projection: per-image gradients, what they protect, and that old features stay to first order."""
+"""Functional projection: per-image gradients, the bound that they give, and old features that stay to first order."""
 
 from __future__ import annotations
 
@@ -77,22 +77,22 @@ def test_rows_are_the_gradients_of_one_image_at_a_time(method, space):
 
 @pytest.mark.parametrize("method", prompted.METHODS)
 def test_probes_in_the_metric_of_the_statistics_head(method):
-    """The rows' second moment is J^T Sigma^-1 J: by linearity, those of probes turned by a root of Sigma^-1."""
+    """The rows' second moment is J^T Sigma^-1 J: by linearity, those of probes multiplied by a root of Sigma^-1."""
     model, pixels = prompted.make(method, head="statistics"), prompted.images(6)
     tuner = model.base_model
     settings = config(probes=2, probe_space="statistics")
     with pytest.raises(ValueError, match="knows no class yet"):
         observations(model, pixels, settings)
     tuner.statistics.update(prompted.features(prompted.make(method), pixels), torch.tensor([0, 1, 2, 0, 1, 2]))
-    turn = tuner.statistics.whitening()
-    assert torch.allclose(turn @ turn.mT, torch.linalg.inv(tuner.statistics.covariance), rtol=1e-6)
+    root = tuner.statistics.whitening()
+    assert torch.allclose(root @ root.mT, torch.linalg.inv(tuner.statistics.covariance), rtol=1e-6)
     found = prompts(observations(model, pixels[:1], settings))
     context, caught = Context(settings, [0], TASK, SEED), []
     watch = tuner.watch_features(caught.append)
     model(pixel_values=pixels[:1])
     watch.remove()
     for probe in range(2):
-        direction = probes(context, probe, caught[0]).double() @ turn.mT
+        direction = probes(context, probe, caught[0]).double() @ root.mT
         own = [parameters(model)[name] for name in found]
         gradients = torch.autograd.grad((direction * caught[0]).sum(), own, retain_graph=True)
         for (name, rows), gradient in zip(found.items(), gradients, strict=True):
@@ -360,7 +360,7 @@ def test_a_stream(tmp_path):
 
 
 def test_a_wide_basis_is_saved_in_single_precision(monkeypatch):
-    """And the projector uses the rounded one at once, so that a resumed run goes on with the same."""
+    """The projector uses the rounded basis from the start, so that a resumed run continues with the same."""
     monkeypatch.setattr("pgp_hf.projection.state.SINGLE", 500)
     model = prompted.make("l2p")
     projection = learned(model, prompted.images(12), config(energy=0.9))

@@ -14,7 +14,7 @@ from pgp_hf.projection import Basis, NullSpaceProjector, Projection, ProjectionC
 
 
 class Tuner:
-    """Shows queries to a pool's keys."""
+    """Show queries to a pool's keys."""
 
     def protected_rows(self, queries):
         yield "key", "key", queries

@@ -15,7 +15,7 @@ SHAPES = {"prompt": (6, 2, 12), "key": (6, 8), "heads": (2, 3, 10)}
 
 
 class Tuner:
-    """Stands for a prompt tuner: its inputs are the rows that its parameters see."""
+    """Stand for a prompt tuner: its inputs are the rows that its parameters see."""
 
     def protected_rows(self, **inputs):
         for name, rows in inputs.items():
@@ -256,6 +256,12 @@ def test_broadcast_buffers_have_the_main_process_shape():
 def test_config_refuses(setting, message):
     with pytest.raises(ValueError, match=message):
         ProjectionConfig(**setting)
+
+
+def test_help_explains_every_setting():
+    arguments = ProjectionConfig.__doc__.partition("Args:")[2].partition("Raises:")[0]
+    for name in ProjectionConfig.__dataclass_fields__:
+        assert f"\n        {name}: " in arguments
 
 
 def test_config_defaults_and_methods():
