@@ -1,36 +1,58 @@
 """The model card of a run: metadata for the Hub and a short README, rendered from `model_cards/template.md`.
 
-Works on the content of the run's JSON files alone; its sentences and tables are made in `_card_text.py`. A path of the
-machine that trained never enters a card: a backbone or dataset that is a local folder appears by the folder's last
-name.
+It is made from the content of the run's JSON files alone. A path of the machine that trained never enters a card: a
+backbone or dataset that is a local folder appears by the folder's last name.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import ModelCard, ModelCardData
 
 from .. import embedded
+from ..data.scenarios import SCENARIOS, Scenario
 from ..runs.atomic import replacing
-from ..runs.folder import PROCESSOR
+from ..runs.folder import METHOD, PROCESSOR
 from ..runs.reading import read_json
-from . import sentences as say
+from ..tuners.base.card import AdapterCard
 from .figures import figure_names
+from .formatting import as_text
+from .learning import Learning, describe_adapter, describe_learning
+from .names import is_hub_id, is_owned, name_backbone, name_dataset, name_model, public_name
+from .numbers import eval_results, run_rows, task_rows
+from .sentences import (
+    describe_class_order,
+    describe_data_limits,
+    describe_evaluation,
+    describe_head,
+    describe_preprocessing,
+    describe_time,
+    describe_versions,
+    tasks_without_drift,
+)
+from .snippets import Source, peft_code, predict_code
+from .table import markdown
 
-_FIGURE_TEXTS = {
-    "accuracy_matrix.png": "Accuracy on each task after each task",
-    "task_curves.png": "Average accuracy and forgetting after each task",
-    "stability.png": "How far old features drifted, and what was protected, after each task",
-    "prompt_usage.png": "Pool entries that each task's test images select",
-}
+
+class _Run(NamedTuple):
+    """What the parts of a card are made from; JSON content by the names of `render_card`."""
+
+    results: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any]
+    scenario: Scenario
+    num_tasks: int
+    num_classes: int
+    trained: int  # finished tasks
+    batchwise: bool
+    base: str  # the backbone's name or path, empty for a model that was never saved
+    dataset: str | None
+    adapter: AdapterCard
+    learning: Learning
 
 
 def render_card(
@@ -39,11 +61,12 @@ def render_card(
     adapter_config: Mapping[str, Any],
     projection: Mapping[str, Any] | None,
     *,
+    method: Mapping[str, Any] | None = None,
     processor: Mapping[str, Any] | None = None,
     figures: Iterable[str] | None = None,
     repo_id: str | None = None,
 ) -> ModelCard:
-    """Renders the card of a run, or of one of its `task-<t>` revisions.
+    """Render the card of a run, or of one of its `task-<t>` revisions.
 
     Args:
         results: content of `results.json`; `prompt_usage`, `changed_selections`, `heads`, `eval_mask` and
@@ -51,123 +74,86 @@ def render_card(
         manifest: content of `stream.json`.
         adapter_config: content of `adapter_config.json`.
         projection: content of `projection.json`, `None` for a run without projection.
+        method: content of `method.json`, `None` for projected prompts.
         processor: content of `preprocessor_config.json`, `None` for a run that saved none.
         figures: names of the files in `figures/`; by default those that `pgp_hf.report.figures.save_figures` writes.
-        repo_id: the repository the card is for; it names the model and stands in the code, with the tag `task-<t>`.
+        repo_id: the repository that the card is for; it names the model and stands in the code, with the tag
+            `task-<t>`.
 
     Returns:
         The card. Its `model-index` holds average accuracy and forgetting.
 
     Raises:
-        ValueError: an input lacks an entry the card cannot do without.
+        ValueError: an input lacks an entry that the card cannot do without, or has one that is unknown.
         FileNotFoundError: the template is missing.
     """
-    matrix = _need(results, "accuracy_matrix", "results")
-    scenario = _need(results, "scenario", "results")
-    num_tasks = int(_need(results, "num_tasks", "results"))
-    num_classes = int(_need(manifest, "num_classes", "manifest"))
-    peft_type = str(_need(adapter_config, "peft_type", "adapter_config"))
-    if scenario not in say.SCENARIO_SENTENCES:
-        raise ValueError(f"results['scenario'] is {scenario!r}; expected one of {', '.join(say.SCENARIO_SENTENCES)}.")
-    base = adapter_config.get("base_model_name_or_path") or ""  # empty for a model that was never saved
-    inside = embedded.resolve(base) is not None
-    dataset = (manifest.get("dataset") or {}).get("name")
-    facts = say.projection_facts(results, projection)
-    batchwise = bool(results.get("batchwise_prompt"))
-    trained = max((i + 1 for i, row in enumerate(matrix) if any(v is not None for v in row or ())), default=0)
-    name = _model_name(peft_type, facts["method"], dataset, repo_id)
-    there = figure_names(results) if figures is None else set(figures)
-    code = _Code(adapter_config, num_classes, repo_id, trained, processor is not None)
-
-    card_data = ModelCardData(
-        library_name="peft",
-        base_model=base if _is_hub_id(base) else None,
-        pipeline_tag="image-classification",
-        license="apache-2.0",
-        tags=["continual-learning", "prompt-tuning", "pgp_hf", peft_type.lower(), scenario.replace("_", "-")],
-        datasets=[dataset] if _is_owned(dataset) else None,
-        metrics=["accuracy"],
-        model_name=name,
-        eval_results=_eval_results(results, dataset, trained) or None,
+    run = _read(results, manifest, adapter_config, projection, method)
+    name = name_model(
+        repo_id,
+        str(adapter_config["peft_type"]),
+        run.learning.name,
+        public_name(run.dataset).split("/")[-1] if run.dataset else None,
     )
+    source = Source.of(adapter_config, repo_id, run.trained)
+    present = figure_names(results) if figures is None else set(figures)
     return ModelCard.from_template(
-        card_data,
+        _metadata(run, name),
         template_str=_template().read_text(encoding="utf-8"),
         title=name,
-        backbone=_backbone(base),
-        bring=None if inside or _is_hub_id(base) else _bring(base),
-        pool=say.pool(adapter_config, batchwise),
-        num_tasks=num_tasks,
-        num_classes=num_classes,
-        known=len({label for task in (manifest.get("tasks") or [])[:trained] for label in task.get("classes") or []}),
-        trained=trained,
-        update_rule=say.update_rule(facts, peft_type),
-        predict=code.predict(),
-        peft=code.peft(),
-        resume=json.dumps(f"{repo_id}@task-{trained}" if _is_hub_id(repo_id) else code.adapter, ensure_ascii=False),
-        batchwise=batchwise,
-        dataset=_linked(dataset, "datasets/", _is_owned) if dataset else "unnamed dataset",
-        data_limits=say.data(manifest),
-        scenario=scenario,
-        scenario_text=say.SCENARIO_SENTENCES[scenario],
-        class_order=say.class_order(manifest),
-        preprocessing=say.preprocessing(processor),
-        head=say.head(adapter_config, bool(results.get("compensate_drift"))),
-        projection=say.projection_settings(facts),
-        eval_mask=results.get("eval_mask"),
-        evaluation=say.evaluation(scenario, results.get("eval_mask"), num_classes),
-        seed=say.text(results.get("seed")),
-        time=say.time(results),
-        versions=", ".join(f"{k} {v}" for k, v in (results.get("versions") or {}).items()) or "not recorded",
-        run_table=say.markdown(say.run_table(results), left=("Head",)),
-        heads=bool(results.get("heads")),
-        predicts=results.get("head"),
-        changed=bool(results.get("changed_selections")),
-        task_table=say.markdown(say.task_table(results, manifest, trained), left=("Classes",)),
-        protected=any(results.get("projection_rank") or []),
-        drift_lacks=say.drift_lacks(results),
-        figures={figure: about for figure, about in _FIGURE_TEXTS.items() if figure in there},
-        bases=say.markdown([["Parameter", "Protected rank", "Energy", "Samples"], *facts["rows"]], left=("Parameter",))
-        if facts["rows"]
-        else None,
-        statistics=adapter_config.get("head") == "statistics",
-        compensated=bool(results.get("compensate_drift")),
-        projection_limits=say.projection_limits(facts, adapter_config),
+        figures={figure: about for figure, about in _figure_texts(run).items() if figure in present},
+        code={
+            "predict": predict_code(source),
+            "peft": peft_code(source, run.adapter, run.num_classes, own_processor=processor is not None),
+            "checkpoint": source.checkpoint,
+        },
+        **_opening(run),
+        **_protocol(run, processor),
+        **_numbers(run),
     )
 
 
 def save_card(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     results: Mapping[str, Any],
     manifest: Mapping[str, Any],
     adapter_config: Mapping[str, Any],
     projection: Mapping[str, Any] | None,
     *,
+    method: Mapping[str, Any] | None = None,
     repo_id: str | None = None,
 ) -> Path:
-    """Writes [`render_card`]'s card to `path` (a `README.md`), over the stub that PEFT leaves there; returns `path`.
+    """Write [`render_card`]'s card to `path` (a `README.md`), over the stub that PEFT leaves there; return `path`.
 
-    The card goes by what lies beside it: `preprocessor_config.json`, and the figures that
-    `pgp_hf.report.figures.save_figures(results, folder / "figures")` has written; it names no other.
+    The card goes by the files in its folder: `preprocessor_config.json`, `method.json` unless `method` is given, and
+    the figures that `pgp_hf.report.figures.save_figures(results, folder / "figures")` has written; it names no other.
 
     Raises:
         ValueError, FileNotFoundError: as [`render_card`] does; an earlier card then stays as it was.
     """
     folder = Path(path).parent
-    beside = {
-        "processor": read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else None,
-        "figures": [file.name for file in folder.glob("figures/*.png")],
-    }
-    card = render_card(results, manifest, adapter_config, projection, repo_id=repo_id, **beside)
+    card = render_card(
+        results,
+        manifest,
+        adapter_config,
+        projection,
+        method=_read_if_present(folder / METHOD) if method is None else method,
+        processor=_read_if_present(folder / PROCESSOR),
+        figures=[file.name for file in folder.glob("figures/*.png")],
+        repo_id=repo_id,
+    )
     with replacing(path) as part:
         part.write_text(str(card), encoding="utf-8", newline="\n")
     return Path(path)
 
 
+def _read_if_present(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.is_file() else None
+
+
 def _template() -> Path:
-    """The template inside an installed wheel, or else in the source tree."""
-    here = Path(__file__).parents[1]
-    places = (here / "model_card_template.md", here.parent / "model_cards" / "template.md")
+    """Return the template inside an installed wheel, or else that in the source tree."""
+    package = Path(__file__).parents[1]
+    places = (package / "model_card_template.md", package.parent / "model_cards" / "template.md")
     for place in places:
         if place.is_file():
             return place
@@ -177,146 +163,128 @@ def _template() -> Path:
     )
 
 
-# ---- names: what is on the Hub may be named in full, a local folder only by its last name ----------------------------
+# ---- the parts of a card ---------------------------------------------------------------------------------------------
 
 
-def _is_hub_id(name: Any) -> bool:
-    """Whether `name` can be an id on the Hub; an existing folder of that name counts as local."""
-    if not isinstance(name, str) or Path(name).is_dir():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _is_owned(name: Any) -> bool:
-    """Whether `name` is an id with its owner; without one it may be any folder's name, or a builder's."""
-    return _is_hub_id(name) and "/" in name
-
-
-def _public_name(name: str) -> str:
-    """A Hub id as it is; of anything that looks like a path, the last part."""
-    if _is_hub_id(name):
-        return name
-    last = re.split(r"[\\/]", name.rstrip("\\/"))[-1]
-    return last if last.strip(".~") else "unnamed"
-
-
-def _linked(name: str, kind: str, known: Any) -> str:
-    """A name in Markdown, with a link where it is known to be on the Hub."""
-    public = _public_name(name)
-    return f"[{public}](https://huggingface.co/{kind}{public})" if known(name) else say.cell(public)
-
-
-def _backbone(base: str) -> str:
-    if embedded.resolve(base) is not None:
-        return f"the frozen `{base}`, a small backbone inside the package"
-    if _is_hub_id(base):
-        return f"the frozen [`{base}`](https://huggingface.co/{base})"
-    return f"the frozen `{_public_name(base)}`" if base else "a frozen backbone without a name"
-
-
-def _bring(base: str) -> str:
-    """What to do about a backbone that is nowhere on the Hub."""
-    return f"a local folder named `{_public_name(base)}`" if base else "built in memory"
-
-
-def _model_name(peft_type: str, method: str, dataset: str | None, repo_id: str | None) -> str:
-    if repo_id:
-        return _public_name(repo_id).split("/")[-1]
-    parts = [peft_type, "" if method == "none" else method, _public_name(dataset).split("/")[-1] if dataset else ""]
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(filter(None, parts)).lower()).strip("-")
-
-
-# ---- code and metadata -----------------------------------------------------------------------------------------------
-
-
-class _Code:
-    """The card's code, which runs as it stands beside a `photo.jpg`.
-
-    Args:
-        config: content of `adapter_config.json`.
-        trained: number of finished tasks, whose tag stands in the code for a repository.
-        processor: whether the run saved its image processor.
-    """
-
-    def __init__(
-        self, config: Mapping[str, Any], num_classes: int, repo_id: str | None, trained: int, processor: bool
-    ) -> None:
-        base = config.get("base_model_name_or_path") or ""
-        self.inside, self.clip = embedded.resolve(base) is not None, config.get("peft_type") == "CLIP_PROMPT"
-        self.found = self.inside or _is_hub_id(base)
-        self.base = base if self.found else f"path/to/{_public_name(base) if base else 'the-backbone'}"
-        self.adapter = repo_id if _is_hub_id(repo_id) else "path/to/this/folder"
-        self.tag = f', revision="task-{trained}"' if _is_hub_id(repo_id) else ""
-        self.pinned = f", revision={json.dumps(config['revision'])}" if config.get("revision") else ""
-        self.processor, self.num_classes = processor, num_classes
-
-    def predict(self) -> str:
-        backbone = "" if self.found else f", backbone={json.dumps(self.base, ensure_ascii=False)}"
-        arguments = f"{json.dumps(self.adapter)}{self.tag}{backbone}"
-        arguments = f"\n    {arguments}\n" if len(arguments) > 60 else arguments
-        return f"""from pgp_hf import load_pretrained
-
-classifier = load_pretrained({arguments})
-print(classifier.predict("photo.jpg", top_k=3))"""
-
-    def peft(self) -> str:
-        """The adapter brings the size of its head."""
-        kind = "CLIPModel" if self.clip else "AutoModelForImageClassification"
-        name = json.dumps(self.base, ensure_ascii=False)
-        source = f"embedded.resolve({name})" if self.inside else name
-        saved = f"{json.dumps(self.adapter)}{self.tag}" if self.processor else f"{source}{self.pinned}"
-        scores = "logits_per_image" if self.clip else "logits"
-        package = "\nfrom pgp_hf import embedded" if self.inside else ""
-        return f"""import pgp_hf  # registers the adapter with PEFT
-import torch
-from peft import PeftModel{package}
-from PIL import Image
-from transformers import AutoImageProcessor, {kind}
-
-base = {kind}.from_pretrained({source}{self.pinned})
-model = PeftModel.from_pretrained(base, {json.dumps(self.adapter)}{self.tag}).eval()
-processor = AutoImageProcessor.from_pretrained({saved}, backend="pil")
-pixels = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")["pixel_values"]
-with torch.no_grad():
-    scores = model(pixel_values=pixels).{scores}  # (1, {self.num_classes}): a column a class"""
-
-
-def _eval_results(results: Mapping[str, Any], dataset: str | None, trained: int) -> list[EvalResult]:
-    scenario, num_tasks = results["scenario"], int(results["num_tasks"])
-    public = _public_name(dataset) if dataset else "unnamed dataset"
-    so_far = f", after task {trained}" if trained < num_tasks else ""
-    common = {
-        "task_type": "image-classification",
-        "task_name": "Image classification",
-        "dataset_type": re.sub(r"[^\w./-]+", "-", public).strip("-") or "unnamed",  # as ids on the Hub are written
-        "dataset_name": f"Split {public.split('/')[-1]} ({num_tasks} tasks, {scenario.replace('_', '-')}{so_far})",
-        "dataset_split": "test",
-        "dataset_args": {"scenario": scenario, "num_tasks": num_tasks, "seed": results.get("seed")},
-        "metric_args": {
-            key: value
-            for key, value in (
-                ("after_task", trained),
-                ("head", results.get("head")),
-                ("eval_mask", results.get("eval_mask")),
-            )
-            if value is not None
-        },
-    }
-    return [
-        EvalResult(metric_type=kind, metric_name=title, metric_value=round(float(results[key]), 2), **common)
-        for key, kind, title in (
-            ("average_accuracy", "accuracy", "Average accuracy"),
-            ("forgetting", "forgetting", "Forgetting"),
-        )
-        if say.number(results.get(key), 2) != say.MISSING
-    ]
+def _read(
+    results: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    config: Mapping[str, Any],
+    projection: Mapping[str, Any] | None,
+    method: Mapping[str, Any] | None,
+) -> _Run:
+    matrix = _need(results, "accuracy_matrix", "results")
+    scenario = _need(results, "scenario", "results")
+    if scenario not in SCENARIOS:
+        raise ValueError(f"results['scenario'] is {scenario!r}; expected one of {', '.join(SCENARIOS)}.")
+    num_tasks = int(_need(results, "num_tasks", "results"))
+    num_classes = int(_need(manifest, "num_classes", "manifest"))
+    _need(config, "peft_type", "adapter_config")
+    batchwise = bool(results.get("batchwise_prompt"))
+    adapter = describe_adapter(config, batchwise)
+    return _Run(
+        results=results,
+        manifest=manifest,
+        config=config,
+        scenario=SCENARIOS[scenario],
+        num_tasks=num_tasks,
+        num_classes=num_classes,
+        trained=max((i + 1 for i, row in enumerate(matrix) if any(v is not None for v in row or ())), default=0),
+        batchwise=batchwise,
+        base=config.get("base_model_name_or_path") or "",
+        dataset=(manifest.get("dataset") or {}).get("name"),
+        adapter=adapter,
+        learning=describe_learning(config, adapter, projection, method),
+    )
 
 
 def _need(source: Mapping[str, Any], key: str, name: str) -> Any:
     if source.get(key) is None:
         raise ValueError(f"{name} has no {key!r}, which the model card needs; it has {', '.join(sorted(source))}.")
     return source[key]
+
+
+def _metadata(run: _Run, name: str) -> ModelCardData:
+    kind = ["prompt-tuning"] if run.adapter.prompts else []
+    return ModelCardData(
+        library_name="peft",
+        base_model=run.base if is_hub_id(run.base) else None,
+        pipeline_tag="image-classification",
+        license="apache-2.0",
+        tags=[
+            "continual-learning",
+            *kind,
+            "pgp_hf",
+            str(run.config["peft_type"]).lower(),
+            run.scenario.name.replace("_", "-"),
+        ],
+        datasets=[run.dataset] if is_owned(run.dataset) else None,
+        metrics=["accuracy"],
+        model_name=name,
+        eval_results=eval_results(run.results, run.dataset, run.trained),
+    )
+
+
+def _opening(run: _Run) -> dict[str, Any]:
+    """Return what was trained, and how."""
+    found = embedded.resolve(run.base) is not None or is_hub_id(run.base)
+    bring = f"a local folder named `{public_name(run.base)}`" if run.base else "built in memory"
+    tasks: Sequence[Mapping[str, Any]] = run.manifest.get("tasks") or []
+    return {
+        "adapter": run.adapter,
+        "backbone": name_backbone(run.base),
+        "bring": None if found else bring,
+        "learning": run.learning,
+        "num_tasks": run.num_tasks,
+        "num_classes": run.num_classes,
+        "trained": run.trained,
+        "known": len({label for task in tasks[: run.trained] for label in task.get("classes") or []}),
+        "statistics": run.config.get("head") == "statistics",
+        "compensated": bool(run.results.get("compensate_drift")),
+    }
+
+
+def _protocol(run: _Run, processor: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the conditions under which the numbers were measured."""
+    mask = run.results.get("eval_mask")
+    return {
+        "batchwise": run.batchwise,
+        "dataset": name_dataset(run.dataset),
+        "data_limits": describe_data_limits(run.manifest),
+        "scenario": run.scenario,
+        "class_order": describe_class_order(run.manifest),
+        "preprocessing": describe_preprocessing(processor),
+        "head": describe_head(run.adapter, run.config, bool(run.results.get("compensate_drift"))),
+        "eval_mask": mask,
+        "evaluation": describe_evaluation(run.scenario, mask, run.num_classes),
+        "seed": as_text(run.results.get("seed")),
+        "time": describe_time(run.results),
+        "versions": describe_versions(run.results),
+    }
+
+
+def _figure_texts(run: _Run) -> dict[str, str]:
+    rank = " and protected rank" if _protected(run) else ""
+    return {
+        "accuracy_matrix.png": "Accuracy on each task after each task",
+        "task_curves.png": "Average accuracy and forgetting after each task",
+        "stability.png": f"Drift of old features{rank} after each task",
+        "prompt_usage.png": "Pool entries that each task's test images select",
+    }
+
+
+def _protected(run: _Run) -> bool:
+    return any(run.results.get("projection_rank") or [])
+
+
+def _numbers(run: _Run) -> dict[str, Any]:
+    """Return the tables, and what their legends depend on."""
+    return {
+        "run_table": markdown(run_rows(run.results), left=("Head",)),
+        "task_table": markdown(task_rows(run.results, run.manifest, run.trained), left=("Classes",)),
+        "heads": bool(run.results.get("heads")),
+        "used_head": run.results.get("head"),
+        "changed": bool(run.results.get("changed_selections")),
+        "protected": _protected(run),
+        "without_drift": tasks_without_drift(run.results),
+    }

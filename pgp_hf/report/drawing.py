@@ -1,7 +1,7 @@
-"""What the figures in `plots.py` are made of: looks that tell lines apart without colour, panels, heat-maps, files.
+"""The parts of figures: looks that tell lines apart without colour, panels, heat-maps, files.
 
-Drawn through matplotlib's object API, so pyplot's global state stays untouched and no display is needed; every PNG is
-written to a temporary file first and then moved into place.
+Drawn through matplotlib's object API, so that pyplot's global state stays untouched and no display is needed; every PNG
+is written to a temporary file first and then moved into place.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..runs.atomic import replacing
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Values = NDArray[np.float64]
 
 _MAP = "cividis"  # from dark to light also in grey, and alike to all eyes
 _COLOURS = (
@@ -34,14 +38,14 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # one fewer, so that pairs repeat only after 30 lines
 _DPI = 120
 _GREY = "#555555"
-_DIRECT = 5, 16  # at most so many lines, and letters in a name, for names to stand beside the lines
+_DIRECT = 5, 16  # at most so many lines, and letters in a name, for names to be written at the lines' ends
 
 
 # ---- lines ----------------------------------------------------------------------------------------------------------
 
 
-def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A colour, a marker and a dash for each label; marker and dash alone tell 30 of them apart."""
+def line_looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return a colour, a marker and a dash for each label; marker and dash alone tell 30 of them apart."""
     looks = zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_DASHES), strict=False)
     return {
         label: {"color": colour, "marker": marker, "linestyle": dash}
@@ -49,16 +53,16 @@ def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def line(points: int) -> dict[str, Any]:
-    """What all lines have in common."""
+def common_look(points: int) -> dict[str, Any]:
+    """Return the look that all lines of so many points share."""
     size = 5 if points <= 12 else 4
     return {
         "markersize": size, "linewidth": 1.6, "markerfacecolor": "white", "markeredgewidth": 1.3, "clip_on": False,
     }  # fmt: skip
 
 
-def dress(axes: Axes, title: str, below: str) -> None:
-    """Grid, frame and labels of a panel with lines; the title says what the y axis shows, and its unit."""
+def dress_panel(axes: Axes, title: str, below: str) -> None:
+    """Set grid, frame and labels of a panel with lines; the title says what the y axis shows, and its unit."""
     axes.grid(True, color="#DDDDDD", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
@@ -66,18 +70,19 @@ def dress(axes: Axes, title: str, below: str) -> None:
     axes.set_xlabel(below, fontsize=9, color=_GREY)
 
 
-def scale(axes: Axes, values: np.ndarray, span: float, from_zero: bool, whole: bool = False) -> None:
-    """A y axis with a margin and round ticks, which does not blow up a flat line.
+def scale_y(axes: Axes, values: Values, span: float, from_zero: bool, whole: bool = False) -> None:
+    """Set a y axis with a margin and round ticks, which does not blow up a flat line.
 
     Args:
+        axes: the panel.
         values: that are drawn, NaN where there is none.
-        span: the least that it covers.
+        span: the smallest range that the axis covers.
         from_zero: whether it begins at zero; negative values are shown all the same.
         whole: whether only whole numbers are ticks.
     """
     from matplotlib.ticker import MaxNLocator
 
-    low, high = np.nanmin(values), np.nanmax(values)
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if from_zero:
         low = min(low, 0.0)
         high = max(high, low + span)
@@ -88,34 +93,35 @@ def scale(axes: Axes, values: np.ndarray, span: float, from_zero: bool, whole: b
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=whole))
 
 
-def after_task(axes: Axes, tasks: int) -> None:
-    """An x axis of tasks, counted from 1."""
-    places, labels = ticks(tasks, most=10)
+def number_tasks(axes: Axes, tasks: int) -> None:
+    """Set an x axis of tasks, counted from 1."""
+    places, labels = _ticks(tasks, most=10)
     axes.set_xticks([place + 1 for place in places], labels)
     margin = min(0.3, 0.06 * (tasks - 1)) or 0.3
     axes.set_xlim(1 - margin, tasks + margin)
 
 
-def ticks(count: int, most: int = 24) -> tuple[list[int], list[int]]:
-    """Positions (0-based) and labels (1-based): all of them up to `most`, else the first and round numbers."""
+def _ticks(count: int, most: int = 24) -> tuple[list[int], list[str]]:
+    """Return positions (0-based) and labels (1-based): all of them up to `most`, else the first and round numbers."""
     step = next(step for step in (1, 5, 10, 50, 100, 500, count) if count <= most * step)
-    labels = sorted({1, *range(step, count + 1, step)})
-    return [label - 1 for label in labels], labels
+    numbers = sorted({1, *range(step, count + 1, step)})
+    return [number - 1 for number in numbers], [str(number) for number in numbers]
 
 
 # ---- names of lines -------------------------------------------------------------------------------------------------
 
 
-def are_direct(labels: Iterable[str]) -> bool:
-    """Whether the names are few and short enough to stand beside the lines' ends; else a legend has them."""
+def fit_at_ends(labels: Iterable[str]) -> bool:
+    """Return whether the names are few and short enough to be written at the lines' ends instead of in a legend."""
     labels = list(labels)
     return len(labels) <= _DIRECT[0] and max(map(len, labels), default=0) <= _DIRECT[1]
 
 
 def name_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
-    """Write each line's name on the right of a panel whose limits stand, joined to the line's end.
+    """Write each line's name on the right of a panel whose limits are final, joined to the line's end.
 
     Args:
+        axes: the panel.
         ends: by name, where the line ends in data coordinates.
         colours: of the lines; the names themselves are dark, whatever the line's colour.
     """
@@ -131,7 +137,7 @@ def name_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapp
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Rising numbers in 0..1 moved so little that neighbours are at least `gap` apart."""
+    """Return rising numbers in 0..1 moved so little that neighbours are at least `gap` apart."""
     moved: list[float] = []
     for height in heights:
         moved.append(max(height, moved[-1] + gap) if moved else height)
@@ -142,22 +148,24 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-def legend(fig: Figure, grid: Sequence[Axes], columns: int) -> None:
-    """One legend above all panels, with an entry a label: a line may be absent from a panel."""
-    found: dict[str, Any] = {}
+def add_legend(fig: Figure, grid: Sequence[Axes], columns: int) -> None:
+    """Add one legend above all panels, with an entry for each label: a line may be absent from a panel."""
+    found: dict[str, Artist] = {}
     for axes in grid:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     fit = int(fig.get_figwidth() / (0.95 + 0.085 * max(map(len, found))))  # inches: line and gaps, then letters
-    place = {"loc": "outside upper center", "ncols": max(1, min(len(found), columns, fit))}
-    fig.legend(list(found.values()), list(found), frameon=False, handlelength=3.5, **place)
+    fig.legend(
+        list(found.values()), list(found), loc="outside upper center", ncols=max(1, min(len(found), columns, fit)),
+        frameon=False, handlelength=3.5,
+    )  # fmt: skip
 
 
 # ---- heat-maps ------------------------------------------------------------------------------------------------------
 
 
-def heat_map(values: np.ndarray, *, low: float, high: float, bar: str, decimals: int) -> tuple[Figure, Axes]:
-    """A heat-map of `(rows, columns)`, NaN left blank, 1-based; numbers in the cells while they fit."""
+def heat_map(values: Values, *, low: float, high: float, bar: str, decimals: int) -> tuple[Figure, Axes]:
+    """Draw a heat-map of `(rows, columns)`, NaN left blank, counted from 1; with numbers in the cells while they fit."""
     import matplotlib
     from matplotlib.ticker import MaxNLocator
 
@@ -166,7 +174,9 @@ def heat_map(values: np.ndarray, *, low: float, high: float, bar: str, decimals:
     cell = 0.52 if max(rows, columns) <= 12 else 0.38
     width, height = (cell, cell) if written else (min(cell, 6.5 / columns), min(0.25, 6.5 / rows))
     flat = columns * width >= 2 * rows * height  # then the colour bar lies below
-    fig = figure(max(3.6, width * columns + 1.9), max(2.0 if flat else 2.6, height * rows + (1.6 if flat else 1.2)))
+    fig = new_figure(
+        max(3.6, width * columns + 1.9), max(2.0 if flat else 2.6, height * rows + (1.6 if flat else 1.2))
+    )
     axes = fig.add_subplot()
     colours = matplotlib.colormaps[_MAP].with_extremes(bad="white")
     image = axes.imshow(
@@ -180,12 +190,14 @@ def heat_map(values: np.ndarray, *, low: float, high: float, bar: str, decimals:
                 j, i, f"{values[i, j]:.{decimals}f}", ha="center", va="center", fontsize=8,
                 color="white" if dark else "black", in_layout=False,
             )  # fmt: skip
-    axes.set_xticks(*ticks(columns))
-    axes.set_yticks(*ticks(rows))
+    axes.set_xticks(*_ticks(columns))
+    axes.set_yticks(*_ticks(rows))
     axes.tick_params(length=0, labelsize=9)
     axes.spines[:].set_color("#BBBBBB")
-    place = {"location": "bottom", "aspect": 40} if flat else {"location": "right", "aspect": 25}
-    strip = fig.colorbar(image, ax=axes, shrink=0.85, pad=0.03, ticks=MaxNLocator(6, steps=[1, 2, 5, 10]), **place)
+    strip = fig.colorbar(
+        image, ax=axes, shrink=0.85, pad=0.03, ticks=MaxNLocator(6, steps=[1, 2, 5, 10]),
+        location="bottom" if flat else "right", aspect=40 if flat else 25,
+    )  # fmt: skip
     strip.set_label(bar, fontsize=9)
     strip.ax.tick_params(labelsize=8)
     strip.outline.set_visible(False)
@@ -195,16 +207,16 @@ def heat_map(values: np.ndarray, *, low: float, high: float, bar: str, decimals:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of so many inches."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    fig = Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
-    fig.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
-    return fig
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
+    return Figure(figsize=(width, height), dpi=_DPI, layout=layout, facecolor="white")
 
 
-def save(fig: Figure, path: str | os.PathLike) -> Path:
+def save_png(fig: Figure, path: str | os.PathLike[str]) -> Path:
     """Write a figure as PNG, whole or not at all.
 
     Raises:

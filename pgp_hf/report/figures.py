@@ -1,27 +1,46 @@
 """Figures of a run: accuracy matrix, curves, stability, prompt usage; and of several: curves, bands and sensitivity.
 
 All are readable in grey and by colour-blind people: lines differ by marker and dash as well as by colour, heat-maps
-run from dark to light and hold their numbers. They take fractions of a second, since a run draws its own at each
+run from dark to light and hold their numbers. Each takes a fraction of a second, since a run draws its own at each
 task's end.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .. import metrics
-from . import drawing as draw
+from .drawing import (
+    Values,
+    add_legend,
+    common_look,
+    dress_panel,
+    fit_at_ends,
+    heat_map,
+    line_looks,
+    name_ends,
+    new_figure,
+    number_tasks,
+    save_png,
+    scale_y,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Looks = Mapping[str, Mapping[str, Any]]
 
 
 class _Panel(NamedTuple):
     title: str
-    span: float  # the smallest of its y axis
+    span: float  # the smallest range of its y axis
     from_zero: bool
 
 
@@ -34,8 +53,8 @@ PANELS = {
 }
 
 
-def accuracy_matrix(results: Mapping[str, Any], path: str | os.PathLike) -> Path:
-    """Draws the accuracy matrix as a heat-map with the numbers in its cells.
+def accuracy_matrix(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Draw the accuracy matrix as a heat-map with the numbers in its cells.
 
     Args:
         results: the content of `results.json`; `accuracy_matrix` is needed, shape `(rows, tasks)` in percent with
@@ -54,15 +73,17 @@ def accuracy_matrix(results: Mapping[str, Any], path: str | os.PathLike) -> Path
     square[:rows] = values
     found = square[np.isfinite(square)]
     low, high = 10 * np.floor(min([*found, 80]) / 10), 10 * np.ceil(max([*found, 20]) / 10)
-    fig, axes = draw.heat_map(square, low=low, high=high, bar="accuracy (%)", decimals=1 if tasks <= 12 else 0)
+    fig, axes = heat_map(square, low=low, high=high, bar="accuracy (%)", decimals=1 if tasks <= 12 else 0)
     axes.set_title("Accuracy on each task, after each task", fontsize=11)
     axes.set_xlabel("evaluated on task")
     axes.set_ylabel("after training task")
-    return draw.save(fig, path)
+    return save_png(fig, path)
 
 
-def task_curves(results: Mapping[str, Any], path: str | os.PathLike, panels: Sequence[str] = tuple(PANELS)) -> Path:
-    """Draws what a run, or several runs side by side, came to after each task; a small panel for each quantity.
+def task_curves(
+    results: Mapping[str, Any], path: str | os.PathLike[str], panels: Sequence[str] = tuple(PANELS)
+) -> Path:
+    """Draw the state of a run, or of several runs side by side, after each task; a small panel for each quantity.
 
     Args:
         results: the content of one `results.json`, both of whose heads are drawn where it has two, or several of them
@@ -86,42 +107,40 @@ def task_curves(results: Mapping[str, Any], path: str | os.PathLike, panels: Seq
     if not shown:
         raise ValueError(f"the results hold no values of {', '.join(panels) or 'any panel'}: nothing can be drawn.")
     names = [label for label in curves if label]
-    direct = draw.are_direct(names)
-    looks = draw.styles(names or [""])
+    direct = fit_at_ends(names)
+    looks = line_looks(names or [""])
     looks.setdefault("", next(iter(looks.values())))  # what both heads share
 
     columns = 3 if len(shown) == 3 else min(2, len(shown))
-    lines = -(-len(shown) // columns)
-    fig = draw.figure(4.2 * columns if columns < 3 else 9.6, 2.7 * lines)
-    grid = np.atleast_1d(fig.subplots(lines, columns)).ravel()
-    for axes, name in zip(grid, shown, strict=False):
+    rows = -(-len(shown) // columns)
+    fig = new_figure(4.2 * columns if columns < 3 else 9.6, 2.7 * rows)
+    grid = _panels(fig, rows, columns, len(shown))
+    for axes, name in zip(grid, shown, strict=True):
         own = {label: of[name] for label, of in curves.items() if name in of}
         longest = max(map(len, own.values()))
         for label, values in own.items():
-            axes.plot(np.arange(1, len(values) + 1), values, label=label, **looks[label], **draw.line(longest))
-        draw.after_task(axes, longest)
-        draw.scale(axes, np.concatenate(list(own.values())), *PANELS[name][1:], whole=name == "rank")
-        draw.dress(axes, PANELS[name].title, "after task")
+            axes.plot(np.arange(1, len(values) + 1), values, label=label, **looks[label], **common_look(longest))
+        number_tasks(axes, longest)
+        scale_y(axes, np.concatenate(list(own.values())), *PANELS[name][1:], whole=name == "rank")
+        dress_panel(axes, PANELS[name].title, "after task")
         if direct and len(names) > 1:
             ends = {label: _end(values) for label, values in own.items() if label}
-            draw.name_ends(axes, ends, {label: looks[label]["color"] for label in ends})
-    for axes in grid[len(shown) :]:
-        axes.set_axis_off()
+            name_ends(axes, ends, {label: looks[label]["color"] for label in ends})
     if len(names) > 1 and not direct:
-        draw.legend(fig, grid, columns=3)
-    return draw.save(fig, path)
+        add_legend(fig, grid, columns=3)
+    return save_png(fig, path)
 
 
 def accuracy_bands(
-    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: str | os.PathLike, columns: int = 2
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: str | os.PathLike[str], columns: int = 2
 ) -> Path:
-    """Draws average accuracy after each task of several rows: the mean over seeds, and a band of one deviation.
+    """Draw average accuracy after each task of several rows: the mean over seeds, within one standard deviation.
 
     Args:
-        panels: by title, by label: one curve a seed, `(seeds, tasks)` in percent. A row of one task, such as a joint
+        panels: by title, by label: one curve per seed, `(seeds, tasks)` in percent. A row of one task, such as a joint
             upper bound, becomes a level line. A label looks the same in all panels.
         path: the PNG file to write; its folder is made.
-        columns: panels beside each other.
+        columns: number of panels side by side.
 
     Returns:
         `path`.
@@ -132,47 +151,59 @@ def accuracy_bands(
     panels = {title: rows for title, rows in panels.items() if rows}
     if not panels:
         raise ValueError("accuracy_bands got no row: pass {title: {label: (seeds, tasks)}}.")
-    looks = draw.styles(dict.fromkeys(label for rows in panels.values() for label in rows))
+    looks = line_looks(dict.fromkeys(label for rows in panels.values() for label in rows))
     columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
-    fig = draw.figure(4.4 * columns, 3.1 * lines + 0.2 * (len(looks) // 4 + 1))
-    grid = np.atleast_1d(fig.subplots(lines, columns, sharey="row")).ravel()
-    for axes, (title, rows) in zip(grid, panels.items(), strict=False):
-        tasks = max(len(curve) for curves in rows.values() for curve in curves)
-        for label, curves in rows.items():
-            mean, deviation = _mean_and_deviation(curves)
-            if len(mean) == 1 < tasks:
-                level = {key: value for key, value in looks[label].items() if key != "marker"}
-                axes.axhline(mean[0], label=label, linewidth=1.6, **level)
-                continue
-            places = np.arange(1, len(mean) + 1)
-            axes.plot(places, mean, label=label, **looks[label], **draw.line(tasks))
-            if deviation is not None:
-                axes.fill_between(
-                    places, mean - deviation, mean + deviation, color=looks[label]["color"], alpha=0.13, linewidth=0
-                )
-        draw.after_task(axes, tasks)
-        draw.dress(axes, title, "after task")
+    fig = new_figure(4.4 * columns, 3.1 * lines + 0.2 * (len(looks) // 4 + 1))
+    grid = _panels(fig, lines, columns, len(panels), sharey="row")
+    for axes, (title, rows) in zip(grid, panels.items(), strict=True):
+        _draw_bands(axes, rows, looks)
+        dress_panel(axes, title, "after task")
     for axes in grid[::columns]:
         axes.set_ylabel("average accuracy (%)", fontsize=9)
-    for axes in grid[len(panels) :]:
+    add_legend(fig, grid, columns=4)
+    return save_png(fig, path)
+
+
+def _draw_bands(axes: Axes, rows: Mapping[str, Sequence[Sequence[float]]], looks: Looks) -> None:
+    tasks = max(len(curve) for curves in rows.values() for curve in curves)
+    for label, curves in rows.items():
+        mean, deviation = _mean_and_deviation(curves)
+        if len(mean) == 1 < tasks:
+            level = {key: value for key, value in looks[label].items() if key != "marker"}
+            axes.axhline(mean[0], label=label, linewidth=1.6, **level)
+            continue
+        places = np.arange(1, len(mean) + 1)
+        axes.plot(places, mean, label=label, **looks[label], **common_look(tasks))
+        if deviation is not None:
+            axes.fill_between(
+                places, mean - deviation, mean + deviation, color=looks[label]["color"], alpha=0.13, linewidth=0
+            )
+    number_tasks(axes, tasks)
+
+
+def _panels(fig: Figure, rows: int, columns: int, used: int, **shared: Any) -> list[Axes]:
+    """Return the first panels of a grid; the rest of the grid stays blank."""
+    grid = list(fig.subplots(rows, columns, squeeze=False, **shared).ravel())
+    for axes in grid[used:]:
         axes.set_axis_off()
-    draw.legend(fig, grid, columns=4)
-    return draw.save(fig, path)
+    return grid[:used]
 
 
 def sensitivity(
     points: Mapping[str, Mapping[Any, Mapping[str, Sequence[float]]]],
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     usual: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Draws how results depend on settings: a column a setting, a row a series, drift below; mean and one deviation.
+    """Draw how results depend on settings: means over seeds, with bars of one standard deviation.
+
+    A setting is a column, a series a row; drift comes last.
 
     Args:
         points: by setting, by value (numbers, words or None): `{"linear head": [...], "drift": [...], ...}`, one
-            number a seed. Everything but "drift" is an accuracy in percent. Values stand at equal distances.
+            number per seed. Everything but "drift" is an accuracy in percent. Values are drawn at equal distances.
         path: the PNG file to write; its folder is made.
-        usual: the value that each setting has in the other columns, among its own; marked by a bar.
+        usual: the value, among its own, that each setting has in the other columns; marked by a bar.
 
     Returns:
         `path`.
@@ -184,42 +215,43 @@ def sensitivity(
         raise ValueError("sensitivity got no setting: pass {setting: {value: {series: numbers}}}.")
     series = list(dict.fromkeys(name for values in points.values() for found in values.values() for name in found))
     series.sort(key=lambda name: name == "drift")  # which comes last
-    looks = draw.styles(series)
-    fig = draw.figure(max(4.6, 3.1 * len(points)), 2.2 * len(series) + 0.4)
+    looks = line_looks(series)
+    fig = new_figure(max(4.6, 3.1 * len(points)), 2.2 * len(series) + 0.4)
     grid = fig.subplots(len(series), len(points), sharey="row", squeeze=False)
     for column, (setting, values) in zip(grid.T, points.items(), strict=True):
         order = sorted(
             values, key=lambda value: (value is None, isinstance(value, str), 0 if value is None else value)
         )
         for name, axes in zip(series, column, strict=True):
-            places = [place for place, value in enumerate(order) if values[value].get(name)]
-            found = [_mean_and_deviation(values[order[place]][name]) for place in places]
-            if found:
-                axes.errorbar(
-                    places, [mean for mean, _ in found], [0 if spread is None else spread for _, spread in found],
-                    label=name, capsize=3, elinewidth=1, **looks[name], **draw.line(len(places)),
-                )  # fmt: skip
+            _draw_bars(axes, [values[value].get(name) or [] for value in order], name, looks[name])
             if usual is not None and setting in usual:
                 axes.axvline(order.index(usual[setting]), color="#BBBBBB", linewidth=5, alpha=0.5, zorder=0)
             axes.set_xticks(range(len(order)), ["none" if value is None else f"{value}" for value in order])
             axes.set_xlim(-0.4, len(order) - 0.6)
-            draw.dress(axes, "", setting)
+            dress_panel(axes, "", setting)
     for name, axes in zip(series, grid[:, 0], strict=True):
-        bars = [
-            _mean_and_deviation(found[name])
-            for values in points.values()
-            for found in values.values()
-            if found.get(name)
-        ]
-        ends = np.array([mean + side * (spread or 0) for mean, spread in bars for side in (-1, 1)])
+        rows = [found[name] for values in points.values() for found in values.values() if found.get(name)]
+        bars = [_mean_and_deviation(row) for row in rows]
+        ends = np.array([mean + side * (0 if spread is None else spread) for mean, spread in bars for side in (-1, 1)])
         drift = name == "drift"
-        draw.scale(axes, ends, 0.01 if drift else 5, drift)
+        scale_y(axes, ends, 0.01 if drift else 5, drift)
         axes.set_ylabel("drift (relative)" if drift else f"{name}:\naverage accuracy (%)", fontsize=9)
-    return draw.save(fig, path)
+    return save_png(fig, path)
 
 
-def prompt_usage(results: Mapping[str, Any], path: str | os.PathLike) -> Path:
-    """Draws which pool entries each task's test images select, as a share of the task's selections.
+def _draw_bars(axes: Axes, rows: Sequence[Sequence[float]], label: str, look: Mapping[str, Any]) -> None:
+    """Draw a bar for each row of numbers, one per seed; none where the row is empty."""
+    places = [place for place, row in enumerate(rows) if row]
+    found = [_mean_and_deviation(rows[place]) for place in places]
+    if found:
+        axes.errorbar(
+            places, [mean for mean, _ in found], [0 if spread is None else spread for _, spread in found],
+            label=label, capsize=3, elinewidth=1, **look, **common_look(len(places)),
+        )  # fmt: skip
+
+
+def prompt_usage(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Draw which pool entries each task's test images select, as a share of the task's selections.
 
     Args:
         results: `prompt_usage` is needed, counts of shape `(tasks, pool entries)`: how many of the task's test images
@@ -238,14 +270,14 @@ def prompt_usage(results: Mapping[str, Any], path: str | os.PathLike) -> Path:
     total = counts.sum(axis=1, keepdims=True)
     share = 100 * np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
     high = float(np.nanmax(share, initial=1.0))
-    fig, axes = draw.heat_map(share, low=0, high=high, bar="share of selections (%)", decimals=0)
+    fig, axes = heat_map(share, low=0, high=high, bar="share of selections (%)", decimals=0)
     axes.set_title("Prompts selected by each task's test images", fontsize=11)
     axes.set_xlabel("pool entry")
     axes.set_ylabel("task")
-    return draw.save(fig, path)
+    return save_png(fig, path)
 
 
-_FIGURES = {
+_FIGURES: dict[str, Callable[[Mapping[str, Any], Path], Path]] = {
     "accuracy_matrix.png": accuracy_matrix,
     "task_curves.png": partial(task_curves, panels=("accuracy", "forgetting")),
     "stability.png": partial(task_curves, panels=("drift", "changed", "rank")),
@@ -254,13 +286,13 @@ _FIGURES = {
 
 
 def figure_names(results: Mapping[str, Any]) -> list[str]:
-    """The files [`save_figures`] writes for these results; stability and prompt usage only where recorded."""
+    """Return the names of the files that [`save_figures`] writes; stability and prompt usage only where recorded."""
     recorded = {"stability.png": bool(_movements(results)), "prompt_usage.png": bool(results.get("prompt_usage"))}
     return [name for name in _FIGURES if recorded.get(name, True)]
 
 
-def save_figures(results: Mapping[str, Any], folder: str | os.PathLike) -> list[Path]:
-    """Writes all figures of one run into `folder`, which is made; returns their paths.
+def save_figures(results: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
+    """Write all figures of one run into `folder`, which is made; return their paths.
 
     Raises:
         ValueError: as the single figures do.
@@ -268,8 +300,8 @@ def save_figures(results: Mapping[str, Any], folder: str | os.PathLike) -> list[
     return [_FIGURES[name](results, Path(folder) / name) for name in figure_names(results)]
 
 
-def _curves(results: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """By label and panel, the values `(trained tasks,)` to draw, NaN where there is none.
+def _curves(results: Mapping[str, Any]) -> dict[str, dict[str, Values]]:
+    """Return by label and panel the values `(trained tasks,)` to draw, NaN where there is none.
 
     The label is empty for a single run, and for what both of its heads share.
     """
@@ -286,13 +318,13 @@ def _curves(results: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     return {label: {**_accuracies(run["accuracy_matrix"]), **_movements(run)} for label, run in results.items()}
 
 
-def _accuracies(matrix: Sequence[Sequence[float | None]]) -> dict[str, np.ndarray]:
+def _accuracies(matrix: Sequence[Sequence[float | None]]) -> dict[str, Values]:
     average = metrics.per_task_average_accuracy(matrix)
     forgetting = [metrics.forgetting(matrix[: task + 1]) for task in range(len(average))]
     return {"accuracy": np.array(average, dtype=float), "forgetting": np.array(forgetting, dtype=float)}
 
 
-def _movements(run: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _movements(run: Mapping[str, Any]) -> dict[str, Values]:
     keys = {"drift": "drift", "changed": "changed_selections", "rank": "projection_rank"}
     found = {name: np.array(run.get(key) or [], dtype=float) for name, key in keys.items()}
     found["changed"] = 100 * found["changed"]
@@ -303,20 +335,20 @@ def _movements(run: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def _end(values: np.ndarray) -> tuple[float, float]:
-    """The last point of a curve."""
+def _end(values: Values) -> tuple[float, float]:
+    """Return the last point of a curve."""
     last = int(np.flatnonzero(np.isfinite(values))[-1])
     return last + 1, values[last]
 
 
-def _mean_and_deviation(curves: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Over the seeds, `(tasks,)`; no deviation for a single one."""
+def _mean_and_deviation(curves: Sequence[float] | Sequence[Sequence[float]]) -> tuple[Any, Any]:
+    """Return mean and standard deviation over the seeds, `()` or `(tasks,)`; no deviation for a single seed."""
     values = np.array(curves, dtype=float)
     return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None
 
 
-def _grid(results: Mapping[str, Any], key: str) -> np.ndarray:
-    """`results[key]` as a float array `(rows, columns)`, NaN for None; a row that is None is all NaN."""
+def _grid(results: Mapping[str, Any], key: str) -> Values:
+    """Return `results[key]` as a float array `(rows, columns)`, NaN for None; a row that is None is all NaN."""
     rows = results.get(key)
     if not rows:
         raise ValueError(f"results have no {key!r}; its figure needs a non-empty list of rows.")

@@ -107,7 +107,7 @@ def test_backbone_by_a_name_that_others_can_use(task, base, base_model, expected
     if expected is None and base:
         assert "path/to/vit-tiny" in card  # its last name, for the reader to recognise
     if expected and ":" in expected:
-        assert f'embedded.resolve("{expected}")' in card and "put its path there" not in card
+        assert f'embedded.resolve("{expected}")' in card and "insert its path" not in card
 
 
 @pytest.mark.parametrize("path", ["/data/jane/birds", "/data/jane/birds/", r"D:\jane\birds", "~/jane/birds"])

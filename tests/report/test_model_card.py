@@ -1,4 +1,7 @@
-"""The card: metadata that the Hub parses, true statements, no path of the training machine. Its code runs in `test_card_code.py`."""
+"""The card: metadata that the Hub parses, true statements, no path of the training machine.
+
+Its code runs in `test_card_code.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,15 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from PIL import Image
 
 from pgp_hf import metrics
+from pgp_hf.data.scenarios import SCENARIOS, Scenario
 from pgp_hf.report import card as model_card
 from pgp_hf.report import figures as plots
+from pgp_hf.tuners.base.card import AdapterCard
+from pgp_hf.tuners.base.config import PromptConfig
 
 N = None
 MATRIX = [[90.0, N, N], [80.0, 95.0, N], [85.0, 75.0, 70.0]]
@@ -77,8 +84,15 @@ def make_inputs(matrix=MATRIX, num_tasks: int = 3) -> dict:
             "key_energy": 0.97,
             "apply_to": "update",
             "max_images": None,
-            "a.prompts": {"shape": [50, 48], "batch_dims": 0, "rank": 11, "energy": 0.5, "samples": 900},
-            "a.keys": {"shape": [10, 48], "batch_dims": 0, "rank": 5, "energy": 0.97, "samples": 303},
+            "a.prompts": {
+                "shape": [50, 48],
+                "batch_dims": 0,
+                "rank": 11,
+                "energy": 0.5,
+                "role": "prompt",
+                "samples": 900,
+            },
+            "a.keys": {"shape": [10, 48], "batch_dims": 0, "rank": 5, "energy": 0.97, "role": "key", "samples": 303},
         },
     }
 
@@ -187,7 +201,7 @@ def test_metadata_names_only_what_the_hub_can_hold(base, dataset, kept):
     assert ("](https://huggingface.co/datasets/uoft-cs/cifar100)" in card.text) == (dataset == "uoft-cs/cifar100")
     if base and ":" in base:
         assert f"the frozen `{base}`, a small backbone inside the package" in card.text
-        assert f'embedded.resolve("{base}")' in card.text and "put its path" not in card.text
+        assert f'embedded.resolve("{base}")' in card.text and "insert its path" not in card.text
 
 
 def test_tables_hold_the_numbers():
@@ -206,7 +220,7 @@ def test_two_heads_stand_beside_drift_and_changed_selections():
     run, task, _ = tables(card)
     assert run[0][0] == "Head" and run[0][-2:] == ["Drift", "Changed"]
     assert run[1:] == [
-        ["statistics (predicts)", "76.67", "12.50", "12.50", "-12.50", "85.00", "0.020", "25.0"],
+        ["statistics (used to predict)", "76.67", "12.50", "12.50", "-12.50", "85.00", "0.020", "25.0"],
         ["linear", "38.33", "6.25", "6.25", "-6.25", "42.50", "0.020", "25.0"],
     ]
     assert task[0][5:] == ["Average so far", "Average so far, linear", "Drift", "Changed", "Rank"]
@@ -216,8 +230,8 @@ def test_two_heads_stand_beside_drift_and_changed_selections():
     ]
     for fact in (
         "(shrinkage 0.1)",
-        "The statistics head's accuracies",
-        "Changed: old test images",
+        "Accuracies are those of the statistics head unless another is named.",
+        "Changed: percentage of old test images",
         "Class statistics",
     ):
         assert fact in card.text, fact
@@ -245,21 +259,21 @@ def test_protocol_is_stated():
         "cifar100), 6 classes in 3 tasks\n",
         "**Scenario:** class-incremental\n",
         "drawn with stream seed 3",
-        "**Preprocessing:** resized to 224 × 192 pixels (bicubic), scaled to 0..1, normalised by mean 0.5 and deviation "
-        "(0.2686, 0.2613, 0.2758) (`preprocessor_config.json`)",
+        "**Preprocessing:** resized to 224 × 192 pixels (bicubic), scaled to 0..1, normalised with mean 0.5 and "
+        "standard deviation (0.2686, 0.2613, 0.2758) (`preprocessor_config.json`)",
         "**Head:** linear, on the mean of the prompt tokens\n",
         '`method="pgp"`, `energy=0.5`, `key_energy=0.97`, `apply_to="update"`, `max_images=None`\n',
         "**Training seed:** 7",
         'logits of classes not yet seen are masked (`eval_mask="seen"`)',
         "**Time:** 7 s of training (123.5 images per second), 21 min of evaluation\n",
         "pgp_hf 0.1.0, torch 2.13.0",
-        "each update of what tasks share was projected (`pgp`)",
-        "chosen for each image alone",
+        "the updates of the prompts that all tasks share were projected (`pgp`)",
+        "**Prompts:** chosen for each image alone;",
     ):
         assert fact in card.text, fact
-    assert "This revision" not in card.text and "Warning" not in card.text
+    assert "This is the revision" not in card.text and "Warning" not in card.text
     inputs["manifest"] |= {"max_train_samples_per_class": 50, "test_fraction": 0.2}
-    limits = "; at most 50 training images a class; 20 % of the images held out for testing\n"
+    limits = "; at most 50 training images per class; 20 % of the images held out for testing\n"
     assert limits in render(inputs).text and "**Preprocessing:** not recorded" in render(inputs).text
 
 
@@ -272,7 +286,7 @@ def test_protocol_is_stated():
             {"do_resize": True, "size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}},
             "resized to 256 pixels on the shorter edge, centre crop of 224 × 224 pixels",
         ),
-        ({"do_resize": True, "size": 64, "resample": 99, "do_normalize": True}, "resized to 64 pixels, normalised by mean – and deviation –"),
+        ({"do_resize": True, "size": 64, "resample": 99, "do_normalize": True}, "resized to 64 pixels, normalised with mean – and standard deviation –"),
     ],
 )  # fmt: skip
 def test_preprocessing_of_any_processor(settings, text):
@@ -348,33 +362,237 @@ def test_a_run_without_projection_claims_none(method):
     ("method", "rule", "limit"),
     [
         ("pgp", "prompt gradient projection, ICLR 2024", "does not cover the value path of inserted tokens, the residual"),
-        ("attention", "null space, NeurIPS 2024", "does not cover the residual stream and deeper layers"),
+        ("attention", "null space, NeurIPS 2024", "does not cover the residual stream or deeper layers"),
         ("functional", "through the whole network and to first order", "holds to first order, along sampled directions"),
-        ("frozen", "learned with the first task only", "needed of the shared prompts was never learned"),
+        ("frozen", "learned from the first task only", "needed of the shared prompts was never learned"),
     ],
 )  # fmt: skip
 def test_what_each_projection_keeps_and_does_not(method, rule, limit, peft_type):
     inputs = make_inputs()
     inputs["projection"]["method"], inputs["adapter_config"]["peft_type"] = method, peft_type
+    if peft_type != "L2P" or method == "frozen":
+        inputs["projection"]["a.keys"]["role"] = "all"
     card = render(inputs)
     check_as_a_reader(card)
     (told,) = [line for line in card.text.splitlines() if line.startswith("From the second task on")]
     limits = card.text.partition("## Limits")[2]
     assert rule in told and limit in limits
-    assert ("keys move" in told) == (peft_type == "L2P" and method != "frozen")
+    assert ("keys moved" in told) == (peft_type == "L2P" and method != "frozen")
     assert ("never moves" in told or "never move." in told) == (peft_type != "L2P")
     assert ("linear head is not projected" in limits) == (peft_type != "CLIP_PROMPT" and method != "frozen")
     inputs["projection"] |= {"apply_to": "gradient", "key_energy": None}
+    del inputs["projection"]["a.keys"]
     text = render(inputs).text
-    assert "each gradient of what" in text and "keys move" not in text
+    assert "the gradients of the prompts" in text and "keys moved" not in text
     assert ("lead out of the null space" in text) == (method != "frozen")
+
+
+@pytest.mark.parametrize("rule", ["pgp", "frozen"])
+@pytest.mark.parametrize(
+    ("config", "own"),
+    [
+        ({"peft_type": "CLIP_PROMPT", "text_length": 4, "image_length": 0}, " The text context of a finished task"),
+        ({"peft_type": "DUALPROMPT", "general_length": 0, "pool_size": 3}, " The expert prefixes of a finished task"),
+    ],
+)
+def test_a_projection_that_has_nothing_to_protect_says_so(config, own, rule):
+    """The card goes by the bases, whatever projection was asked for."""
+    inputs = make_inputs()
+    inputs["adapter_config"] = {"base_model_name_or_path": "a/b", "head": "linear", **config}
+    inputs["projection"] = {"method": rule, "energy": 0.5, "apply_to": "gradient"}
+    inputs["results"] |= {"projection": rule, "projection_rank": [0, 0, 0]}
+    card = render(inputs)
+    check_as_a_reader(card)
+    told = f"No update was projected: the adapter has nothing that the projection (`{rule}`) protects.{own}"
+    assert f"\n\n{told}" in card.text
+    assert f'**Projection:** `method="{rule}"`, `energy=0.5`, `apply_to="gradient"`; without effect\n' in card.text
+    for claim in ("were projected", "## Projection", "Rank", "rank", "The projection", "not projected:", "energies"):
+        assert claim not in card.text, claim
+    assert "image prompt" not in card.text and "general" not in card.text
+    name, _ = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert name == f"{config['peft_type'].lower().replace('_', '-')}-cifar100"
+
+
+@pytest.mark.parametrize(("peft_type", "by_keys"), [("L2P", True), ("DUALPROMPT", True), ("CLIP_PROMPT", False)])
+def test_only_pools_with_keys_select_prompts(peft_type, by_keys):
+    inputs = make_inputs()
+    inputs["adapter_config"]["peft_type"], inputs["projection"] = peft_type, None
+    text = render(inputs).text
+    rule = ": only the selection of prompts by their keys keeps tasks apart" if by_keys else ""
+    assert f"Updates were not projected{rule}." in text
+    assert f"**Prompts:** {'chosen for each image alone' if by_keys else 'the same for every image'}; batch" in text
+
+
+# ---- other methods ---------------------------------------------------------------------------------------------------
+
+METHOD = {
+    "name": "ewc",
+    "settings": {"strength": 100.0, "kind": "diagonal"},
+    "state": {},
+    "card": {
+        "title": "Elastic weight consolidation (EWC)",
+        "sentence": "a penalty held each weight near its old value, the more it mattered to older tasks",
+        "limits": ["It assumes that weights matter independently of each other."],
+        "citation": "Kirkpatrick et al.,\n  PNAS 2017",
+    },
+}
+
+
+def of_method(method: dict, **projection) -> dict:
+    """Arguments of `render_card` for a run of a method other than projected prompts."""
+    inputs = make_inputs()
+    inputs["projection"] = {"method": "none", **projection}
+    inputs["results"] |= {"method": method["name"], "projection": "none", "projection_rank": [0, 0, 0]}
+    return {**inputs, "method": method}
+
+
+def test_another_method_is_told_by_its_own_words():
+    card = render(of_method(METHOD))
+    check_as_a_reader(card)
+    intro, _, rest = card.text.partition("## Use")
+    section = rest.partition("## Learning method\n")[2].partition("## Protocol")[0].strip()
+    assert "They were trained with **Elastic weight consolidation (EWC)** on a stream of 3 tasks" in intro
+    assert section == (
+        "A penalty held each weight near its old value, the more it mattered to older tasks.\n\n"
+        '- **Method:** `ewc` (`strength=100.0`, `kind="diagonal"`)\n'
+        "- **Citation:** Kirkpatrick et al., PNAS 2017"
+    )
+    assert (
+        "\n- It assumes that weights matter independently of each other.\n"
+        in card.text.partition("## Limits")[2] + "\n"
+    )
+    assert "project" not in card.text.lower()
+    assert "without keeping old images" not in card.text  # the method may keep some
+    assert model_index_to_eval_results(card.data.to_dict()["model-index"])[0] == "l2p-ewc-cifar100"
+
+
+def test_a_method_of_few_words():
+    for method in (
+        {"name": "own"},
+        {"name": "own", "settings": {}, "card": {"title": "", "sentence": "", "limits": []}},
+    ):
+        card = render(of_method(method))
+        check_as_a_reader(card)
+        assert "trained with **own** on" in card.text and "**Method:** `own`\n" in card.text
+        assert "Citation" not in card.text
+
+
+def test_what_an_adapter_keeps_is_told_with_any_method():
+    inputs = of_method(METHOD)
+    inputs["adapter_config"]["peft_type"] = "DUALPROMPT"
+    assert "to older tasks. The expert prefixes of a finished task never move.\n" in render(inputs).text
+
+
+def test_the_bases_of_another_method_are_shown():
+    base = {"shape": [50, 48], "batch_dims": 0, "rank": 11, "energy": 0.5, "role": "prompt", "samples": 900}
+    inputs = of_method(METHOD, energy=0.5, **{"a.weight": base})
+    inputs["results"]["projection_rank"] = [4, 9, 11]
+    card = render(inputs)
+    check_as_a_reader(card)
+    assert ["`a.weight`", "11 of 48", "0.5", "900"] in table_rows(card) and "Rank: largest" in card.text
+    assert '**Projection:** `method="none"`, `energy=0.5`\n' in card.text and "PGP" not in card.text
+
+
+def test_a_revision_of_another_method_continues_with_its_trainer():
+    inputs = of_method(METHOD)
+    inputs["results"]["accuracy_matrix"] = MATRIX[:1]
+    assert "`StreamTrainer(...).train(resume_from_checkpoint=" in render(inputs).text
+    assert "`PGPTrainer(...).train(resume_from_checkpoint=" in render({**inputs, "method": None}).text
+
+
+def test_projected_prompts_are_told_by_their_bases_as_before_there_were_methods():
+    method = {"name": "projected_prompts", "settings": {}, "card": {"title": "T", "sentence": "S", "limits": ["L"]}}
+    assert str(render({**make_inputs(), "method": method})) == str(render(make_inputs()))
+
+
+def test_a_saved_card_reads_the_method_in_its_folder(tmp_path):
+    inputs = of_method(METHOD)
+    del inputs["method"]
+    (tmp_path / "method.json").write_text(json.dumps(METHOD), encoding="utf-8")
+    text = model_card.save_card(tmp_path / "README.md", **inputs).read_text(encoding="utf-8")
+    assert "**Elastic weight consolidation (EWC)**" in text
+    given = {"name": "other", "settings": {}, "card": {"title": "Another", "sentence": "s", "limits": []}}
+    text = model_card.save_card(tmp_path / "README.md", **inputs, method=given).read_text(encoding="utf-8")
+    assert "**Another**" in text and "Elastic" not in text
+
+
+# ---- other adapters and scenarios ------------------------------------------------------------------------------------
+
+
+class ForeignConfig(PromptConfig):
+    """Of a prompt adapter that says nothing of itself."""
+
+    method_name = "FOREIGN"
+
+
+class TalkativeConfig(PromptConfig):
+    """Of a prompt adapter that does."""
+
+    method_name = "TALKATIVE"
+
+    @classmethod
+    def card(cls, settings):
+        return AdapterCard(f"{settings['words']} words", selects=True, head="ridge", finished="No word is taken back.")
+
+
+@pytest.mark.parametrize("head", ["linear", "statistics"])
+@pytest.mark.parametrize(
+    ("peft_type", "opening"),
+    [
+        ("FOREIGN", "Prompts for the frozen `b`: those of the adapter `FOREIGN`, with the settings in `adapter_config.json`. They"),
+        ("LORA", "An adapter for the frozen `b`: of PEFT's type `LORA`, with the settings in `adapter_config.json`. It"),
+        ("NOT_REGISTERED", "An adapter for the frozen `b`: of PEFT's type `NOT_REGISTERED`, with the settings in"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_says_nothing_gets_a_plain_card(monkeypatch, peft_type, opening, head):
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, "FOREIGN", ForeignConfig)
+    inputs = make_inputs()
+    inputs["projection"] = None
+    inputs["adapter_config"] = {
+        "base_model_name_or_path": "/b",
+        "peft_type": peft_type,
+        "head": head,
+        "shrinkage": 0.1,
+    }
+    card = render(inputs)
+    check_as_a_reader(card)
+    assert f"\n{opening}" in card.text and "Updates were not projected.\n" in card.text
+    expected = {
+        "linear": "trained with the adapter\n",
+        "statistics": "class statistics of the features that the trained head reads: the mean",
+    }
+    assert f"**Head:** {expected[head]}" in card.text
+    for claim in ("**Prompts:**", "by their keys", "linear head", "CLS"):
+        assert claim not in card.text, claim
+    assert ("prompt-tuning" in card.data.tags) == ("prompts can do little" in card.text) == (peft_type == "FOREIGN")
+
+
+def test_an_adapter_from_elsewhere_speaks_for_itself(monkeypatch):
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, "TALKATIVE", TalkativeConfig)
+    inputs = make_inputs()
+    inputs["adapter_config"] |= {"peft_type": "TALKATIVE", "words": 7}
+    text = render(inputs).text
+    assert ": 7 words. They were" in text and "**Head:** ridge\n" in text and "No word is taken back.\n" in text
+    assert "**Prompts:** chosen for each image alone" in text
+
+
+@pytest.mark.parametrize("task_known", [True, False])
+def test_a_registered_scenario_needs_no_sentence_of_the_cards(monkeypatch, task_known):
+    scenario = Scenario("blurry", title="blurred task borders", help="", task_known=task_known)
+    monkeypatch.setitem(SCENARIOS, "blurry", scenario)
+    inputs = make_inputs()
+    inputs["results"]["scenario"] = "blurry"
+    card = render(inputs)
+    assert "**Scenario:** blurred task borders\n" in card.text and "blurry" in card.data.tags
+    assert ("the task of each test image is given" in card.text) == task_known
+    assert ("`predict` does not take a task" in card.text) == task_known
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_revision_in_the_middle_of_the_stream(rows):
     inputs = make_inputs(MATRIX[:rows] + [[N] * 3] * (3 - rows))
     text = render(inputs).text
-    assert f"**This revision stands after task {rows} of 3**" in text
+    assert f"**This is the revision after task {rows} of 3**" in text
     assert [row[0] for row in table_rows(render(inputs)) if "name" in row[1]] == [str(i + 1) for i in range(rows)]
     assert f"it knows {2 * rows} of the 6 classes" in text
     assert 'train(resume_from_checkpoint="path/to/this/folder")' in text and "revision=" not in text
@@ -455,7 +673,7 @@ def test_local_paths_never_enter_a_card(path, shown):
     check_as_a_reader(card)
     assert f"`{shown}`" in card.text and f'backbone="path/to/{shown}"' in card.text
     assert '"path/to/this/folder"' in card.text and "revision=" not in card.text
-    assert f"a local folder named `{shown}`" in card.text
+    assert f"a local folder named `{shown}`: insert its path" in card.text
 
 
 def test_an_existing_relative_folder_is_local_too(tmp_path, monkeypatch):

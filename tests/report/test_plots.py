@@ -42,13 +42,13 @@ def with_heads(results: dict) -> dict:
 def figures(monkeypatch):
     """The matplotlib figures behind the files, in the order they were saved."""
     seen = []
-    save = _drawing.save
+    save = plots.save_png
 
     def record(fig, path):
         seen.append(fig)
         return save(fig, path)
 
-    monkeypatch.setattr(_drawing, "save", record)
+    monkeypatch.setattr(plots, "save_png", record)
     return seen
 
 

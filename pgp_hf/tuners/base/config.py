@@ -98,4 +98,5 @@ class PromptConfig(PeftConfig):
         Args:
             settings: the content of `adapter_config.json`, which may lack entries.
         """
-        return AdapterCard(f"those of the adapter `{cls.method_name}`, with the settings in `adapter_config.json`")
+        parts = f"those of the adapter `{cls.method_name}`, with the settings in `adapter_config.json`"
+        return AdapterCard(parts, base_class=cls.base_class)

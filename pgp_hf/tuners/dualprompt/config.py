@@ -74,10 +74,10 @@ class DualPromptConfig(PromptConfig):
         parts += [f"{setting(settings, 'pool_size')} {prefixes('expert')}, one per task, found by key"]
         return AdapterCard(
             parts=" and ".join(parts),
+            selects=True,
             features="the CLS token",
             head="linear, on the CLS token",
             trained_head="the linear head",
             linear_head=True,
             finished="The expert prefixes of a finished task never move.",
-            per_image=True,
         )

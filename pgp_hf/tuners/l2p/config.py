@@ -71,9 +71,9 @@ class L2PConfig(PromptConfig):
         features = "the mean of the prompt tokens" if settings.get("head_type") == "prompt" else "the CLS token"
         return AdapterCard(
             parts=f"{pool} prompts of {length} tokens, {top_k} of them selected for each {each}",
+            selects=True,
             features=features,
             head=f"linear, on {features}",
             trained_head="the linear head",
             linear_head=True,
-            per_image=each == "image",
         )

@@ -1,0 +1,47 @@
+"""Values and free text as a model card shows them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+MISSING = "–"
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether `value` is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def as_number(value: object, digits: int) -> str:
+    """Return a number with so many digits behind the point, a dash for anything else."""
+    return f"{value:.{digits}f}" if is_number(value) else MISSING
+
+
+def as_text(value: object) -> str:
+    """Return a value as text, a dash for None."""
+    return MISSING if value is None else str(value)
+
+
+def as_settings(settings: Mapping[str, Any]) -> str:
+    """Return settings as code, such as `` `energy=0.5`, `apply_to="update"` ``; "none" if there are none."""
+    quoted = {name: f'"{value}"' if isinstance(value, str) else value for name, value in settings.items()}
+    return ", ".join(f"`{name}={value}`" for name, value in quoted.items()) or "none"
+
+
+def as_sentence(text: str) -> str:
+    """Return a clause as a sentence on one line: with a capital letter and a full stop."""
+    line = one_line(text)
+    return f"{line[:1].upper()}{line[1:].removesuffix('.')}." if line else ""
+
+
+def one_line(text: object) -> str:
+    """Return text with every stretch of white space made one space."""
+    return " ".join(str(text).split())
+
+
+def escape(text: object) -> str:
+    """Return free text made safe for one line, or one cell of a table, of Markdown."""
+    return re.sub(r"[\\|`*\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", one_line(text)).replace("<", "&lt;")

@@ -1,0 +1,119 @@
+"""The numbers of a model card: rows of its tables, and the metrics in its metadata."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from .formatting import MISSING, as_number, as_text, escape, is_number, one_line
+from .names import public_name
+
+_SUMMARY = {
+    "average_accuracy": "Average accuracy",
+    "forgetting": "Forgetting",
+    "forgetting_clipped": "Forgetting, clipped",
+    "backward_transfer": "Backward transfer",
+    "learning_accuracy": "Learning accuracy",
+}
+_INDEXED = {"average_accuracy": "accuracy", "forgetting": "forgetting"}  # the metrics' types on the Hub
+
+
+def run_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Return a header and rows: one for the run, or one for each head, the one that predicts first."""
+    heads, used = results.get("heads") or {}, results.get("head")
+    changed = results.get("changed_selections")
+    moved = [as_number((results.get("drift") or [None])[-1], 3)]
+    moved += [as_number(100 * changed[-1], 1)] if changed else []
+    header = [*_SUMMARY.values(), "Drift", *(["Changed"] if changed else [])]
+
+    def row(of: Mapping[str, Any]) -> list[str]:
+        return [*(as_number(of.get(key), 2) for key in _SUMMARY), *moved]
+
+    if not heads:
+        return [header, row(results)]
+    names = sorted(heads, key=lambda name: (name != used, name))
+    rows = [[f"{name} (used to predict)" if name == used else name, *row(heads[name])] for name in names]
+    return [["Head", *header], *rows]
+
+
+def task_rows(results: Mapping[str, Any], manifest: Mapping[str, Any], trained: int) -> list[list[str]]:
+    """Return a header and a row per finished task."""
+    matrix, tasks = results["accuracy_matrix"], manifest.get("tasks") or []
+    names, changed = manifest.get("label_names") or [], results.get("changed_selections")
+    others = {name: of for name, of in (results.get("heads") or {}).items() if name != results.get("head")}
+    protected = any(results.get("projection_rank") or [])
+    rows = [
+        [
+            "Task", "Classes", "Train / test images", "When learned", "Now", "Average so far",
+            *(f"Average so far, {name}" for name in others), "Drift", *(["Changed"] if changed else []),
+            *(["Rank"] if protected else []),
+        ]
+    ]  # fmt: skip
+    for i in range(trained):
+        task = tasks[i] if i < len(tasks) else {}
+        images = [as_text((task.get(part) or {}).get("num_images")) for part in ("train", "test")]
+        rows.append(
+            [
+                str(i + 1),
+                _classes(task.get("classes") or [], names),
+                " / ".join(images),
+                as_number(_at(matrix[i], i), 1),
+                as_number(_at(matrix[trained - 1], i), 1),
+                as_number(_at(results.get("per_task_average_accuracy"), i), 1),
+                *(as_number(_at(of.get("per_task_average_accuracy"), i), 1) for of in others.values()),
+                as_number(_at(results.get("drift"), i), 3),
+                *([as_number(100 * changed[i], 1)] if changed else []),
+                *([as_number(_at(results.get("projection_rank"), i), 0)] if protected else []),
+            ]
+        )
+    return rows
+
+
+def eval_results(results: Mapping[str, Any], dataset: str | None, trained: int) -> list[EvalResult] | None:
+    """Return what the Hub's leaderboards read: average accuracy and forgetting, where they are known.
+
+    Args:
+        results: content of `results.json`.
+        dataset: the dataset's name; a path is named by its last part.
+        trained: number of finished tasks.
+    """
+    scenario, num_tasks = results["scenario"], int(results["num_tasks"])
+    public = public_name(dataset) if dataset else "unnamed dataset"
+    so_far = f", after task {trained}" if trained < num_tasks else ""
+    conditions = {"after_task": trained, "head": results.get("head"), "eval_mask": results.get("eval_mask")}
+    found = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            dataset_type=re.sub(r"[^\w./-]+", "-", public).strip("-") or "unnamed",  # as ids on the Hub are written
+            dataset_name=f"Split {public.split('/')[-1]} ({num_tasks} tasks, {scenario.replace('_', '-')}{so_far})",
+            dataset_split="test",
+            dataset_args={"scenario": scenario, "num_tasks": num_tasks, "seed": results.get("seed")},
+            metric_type=kind,
+            metric_name=_SUMMARY[key],
+            metric_value=round(float(results[key]), 2),
+            metric_args={name: value for name, value in conditions.items() if value is not None},
+        )
+        for key, kind in _INDEXED.items()
+        if is_number(results.get(key))
+    ]
+    return found or None
+
+
+def _classes(classes: Sequence[int], names: Sequence[str], most: int = 5) -> str:
+    shown = [_short(names[c]) if c < len(names) else str(c) for c in classes[:most]]
+    between = "; " if any("," in name for name in shown) else ", "  # as in "tench, Tinca tinca"
+    rest = f" and {len(classes) - most} more" if len(classes) > most else ""
+    return between.join(map(escape, shown)) + rest or MISSING
+
+
+def _short(name: object, most: int = 32) -> str:
+    line = one_line(name)
+    return line if len(line) <= most else f"{line[: most - 1].rstrip(' ,;')}…"
+
+
+def _at(values: Any, index: int) -> Any:
+    return values[index] if values is not None and index < len(values) else None
