@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 
 from .conditions import CONDITIONS
-from .readers import readers
+from .readers import current_readers
 
 APPLY_TO = ("update", "gradient", "both")
 PROBE_SPACES = ("features", "logits", "statistics")
@@ -23,8 +23,8 @@ class ProjectionConfig:
         energy: share of the second moment that the basis of a prompt must hold, in (0, 1].
         key_energy: the same for the keys of a pool; None leaves keys unprojected.
         value_energy: the same for prefix values and for the token axis of a prompt; None leaves these unprojected.
-        apply_to: "update" projects the movement after each optimizer step, "gradient" the gradient before it, "both"
-            does both.
+        apply_to: "update" projects the movement after each optimizer step, "gradient" the gradient before it, and
+            "both" does both.
         max_images: number of training images per task that the statistics are taken from; None takes all.
         probes: number of random output directions per old image ("functional" only).
         probe_space: space of these directions: "features", "logits" or "statistics" ("functional" only).
@@ -161,7 +161,7 @@ class ProjectionConfig:
         Raises:
             ValueError: files that are damaged or contradictory, or an adapter without a run.
         """
-        return readers().config(repo_or_dir, revision, **hub)
+        return current_readers().config(repo_or_dir, revision, **hub)
 
 
 def check_energy(name: str, value: float) -> None:

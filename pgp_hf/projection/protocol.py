@@ -73,11 +73,11 @@ class Protectable(Protocol):
     # properties, because implementations differ in the inputs that they name
     @property
     def protected_rows(self) -> Callable[..., NamedRows]:
-        """Yield the rows that images show to the parameters in the first attention, `(*batch, N, n)`."""
+        """Yield the rows that images show to the parameters, `(*batch, N, n)`, for the condition "pgp"."""
 
     @property
     def attention_rows(self) -> Callable[..., NamedRows]:
-        """Yield the rows along which a parameter changes the first attention.
+        """Yield the rows along which a parameter changes the first attention of images, `(*batch, N, n)`.
 
         A name ending in ".T" stands for the parameter with its last two dimensions swapped.
         """

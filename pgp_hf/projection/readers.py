@@ -39,8 +39,8 @@ def set_readers(config: Reader[ProjectionConfig], projection: Reader[Projection]
     _readers = Readers(config, projection)
 
 
-def readers() -> Readers:
-    """Return the readers.
+def current_readers() -> Readers:
+    """Return the readers that were handed in.
 
     Raises:
         RuntimeError: none were handed in.

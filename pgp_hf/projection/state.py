@@ -16,7 +16,7 @@ from .config import ProjectionConfig
 from .moments import FrequentDirections, SecondMoment, second_moment
 from .projector import TRANSPOSED, NullSpaceProjector
 from .protocol import Protectable
-from .readers import readers
+from .readers import current_readers
 
 # each role's energy setting; None protects everything
 ROLES = {"prompt": "energy", "key": "key_energy", "value": "value_energy", "all": None}
@@ -85,7 +85,7 @@ class Projection:
         Raises:
             ValueError: files that are damaged, altered or contradictory, or an adapter without a run.
         """
-        return readers().projection(repo_or_dir, revision, **hub)
+        return current_readers().projection(repo_or_dir, revision, **hub)
 
     @property
     def active(self) -> bool:
