@@ -79,7 +79,7 @@ def describe_adapter(config: Mapping[str, Any], batchwise: bool) -> AdapterCard:
     found = next((config_class for name, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items() if name == kind), None)
     if found is not None and issubclass(found, PromptConfig):
         return found.card({**config, "batchwise_prompt": batchwise})
-    return AdapterCard(f"of PEFT's type `{kind}`, with the settings in `adapter_config.json`", prompts=False)
+    return AdapterCard(f"PEFT's `{kind}`, with the settings in `adapter_config.json`", prompts=False)
 
 
 def describe_learning(

@@ -30,11 +30,11 @@ def describe_head(adapter: AdapterCard, config: Mapping[str, Any], compensated: 
     """
     if config.get("head") != "statistics":
         return adapter.head
-    later = "shifted since by the drift of later tasks' images" if compensated else "never refreshed"
+    later = "shifted since then by the drift estimated from later tasks' images" if compensated else "never refreshed"
     return (
         f"class statistics of {adapter.features}: the mean of each class and one covariance for all (shrinkage "
         f"{as_text(config.get('shrinkage'))}), gathered from the training images when their task ended and {later}; "
-        f"linear discriminant analysis in closed form. Training itself used {adapter.trained_head}, saved as well"
+        f"linear discriminant analysis in closed form. Also saved: {adapter.trained_head} used in training"
     )
 
 

@@ -230,6 +230,7 @@ def test_two_heads_stand_beside_drift_and_changed_selections():
     ]
     for fact in (
         "(shrinkage 0.1)",
+        "and never refreshed; linear discriminant analysis in closed form. Also saved: the linear head used in training\n",
         "Accuracies are those of the statistics head unless another is named.",
         "Changed: percentage of old test images",
         "Class statistics",
@@ -540,8 +541,8 @@ class TalkativeConfig(PromptConfig):
     ("peft_type", "opening"),
     [
         ("FOREIGN", "Prompts for the frozen `b`: those of the adapter `FOREIGN`, with the settings in `adapter_config.json`. They"),
-        ("LORA", "An adapter for the frozen `b`: of PEFT's type `LORA`, with the settings in `adapter_config.json`. It"),
-        ("NOT_REGISTERED", "An adapter for the frozen `b`: of PEFT's type `NOT_REGISTERED`, with the settings in"),
+        ("LORA", "An adapter for the frozen `b`: PEFT's `LORA`, with the settings in `adapter_config.json`. It"),
+        ("NOT_REGISTERED", "An adapter for the frozen `b`: PEFT's `NOT_REGISTERED`, with the settings in"),
     ],
 )  # fmt: skip
 def test_an_adapter_that_says_nothing_gets_a_plain_card(monkeypatch, peft_type, opening, head):
