@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .heads import ClassStatistics
 from .projection import Protectable

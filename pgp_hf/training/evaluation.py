@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import EvalPrediction
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream

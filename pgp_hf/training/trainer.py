@@ -81,8 +81,8 @@ class StreamTrainer(Trainer):
             )
         if any(part is not None for part in kwargs.get("optimizers", ())):
             raise ValueError(
-                "optimizers=(...) would be used for one task and without the method's rules: name it by args.optim, or "
-                "pass optimizer_cls_and_kwargs=(torch.optim.SGD, {...}), from which each task makes its own."
+                "optimizers=(...) would be used for one task, and without projection: name it by args.optim, or pass "
+                " optimizer_cls_and_kwargs=(torch.optim.SGD, {...}), from which each task makes its own."
             )
         self.stream = stream
         self.method = FineTuning() if method is None else method

@@ -69,9 +69,9 @@ def test_resumed_is_straight(straight, tmp_path, task, step, kwargs):
 @pytest.mark.parametrize(
     ("task", "phase", "reinit"),
     [
-        (0, "_gather_statistics", True),
+        (0, "method.end_task", True),
         (0, "evaluate_stream", False),
-        (0, "_write_reference", True),
+        (0, "_write_files", True),
         (1, "evaluate_stream", True),
     ],
 )
@@ -85,14 +85,15 @@ def test_the_same_trainer_goes_on_after_an_interruption(tmp_path, monkeypatch, t
     straight = tiny.trainer(tmp_path / "straight", model=model(), **settings)
     straight.train()
     trainer = tiny.trainer(tmp_path / "stopped", model=model(), **settings)
-    finish = getattr(trainer, phase)
+    owner, name = (trainer.method, "end_task") if phase == "method.end_task" else (trainer, phase)
+    finish = getattr(owner, name)
 
     def interrupted(*args):
         finish(*args)
         if trainer.task == task:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, phase, interrupted)
+    monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     monkeypatch.undo()
@@ -213,7 +214,9 @@ def test_cached_queries_are_live_queries(tmp_path, augmentation):
     assert kept.results.rank == live.results.rank and kept.results.changed == live.results.changed
     assert kept.results.drift == pytest.approx(live.results.drift, abs=1e-5)
     for t in range(3):
-        np.testing.assert_allclose(kept._features[t], live._features[t], atol=1e-5)
+        np.testing.assert_allclose(
+            kept.progress.references.features[t], live.progress.references.features[t], atol=1e-5
+        )
 
 
 def test_bases_do_not_depend_on_the_cache_under_autocast(tmp_path):
@@ -266,4 +269,5 @@ def test_evaluation_batch_size_changes_nothing(tmp_path, straight):
     trainer = tiny.trainer(tmp_path, augmentation="crop_flip", per_device_eval_batch_size=3)
     trainer.train_task(0)
     assert trainer.results.matrix[0] == reference.results.matrix[0]
-    assert torch.allclose(torch.from_numpy(trainer._features[0]), torch.from_numpy(reference._features[0]), atol=1e-5)
+    features, expected = (each.progress.references.features[0] for each in (trainer, reference))
+    assert np.allclose(features, expected, atol=1e-5)

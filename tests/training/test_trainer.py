@@ -23,6 +23,8 @@ FILES = {
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "method.json",
+    "method.safetensors",
     "preprocessor_config.json",
     "projection.json",
     "projection.safetensors",
@@ -233,7 +235,7 @@ def test_statistics_use_no_random_number(tmp_path):
     torch.manual_seed(5)
     np.random.seed(5)
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    trainer._gather_statistics(0)
+    trainer.method.end_task(trainer._make_context(0))
     assert torch.equal(torch.get_rng_state(), state[0])
     assert np.array_equal(np.random.get_state()[1], state[1])
 
@@ -282,7 +284,7 @@ def test_bfloat16_autocast_trains(tmp_path):
     trainer = tiny.trainer(tmp_path, bf16=True)
     trainer.train_task(0)
     assert trainer.results.matrix[0][0] > 60
-    assert all(p.dtype == torch.float32 for _, p in trainer._prompt_parameters())
+    assert all(p.dtype == torch.float32 for p in trainer.tuner.prompt_parameters().values())
 
 
 def test_batchwise_prompt_is_recorded(tmp_path):
@@ -407,7 +409,7 @@ def test_models_that_do_not_fit(tmp_path, make, error, message):
 
 
 def test_probes_in_the_metric_of_a_head_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="needs head='statistics' in the L2PConfig, not 'linear'"):
+    with pytest.raises(ValueError, match="needs an adapter with head='statistics', not 'linear'"):
         tiny.trainer(tmp_path, projection=ProjectionConfig(method="functional", probe_space="statistics"))
 
 
