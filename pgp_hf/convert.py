@@ -1,14 +1,14 @@
-"""From timm's vision transformers to `transformers.ViTModel`: names, fused attention weights, sizes.
+"""Convert timm's vision transformers to `transformers.ViTModel`: names, fused attention weights, sizes.
 
     python -m pgp_hf.convert model.safetensors vit-base-sam
 
-Where it is needed: the "SAM" backbone of the PGP poster is a ViT trained with sharpness-aware minimisation (not
-Segment Anything), whose weights exist in timm's layout, `timm/vit_base_patch16_224.sam_in1k` on the Hub. Its "DINO"
-backbone needs no conversion: `facebook/dino-vitb16` loads as a `ViTModel` as it is.
+The "SAM" backbone of the PGP poster needs this. It is a ViT trained with sharpness-aware minimisation (not Segment
+Anything), whose weights exist in timm's layout, `timm/vit_base_patch16_224.sam_in1k` on the Hub. The poster's
+"DINO" backbone needs no conversion: `facebook/dino-vitb16` loads as a `ViTModel` as it is.
 
-The plain ViT is converted: CLS token, learned absolute positions with one for CLS, pre-norm blocks, one final norm,
-and a linear head on CLS or none. Every other key is refused, for leaving a weight out would change the outputs.
-Files are safetensors alone; pickled checkpoints are never opened.
+Only the plain ViT is converted: CLS token, learned absolute positions including one for CLS, pre-norm blocks, one
+final norm, and a linear head on CLS or none. Any other key is refused, because leaving out a weight would change the
+outputs. Only safetensors files are read; pickled checkpoints are never opened.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +29,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 LAYER_NORM_EPS = 1e-6  # timm's; ViTConfig's own default is 1e-12
 
-# What other architectures in timm's layout have; part of a key -> what it is.
+# what other architectures in timm's layout have: part of a key -> what it belongs to
 _OTHER = {
     "dist_token": "a distilled model (DeiT), whose second token and head ViTModel lacks",
     "head_dist": "a distilled model (DeiT), whose second token and head ViTModel lacks",
@@ -43,11 +44,11 @@ _OTHER = {
 
 
 def timm_config(state_dict: Mapping[str, Tensor], num_heads: int | None = None) -> ViTConfig:
-    """The configuration that the shapes of a timm ViT state dict imply, for square images and patches.
+    """Infer the configuration of a timm ViT from the shapes in its state dict, for square images and patches.
 
     Args:
         state_dict: in timm's layout.
-        num_heads: attention heads, which no shape tells; width // 64 when not given.
+        num_heads: number of attention heads, which no shape reveals; width // 64 by default.
 
     Raises:
         ValueError: a tensor that is needed is missing or has an impossible shape, or the heads do not divide the width.
@@ -66,7 +67,7 @@ def timm_config(state_dict: Mapping[str, Tensor], num_heads: int | None = None) 
     grid = math.isqrt(max(positions - 1, 0))
     if height != patch:
         raise ValueError(
-            f"the patches are {height} x {patch}: only square ones can be told from shapes; pass a config."
+            f"the patches are {height} x {patch}: only square ones can be inferred from shapes; pass a config."
         )
     if grid == 0 or grid * grid + 1 != positions:
         raise ValueError(
@@ -79,7 +80,7 @@ def timm_config(state_dict: Mapping[str, Tensor], num_heads: int | None = None) 
         raise ValueError(
             f"width {width} cannot be cut into heads ({given}): pass the model's num_heads, a divisor of {width}."
         )
-    sizes = {"num_labels": shape("head.weight", 2)[0]} if "head.weight" in state_dict else {}
+    sizes: dict[str, Any] = {"num_labels": shape("head.weight", 2)[0]} if "head.weight" in state_dict else {}
     return ViTConfig(
         hidden_size=width,
         num_hidden_layers=len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")}),
@@ -97,18 +98,18 @@ def timm_config(state_dict: Mapping[str, Tensor], num_heads: int | None = None) 
 def timm_vit_to_vit(
     state_dict: Mapping[str, Tensor], config: ViTConfig | None = None, *, num_heads: int | None = None
 ) -> ViTForImageClassification | ViTModel:
-    """The same function as a `transformers` model, in float32 and eval mode.
+    """Make a `transformers` model that computes the same function, in float32 and eval mode.
 
     Args:
         state_dict: in timm's layout.
-        config: sizes to hold the state dict against; read off its shapes by default.
-        num_heads: attention heads when there is no `config`; width // 64 when not given.
+        config: sizes that the state dict must have; inferred from its shapes by default.
+        num_heads: number of attention heads if there is no `config`; width // 64 by default.
 
     Returns:
-        A `ViTForImageClassification` when there is a head (`head.weight`), else a `ViTModel` without pooler.
+        A `ViTForImageClassification` if there is a head (`head.weight`), otherwise a `ViTModel` without a pooler.
 
     Raises:
-        ValueError: keys that are unknown or missing, shapes that do not fit, both `config` and `num_heads`.
+        ValueError: unknown or missing keys, shapes that do not fit, or both `config` and `num_heads`.
     """
     if config is not None and num_heads is not None:
         raise ValueError(f"num_heads={num_heads} and a config were both given: the config has the heads already.")
@@ -127,7 +128,7 @@ def timm_vit_to_vit(
 
 
 def _expected(config: ViTConfig, classes: int | None) -> dict[str, tuple[int, ...]]:
-    """timm's names and shapes for a configuration."""
+    """Return timm's names and shapes for a configuration."""
 
     def linear(name: str, rows: int, *columns: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
         return {f"{name}.weight": (rows, *columns), **({f"{name}.bias": (rows,)} if bias else {})}
@@ -135,7 +136,7 @@ def _expected(config: ViTConfig, classes: int | None) -> dict[str, tuple[int, ..
     width, mlp = config.hidden_size, config.intermediate_size
     patch, image = _pair(config.patch_size), _pair(config.image_size)
     positions = 1 + math.prod(side // step for side, step in zip(image, patch, strict=True))
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, positions, width)}
+    shapes: dict[str, tuple[int, ...]] = {"cls_token": (1, 1, width), "pos_embed": (1, positions, width)}
     shapes |= linear("patch_embed.proj", width, config.num_channels, *patch) | linear("norm", width)
     for layer in range(config.num_hidden_layers):
         block = f"blocks.{layer}"
@@ -147,6 +148,7 @@ def _expected(config: ViTConfig, classes: int | None) -> dict[str, tuple[int, ..
 
 
 def _check(state_dict: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless the state dict has exactly the expected keys and shapes."""
     unknown, missing = sorted(set(state_dict) - set(expected)), sorted(set(expected) - set(state_dict))
     wrong = [
         f"{name} is {tuple(state_dict[name].shape)}, expected {shape}"
@@ -163,13 +165,13 @@ def _check(state_dict: Mapping[str, Tensor], expected: Mapping[str, tuple[int, .
 
 
 def _hint(names: Iterable[str]) -> str:
-    """What a model with these keys is, as far as known."""
+    """Say which kind of model has these keys, as far as that is known."""
     found = dict.fromkeys(what for part, what in _OTHER.items() for name in names if part in name)
     return f" This is {' and '.join(found)}: it cannot be converted." if found else ""
 
 
 def _renamed(state_dict: Mapping[str, Tensor], prefix: str) -> Iterable[tuple[str, Tensor]]:
-    """Transformers' names with the tensors, the rows of fused qkv cut into queries, keys and values."""
+    """Yield the tensors under transformers' names, with fused qkv cut into queries, keys and values."""
     whole = {
         "patch_embed.proj": "embeddings.patch_embeddings.projection",
         "norm": "layernorm",
@@ -212,20 +214,21 @@ def convert(
 
     Args:
         source: timm's weights, a safetensors file.
-        output_dir: new or empty; it appears whole or not at all.
+        output_dir: new or empty; it is written completely or not at all.
         num_heads: see `timm_config`.
-        image_mean, image_std: of the pixel values in [0, 1], one number or one a channel. 0.5 is what timm's Google
-            ViTs use, the SAM one among them; others, such as DINO, have those of ImageNet: see the model's card.
+        image_mean: mean of the pixel values in [0, 1], one number or one for each channel. 0.5 is what timm's Google
+            ViTs use, the SAM one among them; others, such as DINO, use ImageNet's: see the model's card.
+        image_std: the standard deviation, in the same way.
 
     Raises:
-        ValueError: `source` is no safetensors file or no plain ViT, or `output_dir` has something in it.
-        FileNotFoundError: no such `source`.
+        ValueError: `source` is not a safetensors file or not a plain ViT, or `output_dir` is not empty.
+        FileNotFoundError: there is no such `source`.
     """
     source, output_dir = Path(source), Path(output_dir)
     if source.suffix != ".safetensors":
         raise ValueError(
             f"{source} is not a .safetensors file: pickled checkpoints (.bin, .pth) can run code when they are opened "
-            "and .npz has another layout, so neither is read. Take the model's model.safetensors."
+            "and .npz has another layout, so neither is read. Use the model's model.safetensors."
         )
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist: give the path of a downloaded model.safetensors.")
@@ -234,7 +237,7 @@ def convert(
     try:
         state_dict = load_file(source)
     except SafetensorError as error:
-        raise ValueError(f"{source} is not a whole safetensors file ({error}): download it again.") from error
+        raise ValueError(f"{source} is not a complete safetensors file ({error}): download it again.") from error
     model = timm_vit_to_vit(state_dict, num_heads=num_heads)
     height, width = _pair(model.config.image_size)
     processor = ViTImageProcessorPil(
@@ -255,6 +258,7 @@ def convert(
 
 
 def _per_channel(name: str, values: Sequence[float], channels: int) -> list[float]:
+    """Return one value for each channel."""
     if len(values) not in (1, channels):
         raise ValueError(f"{name}={list(values)} has {len(values)} numbers: give one, or one for each of {channels}.")
     if name == "image_std" and min(values) <= 0:
@@ -263,15 +267,20 @@ def _per_channel(name: str, values: Sequence[float], channels: int) -> list[floa
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line `python -m pgp_hf.convert`."""
     parser = argparse.ArgumentParser(
         prog="python -m pgp_hf.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="timm's weights, a .safetensors file")
     parser.add_argument("output_dir", help="new folder for from_pretrained")
-    parser.add_argument("--num_heads", type=int, help="attention heads; width // 64 by default")
-    for name in ("--image_mean", "--image_std"):
+    parser.add_argument("--num_heads", type=int, help="number of attention heads; width // 64 by default")
+    for name, what in (("--image_mean", "mean"), ("--image_std", "standard deviation")):
         parser.add_argument(
-            name, type=float, nargs="+", default=[0.5], help="of pixel values in [0, 1], one number or one a channel"
+            name,
+            type=float,
+            nargs="+",
+            default=[0.5],
+            help=f"{what} of the pixel values in [0, 1], one number or one for each channel",
         )
     arguments = vars(parser.parse_args(argv))
     try:

@@ -202,7 +202,7 @@ def test_only_safetensors_are_opened(tmp_path, name):
     with pytest.raises(ValueError, match="not a .safetensors file"):
         convert(source, tmp_path / "out", num_heads=HEADS)
     disguised = source.rename(tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         convert(disguised, tmp_path / "out", num_heads=HEADS)
     assert not (tmp_path / "out").exists()
 

@@ -79,9 +79,9 @@ class ImageRows:
         return f"image in row {row} of the {self.split} split is broken: {type(error).__name__}: {error}"
 
     def digests(self, groups: Sequence[np.ndarray]) -> list[str]:
-        """Return the SHA-256 of each group of rows, in row order, over label, length and encoded bytes; decode nothing.
+        """Return the SHA-256 of each group of rows, over each row's label, length and encoded bytes, in row order.
 
-        Label and length are little-endian int64. The digest depends on neither machine, path nor Arrow layout.
+        Label and length are little-endian int64. Nothing is decoded, and neither machine, path nor Arrow layout counts.
         """
         hashes = [hashlib.sha256() for _ in groups]
         group_of = {int(row): group for group, rows in enumerate(groups) for row in rows}

@@ -262,7 +262,7 @@ def map_labels(
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split the row numbers into train and test, class by class; a class of two or more rows has at least one in each."""
+    """Split the row numbers into train and test, stratified; a class of two or more rows has at least one in each."""
     held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -292,7 +292,7 @@ def choose_rows(
     max_train: int | None,
     max_test: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row numbers to train and to test on; without test labels, test rows are held out of the train rows."""
+    """Return the row numbers to train and to test on; without test labels, hold test rows out of the train rows."""
     if test_labels is None:
         train, test = hold_out(labels, test_fraction, seed)
         test_labels = labels

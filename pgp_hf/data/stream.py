@@ -252,9 +252,9 @@ class TaskStream:
         return SCENARIOS[self.scenario].allowed_classes(classes, self._index(after), self._index(task))
 
     def manifest(self) -> dict[str, Any]:
-        """Return what identifies this stream, ready for JSON: settings, class order, a content hash per task and split.
+        """Return what identifies this stream, ready for JSON: settings, class order and content hashes.
 
-        `sha256` covers, in row order, the label id and the encoded image bytes (see `ImageRows.digests`), not paths;
+        Each task and split has one: `sha256` covers, in row order, the label id and the encoded image bytes (see `ImageRows.digests`), not paths;
         nothing is decoded, and it is computed once. `dataset` (name, fingerprints) is for information only.
 
         Raises:

@@ -1,6 +1,6 @@
-"""The embedded default: small pre-trained backbones and real handwritten digits, all usable with no network.
+"""Provide small pre-trained backbones and real handwritten digits that need no network.
 
-The backbones' weights were made by this project (`examples/pretrain_embedded.py`); the digits ship inside scikit-learn.
+The backbones' weights were made by this project (`examples/pretrain_embedded.py`); the digits come with scikit-learn.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 
 
 def vit_path() -> Path:
-    """Folder of the embedded `ViTModel` and its image processor, to hand to `from_pretrained`.
+    """Return the folder of the embedded `ViTModel` and its image processor, for `from_pretrained`.
 
     Raises:
-        FileNotFoundError: The weights are not in the package.
+        FileNotFoundError: the weights are not in the package.
     """
     return _folder("vit", "", "config.json", "model.safetensors", "preprocessor_config.json")
 
 
 def clip_path() -> Path:
-    """Folder of the embedded `CLIPModel`, its `CLIPTokenizer` and its image processor, to hand to `from_pretrained`.
+    """Return the folder of the embedded `CLIPModel`, `CLIPTokenizer` and image processor, for `from_pretrained`.
 
-    Typeset digits and their names were among its training pairs, handwritten digits were not; the prompt of zero-shot
-    classification is the bare class name. Its zero-shot accuracy on `digits` stands in `pretraining.json`.
+    Typeset digits and their names were among its training pairs, handwritten digits were not. In zero-shot
+    classification the text is the class name alone. Its zero-shot accuracy on `digits` is in `pretraining.json`.
 
     Raises:
-        FileNotFoundError: The weights are not in the package.
+        FileNotFoundError: the weights are not in the package.
     """
     tokenizer = ("tokenizer.json", "tokenizer_config.json")
     return _folder("clip", " --clip", "config.json", "model.safetensors", "preprocessor_config.json", *tokenizer)
 
 
-# What `base_model_name_or_path` says in the folder of a run on an embedded backbone: the same on every machine, where
-# the folder inside the installed package is not. The colon keeps it from ever being the id of a repository on the Hub.
+# `base_model_name_or_path` in the folder of a run on an embedded backbone. The folder inside the installed package
+# differs from machine to machine; these names do not, and with a colon no repository on the Hub can have one of them.
 _NAMES = {"pgp_hf:embedded-vit": vit_path, "pgp_hf:embedded-clip": clip_path}
 
 
 def resolve(name: str | None) -> Path | None:
-    """Folder of the embedded backbone that a run names `pgp_hf:embedded-vit` or `pgp_hf:embedded-clip`.
+    """Find the embedded backbone that a run names `pgp_hf:embedded-vit` or `pgp_hf:embedded-clip`.
 
     Returns:
-        The folder on this machine; None when `name` is anything else, a Hub id for example.
+        Its folder on this machine; None if `name` is anything else, a Hub id for example.
 
     Raises:
-        FileNotFoundError: The weights are not in the package.
+        FileNotFoundError: the weights are not in the package.
     """
     return _NAMES[name]() if name in _NAMES else None
 
 
 def name_of(folder: str | Path | None) -> str | None:
-    """The inverse of [`resolve`]: the name of the embedded backbone in `folder`, None for any other folder or name."""
+    """Invert [`resolve`]: return the name of the embedded backbone in `folder`, None for any other folder or name."""
     if folder is None:
         return None
     here, path = Path(__file__).resolve().parent, Path(folder).resolve()
@@ -65,30 +65,30 @@ def name_of(folder: str | Path | None) -> str | None:
 
 
 def _folder(name: str, option: str, *files: str) -> Path:
-    """The folder `name` beside this file, which must hold `files`; `option` of the script makes them again."""
+    """Return the folder `name` next to this file, which must hold `files`; `option` of the script makes them again."""
     folder = Path(__file__).resolve().parent / name
     for file in files:
         if not (folder / file).is_file():
             raise FileNotFoundError(
-                f"The embedded backbone lacks {folder / file}. Reinstall pgp_hf, or make the weights again with "
+                f"the embedded backbone lacks {folder / file}. Reinstall pgp_hf, or make the weights again with "
                 f"`python examples/pretrain_embedded.py{option}`."
             )
     return folder
 
 
 def digits(seed: int = 0, test_fraction: float = 0.2) -> DatasetDict:
-    """scikit-learn's 1,797 handwritten digits as images: a fixed, stratified train/test split.
+    """Return scikit-learn's 1,797 handwritten digits as images, in a fixed, stratified train/test split.
 
     Args:
-        seed: Chooses the split; the same seed always gives the same rows in the same order.
-        test_fraction: Share of the scans in the test split, strictly between 0 and 1.
+        seed: chooses the split; the same seed always gives the same rows in the same order.
+        test_fraction: share of the scans in the test split, strictly between 0 and 1.
 
     Returns:
         Splits `train` and `test` with the columns `image` (grey 8x8 PNG, ink light on dark, 0..16 scaled to 0..255)
         and `label` (`ClassLabel`, "zero" to "nine"). Rows keep scikit-learn's order.
 
     Raises:
-        TypeError: `seed` is not an integer or `test_fraction` not a number.
+        TypeError: `seed` is not an integer, or `test_fraction` is not a number.
         ValueError: `seed` or `test_fraction` is out of range, or a split would lack a class.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -100,6 +100,7 @@ def digits(seed: int = 0, test_fraction: float = 0.2) -> DatasetDict:
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction must lie strictly between 0 and 1, got {test_fraction}; 0.2 is the default.")
 
+    # imported here, so that resolving a backbone's name does not wait for them
     import numpy as np
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
     from PIL import Image as PILImage
@@ -111,7 +112,7 @@ def digits(seed: int = 0, test_fraction: float = 0.2) -> DatasetDict:
     if not len(DIGIT_NAMES) <= test_rows <= len(labels) - len(DIGIT_NAMES):
         raise ValueError(
             f"test_fraction={test_fraction} leaves {test_rows} of {len(labels)} scans for the test split; each split "
-            f"needs at least {len(DIGIT_NAMES)}, one a class. Choose a fraction nearer to 0.2."
+            f"needs at least {len(DIGIT_NAMES)}, one of each class. Choose a fraction nearer to 0.2."
         )
     rows = train_test_split(np.arange(len(labels)), test_size=test_rows, random_state=seed, stratify=labels)
     pixels = np.rint(scans * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)

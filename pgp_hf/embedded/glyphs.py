@@ -1,4 +1,4 @@
-"""Glyphs to pre-train on: drawn from the fonts inside matplotlib, grouped into classes, made to look hand-written.
+"""Draw glyphs to pre-train on from matplotlib's fonts, group them into classes, and make them look handwritten.
 
 `examples/pretrain_embedded.py` uses them; importing `pgp_hf` or loading the embedded weights does not.
 """
@@ -18,7 +18,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageFilter, ImageFont
 from torch import Tensor
 
-# Text faces with many scripts. Only renderings are used, no font is copied; the terms stand beside the fonts in
+# Text faces with many scripts. Only renderings are used, no font is copied; the terms come with the fonts in
 # matplotlib: LICENSE_DEJAVU ("Bitstream Vera Fonts Copyright"; DejaVu changes are in public domain) and LICENSE_STIX.
 FACES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -38,7 +38,7 @@ NUMBER_WORDS = frozenset(
 
 
 def is_digit(character: str) -> bool:
-    """Whether a character is, contains or is named after a number: digits of any script, circled, roman, tone two..."""
+    """Return True if a character is, contains or is named after a number: any script, circled, roman, tone two..."""
     name = unicodedata.name(character, "")
     return (
         any(unicodedata.numeric(part, None) is not None for part in unicodedata.normalize("NFKD", character))
@@ -49,7 +49,7 @@ def is_digit(character: str) -> bool:
 
 
 def is_plain_glyph(character: str) -> bool:
-    """Letters, punctuation and symbols that stand alone: no digits, no modifiers, no accented or derived forms."""
+    """Return True for letters, punctuation and symbols alone: no digits, modifiers, accents or derived forms."""
     category = unicodedata.category(character)
     return (
         category[0] in "LPS"
@@ -61,7 +61,7 @@ def is_plain_glyph(character: str) -> bool:
 
 
 def draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
-    """One glyph, light on dark, centred, its longer side `INK` pixels: uint8 (CANVAS, CANVAS), or None if blank."""
+    """Draw a glyph light on dark, centred, its longer side `INK` pixels: uint8 `(CANVAS, CANVAS)`; None if blank."""
     mask = font.getmask(character, mode="L")
     if 0 in mask.size:
         return None
@@ -70,22 +70,21 @@ def draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
     if box is None:
         return None
     image = image.crop(box)
-    image = image.resize(
-        [max(1, round(side * INK / max(image.size))) for side in image.size], Image.Resampling.BICUBIC
-    )
+    width, height = (max(1, round(side * INK / max(image.size))) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     canvas = Image.new("L", (CANVAS, CANVAS))
     canvas.paste(image, ((CANVAS - image.width) // 2, (CANVAS - image.height) // 2))
     return np.asarray(canvas)
 
 
 def render_glyphs(with_digits: bool = False) -> dict[str, list[np.ndarray]]:
-    """Every plain glyph in every face that has it.
+    """Render every plain glyph in every face that has it.
 
     Args:
-        with_digits: Whether 0 to 9 are among them.
+        with_digits: include 0 to 9.
 
     Returns:
-        uint8 (CANVAS, CANVAS) renderings by character: digits, then letters, then the rest, the most widely drawn first.
+        uint8 `(CANVAS, CANVAS)` renderings by character: digits, letters, then the rest, the most widely drawn first.
 
     Raises:
         FileNotFoundError: matplotlib lacks one of the fonts.
@@ -102,8 +101,8 @@ def render_glyphs(with_digits: bool = False) -> dict[str, list[np.ndarray]]:
     characters.sort(key=lambda c: (c not in wanted, unicodedata.category(c)[0], -count[c], c))
     rendered = {}
     for character in characters:
-        drawn = [draw(font, character) for font, cover in zip(fonts, covers, strict=True) if character in cover]
-        drawn = [image for image in drawn if image is not None]
+        attempts = (draw(font, character) for font, cover in zip(fonts, covers, strict=True) if character in cover)
+        drawn = [image for image in attempts if image is not None]
         if len(drawn) >= MIN_FACES:
             rendered[character] = drawn
     return rendered
@@ -115,14 +114,14 @@ def glyph_classes(rendered: dict[str, list[np.ndarray]]) -> list[str]:
     A digit is a class of its own, and nothing that looks like one is in any class.
 
     Args:
-        rendered: Output of `render_glyphs`.
+        rendered: output of `render_glyphs`.
 
     Returns:
-        One string per class: the characters that share it, its model first.
+        One string for each class: the characters that share it, the one that founded it first.
     """
     models: list[np.ndarray] = []
     classes: list[str] = []
-    room = dict(MAX_CLASSES)
+    left = dict(MAX_CLASSES)
     for character, images in rendered.items():
         mean = Image.fromarray(np.mean(images, axis=0).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1.5))
         shape = np.asarray(mean, dtype=np.float32).ravel()
@@ -136,20 +135,20 @@ def glyph_classes(rendered: dict[str, list[np.ndarray]]) -> list[str]:
         elif overlap[nearest] > SAME:
             if classes[nearest] not in DIGITS:
                 classes[nearest] += character
-        elif overlap[nearest] < DIFFERENT and room[unicodedata.category(character)[0]]:
-            room[unicodedata.category(character)[0]] -= 1
+        elif overlap[nearest] < DIFFERENT and left[unicodedata.category(character)[0]]:
+            left[unicodedata.category(character)[0]] -= 1
             models.append(shape)
             classes.append(character)
     return classes
 
 
 class GlyphSampler:
-    """Balanced random batches of augmented glyphs; everything after the rendering happens on whole batches of tensors.
+    """Draw balanced random batches of augmented glyphs; after the rendering, whole batches of tensors are processed.
 
     Args:
-        rendered: Output of `render_glyphs`.
-        classes: Output of `glyph_classes`.
-        device: Where batches are made.
+        rendered: output of `render_glyphs`.
+        classes: output of `glyph_classes`.
+        device: where batches are made.
     """
 
     def __init__(self, rendered: dict[str, list[np.ndarray]], classes: list[str], device: str) -> None:
@@ -159,19 +158,26 @@ class GlyphSampler:
         self.start = self.count.cumsum(0) - self.count
 
     def __call__(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Images (batch, 3, 32, 32) in -1..1 and labels (batch,)."""
+        """Return images `(batch, 3, 32, 32)` in -1..1 and labels `(batch,)`."""
         labels = torch.randint(len(self.count), (batch_size,), device=self.images.device)
         return self.augmented(labels), labels
 
     def augmented(self, labels: Tensor) -> Tensor:
-        """Augmented images (batch, 3, 32, 32) in -1..1 of given classes (batch,)."""
+        """Return augmented images `(batch, 3, 32, 32)` in -1..1 of the given classes `(batch,)`."""
         chance = torch.rand(len(labels), device=labels.device)
         rows = self.start[labels] + (chance * self.count[labels]).long()
         return augment(self.images[rows].float() / 255)
 
 
 def augment(glyphs: Tensor) -> Tensor:
-    """Stroke weight, affine and elastic deformation, a coarse noisy scan: (batch, 1, CANVAS, CANVAS) -> (batch, 3, 32, 32)."""
+    """Vary stroke weight and shape, and scan coarsely with noise.
+
+    Args:
+        glyphs: `(batch, 1, CANVAS, CANVAS)` in 0..1.
+
+    Returns:
+        `(batch, 3, 32, 32)` in -1..1.
+    """
     n, device = len(glyphs), glyphs.device
 
     def uniform(low: float, high: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What turns features into class scores: masks, class statistics, and classifiers in closed form."""
+"""Turn features into class scores: masks of classes, class statistics, and classifiers in closed form."""
 
 from .base import keep_classes
 from .statistics import ClassStatistics

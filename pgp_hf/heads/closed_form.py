@@ -111,8 +111,8 @@ class RandomProjectionRidge:
     powers; later ones search downhill from the last r.
 
     As long as there are fewer images than random features, the same weights are cheaper to get from the images' own
-    Gram matrix, `H^T (H H^T + r I)^-1 Y`: seconds for 5,000 images and the paper's M = 10,000. From then on G and C are
-    kept instead. Everything is float64 and solved by Cholesky; a ridge too weak for that is skipped.
+    Gram matrix, `H^T (H H^T + r I)^-1 Y`: seconds for 5,000 images and the paper's M = 10,000. From then on G and C
+    are kept instead. Everything is float64 and solved by Cholesky; a ridge too weak for that is skipped.
 
     Args:
         width: number M of random features.

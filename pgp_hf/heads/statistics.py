@@ -1,4 +1,4 @@
-"""Class statistics as a head: linear discriminant analysis in closed form; torch alone."""
+"""Classify by class statistics: linear discriminant analysis in closed form, gathered task by task; torch alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EMPTY = (
 
 
 class ClassStatistics(nn.Module):
-    """Counts, means and the pooled within-class scatter of features, and the classifier that follows from them.
+    """Sum up features as counts, means and pooled within-class scatter, and classify by them.
 
     Linear discriminant analysis with a covariance that all classes share: with n features of d dimensions, n_c of them
     and mean mu_c in class c, and scatter `S = sum_i (x_i - mu_{y_i}) (x_i - mu_{y_i})^T`,
@@ -26,11 +26,11 @@ class ClassStatistics(nn.Module):
         logit_c(x) = mu_c^T Sigma^-1 x - mu_c^T Sigma^-1 mu_c / 2 + log(n_c / n)
 
     up to a term that all classes share. That is the log posterior of Gaussian classes, so the softmax gives
-    probabilities. A class without features has the logit minus infinity. Where every class has one feature only, S is
-    zero and Sigma the identity: the nearest class mean.
+    probabilities. A class without features has the logit minus infinity. Where no class has more than one feature, S
+    is zero and Sigma is taken to be the identity, so the nearest class mean wins.
 
-    Everything is float64 and stays so under `to`, `half` and PEFT's casts (a device without float64 leaves it on the
-    CPU). Means are subtracted before anything is squared: features far from zero lose no digits.
+    Everything is float64 and stays so under `to`, `half` and PEFT's casts; it remains on the CPU if the device has no
+    float64. Means are subtracted before anything is squared, so features far from zero lose no digits.
 
     Args:
         num_classes: C.
@@ -64,11 +64,11 @@ class ClassStatistics(nn.Module):
 
     @property
     def seen(self) -> Tensor:
-        """`(C,)`, bool: the classes that have features."""
+        """Tell which classes have features: `(C,)`, bool."""
         return self.counts > 0
 
     def fresh(self) -> ClassStatistics:
-        """Empty statistics of the same shape, on the same device."""
+        """Return empty statistics of the same shape, on the same device."""
         classes, dim = self.means.shape
         return ClassStatistics(classes, dim, self.shrinkage).to(self.means.device)
 
@@ -120,7 +120,7 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def reduce(self, total: Total) -> ClassStatistics:
-        """Become the statistics of all processes' features.
+        """Replace each process's statistics by those of all processes' features.
 
         Args:
             total: the sum of a tensor over the processes of a data-parallel run; called three times.
@@ -135,18 +135,20 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def compensate_drift(self, before: Tensor, after: Tensor, total: Total | None = None) -> ClassStatistics:
-        """Move the means along with how the features of other images have moved since.
+        """Move the means the way the features of other images have moved in the meantime.
 
-        Old images are gone, but new ones went through the model before the new task and after it. With x and x + D
-        their features then and m the mean of x, the movement is fitted by ridge regression and applied to each mean,
+        Images of earlier tasks are gone, but those of the new task went through the model both before and after it.
+        With x and x + D their features at these two times and m the mean of x, the movement is fitted by ridge
+        regression and applied to each mean,
 
             D ~ mean(D) + (x - m) A,    A = (S + tr(S) / d I)^-1 sum (x - m)^T (D - mean(D)),    S = sum (x - m)^T (x - m)
 
         a linear form of semantic drift compensation (Yu et al., CVPR 2020; Gomez-Villa et al., ECCV 2024). Counts and
-        scatter stay.
+        scatter stay as they are.
 
         Args:
-            before, after: features `(N, d)` of the same images, N >= 0.
+            before: features `(N, d)`, N >= 0, from before the new task.
+            after: features `(N, d)` of the same images from after it.
             total: the sum of a tensor over the processes of a data-parallel run, each with images of its own.
 
         Raises:
@@ -188,7 +190,7 @@ class ClassStatistics(nn.Module):
 
     @property
     def covariance(self) -> Tensor:
-        """Sigma, `(d, d)`."""
+        """Compute Sigma, `(d, d)`."""
         identity = torch.eye(len(self.scatter), dtype=self.scatter.dtype, device=self.scatter.device)
         scatter = self.scatter / self.counts.sum().clamp(min=1)
         scale = scatter.diagonal().mean()
@@ -197,7 +199,7 @@ class ClassStatistics(nn.Module):
         return (1 - self.shrinkage) * scatter + self.shrinkage * scale * identity
 
     def whitening(self) -> Tensor:
-        """W, `(d, d)`, with `W W^T = Sigma^-1`: between `x W` the head measures Euclidean distances.
+        """Return W, `(d, d)`, with `W W^T = Sigma^-1`: the head's distances are Euclidean ones between `x W`.
 
         Raises:
             ValueError: no class has features, or the buffers do not come from any.
@@ -222,7 +224,7 @@ class ClassStatistics(nn.Module):
         return factor
 
     def solve(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight `(C, d)`, bias `(C,)` and centre m `(d,)`: the logits are `(x - m) weight^T + bias`.
+        """Return weight `(C, d)`, bias `(C,)` and centre m `(d,)`, with logits `(x - m) weight^T + bias`.
 
         m, the mean over all features, changes every class's logit by the same amount and keeps the products small.
         The solution is kept until the buffers change.
@@ -231,7 +233,7 @@ class ClassStatistics(nn.Module):
             ValueError: no class has features, or the buffers do not come from any.
         """
         buffers = self.counts, self.means, self.scatter
-        # inference tensors keep no count of their changes
+        # a tensor's version counts its changes in place; inference tensors have none
         state = [(tensor, None if tensor.is_inference() else tensor._version) for tensor in buffers]
         if self._solved is not None and all(
             tensor is kept and version is not None and version == before
@@ -252,7 +254,7 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
-        """Logits `(N, C)` of features `(N, d)`, float32, on the features' device; minus infinity for unseen classes."""
+        """Return the logits `(N, C)`, float32, of features `(N, d)`; minus infinity for classes without features."""
         weight, bias, centre = self.solve()
         with torch.autocast(device_type=weight.device.type, enabled=False):
             logits = (features.detach().to(weight.device).to(torch.float64) - centre) @ weight.mT + bias
@@ -261,7 +263,7 @@ class ClassStatistics(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassStatistics:
         """Follow the model to another device, but not to another precision."""
         device = fn(torch.empty(0, device=self.means.device)).device
-        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -277,13 +279,14 @@ def gather_task(
     before: Tensor | None = None,
     as_before: Callable[[], Tensor] | None = None,
 ) -> ClassStatistics:
-    """Gather the statistics of one task's images, for `statistics.merge`.
+    """Gather the statistics of one task's images, to be merged into those of the earlier tasks.
 
     Args:
-        statistics: of the earlier tasks; with `before`, their means are moved along with the drift.
+        statistics: of the earlier tasks. Nothing is merged into them here; with `before`, their means are moved along
+            with the drift.
         batches: features `(N, d)` and labels `(N,)` of this process's images, as the trained model sees them.
         total: sums over the processes of a data-parallel run; None for a single process.
-        before: features of the same images, in the same order, from before the task was trained. None: no compensation.
+        before: features of the same images, in the same order, from before the task; None for no compensation.
         as_before: returns the features of the same images once more, passed through the trained model the way images
             of earlier tasks pass through it; called after `batches` is used up. None where all images pass alike.
 

@@ -1,6 +1,7 @@
-"""Metrics of continual learning, each computed from an accuracy matrix; numpy only.
+"""Compute the metrics of continual learning from an accuracy matrix, with numpy alone.
 
-Two ways to the same numbers: the plain functions below, and one `evaluate` module a folder, which loads offline:
+There are two ways to the same numbers: the plain functions below, and `evaluate` modules, one in each folder, which
+load offline:
 
 ```python
 from pgp_hf import metrics
@@ -11,7 +12,7 @@ metrics.load("forgetting").compute(accuracy_matrix=matrix)  # {"forgetting": 10.
 ```
 
 The folders hold scripts for `evaluate`, not Python packages: importing `pgp_hf.metrics.forgetting.forgetting` would
-put a module in the place of the function of that name. Use [`load`].
+replace the function of that name by a module. Use [`load`].
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ NAMES = (
     "forward_transfer",
     "learning_accuracy",
 )
-"""The metrics that come as `evaluate` modules."""
+"""Names of the metrics that come as `evaluate` modules."""
 
 
 def load(name: str, **kwargs: Any) -> evaluate.EvaluationModule:
-    """Loads a packaged metric as an `evaluate` module; no network is needed.
+    """Load a packaged metric as an `evaluate` module, without a network.
 
     Args:
         name: one of [`NAMES`].
@@ -66,13 +67,13 @@ def load(name: str, **kwargs: Any) -> evaluate.EvaluationModule:
 
     Returns:
         The module; `module.compute(accuracy_matrix=matrix)` returns `{name: value}`. `forward_transfer` takes
-        `baseline=` too.
+        `baseline=` as well.
 
     Raises:
-        ValueError: `name` is no packaged metric.
+        ValueError: `name` is not a packaged metric.
     """
     if name not in NAMES:
         raise ValueError(f"Unknown metric {name!r}; the packaged metrics are {', '.join(NAMES)}.")
-    import evaluate
+    import evaluate  # slow, and the plain functions do not need it
 
     return evaluate.load(str(Path(__file__).parent / name), **kwargs)

@@ -1,13 +1,13 @@
-"""The continual-learning metrics as plain functions of one accuracy matrix (numpy only).
+"""Compute the continual-learning metrics by plain functions of one accuracy matrix, with numpy alone.
 
 Everywhere `A[i][j]` is the accuracy on task `j` after training task `i` (0-based), in percent or as a fraction, and
-`t` is the last row that holds values, so a run under way has metrics too. `None` and NaN mean "not evaluated";
+`t` is the last row that holds values, so a run in progress has metrics too. `None` and NaN mean "not evaluated";
 entries above the diagonal (tasks not yet trained) may be missing, entries on and below it may not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ Matrix = Sequence[Sequence["float | None"]] | np.ndarray
 
 
 def average_accuracy(matrix: Matrix) -> float:
-    """Average accuracy of the current model over the tasks seen so far (poster, Eq. 35).
+    """Average the current model's accuracy over the tasks seen so far (poster, Eq. 35).
 
         ACC = 1/(t+1) * sum_{j <= t} A[t][j]
 
@@ -29,20 +29,20 @@ def average_accuracy(matrix: Matrix) -> float:
         The average, in the unit of `matrix`.
 
     Raises:
-        TypeError: an entry is no number.
+        TypeError: an entry is not a number.
         ValueError: the matrix is empty, ragged, out of range, or lacks an entry on or below the diagonal.
     """
     return _average(_seen(matrix))
 
 
 def forgetting(matrix: Matrix) -> float:
-    """Mean drop from each earlier task's best accuracy so far to its accuracy now (poster, Eq. 36).
+    """Average the drop from each earlier task's best accuracy so far to its accuracy now (poster, Eq. 36).
 
         FOR = 1/t * sum_{i < t} ( max_{i <= j <= t-1} A[j][i] - A[t][i] )
 
-    Eq. 36 as printed has the opposite sign; this is the sign of the tables, where more is worse. The current row
-    takes no part in the maximum, so a task that is now better than ever counts as negative forgetting. 0.0 when only
-    one task is trained.
+    Eq. 36 as printed has the opposite sign; this is the sign of the tables, where more is worse. The current row is
+    left out of the maximum, so a task that is now better than ever counts as negative forgetting. 0.0 when only one
+    task is trained.
 
     Args, Returns and Raises: as for [`average_accuracy`].
     """
@@ -50,11 +50,11 @@ def forgetting(matrix: Matrix) -> float:
 
 
 def forgetting_clipped(matrix: Matrix) -> float:
-    """Forgetting as the released code computes it: no task counts below zero.
+    """Compute forgetting as the released code does, where no task counts below zero.
 
         FOR = 1/t * sum_{i < t} ( max_{i <= j <= t} A[j][i] - A[t][i] )
 
-    The current row takes part in the maximum, which is the one difference to [`forgetting`].
+    The current row is part of the maximum, which is the only difference from [`forgetting`].
 
     Args, Returns and Raises: as for [`average_accuracy`].
     """
@@ -62,7 +62,7 @@ def forgetting_clipped(matrix: Matrix) -> float:
 
 
 def backward_transfer(matrix: Matrix) -> float:
-    """Mean change of each earlier task's accuracy since it was learned (Lopez-Paz and Ranzato, 2017).
+    """Average the change of each earlier task's accuracy since it was learned (Lopez-Paz and Ranzato, 2017).
 
         BWT = 1/t * sum_{i < t} ( A[t][i] - A[i][i] )
 
@@ -74,7 +74,7 @@ def backward_transfer(matrix: Matrix) -> float:
 
 
 def forward_transfer(matrix: Matrix, baseline: Sequence[float | None] | np.ndarray) -> float:
-    """Mean head start on a task before its training, over the untrained model (Lopez-Paz and Ranzato, 2017).
+    """Average the head start on each task before its training, over the untrained model (Lopez-Paz and Ranzato, 2017).
 
         FWT = 1/t * sum_{1 <= i <= t} ( A[i-1][i] - b[i] )
 
@@ -90,8 +90,9 @@ def forward_transfer(matrix: Matrix, baseline: Sequence[float | None] | np.ndarr
         The transfer, in the unit of `matrix`.
 
     Raises:
-        TypeError, ValueError: as for [`average_accuracy`], and when `baseline` or one of the entries right above the
-            diagonal is missing; the message names it.
+        TypeError: as for [`average_accuracy`].
+        ValueError: as for [`average_accuracy`], and when `baseline` or one of the entries right above the diagonal is
+            missing; the message names it.
     """
     values = _values(matrix)
     last = len(_seen(matrix)) - 1
@@ -117,7 +118,7 @@ def forward_transfer(matrix: Matrix, baseline: Sequence[float | None] | np.ndarr
 
 
 def learning_accuracy(matrix: Matrix) -> float:
-    """Mean accuracy of each task right after it was learned (Riemer et al., 2019): plasticity without memory.
+    """Average each task's accuracy right after it was learned (Riemer et al., 2019): plasticity without memory.
 
         LA = 1/(t+1) * sum_{i <= t} A[i][i]
 
@@ -127,7 +128,7 @@ def learning_accuracy(matrix: Matrix) -> float:
 
 
 def per_task_average_accuracy(matrix: Matrix) -> list[float]:
-    """[`average_accuracy`] as it stood after each task: entry `i` is the mean of `A[i][0..i]` (poster, Eq. 35).
+    """Return [`average_accuracy`] as it was after each task: entry `i` is the mean of `A[i][0..i]` (poster, Eq. 35).
 
     Args and Raises: as for [`average_accuracy`].
 
@@ -138,7 +139,7 @@ def per_task_average_accuracy(matrix: Matrix) -> list[float]:
 
 
 def summarize(matrix: Matrix) -> dict[str, float | list[float]]:
-    """All metrics that need nothing but the matrix, under the names `results.json` uses.
+    """Return all metrics that need only the matrix, under the names that `results.json` uses.
 
     Args and Raises: as for [`average_accuracy`].
 
@@ -185,12 +186,12 @@ def _per_task(a: np.ndarray) -> list[float]:
 
 
 def _mean(terms: Sequence[float] | np.ndarray) -> float:
-    """A plain float; 0.0 for no terms, which only the metrics over *earlier* tasks can have."""
+    """Return the mean as a plain float; 0.0 for no terms, which only metrics over *earlier* tasks can have."""
     return float(np.mean(terms)) if len(terms) else 0.0
 
 
 def _seen(matrix: Matrix) -> np.ndarray:
-    """The square part `A[:t+1, :t+1]`, checked to be complete on and below the diagonal."""
+    """Return the square part `A[:t+1, :t+1]`, checked to be complete on and below the diagonal."""
     values = _values(matrix)
     last = int(np.flatnonzero(~np.isnan(values).all(axis=1))[-1])
     seen = values[: last + 1, : last + 1]
@@ -205,10 +206,10 @@ def _seen(matrix: Matrix) -> np.ndarray:
 
 
 def _values(matrix: Matrix) -> np.ndarray:
-    """The matrix as float64 `(rows, tasks)`, NaN where not evaluated; shape and range checked."""
+    """Return the matrix as float64 `(rows, tasks)`, NaN where not evaluated; check its shape and range."""
     rows = list(matrix) if np.iterable(matrix) else []
-    lengths = [len(row) if np.iterable(row) else None for row in rows]
-    if not rows or None in lengths or 0 in lengths:
+    lengths = [len(row) if isinstance(row, Sized) and np.iterable(row) else 0 for row in rows]
+    if not rows or 0 in lengths:
         raise ValueError(
             f"accuracy_matrix must be a non-empty list of non-empty rows, one row per trained task and one column per "
             f"task; got {_short(matrix)}."

@@ -22,6 +22,8 @@ from transformers import CLIPConfig, CLIPModel, pipeline
 from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig
 from pgp_hf.training.results import changed_share
 
+NAMES = {label: f"class {label}" for label in range(6)}
+
 pytestmark = pytest.mark.usefixtures("without_figures")
 
 # ---- inside an adapter -----------------------------------------------------------------------------------------------
@@ -83,7 +85,7 @@ def taught(method, classes=4, **kwargs):
     """A model whose statistics hold four of six classes."""
     model = make(method, **kwargs)
     tuner = model.base_model
-    tuner.prepare_stream([[0, 1], [2, 3], [4, 5]])
+    tuner.prepare_stream([[0, 1], [2, 3], [4, 5]], NAMES)
     tuner.begin_task(0)
     pixels = images(24, seed=1)
     statistics = tuner.statistics.fresh().update(features(model, pixels), torch.arange(24) % classes)
@@ -96,7 +98,7 @@ def taught(method, classes=4, **kwargs):
 def test_who_speaks(method):
     model, linear = make(method), make(method, "linear")
     for one in (model, linear):
-        one.base_model.prepare_stream([[0, 1], [2, 3], [4, 5]])
+        one.base_model.prepare_stream([[0, 1], [2, 3], [4, 5]], NAMES)
     tuner = model.base_model
     with pytest.raises(ValueError, match="knows no class yet"):
         logits(model)
@@ -186,7 +188,7 @@ def test_through_the_pipeline(tmp_path, method):
     scores = {found["label"]: found["score"] for found in classify(picture)}
     pixels = tiny.processor()(picture, return_tensors="pt")["pixel_values"]
     expected = model.base_model.statistics(features(model, pixels)).softmax(-1)[0]
-    names = model.base_model.model.config.id2label
+    names = model.base_model.adapter_config.id2label
     assert scores == pytest.approx({names[c]: float(p) for c, p in enumerate(expected)}, abs=1e-6)
 
 
@@ -392,7 +394,7 @@ def test_the_trainers_own_evaluation_takes_the_same_head(run):
 def test_the_card_shows_both_heads(run):
     method, _, folder = run
     card, results = (folder / "README.md").read_text(), read(folder)
-    for head, shown in (("linear", "linear"), ("statistics", "statistics (predicts)")):
+    for head, shown in (("linear", "linear"), ("statistics", "statistics (used to predict)")):
         assert f"| {shown} | {results['heads'][head]['average_accuracy']:.2f} |" in card
     assert "shrinkage 0.1" in card
     assert (" Changed |" in card) == (method != "clip")
@@ -424,7 +426,7 @@ def test_the_statistics_take_no_random_number_and_every_image(tmp_path):
     np.random.seed(5)
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
     before = int(trainer.tuner.statistics.counts.sum())
-    trainer._gather_class_statistics(0)
+    trainer._passes().learn_class_statistics(0, None)
     assert torch.equal(torch.get_rng_state(), state[0]) and np.array_equal(np.random.get_state()[1], state[1])
     assert before == 16 and int(trainer.tuner.statistics.counts.sum()) == 32
 

@@ -174,17 +174,19 @@ def test_forward_transfer_names_what_is_missing():
         metrics.forward_transfer(matrix, [10, 120, 14])
 
 
-def test_the_room_imports_no_deep_learning_library():
-    """Imported on its own, so that what the package's other rooms import does not matter."""
+def test_no_deep_learning_library_is_imported():
+    """On their own, so that what the rest of the package imports does not matter."""
     code = """
 import importlib.util, sys
-room = sys.argv[1]
-spec = importlib.util.spec_from_file_location("room", room + "/__init__.py", submodule_search_locations=[room])
-sys.modules["room"] = module = importlib.util.module_from_spec(spec)
+folder = sys.argv[1]
+spec = importlib.util.spec_from_file_location(
+    "metrics", folder + "/__init__.py", submodule_search_locations=[folder]
+)
+sys.modules["metrics"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 assert module.forgetting([[90, None], [80, 95]]) == 10
 print(sorted({"torch", "transformers", "peft", "evaluate", "datasets"} & set(sys.modules)))
 """
-    room = str(Path(metrics.__file__).parent)
-    done = subprocess.run([sys.executable, "-c", code, room], capture_output=True, text=True, check=True)
+    folder = str(Path(metrics.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

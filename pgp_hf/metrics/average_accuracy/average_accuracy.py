@@ -1,4 +1,4 @@
-"""Average accuracy, as an `evaluate` module; the formula is `pgp_hf.metrics.average_accuracy`."""
+"""Compute average accuracy as an `evaluate` module; the formula is `pgp_hf.metrics.average_accuracy`."""
 
 import datasets
 import evaluate
@@ -12,7 +12,7 @@ Unweighted mean, over the tasks seen so far, of the current model's accuracy: 1/
 INPUTS = """
 Args:
     accuracy_matrix (list of lists of float): entry [i][j] is the accuracy on task j after training task i, in percent
-        or as a fraction; None where not evaluated. Rows may be fewer than columns while a run is under way.
+        or as a fraction; None where not evaluated. A run in progress has fewer rows than columns.
 Returns:
     average_accuracy (float), in the unit of the matrix.
 Examples:
@@ -37,5 +37,5 @@ class AverageAccuracy(evaluate.Metric):
             features=datasets.Features({"accuracy_matrix": datasets.Sequence(datasets.Value("float64"))}),
         )
 
-    def _compute(self, accuracy_matrix):
+    def _compute(self, accuracy_matrix: list[list[float | None]]) -> dict[str, float]:
         return {"average_accuracy": metrics.average_accuracy(accuracy_matrix)}

@@ -1,4 +1,4 @@
-"""Backward transfer, as an `evaluate` module; the formula is `pgp_hf.metrics.backward_transfer`."""
+"""Compute backward transfer as an `evaluate` module; the formula is `pgp_hf.metrics.backward_transfer`."""
 
 import datasets
 import evaluate
@@ -12,7 +12,7 @@ Mean change of each earlier task's accuracy since it was learned: 1/t * sum_{i <
 INPUTS = """
 Args:
     accuracy_matrix (list of lists of float): entry [i][j] is the accuracy on task j after training task i, in percent
-        or as a fraction; None where not evaluated. Rows may be fewer than columns while a run is under way.
+        or as a fraction; None where not evaluated. A run in progress has fewer rows than columns.
 Returns:
     backward_transfer (float), in the unit of the matrix.
 Examples:
@@ -37,5 +37,5 @@ class BackwardTransfer(evaluate.Metric):
             features=datasets.Features({"accuracy_matrix": datasets.Sequence(datasets.Value("float64"))}),
         )
 
-    def _compute(self, accuracy_matrix):
+    def _compute(self, accuracy_matrix: list[list[float | None]]) -> dict[str, float]:
         return {"backward_transfer": metrics.backward_transfer(accuracy_matrix)}

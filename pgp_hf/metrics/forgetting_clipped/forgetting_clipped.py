@@ -1,4 +1,4 @@
-"""Forgetting clipped at zero, as an `evaluate` module; the formula is `pgp_hf.metrics.forgetting_clipped`."""
+"""Compute forgetting clipped at zero as an `evaluate` module; the formula is `pgp_hf.metrics.forgetting_clipped`."""
 
 import datasets
 import evaluate
@@ -13,7 +13,7 @@ Mean drop from each earlier task's best accuracy, the current row included, to i
 INPUTS = """
 Args:
     accuracy_matrix (list of lists of float): entry [i][j] is the accuracy on task j after training task i, in percent
-        or as a fraction; None where not evaluated. Rows may be fewer than columns while a run is under way.
+        or as a fraction; None where not evaluated. A run in progress has fewer rows than columns.
 Returns:
     forgetting_clipped (float), in the unit of the matrix.
 Examples:
@@ -38,5 +38,5 @@ class ForgettingClipped(evaluate.Metric):
             features=datasets.Features({"accuracy_matrix": datasets.Sequence(datasets.Value("float64"))}),
         )
 
-    def _compute(self, accuracy_matrix):
+    def _compute(self, accuracy_matrix: list[list[float | None]]) -> dict[str, float]:
         return {"forgetting_clipped": metrics.forgetting_clipped(accuracy_matrix)}

@@ -1,4 +1,4 @@
-"""Forward transfer, as an `evaluate` module; the formula is `pgp_hf.metrics.forward_transfer`."""
+"""Compute forward transfer as an `evaluate` module; the formula is `pgp_hf.metrics.forward_transfer`."""
 
 import datasets
 import evaluate
@@ -13,7 +13,7 @@ Mean head start on a task right before its training, over the untrained model:
 INPUTS = """
 Args:
     accuracy_matrix (list of lists of float): entry [i][j] is the accuracy on task j after training task i, in percent
-        or as a fraction; None where not evaluated. Rows may be fewer than columns while a run is under way.
+        or as a fraction; None where not evaluated. A run in progress has fewer rows than columns.
     baseline (list of float): accuracy of the untrained model on each task, in the unit of the matrix.
 Returns:
     forward_transfer (float), in the unit of the matrix.
@@ -39,5 +39,5 @@ class ForwardTransfer(evaluate.Metric):
             features=datasets.Features({"accuracy_matrix": datasets.Sequence(datasets.Value("float64"))}),
         )
 
-    def _compute(self, accuracy_matrix, baseline):
+    def _compute(self, accuracy_matrix: list[list[float | None]], baseline: list[float | None]) -> dict[str, float]:
         return {"forward_transfer": metrics.forward_transfer(accuracy_matrix, baseline)}

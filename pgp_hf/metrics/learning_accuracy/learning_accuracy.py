@@ -1,4 +1,4 @@
-"""Learning accuracy, as an `evaluate` module; the formula is `pgp_hf.metrics.learning_accuracy`."""
+"""Compute learning accuracy as an `evaluate` module; the formula is `pgp_hf.metrics.learning_accuracy`."""
 
 import datasets
 import evaluate
@@ -12,7 +12,7 @@ Mean accuracy of each task right after it was learned: 1/(t+1) * sum_{i <= t} A[
 INPUTS = """
 Args:
     accuracy_matrix (list of lists of float): entry [i][j] is the accuracy on task j after training task i, in percent
-        or as a fraction; None where not evaluated. Rows may be fewer than columns while a run is under way.
+        or as a fraction; None where not evaluated. A run in progress has fewer rows than columns.
 Returns:
     learning_accuracy (float), in the unit of the matrix.
 Examples:
@@ -37,5 +37,5 @@ class LearningAccuracy(evaluate.Metric):
             features=datasets.Features({"accuracy_matrix": datasets.Sequence(datasets.Value("float64"))}),
         )
 
-    def _compute(self, accuracy_matrix):
+    def _compute(self, accuracy_matrix: list[list[float | None]]) -> dict[str, float]:
         return {"learning_accuracy": metrics.learning_accuracy(accuracy_matrix)}

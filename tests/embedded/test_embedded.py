@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, CL
 
 from pgp_hf.embedded import DIGIT_NAMES, clip_path, digits, glyphs, vit_path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_embedded.py"
 
 
