@@ -1,9 +1,9 @@
-"""The benchmark: prompts with and without projection beside frozen baselines, over several seeds.
+"""Compare prompts with and without projection, and classifiers on frozen features, over several seeds.
 
     python examples/benchmark.py
 
-runs every row on what the package ships (a small backbone, handwritten digits). On a backbone and data of your own the
-defaults are a CPU protocol (112 px, 50 training and 20 test images a class, ten tasks, three epochs):
+runs every row on what the package ships (a small backbone, handwritten digits). With your own backbone and data, the
+defaults are a protocol for CPUs (112 px, 50 training and 20 test images per class, ten tasks, three epochs):
 
     python examples/benchmark.py --model_name_or_path DIR/vit-tiny-patch16-224 --dataset_name DIR/cifar100 \
         --image_column_name img --label_column_name fine_label --output_dir benchmarks/cifar100 --jobs 2
@@ -12,12 +12,13 @@ Rows:
 {rows}
 
 A row's name may carry settings: `l2p-functional@energy=0.9,max_images=100` changes fields of the row's
-ProjectionConfig, prompt configuration or PGPTrainingArguments, and is a row of its own. Runs of one seed are paired:
-the same class order, images, initial prompts and batches. The joint row trains its one task for as many epochs.
+ProjectionConfig, prompt configuration or PGPTrainingArguments, and counts as a row of its own. Runs of one seed are
+paired: they have the same class order, images, initial prompts and batches. The joint row trains its single task for
+as many epochs as the others train each task.
 
-Each row and seed runs in a process of its own and ends as one file, OUTPUT_DIR/ROW-seedK.json. Finished runs are
-skipped and interrupted ones go on exactly where their work folder stands, so that the same command continues the
-benchmark; several commands may share an output folder. After each run the table and its figures are written anew.
+Each row and seed runs in a process of its own, which writes one file, OUTPUT_DIR/ROW-seedK.json. Finished runs are
+skipped, and interrupted ones continue exactly from their work folder, so the same command continues the benchmark;
+several commands may share an output folder. After each run, the table and its figures are written again.
 """
 
 from __future__ import annotations
@@ -34,19 +35,25 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from pgp_hf import DualPromptConfig, L2PConfig, PGPTrainingArguments
 from pgp_hf.benchmark import table
 from pgp_hf.benchmark.plans import Plan, Row, is_folder, plan
 from pgp_hf.benchmark.runs import describe, execute, holder
-from pgp_hf.cli.arguments import DataArguments, ModelArguments, option
+from pgp_hf.cli.arguments import DataArguments, ModelArguments
+from pgp_hf.cli.parsing import HELP, SOURCES, option, read
 from pgp_hf.heads.closed_form import NearestClassMean, RandomProjectionRidge, ShrinkageLDA
+from pgp_hf.tuners.base.config import PromptConfig
 
 
 def prompts(
-    what: str, config: type, method: str, careful: bool = False, joint: bool = False, **projection: Any
+    what: str,
+    config: type[PromptConfig],
+    method: str,
+    careful: bool = False,
+    joint: bool = False,
+    **projection: Any,
 ) -> Row:
+    """Define a row of prompts; a careful one is trained as `CAREFUL` says."""
     training = {"later_prompt_learning_rate": 0.004, "compensate_drift": True} if careful else {}
     return Row(what, prompt=config, projection={"method": method, **projection}, training=training, joint=joint)
 
@@ -75,54 +82,66 @@ ROWS = {
         f"DualPrompt, {OUTPUTS}, {CAREFUL}", DualPromptConfig, "functional", True, **FUNCTIONAL
     ),
 }
-PROTOCOL = (
-    "--num_tasks 10 --max_train_samples_per_class 50 --max_eval_samples_per_class 20 --image_size 112 "
-    "--num_train_epochs 3 --learning_rate 0.0075 --augmentation flip --output_dir out/benchmark"
-).split()
+COMMON: dict[str, Any] = {"num_train_epochs": 3, "learning_rate": 0.0075, "output_dir": "out/benchmark"}
+PROTOCOL = {
+    **COMMON,
+    "num_tasks": 10,
+    "max_train_samples_per_class": 50,
+    "max_eval_samples_per_class": 20,
+    "image_size": 112,
+    "augmentation": "flip",
+}
 # when neither a model nor data are named
-EMBEDDED = (
-    "--num_tasks 5 --max_train_samples_per_class 40 --max_eval_samples_per_class 30 "
-    "--num_train_epochs 3 --learning_rate 0.0075 --augmentation none --output_dir out/benchmark"
-).split()
-ELSEWHERE = 75  # a worker's exit code when another process is at its run
+EMBEDDED = {
+    **COMMON,
+    "num_tasks": 5,
+    "max_train_samples_per_class": 40,
+    "max_eval_samples_per_class": 30,
+    "augmentation": "none",
+}
+ELSEWHERE = 75  # a worker's exit code when another process is running its run
 
 
 @dataclass
 class BenchmarkArguments:
-    """What to run, and where."""
+    """Rows and seeds to run, and folders."""
 
-    rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": "rows to run; all by default"})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds that each row is run with"})
-    jobs: int = field(default=1, metadata={"help": "runs at a time; they share the cores out"})
+    rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": "rows to run"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds to run each row with"})
+    jobs: int = field(default=1, metadata={"help": "number of runs at a time, which share the cores"})
     work_dir: str | None = field(
         default=None,
-        metadata={"help": "folder of unfinished runs, not to be committed; work/NAME beside the output folder"},
+        metadata={"help": "folder of unfinished runs, ignored by git; work/NAME next to the output folder by default"},
     )
-    keep: bool = field(default=False, metadata={"help": "keep the work folders of finished runs"})
-    table: bool = field(default=False, metadata={"help": "write table and figures of the finished runs; run nothing"})
-    table_file: str | None = field(default=None, metadata={"help": "the table; OUTPUT_DIR/table.md by default"})
-    dry_run: bool = field(default=False, metadata={"help": "say what is finished and what would run"})
+    keep: bool = field(default=False, metadata={"help": "do not delete the work folders of finished runs"})
+    table: bool = field(
+        default=False, metadata={"help": "write table and figures of the finished runs, and run nothing"}
+    )
+    table_file: str | None = field(
+        default=None, metadata={"help": "file of the table; OUTPUT_DIR/table.md by default"}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "print which runs are finished and which are to run, and stop"}
+    )
     worker: bool = field(default=False, metadata={"help": argparse.SUPPRESS})
 
 
 def parse(argv: Sequence[str]) -> tuple[BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments]:
-    """The command line, the protocol's arguments before it, so that what is given wins."""
+    """Parse the command line, whose defaults are the protocol."""
     given = set(map(option, argv))
     own = given & {"--seed", "--resume_from_checkpoint", "--overwrite_output_dir"}
     if own:
-        raise ValueError(f"{', '.join(sorted(own))}: runs are named by --seeds and go on by themselves, leave it out.")
-    parser = HfArgumentParser(
-        (BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments),
-        description=__doc__.format(rows="\n".join(f"    {name:<23}{row.what}" for name, row in ROWS.items())),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    named = given & {"--model_name_or_path", "--dataset_name", "--train_dir"}
-    return parser.parse_args_into_dataclasses([*(PROTOCOL if named else EMBEDDED), *argv])
+        raise ValueError(
+            f"{', '.join(sorted(own))}: runs are named by --seeds and continue without being told to; leave it out."
+        )
+    description = str(__doc__).format(rows="\n".join(f"    {name:<23}{row.what}" for name, row in ROWS.items()))
+    kinds = (BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments)
+    bench, model, data, training = read(kinds, argv, PROTOCOL if given & (SOURCES | HELP) else EMBEDDED, description)
+    return bench, model, data, training
 
 
 def result_arguments(argv: Sequence[str]) -> str:
-    """The arguments that results depend on, for a shell; local folders as DIR/name."""
+    """Return the arguments that results depend on, as a shell reads them; local folders become DIR/name."""
     own, kept, skipping = {f"--{one.name}" for one in fields(BenchmarkArguments)} | {"--output_dir"}, [], False
     for token in argv:
         if token.startswith("--"):
@@ -135,10 +154,10 @@ def result_arguments(argv: Sequence[str]) -> str:
 
 
 def schedule(groups: list[list[Plan]], argv: Sequence[str], jobs: int, after: Callable[[], None]) -> int:
-    """Run groups of plans, each in a process of its own, `jobs` at a time; returns how many processes failed."""
+    """Run groups of plans, each in a process of its own, `jobs` at a time; return how many processes failed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ}
-    running: dict[subprocess.Popen, tuple[list[Plan], Path, float]] = {}
+    running: dict[subprocess.Popen[bytes], tuple[list[Plan], Path, float]] = {}
     waiting, failed = list(groups), 0
     try:
         while waiting or running:
@@ -158,7 +177,7 @@ def schedule(groups: list[list[Plan]], argv: Sequence[str], jobs: int, after: Ca
                 group, log, began = running.pop(process)
                 failed += conclude(group, process.returncode, log, (time.monotonic() - began) / 60)
                 after()
-    finally:  # when interrupted too: what they have done stays in their work folders
+    finally:  # when interrupted, too: their progress stays in their work folders
         for process in running:
             process.terminate()
         for process, (group, *_) in running.items():
@@ -168,19 +187,19 @@ def schedule(groups: list[list[Plan]], argv: Sequence[str], jobs: int, after: Ca
 
 
 def free(group: list[Plan]) -> None:
-    """Remove the lock files that a killed process leaves behind."""
+    """Remove the lock files that a killed process has left behind."""
     for each in group:
         holder(each.lock)
 
 
 def conclude(group: list[Plan], code: int, log: Path, minutes: float) -> bool:
-    """Say how a process ended; True when it failed."""
+    """Print how a process ended; return True if it failed."""
     free(group)
     for each in group:
         if each.file.exists():
             outcome = f"finished in {minutes:.1f} min, {describe(each)}"
         elif code == ELSEWHERE:
-            outcome = "left to another process, which is at it"
+            outcome = "left to another process, which is running it"
         else:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             outcome = f"FAILED with exit code {code} after {minutes:.1f} min, see {log}: {' '.join(last)}"
@@ -189,17 +208,20 @@ def conclude(group: list[Plan], code: int, log: Path, minutes: float) -> bool:
 
 
 def say(text: str) -> None:
+    """Print a line with the time."""
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
-def stop(signum: int, frame: Any) -> None:
+def stop(signum: int, frame: object) -> None:
+    """Exit as a shell expects after a signal, but through `finally`."""
     raise SystemExit(128 + signum)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     bench, model, data, training = parse(argv)
-    output = Path(training.output_dir)
+    output = Path(str(training.output_dir))
     work = Path(bench.work_dir) if bench.work_dir else output.parent / "work" / output.name
     table_file = Path(bench.table_file) if bench.table_file else output / "table.md"
     named = [plan(name, seed, ROWS, model, data, training, work) for seed in bench.seeds for name in bench.rows]
@@ -215,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_table()
         say(f"table in {table_file}")
         return 0
-    groups: dict[str, list[Plan]] = {}  # frozen rows of a seed share a process, and the features
+    groups: dict[str, list[Plan]] = {}  # frozen rows of a seed share a process and its features
     finished = {each.label: each.finished() for each in plans}
     for each in plans:
         if not finished[each.label]:

@@ -1,4 +1,4 @@
-"""The former home of `DataArguments`."""
+"""Keep `DataArguments` importable from where it used to be defined."""
 
 from .cli.arguments import DataArguments
 

@@ -1,4 +1,4 @@
-"""The benchmark's figures, drawn from the files of its runs."""
+"""Figures of the benchmark, drawn from the files of its runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import metrics
-from ..report import figures as plots
+from ..report import figures as report
 
 Run = dict[str, Any]
 CLOSED = "closed form"  # the head of a row without prompts
@@ -18,20 +18,24 @@ SWEPT = "l2p-functional"
 
 
 def own_head(run: Run, head: str) -> dict[str, Any] | None:
-    """Results of a head; a classifier in closed form stands with the statistics head."""
+    """Return the results of a head; a classifier in closed form counts as the statistics head."""
     return run["heads"].get(head) or (run["heads"].get(CLOSED) if head == "statistics" else None)
 
 
 def figures(rows: dict[str, list[Run]], folder: Path) -> dict[Path, str]:
-    """Draw what the runs allow: `accuracy.png`, and `sensitivity.png` where rows vary a setting.
+    """Draw `accuracy.png`, and `sensitivity.png` if rows vary a setting.
+
+    Args:
+        rows: the runs of each row, by its name.
+        folder: where the files are written.
 
     Returns:
-        What each file shows, by file.
+        The caption of each file.
     """
     drawn = {}
     panels = accuracy_panels(rows)
     if panels:
-        drawn[plots.accuracy_bands(panels, folder / "accuracy.png")] = (
+        drawn[report.accuracy_bands(panels, folder / "accuracy.png")] = (
             "Mean over a row's seeds, with a band of one standard deviation where it has several. Lines have the names "
             "of rows without that of the panel's method; of the rows without prompts the best one at the end is in each "
             "panel. A joint row has one task: the level line."
@@ -39,7 +43,7 @@ def figures(rows: dict[str, list[Run]], folder: Path) -> dict[Path, str]:
     points, usual = sensitivity_points(rows, SWEPT)
     if points:
         seeds = {field: {len(found["drift"]) for found in values.values()}.pop() for field, values in points.items()}
-        drawn[plots.sensitivity(points, folder / "sensitivity.png", usual)] = (
+        drawn[report.sensitivity(points, folder / "sensitivity.png", usual)] = (
             f"Row {SWEPT} (grey bars) and rows that differ from it in one setting; values at equal distances; seeds: "
             f"{', '.join(f'{field} {count}' for field, count in seeds.items())}; bars are one standard deviation."
         )
@@ -47,10 +51,10 @@ def figures(rows: dict[str, list[Run]], folder: Path) -> dict[Path, str]:
 
 
 def accuracy_panels(rows: dict[str, list[Run]]) -> dict[str, dict[str, list[list[float]]]]:
-    """Average accuracy after each task, by "METHOD, HEAD" and row.
+    """Return the average accuracy after each task, by "METHOD, HEAD" and row.
 
-    A row is named by what follows its method's name; rows with settings in their name are left out. Of the rows
-    without prompts the best one at the end stands beside all others.
+    A row is named by what follows its method's name; rows with settings in their name are left out. Each panel also has
+    the row without prompts that is best at the end.
     """
     plain = {name: runs for name, runs in rows.items() if "@" not in name}
     frozen = [name for name, runs in plain.items() if CLOSED in runs[0]["heads"]]
@@ -73,10 +77,10 @@ def _curves(runs: list[Run], head: str) -> list[list[float]]:
 def sensitivity_points(
     rows: dict[str, list[Run]], swept: str
 ) -> tuple[dict[str, dict[Any, dict[str, list[float]]]], dict[str, Any]]:
-    """What rows `swept@field=value` measured, by field, value and series; and the fields' values in the plain row.
+    """Return the results of rows `swept@field=value`, by field, value and series, and the fields' values in the plain row.
 
-    A field's points are those of the seeds that all of its rows have, so that they are paired; without any, the field
-    is left out.
+    A field's points are those of the seeds that all of its rows have, so that they are paired; a field whose rows have
+    no seed in common is left out.
     """
     found: dict[str, dict[Any, list[Run]]] = {}
     usual: dict[str, Any] = {}
@@ -102,7 +106,7 @@ def _common_seeds(rows: Iterable[list[Run]]) -> set[int]:
 
 
 def _setting(run: Run, field: str) -> Any:
-    """A setting's value, whichever part it belongs to."""
+    """Return the value of a setting, whichever part it belongs to."""
     parts = (part for part in run["settings"].values() if field in part)
     return next(parts)[field]
 

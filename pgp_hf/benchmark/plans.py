@@ -1,4 +1,4 @@
-"""A row of the benchmark, its settings taken out of its name, and when its run is finished."""
+"""Rows of the benchmark, and the plan of a run: a row with the settings in its name, and whether it is finished."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ from ..cli.arguments import DataArguments, ModelArguments
 from ..projection import ProjectionConfig
 from ..runs.reading import read_json
 from ..training.arguments import PGPTrainingArguments
+from ..tuners.base.config import PromptConfig
 
-# neither settings of the method nor to be had in a row's name; the quiet ones change no number
-PER_RUN = {"output_dir", "overwrite_output_dir", "seed", "data_seed", "disable_tqdm", "resume_from_checkpoint"}
-QUIET = {
+PER_RUN = {  # no settings of a row
+    "output_dir",
+    "overwrite_output_dir",
+    "seed",
+    "data_seed",
+    "disable_tqdm",
+    "resume_from_checkpoint",
+}
+QUIET = {  # may differ from a finished run's, since they change no number
     "dataloader_num_workers",
     "dataloader_pin_memory",
     "report_to",
@@ -26,26 +33,26 @@ QUIET = {
     "run_name",
     "verify_images",
 }
-FIXED = {"method", "head", "push_to_hub"} | PER_RUN
-FILLED_IN = {"hidden_size", "target_modules", "interpolate_pos_encoding"}  # when the adapter meets its backbone
+FIXED = {"method", "head", "push_to_hub"} | PER_RUN  # cannot be set in a row's name
+FILLED_IN = {"hidden_size", "target_modules", "interpolate_pos_encoding"}  # when the adapter is added to its backbone
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of the table: a classifier on frozen features, or prompts with a projection.
 
-    Attributes:
+    Args:
         what: the row in a few words.
         classifier: class of the classifier; None for prompts.
-        prompt: class of the prompts' configuration.
+        prompt: class of the prompts' configuration; None for a classifier.
         projection: fields of the `ProjectionConfig`.
         training: fields of the `PGPTrainingArguments` that differ from the other rows'.
         joint: learn all classes as one task.
     """
 
     what: str
-    classifier: type | None = None
-    prompt: type | None = None
+    classifier: type[Any] | None = None
+    prompt: type[PromptConfig] | None = None
     projection: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     joint: bool = False
@@ -53,11 +60,20 @@ class Row:
 
 @dataclass
 class Plan:
-    """One run with all its settings resolved.
+    """One run with all its settings.
 
-    Attributes:
-        name: of the row, with the settings given in it.
-        output, work: folders of finished and of unfinished runs.
+    Args:
+        name: of the row, with the settings that it carries.
+        row: which it is.
+        seed: of the run.
+        output: folder of finished runs.
+        work: folder of unfinished runs.
+        model: the backbone.
+        data: the stream.
+        training: of the prompts; for a classifier, of what reads the images.
+        classifier: on frozen features; None for prompts.
+        prompt: configuration of the prompts; None for a classifier.
+        projection: of the prompts; None for a classifier.
     """
 
     name: str
@@ -74,33 +90,40 @@ class Plan:
 
     @property
     def label(self) -> str:
+        """Name of the run."""
         return f"{self.name}-seed{self.seed}"
 
     @property
     def file(self) -> Path:
-        """Where the finished run stands."""
+        """File of the finished run."""
         return self.output / f"{self.label}.json"
 
     @property
     def lock(self) -> Path:
+        """Lock file, held while the run is in progress."""
         return self.output / f".{self.label}.lock"
 
     @property
     def folder(self) -> Path:
-        """Where the run stands while it is unfinished."""
+        """Folder of the unfinished run."""
         return self.work / self.label
 
     def settings(self) -> dict[str, Any]:
-        """All that the results depend on besides the seed, as JSON has it; of local folders the last name alone."""
-        told = {"model": _public(vars(self.model)), "data": _public(vars(self.data))}
-        if self.classifier is not None:
-            return {**told, "classifier": {"name": type(self.classifier).__name__, **asdict(self.classifier)}}
+        """Return all that the results depend on except the seed, as JSON has it, and no path of this machine."""
+        source = {"model": _public(vars(self.model)), "data": _public(vars(self.data))}
+        if self.projection is None:
+            return {**source, "classifier": {"name": type(self.classifier).__name__, **asdict(self.classifier)}}
         plain, own = _training(PGPTrainingArguments("plain")), PGPTrainingArguments.__annotations__
         training = {k: v for k, v in _training(self.training).items() if k in own or v != plain[k]}
-        return {**told, "prompt": _prompt(self.prompt), "projection": self.projection.to_dict(), "training": training}
+        return {
+            **source,
+            "prompt": _prompt(self.prompt),
+            "projection": self.projection.to_dict(),
+            "training": training,
+        }
 
     def _completed(self, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Settings with the defaults of what they leave out: what was at its default, or did not exist yet."""
+        """Add the default of each setting that is missing: it was at its default, or did not exist yet."""
         defaults = {"model": vars(ModelArguments()), "data": vars(DataArguments())}
         if self.classifier is None:
             defaults["training"] = _training(PGPTrainingArguments("plain"))
@@ -111,10 +134,10 @@ class Plan:
         return {part: {**defaults.get(part, {}), **given} for part, given in settings.items()}
 
     def finished(self) -> bool:
-        """Whether the run's file is there.
+        """Return True if the file of the finished run exists.
 
         Raises:
-            ValueError: the file, or what there is of the run, belongs to other settings.
+            ValueError: that file, or the folder of the unfinished run, has other settings.
         """
         for file, remedy in (
             (self.file, "choose another --output_dir, or name the settings in the row: ROW@field=value"),
@@ -137,11 +160,15 @@ def plan(
     training: PGPTrainingArguments,
     work: Path,
 ) -> Plan:
-    """The run of a row with one seed.
+    """Plan the run of a row with one seed.
 
     Args:
         name: "ROW" or "ROW@field=value[,field=value]": fields of the row's projection, prompts or training, or of its
             classifier. Their order does not matter: the plan's name has them sorted.
+        seed: of the run.
+        rows: all rows by name.
+        model: the backbone.
+        data: the stream.
         training: arguments of all rows; `output_dir` is the folder of finished runs.
         work: folder of unfinished runs.
 
@@ -173,7 +200,7 @@ def plan(
         "@".join([base, *([",".join(texts)] if texts else [])]),
         row,
         seed,
-        Path(training.output_dir),
+        Path(str(training.output_dir)),
         work,
         model,
         replace(data, num_tasks=1) if row.joint else data,
@@ -182,7 +209,7 @@ def plan(
 
 
 def _setting(text: str, parts: dict[str, Any]) -> tuple[str, Any, str]:
-    """Key, value and part of "field=value"."""
+    """Return key, value and part of "field=value"."""
     key, equals, value = text.partition("=")
     for part, config in parts.items():
         known = config.__dataclass_fields__.get(key)
@@ -190,14 +217,14 @@ def _setting(text: str, parts: dict[str, Any]) -> tuple[str, Any, str]:
             return key, _convert(type(config), key, value), part
     names = [one.name for part, config in parts.items() if part != "training" for one in fields(config)]
     raise ValueError(
-        f"{text!r} is no setting of this row: write field=value with a field of its "
+        f"{text!r} is not a setting of this row: write field=value with a field of its "
         f"{', '.join(type(config).__name__ for config in parts.values())}, such as "
         f"{', '.join(key for key in names if key not in FIXED | FILLED_IN) or 'none here'}."
     )
 
 
 def _convert(owner: type, key: str, text: str) -> Any:
-    """`text` as the type of a dataclass's field; lists have no place in a name."""
+    """Return `text` as a value of the type of a dataclass's field; lists cannot be given in a name."""
     hint = typing.get_type_hints(owner)[key]
     kinds = (hint,) if typing.get_origin(hint) is list else typing.get_args(hint) or (hint,)
     if type(None) in kinds and text.lower() == "none":
@@ -219,7 +246,7 @@ def _public(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_folder(value: Any) -> bool:
-    """Whether an argument names a local folder, of which files tell the last name alone."""
+    """Return True if an argument names a local folder; files give only the last part of its path."""
     return isinstance(value, str) and os.path.isdir(value)
 
 
@@ -232,7 +259,7 @@ def _prompt(config: Any) -> dict[str, Any]:
 
 
 def _differences(mine: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> list[str]:
-    """What differs among complete settings, by part and key."""
+    """Describe the differences between two complete settings."""
     found = []
     for part in sorted(mine.keys() | theirs.keys()):
         own, other = mine.get(part, {}), theirs.get(part, {})

@@ -1,4 +1,4 @@
-"""One run of the benchmark, in the process that calls it, from its lock to its file."""
+"""One run of the benchmark in the calling process, from its lock to its file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from filelock import FileLock, Timeout
 from peft import get_peft_model
 from transformers import PreTrainedModel
 
@@ -32,8 +32,8 @@ from ..runs.atomic import write_json
 from ..runs.digest import backbone_sha256
 from ..runs.folder import RunFolder
 from ..runs.reading import read_json
+from ..training.pgp_trainer import PGPTrainer
 from ..training.results import versions
-from ..training.trainer import PGPTrainer
 from ..tuners import L2PConfig
 from .figures import CLOSED
 from .plans import Plan
@@ -43,16 +43,17 @@ def execute(plans: list[Plan], arguments: str, keep: bool = False) -> bool:
     """Carry out one plan, or several frozen rows of one seed, which share their features.
 
     Args:
-        arguments: the command line of the results, for their files.
-        keep: leave the work folder of a finished run.
+        plans: what to run.
+        arguments: the command line that the results depend on, for their files.
+        keep: do not delete the work folders of finished runs.
 
     Returns:
-        False when another process is at one of them; then nothing is done.
+        False if another process is running one of them, in which case nothing is done.
     """
     with contextlib.ExitStack() as stack:
         if not all(stack.enter_context(claimed(plan.lock)) for plan in plans):
             return False
-        plans = [plan for plan in plans if not plan.finished()]  # another process may have finished it since
+        plans = [plan for plan in plans if not plan.finished()]  # another process may have finished one by now
         if not plans:
             return True
         for plan in plans:
@@ -66,14 +67,19 @@ def execute(plans: list[Plan], arguments: str, keep: bool = False) -> bool:
 
 
 def _frozen(plans: list[Plan]) -> Iterator[tuple[Plan, dict[str, Any]]]:
-    """Each classifier on the features of one backbone and one stream, extracted once."""
+    """Run each classifier on the features of one backbone and one stream, which are extracted once."""
     plan = plans[0]
     stream = plan.data.load(plan.seed)
     backbone = plan.model.backbone(stream)
-    config = L2PConfig(interpolate_pos_encoding=plan.model.interpolates(backbone))  # for its view of the bare backbone
-    tuner = get_peft_model(backbone, config).to(plan.training.device).base_model
+    config = L2PConfig(
+        interpolate_pos_encoding=plan.model.interpolates(backbone)
+    )  # any adapter: all see the bare backbone
+    tuner: Any = get_peft_model(backbone, config).to(plan.training.device).base_model
     collator = ImageCollator(plan.model.processor())
-    options = {"device": plan.training.device, "batch_size": plan.training.per_device_eval_batch_size}
+    options: dict[str, Any] = {
+        "device": plan.training.device,
+        "batch_size": plan.training.per_device_eval_batch_size,
+    }
     began = time.perf_counter()
     train = stream_features(tuner.frozen_features, stream.train, stream.num_tasks, collator, **options)
     extraction = time.perf_counter() - began
@@ -96,12 +102,12 @@ def _frozen(plans: list[Plan]) -> Iterator[tuple[Plan, dict[str, Any]]]:
 
 
 def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
-    """One training run, which goes on from where its work folder stands."""
+    """Train one run, continuing from what its work folder holds."""
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
     stream, training = plan.data.load(plan.seed), copy.copy(plan.training)
     training.output_dir, training.seed, training.disable_tqdm = str(plan.folder / "run"), plan.seed, True
     training.push_to_hub = False
-    set_seed(plan.seed)  # the head and the prompts are drawn next
+    set_seed(plan.seed)  # for the head and the prompts, which are drawn next
     backbone = plan.model.backbone(stream)
     config = replace(plan.prompt, interpolate_pos_encoding=plan.model.interpolates(backbone))
     trainer = PGPTrainer(
@@ -121,7 +127,7 @@ def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
 
 
 def digests(stream: TaskStream, backbone: PreTrainedModel) -> dict[str, str | None]:
-    """What a run is made of: class order and images of the stream, and the backbone's weights without its head."""
+    """Return the SHA-256 of the stream's class order and images, and of the backbone's weights without its head."""
     tasks = json.dumps(stream.manifest()["tasks"], sort_keys=True)
     return {
         "stream": hashlib.sha256(tasks.encode()).hexdigest(),
@@ -131,49 +137,53 @@ def digests(stream: TaskStream, backbone: PreTrainedModel) -> dict[str, str | No
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Holds the lock file `path` for the block, and yields whether that succeeded.
+    """Hold the lock file `path` during the block; yield whether that succeeded.
 
-    The system ends the lock with the process that holds it, however that ends, so that none can be stale; the pid
-    inside is for whoever reads the file.
+    The operating system releases the lock when the process that holds it ends, for whatever reason, so a lock is never
+    stale.
     """
-    import fcntl
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())  # not one just removed
-        except BlockingIOError:
-            mine = False
-        if not mine:
-            yield False
-            return
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        try:
-            yield True
-        finally:
-            path.unlink(missing_ok=True)
+    lock, pid = FileLock(path), _pid_file(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        pid.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        yield True
+    finally:
+        pid.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows keeps a file that is open; there filelock removes it
+            path.unlink(missing_ok=True)  # while it is locked, so that nobody can lock a file that is about to go
+        lock.release()
 
 
 def holder(path: Path) -> str | None:
-    """Pid of the process that holds a lock file; None when nobody does, and then the file goes."""
+    """Return the pid of the process that holds a lock file; None if nobody does, and then the file is removed."""
     if not path.exists():
         return None
-    pid = path.read_text(encoding="utf-8").strip()
     with claimed(path) as mine:
-        return None if mine else pid or "unknown"
+        if mine:
+            return None
+    try:
+        return _pid_file(path).read_text(encoding="utf-8").strip() or "unknown"
+    except FileNotFoundError:  # the holder has just begun, or just ended
+        return "unknown"
+
+
+def _pid_file(lock: Path) -> Path:
+    """Return the file with the holder's pid: not the lock file, which filelock may empty and Windows does not let us read."""
+    return lock.with_suffix(".pid")
 
 
 def machine() -> dict[str, Any]:
-    """This process and what it runs on: CPU time (s), peak resident memory (MB), threads, cores, versions; no host."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    """Describe this process and its machine: CPU time (s), peak memory (MB), threads, cores, versions; no host name."""
     info = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return {
         "cpu_seconds": round(time.process_time(), 1),
-        "peak_memory_mb": round(peak, 1),
+        **_peak_memory(),
         "threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
         "machine": {
@@ -186,11 +196,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _peak_memory() -> dict[str, float]:
+    """Return the peak resident memory (MB) of this process; nothing on Windows, which does not count it so."""
+    if sys.platform == "win32":
+        return {}
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_memory_mb": round(peak / (1e6 if sys.platform == "darwin" else 1e3), 1)}
+
+
 def describe(plan: Plan) -> str:
-    """The main numbers of a finished run, or how far an unfinished one has come."""
+    """Return the main numbers of a finished run, or how far an unfinished one has come."""
     if not plan.file.exists():
         run, pid = RunFolder(plan.folder / "run"), holder(plan.lock)
-        begun = "new" if run.is_empty() else f"goes on after {run.finished_tasks()} finished tasks"
+        begun = "new" if run.is_empty() else f"continues after {run.finished_tasks()} finished tasks"
         return f"process {pid} is running it" if pid else begun
     results = read_json(plan.file)
     heads = [

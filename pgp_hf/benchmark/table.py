@@ -1,4 +1,4 @@
-"""The benchmark's table, computed from the files of its runs: no number, setting or name of it stands in the code."""
+"""The table of the benchmark; all its numbers, settings and names come from the files of the runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..report.table import markdown
 from ..runs.atomic import replacing
 from ..runs.reading import read_json
 from .figures import CLOSED, HEADS, Run, figures, own_head
@@ -19,7 +20,7 @@ from .plans import Row
 
 
 def read(folder: Path) -> list[Run]:
-    """All finished runs in a folder."""
+    """Return all finished runs in a folder."""
     return [read_json(file) for file in sorted(folder.glob("*-seed*.json"))]
 
 
@@ -27,7 +28,9 @@ def write(folder: Path, file: Path, known: Mapping[str, Row] = MappingProxyType(
     """Write the table of the runs in `folder` to `file`, and the figures into `folder`.
 
     Args:
-        known: rows by name, in the order of the table; rows that differ in settings alone stand together.
+        folder: with a file per finished run.
+        file: to write.
+        known: rows by name, in the order of the table; rows that differ only in their settings follow one another.
 
     Raises:
         ValueError: no finished run.
@@ -51,12 +54,12 @@ def write(folder: Path, file: Path, known: Mapping[str, Row] = MappingProxyType(
 
 
 def base(row: str) -> str:
-    """A row's name without its settings."""
+    """Return a row's name without its settings."""
     return row.partition("@")[0]
 
 
 def protocol(runs: list[Run]) -> str:
-    """What the runs have in common, in paragraphs; where they differ, all values are named."""
+    """Describe in paragraphs what the runs have in common; where they differ, all values are named."""
 
     def of(*path: str, none: str = "default") -> str:
         return _values(runs, *path, none=none)
@@ -111,16 +114,19 @@ def _precision(run: Run) -> str:
     return "float32"
 
 
-LATER = {"later_prompt_learning_rate", "compensate_drift"}  # settings that do not act in the first task
+LATER = {"later_prompt_learning_rate", "compensate_drift"}  # settings that have no effect in the first task
 
 
 def _training(run: Run) -> dict[str, Any]:
-    """A run's training settings; one that is off is as one that did not exist when the run was made."""
+    """Return a run's training settings that are on: one that is off equals one that did not exist when the run was made."""
     return {key: value for key, value in run["settings"]["training"].items() if value not in (None, False)}
 
 
 def paired(runs: list[Run]) -> str:
-    """Whether runs of one seed started alike: no projection acts in the first task, so its accuracy must agree."""
+    """Tell whether runs of one seed are paired.
+
+    No projection acts in the first task, so the accuracy after it must agree.
+    """
     first: dict[str, dict[float, list[str]]] = {}
     for run in runs:
         if "prompt" in run["settings"] and run["num_tasks"] > 1:
@@ -141,7 +147,7 @@ def paired(runs: list[Run]) -> str:
 
 
 def commands(rows: dict[str, list[Run]], folder: Path, every: list[str]) -> str:
-    """The command of these runs; one for each set of arguments and seeds."""
+    """Return the commands of these runs, one for each set of arguments and seeds."""
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, runs in rows.items():
         for arguments in sorted({run["arguments"] for run in runs}):
@@ -159,12 +165,12 @@ def commands(rows: dict[str, list[Run]], folder: Path, every: list[str]) -> str:
 
 
 def main_table(rows: dict[str, list[Run]]) -> str:
-    """Mean and standard deviation over the seeds, a line a row."""
+    """Return the table of means and standard deviations over the seeds, with a line per row."""
     head = ["row", "seeds"]
     for title in HEADS.values():
         head += [f"{title}: average accuracy (%)", f"{title}: forgetting"]
     head += ["drift", "changed selections (%)", "rank", "training (min)", "CPU (min)", "peak memory (MB)"]
-    return _markdown(
+    return markdown(
         [
             head,
             *(
@@ -189,7 +195,7 @@ def _last(key: str, scale: float = 1.0) -> Callable[[list[Run]], list[float]]:
 
 
 def minutes(run: Run) -> float:
-    """Wall time of everything but evaluation."""
+    """Return the wall time of everything except evaluation."""
     return sum(value for name, value in run["seconds"].items() if name != "evaluation") / 60
 
 
@@ -200,12 +206,12 @@ _COLUMNS: list[tuple[Callable[[list[Run]], list[float]], int]] = [
     (_last("projection_rank"), 0),
     (lambda runs: [minutes(run) for run in runs], 1),
     (lambda runs: [run["cpu_seconds"] / 60 for run in runs if "cpu_seconds" in run], 1),
-    (lambda runs: [run["peak_memory_mb"] for run in runs], 0),
+    (lambda runs: [run["peak_memory_mb"] for run in runs if "peak_memory_mb" in run], 0),
 ]
 
 
 def notes(runs: list[Run]) -> str:
-    """How to read the table."""
+    """Explain the table."""
     text = ["Mean ± standard deviation over the seeds (sample standard deviation), at the end of the stream."]
     if any(CLOSED in run["heads"] for run in runs):
         text.append(
@@ -225,16 +231,20 @@ def notes(runs: list[Run]) -> str:
 
 
 def legend(rows: dict[str, list[Run]], known: Mapping[str, Row]) -> str:
-    """What each known row is, in a few words; settings behind an @ change a row."""
+    """Return a list of the known rows, each described in a few words."""
     names = [name for name in known if name in map(base, rows)]
     return "\n".join(f"- `{name}`: {known[name].what}" for name in names)
 
 
 def differences(rows: dict[str, list[Run]]) -> str:
-    """Paired differences, seed by seed: each row with prompts minus its reference, the plain row without projection.
+    """Return the paired differences, seed by seed, of each row with prompts from its reference, the row without projection.
 
-    Where a row trains otherwise than its reference, it has a control too: the row without projection that trains alike.
+    A row that is not trained like its reference has a control as well: the row without projection that is.
     """
+
+    def runs_of(name: str | None) -> list[Run]:
+        return [] if name is None else rows.get(name, [])
+
     against = [name for name, runs in rows.items() if CLOSED in runs[0]["heads"] or name.endswith("-frozen")]
     lines = [["row", "reference"]]
     lines[0] += [f"{title} minus the reference's" for title in HEADS.values()]
@@ -249,29 +259,29 @@ def differences(rows: dict[str, list[Run]]) -> str:
         if CLOSED in runs[0]["heads"]:
             continue
         reference = _reference(name, rows)
-        cells = [_paired(runs, head, rows.get(reference, []), head) for head in HEADS]
-        cells += [_paired(runs, "statistics", rows.get(reference, []), "linear")]
+        cells = [_paired(runs, head, runs_of(reference), head) for head in HEADS]
+        cells += [_paired(runs, "statistics", runs_of(reference), "linear")]
         cells += [_paired(runs, "statistics", rows[other], "statistics") for other in against]
-        cells += [_drift_ratio(runs, rows.get(reference, []))]
+        cells += [_drift_ratio(runs, runs_of(reference))]
         control = _control(name, rows)
         control = None if control == reference else control
-        cells += [control or "", *(_paired(runs, head, rows.get(control, []), head) for head in HEADS)]
-        cells += [_drift_ratio(runs, rows.get(control, []))]
+        cells += [control or "", *(_paired(runs, head, runs_of(control), head) for head in HEADS)]
+        cells += [_drift_ratio(runs, runs_of(control))]
         lines.append([name, reference or "", *cells])
     if len(lines) == 1:
         return ""
-    return "## Paired differences of average accuracy (points), and of drift\n\n" + _markdown(lines)
+    return "## Paired differences of average accuracy (points), and of drift\n\n" + markdown(lines)
 
 
 def _reference(name: str, rows: dict[str, list[Run]]) -> str | None:
-    """The row without projection: that of the same settings if there is one, else the plain one."""
+    """Return the row without projection: the one with the same settings if there is one, else the plain one."""
     method, _, setting = name.partition("@")
     plain = f"{method.partition('-')[0]}-none"
     return next((row for row in (f"{plain}@{setting}", plain) if row in rows and row != name), None)
 
 
 def _control(name: str, rows: dict[str, list[Run]]) -> str | None:
-    """The row with the prompts and the training of row `name`, but without projection."""
+    """Return the row without projection that has the prompts and the training of row `name`."""
 
     def alike(run: Run) -> tuple[Any, ...]:
         return run["settings"]["prompt"], _training(run), run["settings"]["data"]
@@ -302,7 +312,7 @@ def _drift_ratio(runs: list[Run], others: list[Run]) -> str:
 
 
 def settings(rows: dict[str, list[Run]]) -> str:
-    """What each row is: first what all rows with prompts share, then where they differ."""
+    """Return the settings: first those that all rows with prompts share, then those of each row."""
     every = [run for runs in rows.values() for run in runs]
     prompted = [run for run in every if "prompt" in run["settings"]]
     keys = dict.fromkeys(
@@ -332,11 +342,11 @@ def settings(rows: dict[str, list[Run]]) -> str:
         told = [f"{key}={_values(runs, 'settings', part, key)}" for part, key in own if (part, key) not in shared]
         lines.append([name, ", ".join([*told, *(["num_tasks=1"] if runs[0]["num_tasks"] == 1 else [])])])
     common = ", ".join(f"{key}={_values(prompted, 'settings', part, key)}" for part, key in shared)
-    return "\n\n".join(["## Settings", *([f"All rows with prompts: {common}."] if common else []), _markdown(lines)])
+    return "\n\n".join(["## Settings", *([f"All rows with prompts: {common}."] if common else []), markdown(lines)])
 
 
 def _values(runs: list[Run], *path: str, none: str = "none") -> str:
-    """The value at `path` of all runs that have it: one, or all of them."""
+    """Return the value at `path` in the runs that have it; if they differ, all values."""
     found: list[Any] = []
     for run in runs:
         value: Any = run
@@ -351,13 +361,8 @@ _ABSENT = object()
 
 
 def _spread(values: list[float], digits: int, sign: str = "") -> str:
-    """Mean, and from two values on the standard deviation; a dash for none."""
+    """Return the mean, with the standard deviation if there are several values; a dash if there are none."""
     if not values:
         return "–"
     text = f"{np.mean(values):{sign}.{digits}f}"
     return text if len(values) < 2 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    first, *rest = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([first, "|" + "---|" * len(lines[0]), *rest])

@@ -1,1 +1,1 @@
-"""The command line of the examples: arguments, and the paired run that they share."""
+"""The command line of the examples: its arguments, and the comparison that each of them runs."""

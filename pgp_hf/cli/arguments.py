@@ -1,27 +1,26 @@
-"""The command line of the examples: data, backbone, projection and training, with presets."""
+"""Arguments of the command lines: data, backbone, projection and head."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    BaseImageProcessor,
     CLIPModel,
     CLIPTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
 )
 from transformers.utils import logging
 
-from .. import embedded, presets
+from .. import embedded
 from ..data import source as source_data
 from ..data.stream import TaskStream
 from ..projection import CONDITIONS, ProjectionConfig
@@ -32,44 +31,71 @@ from ..tuners.base.config import PromptConfig
 
 @dataclass
 class DataArguments:
-    """The stream of tasks."""
+    """The stream of tasks.
+
+    Args:
+        dataset_name: Hub id, or local folder of parquet or image files; scikit-learn's digits if there is no source.
+        dataset_revision: branch, tag or commit on the Hub.
+        dataset_split: the only split to use; `test_fraction` of it is held out for testing.
+        train_dir: local folder of training images, with one subfolder per class.
+        validation_dir: local folder of test images, with one subfolder per class.
+        image_column_name: image column, if there are several.
+        label_column_name: label column, if there are several.
+        num_tasks: number of tasks that the classes are divided into.
+        scenario: how tasks are learned and tested; "online" means one epoch per task.
+        class_order: order in which the classes arrive, "random" or by "label".
+        class_order_seed: seed of the class order, and of the images kept and held out; the run's seed by default.
+        test_fraction: fraction of each class that is held out if there are no test images.
+        max_train_samples_per_class: maximum number of training images per class.
+        max_eval_samples_per_class: maximum number of test images per class.
+    """
 
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, or local folder of parquet or image files; without it, the handwritten digits of scikit-learn"
+            "help": "Hub id, or local folder of parquet or image files; without a source of images, scikit-learn's "
+            "handwritten digits are used"
         },
     )
-    dataset_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the Hub"})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit of the data set on the Hub"}
+    )
     dataset_split: str | None = field(
-        default=None,
-        metadata={"help": "take this split alone, for training and, by test_fraction, for testing"},
+        default=None, metadata={"help": "use only this split, and hold out test_fraction of it for testing"}
     )
     train_dir: str | None = field(
-        default=None, metadata={"help": "local folder of training images, one folder a class"}
+        default=None, metadata={"help": "local folder of training images, with one subfolder per class"}
     )
-    validation_dir: str | None = field(default=None, metadata={"help": "the same for test images"})
-    image_column_name: str | None = field(default=None, metadata={"help": "image column, when there are several"})
-    label_column_name: str | None = field(default=None, metadata={"help": "label column, when there are several"})
-    num_tasks: int = field(default=10, metadata={"help": "tasks that the classes are cut into"})
+    validation_dir: str | None = field(
+        default=None, metadata={"help": "local folder of test images, with one subfolder per class"}
+    )
+    image_column_name: str | None = field(default=None, metadata={"help": "image column, if there are several"})
+    label_column_name: str | None = field(default=None, metadata={"help": "label column, if there are several"})
+    num_tasks: int = field(default=10, metadata={"help": "number of tasks that the classes are divided into"})
     scenario: Literal["class_incremental", "task_incremental", "online"] = field(
-        default="class_incremental", metadata={"help": "how tasks are learned and tested; online is one epoch a task"}
+        default="class_incremental",
+        metadata={"help": "how tasks are learned and tested; online means one epoch per task"},
     )
     class_order: Literal["random", "label"] = field(
         default="random",
-        metadata={"help": "order in which classes arrive: drawn by the seed, or that of their labels"},
+        metadata={"help": "order in which the classes arrive: shuffled with the seed, or by label"},
     )
     class_order_seed: int | None = field(
-        default=None, metadata={"help": "seed of the class order and of the images kept; --seed when not given"}
+        default=None,
+        metadata={"help": "seed of the class order, and of the images kept and held out; --seed if not given"},
     )
     test_fraction: float = field(
-        default=0.2, metadata={"help": "share of each class that is held out when there are no test images"}
+        default=0.2, metadata={"help": "fraction of each class that is held out if there are no test images"}
     )
-    max_train_samples_per_class: int | None = field(default=None, metadata={"help": "training images kept per class"})
-    max_eval_samples_per_class: int | None = field(default=None, metadata={"help": "test images kept per class"})
+    max_train_samples_per_class: int | None = field(
+        default=None, metadata={"help": "maximum number of training images per class"}
+    )
+    max_eval_samples_per_class: int | None = field(
+        default=None, metadata={"help": "maximum number of test images per class"}
+    )
 
     def load(self, seed: int) -> TaskStream:
-        """The stream; labels that are strings become classes in alphabetical order.
+        """Load the stream; labels that are strings become classes in alphabetical order.
 
         Args:
             seed: of the class order, the images kept and the images held out, unless `class_order_seed` is given.
@@ -83,7 +109,7 @@ class DataArguments:
             folders = {"train": f"{self.train_dir}/**"}
             if self.validation_dir:
                 folders["validation"] = f"{self.validation_dir}/**"
-            source: Any = datasets.load_dataset("imagefolder", data_files=folders)
+            source = datasets.load_dataset("imagefolder", data_files=folders)
         else:
             source = self._named(self.dataset_name) if self.dataset_name else embedded.digits()
         train, test, _ = source_data.resolve_splits(source, None, None)
@@ -104,27 +130,28 @@ class DataArguments:
         )
 
     def _named(self, name: str) -> datasets.DatasetDict:
+        public: str | None = name
         if self.dataset_revision in (None, "main") or os.path.isdir(name):
-            splits, name = source_data.load(name)
+            splits, public = source_data.load(name)
         else:
             splits = datasets.load_dataset(name, revision=self.dataset_revision)
         split = self.dataset_split or "train"
         if split not in splits:
             raise ValueError(
-                f"dataset {name!r} has no split {split!r}, only {source_data.shorten(splits)}: name one with "
-                "--dataset_split; its images are then cut into training and test images by --test_fraction."
+                f"dataset {public!r} has no split {split!r}, only {source_data.shorten(splits)}: name one with "
+                "--dataset_split; its images are then divided into training and test images by --test_fraction."
             )
         if self.dataset_split:
             splits = datasets.DatasetDict(train=splits[split])
         for data in splits.values():
-            data.info.dataset_name = name  # with its owner, for the stream's manifest
+            data.info.dataset_name = public  # with its owner, for the stream's manifest
         return splits
 
 
 def _string_labels_as_classes(
     train: datasets.Dataset, test: datasets.Dataset | None, column: str
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Both splits with a `ClassLabel` where `column` holds strings."""
+    """Return both splits, with a `ClassLabel` where `column` holds strings."""
     if getattr(train.features.get(column), "dtype", None) not in ("string", "large_string"):
         return train, test
     splits = [train] if test is None else [train, test]
@@ -135,7 +162,7 @@ def _string_labels_as_classes(
 
 
 def _label_order(train: datasets.Dataset, column: str) -> range | None:
-    """All label ids in order; None when there is no such column, which the stream reports."""
+    """Return all label ids in order; None without such a column, which the stream reports."""
     if column not in train.features:
         return None
     feature = train.features[column]
@@ -144,13 +171,29 @@ def _label_order(train: datasets.Dataset, column: str) -> range | None:
 
 @dataclass
 class ModelArguments:
-    """The frozen backbone."""
+    """The frozen backbone.
+
+    Args:
+        model_name_or_path: Hub id or local folder; the small backbone of this package by default.
+        model_revision: branch, tag or commit on the Hub.
+        image_size: side of the input in pixels, a multiple of the patch size; the backbone's own by default.
+        image_mean: mean subtracted from pixel values in [0, 1], one number or one per channel.
+        image_std: standard deviation that they are then divided by, one number or one per channel.
+        attn_implementation: attention implementation of transformers.
+
+    Attributes:
+        kind: "vit" or "clip": the embedded backbone to use without `model_name_or_path`.
+    """
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Hub id or local folder of a ViT; without it, the small backbone inside this package"},
+        metadata={
+            "help": "Hub id or local folder of the backbone; without it, the small one inside this package is used"
+        },
     )
-    model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the Hub"})
+    model_revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit of the backbone on the Hub"}
+    )
     image_size: int | None = field(
         default=None,
         metadata={"help": "side of the input in pixels, a multiple of the patch size; the backbone's own by default"},
@@ -158,31 +201,40 @@ class ModelArguments:
     image_mean: list[float] | None = field(
         default=None,
         metadata={
-            "help": "subtracted from pixel values in [0, 1], one number or one a channel; the backbone's own by default"
+            "help": "mean subtracted from pixel values in [0, 1], one number or one per channel; the backbone's own by "
+            "default"
         },
     )
     image_std: list[float] | None = field(
-        default=None, metadata={"help": "the same for what they are divided by; 0 and 1 leave pixels in [0, 1]"}
+        default=None,
+        metadata={
+            "help": "standard deviation that they are then divided by, one number or one per channel; the backbone's own "
+            "by default. Mean 0 and standard deviation 1 leave pixels in [0, 1]"
+        },
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    kind: str = field(default="vit", init=False)  # "vit" or "clip": which embedded backbone stands in
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "attention implementation: eager, sdpa, flash_attention_2, ..."}
+    )
+    kind: str = field(default="vit", init=False)
 
     @property
     def source(self) -> str:
+        """Hub id or folder of the backbone."""
         return self.model_name_or_path or str(embedded.clip_path() if self.kind == "clip" else embedded.vit_path())
 
-    def processor(self) -> Any:
-        """The backbone's image processor, at `image_size`, with `image_mean` and `image_std`.
+    def processor(self) -> BaseImageProcessor:
+        """Load the backbone's image processor, with `image_size`, `image_mean` and `image_std` set.
 
         Raises:
-            ValueError: a mean or deviation of another number of channels, a deviation that is not above 0.
+            ValueError: a mean or standard deviation with a wrong number of channels, a standard deviation that is not
+                above 0.
         """
-        processor = AutoImageProcessor.from_pretrained(
+        processor: Any = AutoImageProcessor.from_pretrained(
             self.source, revision=self.model_revision or "main", backend="pil"
         )
         if self.image_size is not None:
             square = {"height": self.image_size, "width": self.image_size}
-            if getattr(processor, "do_center_crop", False):  # CLIP's: short side, then the middle
+            if getattr(processor, "do_center_crop", False):  # as CLIP's: resize the short side, then crop
                 processor.size, processor.crop_size = {"shortest_edge": self.image_size}, square
             else:
                 processor.size = square
@@ -193,7 +245,7 @@ class ModelArguments:
             channels = len(getattr(processor, name))
             if len(values) not in (1, channels):
                 raise ValueError(
-                    f"{name}={values} has {len(values)} numbers: give one, or one for each of {channels}."
+                    f"{name}={values} has {len(values)} numbers: give one, or one for each of {channels} channels."
                 )
             if name == "image_std" and not min(values) > 0:
                 raise ValueError(f"image_std={values} must be above 0: pixel values are divided by it.")
@@ -202,12 +254,12 @@ class ModelArguments:
         return processor
 
     def backbone(self, stream: TaskStream) -> PreTrainedModel:
-        """The backbone with a new head for the stream's classes.
+        """Load the backbone with a new head for the stream's classes.
 
         Raises:
-            ValueError: an image size that the patches do not divide.
+            ValueError: an image size that is not a multiple of the patch size.
         """
-        with _quiet():  # the report of a new head is no news here
+        with _errors_only():  # transformers would warn of the new head, which is intended
             model = AutoModelForImageClassification.from_pretrained(
                 self.source,
                 revision=self.model_revision or "main",
@@ -223,37 +275,37 @@ class ModelArguments:
                 f"image_size={self.image_size} is not a multiple of the backbone's patch size {patch}: "
                 f"choose, for example, {max(1, round(self.image_size / patch)) * patch}."
             )
-        # a checkpoint's own head has the same shape when its classes are as many: start from a new one all the same
+        # a checkpoint's own head is loaded if it happens to have as many classes: start from a new one in any case
         model.classifier.weight.data.normal_(std=model.config.initializer_range)
         model.classifier.bias.data.zero_()
         return model
 
     def clip(self) -> CLIPModel:
-        """The backbone as a `CLIPModel`."""
+        """Load the backbone as a `CLIPModel`."""
         return CLIPModel.from_pretrained(
             self.source, revision=self.model_revision or "main", attn_implementation=self.attn_implementation
         )
 
     def tokenizer(self) -> CLIPTokenizer:
-        """The tokenizer beside a `CLIPModel`."""
+        """Load the tokenizer that belongs to the `CLIPModel`."""
         return CLIPTokenizer.from_pretrained(self.source, revision=self.model_revision or "main")
 
     def interpolates(self, model: PreTrainedModel) -> bool:
-        """Whether inputs have another size than the backbone was trained at."""
+        """Return True if `image_size` is not the size that the backbone was trained at."""
         config = getattr(model.config, "vision_config", model.config)
         return self.image_size is not None and self.image_size != config.image_size
 
 
 def _setting(name: str, **metadata: Any) -> Any:
-    """An argument with the default and the help of a `ProjectionConfig` field."""
+    """Declare an argument with the default and the help of a `ProjectionConfig` field."""
     known = ProjectionConfig.__dataclass_fields__[name]
     return field(default=known.default, metadata={**known.metadata, **metadata})
 
 
 class FloatOrNone(float):
-    """How the command line reads a number that may be "none"."""
+    """Read a number that may be "none" from the command line."""
 
-    def __new__(cls, text: str) -> float | None:  # type: ignore[misc]
+    def __new__(cls, text: str) -> float | None:  # type: ignore[misc]  # HfArgumentParser calls a field's class to read it
         try:
             return None if text.lower() == "none" else float(text)
         except ValueError:
@@ -262,13 +314,23 @@ class FloatOrNone(float):
 
 @dataclass
 class RunArguments:
-    """Preset, projection, head and comparison."""
+    """Preset, projection, head and comparison.
+
+    Args:
+        preset: name of published settings.
+        dry_run: print all settings and stop.
+        projection: `method` of the `ProjectionConfig`; its other fields are arguments of the same name.
+        head: the classifier, "linear" or "statistics".
+        no_compare: train this run alone.
+    """
 
     preset: str | None = field(
         default=None,
-        metadata={"help": "published settings by name, such as cifar100-10; anything given on the command line wins"},
+        metadata={
+            "help": "name of published settings, such as cifar100-10; options on the command line take precedence"
+        },
     )
-    dry_run: bool = field(default=False, metadata={"help": "print all resolved settings and stop"})
+    dry_run: bool = field(default=False, metadata={"help": "print all settings that result, and stop"})
     projection: str = _setting("method", choices=["none", *CONDITIONS])
     energy: float = _setting("energy")
     key_energy: FloatOrNone | None = _setting("key_energy")
@@ -284,71 +346,31 @@ class RunArguments:
     )
     no_compare: bool = field(
         default=False,
-        metadata={"help": "skip the unprojected twin, which otherwise is trained first, and the frozen rows"},
+        metadata={
+            "help": "train this run alone: skip its unprojected twin, which is otherwise trained first, and the "
+            "classifiers on frozen features"
+        },
     )
 
     def config(self) -> ProjectionConfig:
+        """Return the projection's settings."""
         same = {name: getattr(self, name) for name in ProjectionConfig.__dataclass_fields__ if name != "method"}
         return ProjectionConfig(method=self.projection, **same)
 
 
-def option(token: str) -> str:
-    """The option that a command line's token names, "--learning_rate" for "--learning-rate=0.1" too."""
-    return token.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+class Arguments(NamedTuple):
+    """All arguments of an example; `prompts` are the adapter's own."""
 
-
-def parse(
-    description: str,
-    prompt_arguments: type,
-    embedded_defaults: Sequence[str],
-    argv: Sequence[str] | None = None,
-    method: str | None = None,
-):
-    """Parse the arguments of an example; with `--dry_run`, print what they come to and exit.
-
-    Args:
-        description: shown by `--help`.
-        prompt_arguments: dataclass of the method's own arguments.
-        embedded_defaults: arguments put before the user's when neither a model nor data nor a preset are named.
-        argv: the command line without the program, `sys.argv[1:]` by default.
-        method: whose presets `--preset` names, for example "l2p"; None has no presets.
-
-    Returns:
-        `(model, data, prompt, run, training)` arguments.
-
-    Raises:
-        ValueError: an unknown preset, an argument that nothing takes.
-        SystemExit: after `--help` and `--dry_run`.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    given = set(map(option, argv))
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset")
-    name = early.parse_known_args(argv)[0].preset
-    preset = None if name is None else presets.load(method, name)
-    if preset is not None:
-        argv = ["--output_dir", f"out/{method}_{name}", *presets.arguments(preset, given), *argv]
-    elif not given & {"--model_name_or_path", "--dataset_name", "--train_dir"}:
-        argv = [*embedded_defaults, *argv]
-        if not given & {"--output_dir", "--overwrite_output_dir", "--resume_from_checkpoint"}:
-            argv = ["--overwrite_output_dir", "true", *argv]  # the default folder is scratch
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, prompt_arguments, RunArguments, PGPTrainingArguments),
-        description=description,
-        allow_abbrev=False,  # what is given must be recognised above
-    )
-    arguments = parser.parse_args_into_dataclasses(argv)
-    arguments[0].kind = "clip" if method == "clip" else "vit"
-    if arguments[3].dry_run:
-        if arguments[4].process_index == 0:
-            print(presets.describe(method, preset, *arguments))
-        parser.exit()
-    return arguments
+    model: ModelArguments
+    data: DataArguments
+    prompts: Any
+    run: RunArguments
+    training: PGPTrainingArguments
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers at its errors alone."""
+def _errors_only() -> Iterator[None]:
+    """Silence what transformers logs below the level of errors."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

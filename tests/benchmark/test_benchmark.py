@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -21,11 +22,11 @@ from pgp_hf import PGPTrainingArguments, metrics
 from pgp_hf.benchmark import figures, plans, runs, table
 from pgp_hf.runs.atomic import write_json
 from pgp_hf.runs.reading import read_json
-from pgp_hf.training.trainer import PGPTrainer
+from pgp_hf.training.pgp_trainer import PGPTrainer
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "benchmark.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "benchmark.py"
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +123,13 @@ def test_help_explains(script):
     ("name", "message"),
     [
         ("l2p-nothing", "row 'l2p-nothing' is unknown: choose from frozen-ncm"),
-        ("l2p-pgp@", "'' is no setting of this row"),
-        ("l2p-pgp@energy", "'energy' is no setting of this row: write field=value"),
-        ("l2p-pgp@width=3", "'width=3' is no setting of this row.*ProjectionConfig, L2PConfig.*energy"),
-        ("dualprompt-pgp@top_k=3", "'top_k=3' is no setting"),
-        ("frozen-lda@energy=0.9", "'energy=0.9' is no setting.*ShrinkageLDA, such as shrinkage"),
-        ("l2p-pgp@seed=3", "'seed=3' is no setting"),
-        ("l2p-pgp@method=none", "'method=none' is no setting"),
+        ("l2p-pgp@", "'' is not a setting of this row"),
+        ("l2p-pgp@energy", "'energy' is not a setting of this row: write field=value"),
+        ("l2p-pgp@width=3", "'width=3' is not a setting of this row.*ProjectionConfig, L2PConfig.*energy"),
+        ("dualprompt-pgp@top_k=3", "'top_k=3' is not a setting"),
+        ("frozen-lda@energy=0.9", "'energy=0.9' is not a setting.*ShrinkageLDA, such as shrinkage"),
+        ("l2p-pgp@seed=3", "'seed=3' is not a setting"),
+        ("l2p-pgp@method=none", "'method=none' is not a setting"),
         ("l2p-pgp@energy=high", "energy='high' does not fit: expected float"),
         ("l2p-pgp@max_images=2.5", "max_images='2.5' does not fit: expected int or none"),
         ("l2p-none@batchwise_prompt=1", "batchwise_prompt='1' does not fit: expected bool"),
@@ -237,7 +238,7 @@ def test_an_interrupted_run_goes_on_exactly(planned, whole, monkeypatch, steps):
     monkeypatch.setattr(PGPTrainer, "training_step", until)
     with pytest.raises(KeyboardInterrupt):
         runs.execute([plan], "--some arguments")
-    assert not plan.file.exists() and not plan.lock.exists() and "goes on" in runs.describe(plan)
+    assert not plan.file.exists() and not plan.lock.exists() and "continues after" in runs.describe(plan)
     left[0] = 18 - steps + 3  # no more than an epoch again
     runs.execute([plan], "--some arguments")
     found = json.loads(plan.file.read_text())
@@ -293,13 +294,33 @@ def test_the_joint_row_is_one_task(planned):
 def test_a_run_has_one_process(planned, tmp_path):
     plan = planned("l2p-none")
     plan.lock.parent.mkdir(parents=True)
-    plan.lock.write_text("999999999\n")  # left behind by a process that was killed
-    assert runs.holder(plan.lock) is None and not plan.lock.exists()
+    for left in (plan.lock, plan.lock.with_suffix(".pid")):  # by a process that was killed
+        left.write_text("999999999\n")
+    assert runs.holder(plan.lock) is None and not list(plan.lock.parent.iterdir())
     with runs.claimed(plan.lock) as mine:
         assert mine and runs.holder(plan.lock) == str(os.getpid())
         assert not runs.execute([plan], "") and not plan.folder.exists()
         assert runs.describe(plan) == f"process {os.getpid()} is running it"
-    assert not plan.lock.exists() and runs.describe(plan) == "new"
+    assert not list(plan.lock.parent.iterdir()) and runs.describe(plan) == "new"
+
+
+def hold(path, connection):
+    with runs.claimed(path) as mine:
+        connection.send(mine)
+        time.sleep(60)
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    lock = tmp_path / ".run.lock"
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(lock, theirs))
+    process.start()
+    assert ours.recv() is True and runs.holder(lock) == str(process.pid)
+    with runs.claimed(lock) as mine:
+        assert mine is False
+    process.kill()
+    process.join()
+    assert lock.exists() and runs.holder(lock) is None and not list(tmp_path.iterdir())
 
 
 # ---- the script ------------------------------------------------------------------------------------------------------

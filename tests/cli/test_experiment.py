@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 import tiny
 
+from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig
 from pgp_hf.cli import experiment
+from pgp_hf.cli.parsing import parse, prompt_arguments
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "run_l2p_pgp.py"
 
 
@@ -71,7 +74,12 @@ def test_local_backbone_and_data_side_by_side(local, tmp_path):
     for folder, label in ((out, "L2P-PGP"), (out / "baseline", "L2P")):
         written = json.loads((folder / "results.json").read_text())
         digests = written.pop("sha256")
-        assert set(digests) == {"adapter_model.safetensors", "projection.safetensors", "backbone.float32"}
+        assert set(digests) == {
+            "adapter_model.safetensors",
+            "projection.safetensors",
+            "method.safetensors",
+            "backbone.float32",
+        }
         assert written == rows[label]
     assert (out / "figures" / "comparison.png").is_file() and (out / "task-3").is_dir()
     assert json.loads((out / "adapter_config.json").read_text())["interpolate_pos_encoding"] is True
@@ -96,30 +104,59 @@ def test_the_other_methods_on_the_embedded_default(tmp_path, method, label):
     assert "scikit-learn digits" in (out / "README.md").read_text() and (out / "task-5").is_dir()
 
 
-def test_the_embedded_default_is_used_when_nothing_is_named(script):
-    model, data, prompt, run, training = experiment.parse("", script.L2PArguments, script.EMBEDDED, [])
+def arguments(*argv, method="l2p", config=L2PConfig):
+    return parse("", prompt_arguments(config), method, argv)
+
+
+def test_the_embedded_default_is_used_when_nothing_is_named():
+    model, data, prompts, run, training = arguments()
     assert (data.num_tasks, training.output_dir, training.overwrite_output_dir) == (5, "out/l2p_pgp", True)
     assert model.source.endswith("vit") and training.augmentation == "none"
-    *_, training = experiment.parse(
-        "", script.L2PArguments, script.EMBEDDED, ["--output_dir", "x", "--augmentation=flip"]
-    )
+    assert training.num_train_epochs == 3 and type(training.num_train_epochs) is float
+    training = arguments("--output_dir", "x", "--augmentation=flip").training
     assert (training.output_dir, training.overwrite_output_dir, training.augmentation) == ("x", False, "flip")
-    arguments = ["--model_name_or_path", "m", "--output_dir", "x"]
-    _, data, *_, training = experiment.parse("", script.L2PArguments, script.EMBEDDED, arguments)
+    assert arguments("--resume_from_checkpoint", "true").training.overwrite_output_dir is False
+    _, data, *_, training = arguments("--model_name_or_path", "m", "--output_dir", "x")
     assert (data.num_tasks, training.augmentation, training.num_train_epochs) == (10, "crop_flip", 5)
+    model, *_, training = arguments(method="clip", config=ClipPromptConfig)
+    assert model.source.endswith("clip") and training.output_dir == "out/clip_pgp"
 
 
-def test_help_explains_every_argument(script, capsys):
-    with pytest.raises(SystemExit):
-        experiment.parse(script.__doc__, script.L2PArguments, script.EMBEDDED, ["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+@pytest.mark.parametrize("config", [L2PConfig, DualPromptConfig, ClipPromptConfig])
+def test_prompt_arguments_are_those_that_the_configuration_names(config):
+    fields = {one.name: one for one in dataclasses.fields(config)}
+    made = dataclasses.fields(prompt_arguments(config))
+    assert tuple(one.name for one in made) == config.command_line != ()
+    prompts = arguments(config=config).prompts
+    for one in made:
+        known = fields[one.name]
+        assert one.metadata == known.metadata and known.type != one.type  # the configuration keeps its own fields
+        default = known.default_factory() if known.default is dataclasses.MISSING else known.default
+        assert getattr(prompts, one.name) == default
+
+
+def test_help_explains_every_argument(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    text = capsys.readouterr().out
+    assert not stop.value.code and script.__doc__.strip() in text  # with its lines
+    options = text[text.index("options:") :]
     for name in ("--projection", "--energy", "--top_k", "--num_tasks", "--image_size", "--train_mask", "--no_compare"):
-        assert name in text
-    assert "accelerate launch examples/run_l2p_pgp.py" in text
+        assert f"\n  {name} " in options
+    words = " ".join(options.split())
+    assert "prompts selected for each image (default: 5)" in words
+    assert "the classes are divided into (default: 10)" in words  # with a source of one's own
+
+
+def test_help_of_a_preset_shows_its_values(capsys):
+    with pytest.raises(SystemExit):
+        arguments("--preset", "cifar100-20", "--help")
+    assert "the classes are divided into (default: 20)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("argv", "message"),
     [
         (["--num_tasks", "11"], "num_tasks.*11"),
         (["--top_k", "30"], "top_k=30 is above pool_size=10"),
@@ -128,11 +165,11 @@ def test_help_explains_every_argument(script, capsys):
         (["--dataset_name", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--dataset_name", "a", "--train_dir", "b"], "not both"),
         (["--label_column_name", "nothing"], "nothing"),
-        (["--projection", "functional", "--probe_space", "statistics"], "needs head='statistics'"),
+        (["--projection", "functional", "--probe_space", "statistics"], "needs an adapter with head='statistics'"),
     ],
 )
-def test_bad_arguments_stop_before_training(script, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["run", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true", *arguments])
+def test_bad_arguments_stop_before_training(script, tmp_path, monkeypatch, argv, message):
+    monkeypatch.setattr(sys, "argv", ["run", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true", *argv])
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         script.main()
     assert not list((tmp_path / "out").rglob("task-*"))  # nor the twin's

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-import importlib
 import json
 import runpy
 import sys
@@ -16,10 +15,13 @@ import pytest
 import tiny
 from transformers import CLIPConfig, CLIPModel
 
-from pgp_hf import embedded, presets
-from pgp_hf.cli import arguments, experiment
+from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, PGPTrainingArguments, embedded, presets
+from pgp_hf.cli import arguments, parsing
+from pgp_hf.cli.arguments import DataArguments, ModelArguments
+from pgp_hf.report import figures
 
-ALL = [(method, name) for method in ("l2p", "dualprompt", "clip") for name in presets.names(method)]
+CONFIGS = {"l2p": L2PConfig, "dualprompt": DualPromptConfig, "clip": ClipPromptConfig}
+ALL = [(method, name) for method in CONFIGS for name in presets.names(method)]
 CIFAR = {"dataset_name": "uoft-cs/cifar100", "label_column_name": "fine_label", "num_classes": 100}
 TINY = {"dataset_name": "zh-plus/tiny-imagenet", "label_column_name": "label", "num_classes": 200}
 RENDITIONS = {"dataset_name": "axiong/imagenet-r", "label_column_name": "wnid", "num_classes": 200}
@@ -44,18 +46,9 @@ DUALPROMPT = {
 ONLINE = ("cifar100-10", "cifar100-20", "tinyimagenet-10")
 
 
-def prompt_arguments(method):
-    """A dataclass of the arguments that a method's presets set, as its example script has one."""
-    types = {}
-    for name in presets.names(method):
-        for key, value in presets.load(method, name)["prompts"].items():
-            types[key] = list[int] if isinstance(value, list) else type(value)
-    return dataclasses.make_dataclass("Prompts", types.items())
-
-
 def parse(method, name, *arguments):
     argv = ["--preset", name, *map(str, arguments)]
-    return experiment.parse("", prompt_arguments(method), ["--num_tasks", "3"], argv, method=method)
+    return parsing.parse("", parsing.prompt_arguments(CONFIGS[method]), method, argv)
 
 
 def dry_run(capsys, method, name, *arguments):
@@ -152,9 +145,9 @@ def test_every_preset_says_what_it_is(method, name):
     preset = presets.load(method, name)
     assert set(preset) == {"about", "differs", "unsure", "preprocessing", *presets.GROUPS}
     fields = {
-        "model": experiment.ModelArguments,
-        "data": experiment.DataArguments,
-        "training": experiment.PGPTrainingArguments,
+        "model": ModelArguments,
+        "data": DataArguments,
+        "training": PGPTrainingArguments,
     }
     for group, kind in fields.items():
         assert set(preset[group]) <= {field.name for field in dataclasses.fields(kind)}
@@ -163,18 +156,29 @@ def test_every_preset_says_what_it_is(method, name):
     assert (preset["model"]["model_revision"], preset["data"]["dataset_revision"]) == ("main", "main")
 
 
-@pytest.mark.parametrize(
-    ("method", "module", "config"),
-    [("l2p", "l2p", "L2PConfig"), ("dualprompt", "dualprompt", "DualPromptConfig")]
-    + [("clip", "clip_prompt", "ClipPromptConfig")],
-)
-def test_prompts_are_settings_of_the_method(method, module, config):
-    module = f"pgp_hf.tuners.{module}.config"
-    made = getattr(importlib.import_module(module), config)
+@pytest.mark.parametrize("method", CONFIGS)
+def test_prompts_are_settings_of_the_method(method):
     for name in presets.names(method):
         wanted = presets.load(method, name)["prompts"]
-        settings = made(**wanted)
-        assert {key: getattr(settings, key) for key in wanted} == wanted
+        settings = CONFIGS[method](**wanted)
+        assert {key: getattr(settings, key) for key in wanted} == wanted and set(wanted) <= set(settings.command_line)
+
+
+@pytest.mark.parametrize(("method", "name"), ALL)
+def test_values_have_the_types_that_the_command_line_gives_them(method, name):
+    """Defaults of a parser are not read as arguments are, unless they are text."""
+    preset = presets.load(method, name)
+    read = parse(method, name)
+    groups = {"model": read.model, "data": read.data, "prompts": read.prompts, "training": read.training}
+    given = []
+    for group in presets.GROUPS:
+        for key, value in preset[group].items():
+            given += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    written = parsing.parse("", parsing.prompt_arguments(CONFIGS[method]), method, given)
+    for group in presets.GROUPS:
+        for key in preset[group]:
+            one, other = getattr(groups[group], key), getattr(getattr(written, group), key)
+            assert repr(one) == repr(other) and type(one) is type(other), key
 
 
 def test_the_command_line_wins(capsys):
@@ -188,7 +192,16 @@ def test_the_command_line_wins(capsys):
     assert settings["training"]["learning_rate"] == 0.5 and settings["data"]["class_order_seed"] == 7
     # the order on the command line does not matter
     argv = [*own, "--preset=cifar100-10"]
-    assert vars(experiment.parse("", prompt_arguments("l2p"), [], argv, method="l2p")[2]) == vars(prompts)
+    made = parsing.prompt_arguments(L2PConfig)
+    assert vars(parsing.parse("", made, "l2p", argv).prompts) == vars(prompts)
+
+
+@pytest.mark.parametrize(
+    "flag", [["--no_reinit_optimizer"], ["--reinit_optimizer", "false"], ["--no-reinit-optimizer"]]
+)
+def test_a_switch_turns_off_what_a_preset_turns_on(flag):
+    assert parse("l2p", "cifar100-10").training.reinit_optimizer is True
+    assert parse("l2p", "cifar100-10", *flag).training.reinit_optimizer is False
 
 
 def test_another_source_drops_what_belongs_to_the_presets_own():
@@ -210,8 +223,8 @@ def test_unknown_presets_are_named_with_the_known():
     for name in ("../l2p/cifar100-10", ""):
         with pytest.raises(ValueError, match="is unknown: choose one of"):
             parse("dualprompt", name)
-    with pytest.raises(ValueError, match="method None has none"):
-        experiment.parse("", prompt_arguments("l2p"), [], ["--preset", "cifar100-10"])
+    with pytest.raises(ValueError, match="method 'new' has none"):
+        parsing.parse("", parsing.prompt_arguments(L2PConfig), "new", ["--preset", "cifar100-10"])
 
 
 def test_abbreviations_are_refused():
@@ -244,14 +257,10 @@ def test_a_dry_run_reads_and_writes_nothing_else(capsys, monkeypatch, tmp_path):
     assert settings["preprocessing"]["as the preset has it"]["test"] == "the whole image resized to 224 x 224"
     assert opened == [] and list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit):  # without a preset: the embedded default
-        experiment.parse("", prompt_arguments("l2p"), ["--num_tasks", "3"], ["--dry_run", *PROMPTS], method="l2p")
+        parsing.parse("", parsing.prompt_arguments(L2PConfig), "l2p", ["--dry_run", "--top_k", "2"])
     settings = json.loads(capsys.readouterr().out)
-    assert settings["preset"] is None and settings["data"]["num_tasks"] == 3
+    assert settings["preset"] is None and settings["data"]["num_tasks"] == 5 and settings["prompts"]["top_k"] == 2
     assert settings["preprocessing"]["image_size"] == "the backbone's own"
-
-
-PROMPTS = "--pool_size 4 --prompt_length 2 --top_k 2 --pull_constraint_coeff 0.1 --head_type token".split()
-PROMPTS += ["--batchwise_prompt", "false"]
 
 
 # ---- preprocessing and data that presets ask for ---------------------------------------------------------------------
@@ -261,14 +270,14 @@ PROMPTS += ["--batchwise_prompt", "false"]
 def test_mean_and_deviation_replace_the_processors(tmp_path, given, mean):
     tiny.processor().save_pretrained(tmp_path)
     tiny.backbone().save_pretrained(tmp_path)
-    processor = experiment.ModelArguments(str(tmp_path), image_mean=given, image_std=[1.0]).processor()
+    processor = ModelArguments(str(tmp_path), image_mean=given, image_std=[1.0]).processor()
     image = tiny.data(classes=2)["train"][0]["image"]
     pixels = processor([image], return_tensors="np")["pixel_values"][0]
     expected = np.moveaxis(np.asarray(image) / 255, -1, 0) - np.array(mean)[:, None, None]
     np.testing.assert_allclose(pixels, expected, atol=1e-6)
     for wrong, message in (({"image_mean": [0.1, 0.2]}, "has 2 numbers"), ({"image_std": [0.0]}, "above 0")):
         with pytest.raises(ValueError, match=message):
-            experiment.ModelArguments(str(tmp_path), **wrong).processor()
+            ModelArguments(str(tmp_path), **wrong).processor()
 
 
 def test_one_split_with_names_as_labels(tmp_path):
@@ -276,9 +285,9 @@ def test_one_split_with_names_as_labels(tmp_path):
     folder(tmp_path, classes=6, label="wnid", one_split=True)
     arguments = {"dataset_name": str(tmp_path), "num_tasks": 3, "label_column_name": "wnid"}
     with pytest.raises(ValueError, match="no split 'train', only .'test'.: name one with --dataset_split"):
-        experiment.DataArguments(**arguments).load(0)
+        DataArguments(**arguments).load(0)
     arguments |= {"dataset_split": "test", "test_fraction": 0.34}
-    stream = experiment.DataArguments(**arguments, class_order="label").load(5)
+    stream = DataArguments(**arguments, class_order="label").load(5)
     assert stream.label_names == sorted(stream.label_names) == [f"n{label:08}" for label in range(6)]
     assert stream.class_order == list(range(6)) and stream.seed == 5
     assert [len(stream.train(t)) for t in range(3)] == [4, 4, 4] and [len(stream.test(t)) for t in range(3)] == [
@@ -288,9 +297,9 @@ def test_one_split_with_names_as_labels(tmp_path):
     ]
     manifest = stream.manifest()
     assert manifest["dataset"]["name"] == tmp_path.name and manifest["test_fraction"] == 0.34
-    again = experiment.DataArguments(**arguments, class_order="label").load(6).manifest()
+    again = DataArguments(**arguments, class_order="label").load(6).manifest()
     assert again["tasks"] != manifest["tasks"]  # the seed draws the images held out, the order stays
-    assert experiment.DataArguments(**arguments).load(5).class_order != list(range(6))
+    assert DataArguments(**arguments).load(5).class_order != list(range(6))
 
 
 @pytest.mark.parametrize("label_type", ["class", "integer"])
@@ -298,7 +307,7 @@ def test_label_order(monkeypatch, label_type):
     rows = tiny.data(classes=4)
     if label_type == "integer":
         rows = rows.cast_column("label", datasets.Value("int32"))
-    data = experiment.DataArguments(dataset_name="x", num_tasks=2, class_order="label")
+    data = DataArguments(dataset_name="x", num_tasks=2, class_order="label")
     monkeypatch.setattr(data, "_named", lambda name: rows)
     assert data.load(0).class_order == [0, 1, 2, 3]
 
@@ -347,7 +356,7 @@ def save_backbone(method, preset, target):
 def test_two_steps_on_random_data(tmp_path, monkeypatch, method, name):
     """Through the example script, as a user starts it."""
     for drawing in ("save_figures", "task_curves"):  # most of the time otherwise
-        monkeypatch.setattr(experiment.plots, drawing, lambda *_: [])
+        monkeypatch.setattr(figures, drawing, lambda *_: [])
     lines = {"l2p": L2P, "dualprompt": DUALPROMPT, "clip": {"cifar100-10": (CIFAR, 10, 1997)}}
     line = lines[method][name.removesuffix("-online")]
     preset = presets.load(method, name)
@@ -361,7 +370,7 @@ def test_two_steps_on_random_data(tmp_path, monkeypatch, method, name):
     own += ["--save_strategy", "no", "--dataloader_num_workers", 0, "--verify_images", "false"]
     own += ["--dataset_split", data["dataset_split"]] if one_split else []
     own += [] if name.endswith("-online") else ["--max_steps", 2]  # online is one epoch: two steps of these data
-    script = Path(__file__).parents[1] / "examples" / f"run_{method}_pgp.py"
+    script = Path(__file__).parents[2] / "examples" / f"run_{method}_pgp.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--preset", name, *map(str, own)])
     runpy.run_path(str(script), run_name="__main__")
     results = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -1,0 +1,77 @@
+"""What `--dry_run` prints: all settings that a command line comes to."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .arguments import Arguments
+
+_TRAINING = (
+    "output_dir",
+    "seed",
+    "optim",
+    "optim_args",
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "per_device_eval_batch_size",
+    "reinit_optimizer",
+    "train_mask",
+    "eval_mask",
+)
+_PREPROCESSING = ("image_size", "image_mean", "image_std")
+_OWN = "the backbone's own"
+
+
+def describe(method: str, preset: dict[str, Any] | None, arguments: Arguments) -> str:
+    """Return the settings as JSON text, without touching network or disk.
+
+    Args:
+        method: of the example, for example "l2p".
+        preset: content of the preset, whose notes are printed too; None without one.
+        arguments: of the command line.
+    """
+    model, data, prompts, run, training = arguments
+    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    notes: dict[str, Any] = {key: preset[key] for key in ("about", "differs", "unsure") if preset and key in preset}
+    seed = training.seed if data.class_order_seed is None else data.class_order_seed
+    settings: dict[str, Any] = {
+        "method": method,
+        "preset": run.preset,
+        **notes,
+        "model": {
+            **{key: value for key, value in vars(model).items() if key not in _PREPROCESSING},
+            "model_name_or_path": model.model_name_or_path or "the small backbone inside this package",
+        },
+        "data": {
+            **vars(data),
+            "dataset_name": data.dataset_name or data.train_dir or "the handwritten digits of scikit-learn",
+            "class_order_seed": seed,
+        },
+        "preprocessing": {
+            **{key: _OWN if getattr(model, key) is None else getattr(model, key) for key in _PREPROCESSING},
+            "augmentation": training.augmentation,
+            "crop_min_scale": training.crop_min_scale,
+            **({"as the preset has it": preset["preprocessing"]} if preset else {}),
+        },
+        "prompts": vars(prompts),
+        "head": run.head,
+        "projection": {**run.config().to_dict(), "unprojected twin": run.projection != "none" and not run.no_compare},
+        "training": {
+            **{key: _plain(getattr(training, key)) for key in _TRAINING},
+            "num_train_epochs": 1.0 if data.scenario == "online" else training.num_train_epochs,  # per task
+            "images_per_step": per_step,
+            "learning_rate_per_256_images": round(training.learning_rate * 256 / per_step, 12),
+        },
+    }
+    return json.dumps(settings, indent=2)
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)  # enums of TrainingArguments

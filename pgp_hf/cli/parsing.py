@@ -1,0 +1,109 @@
+"""The command line of the examples: options made from dataclasses, with presets as their defaults."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields, make_dataclass
+from typing import Any, get_type_hints
+
+from transformers import HfArgumentParser
+
+from .. import presets
+from ..training.arguments import PGPTrainingArguments
+from ..tuners.base.config import PromptConfig
+from .arguments import Arguments, DataArguments, ModelArguments, RunArguments
+from .dry_run import describe
+
+# defaults for the embedded digits, used when no source is named
+EMBEDDED = {"num_tasks": 5, "num_train_epochs": 3, "augmentation": "none"}
+SOURCES = {"--model_name_or_path", "--dataset_name", "--train_dir"}
+HELP = {"-h", "--help"}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep the lines of the description, and tell each option's default."""
+
+
+def option(token: str) -> str:
+    """Return the option that a token names, "--learning_rate" for "--learning-rate=0.1" too."""
+    return token.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+
+
+def prompt_arguments(config: type[PromptConfig], **more: Any) -> type:
+    """Make a dataclass of the arguments that a configuration names in `command_line`, with its defaults and help.
+
+    Args:
+        config: the adapter's configuration.
+        more: further arguments, each a `dataclasses.field` with a default of the argument's type.
+    """
+    hints, known = get_type_hints(config), {one.name: one for one in fields(config)}
+    own = [
+        # the parser changes the fields it is given, so the configuration keeps its own
+        (name, hints[name], field(default=one.default, default_factory=one.default_factory, metadata=one.metadata))
+        for name, one in ((name, known[name]) for name in config.command_line)
+    ]
+    return make_dataclass("PromptArguments", [*own, *((name, type(one.default), one) for name, one in more.items())])
+
+
+def read(
+    kinds: Sequence[type], argv: Sequence[str], defaults: Mapping[str, Any], description: str | None
+) -> tuple[Any, ...]:
+    """Read a command line into dataclasses.
+
+    Args:
+        kinds: the dataclasses, whose fields are the options.
+        argv: the command line without the program.
+        defaults: by option, what takes the place of a field's own default.
+        description: shown by `--help`.
+
+    Raises:
+        ValueError: an argument that nothing takes.
+        SystemExit: after `--help`, and for a value that an option refuses.
+    """
+    parser = HfArgumentParser(
+        kinds,  # type: ignore[arg-type]  # annotated with a NewType, which no class is
+        description=description,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,  # `option` would not recognise them
+    )
+    # argparse reads text as if it were on the command line, and leaves lists as they are
+    parser.set_defaults(**{name: each if isinstance(each, list) else str(each) for name, each in defaults.items()})
+    return parser.parse_args_into_dataclasses(list(argv))
+
+
+def parse(description: str | None, prompts: type, method: str, argv: Sequence[str] | None = None) -> Arguments:
+    """Parse the arguments of an example; with `--dry_run`, print the settings that result and exit.
+
+    Args:
+        description: shown by `--help`.
+        prompts: dataclass of the adapter's own arguments, see `prompt_arguments`.
+        method: of the presets that `--preset` names and of the output folder, for example "l2p".
+        argv: the command line without the program, `sys.argv[1:]` by default.
+
+    Raises:
+        ValueError: an unknown preset, an argument that nothing takes.
+        SystemExit: after `--help` and `--dry_run`, and for a value that an option refuses.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    given = set(map(option, argv))
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset")
+    name = early.parse_known_args(argv)[0].preset
+    preset = None if name is None else presets.load(method, name)
+    defaults: dict[str, Any] = {}
+    if preset is not None:
+        defaults = {"output_dir": f"out/{method}_{name}", **presets.arguments(preset, given)}
+    elif not given & (SOURCES | HELP):  # help shows the defaults for a source of one's own
+        defaults = {"output_dir": f"out/{method}_pgp", **EMBEDDED}
+        if not given & {"--output_dir", "--overwrite_output_dir", "--resume_from_checkpoint"}:
+            defaults["overwrite_output_dir"] = True  # the default folder is scratch
+    kinds = (ModelArguments, DataArguments, prompts, RunArguments, PGPTrainingArguments)
+    arguments = Arguments(*read(kinds, argv, defaults, description))
+    arguments.model.kind = "clip" if method == "clip" else "vit"
+    if arguments.run.dry_run:
+        if arguments.training.process_index == 0:
+            print(describe(method, preset, arguments))
+        sys.exit(0)
+    return arguments
