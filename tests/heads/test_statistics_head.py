@@ -22,7 +22,7 @@ from transformers import CLIPConfig, CLIPModel, pipeline
 from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig
 from pgp_hf.training.results import changed_share
 
-NAMES = {label: f"class {label}" for label in range(6)}
+NAMES = {label: f"LABEL_{label}" for label in range(6)}
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 

@@ -14,6 +14,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from pgp_hf import ClipPromptConfig, L2PConfig, ProjectionConfig
 
+NAMES = {label: f"class {label}" for label in range(6)}
+
 pytestmark = pytest.mark.usefixtures("without_figures")
 
 NAMES = [f"class_{c}" for c in "abcdef"]
@@ -108,7 +110,7 @@ def test_prompts_equal_a_forward_pass_written_out(images):
     """Image prompts behind CLS before the pre-norm, contexts before the name, cosine times the logit scale."""
     model = make("eager")
     tuner = model.base_model
-    tuner.prepare_stream([[0, 3], [1, 2], [4, 5]])
+    tuner.prepare_stream([[0, 3], [1, 2], [4, 5]], NAMES)
     tuner.begin_task(1)
     logits = model(pixel_values=images).logits_per_image
     plain = clip("eager").eval()
@@ -137,7 +139,7 @@ def test_prompts_equal_a_forward_pass_written_out(images):
 def test_finished_tasks_keep_their_text_features(images):
     model = make()
     tuner = model.base_model
-    tuner.prepare_stream([[0, 3], [1, 2], [4, 5]])
+    tuner.prepare_stream([[0, 3], [1, 2], [4, 5]], NAMES)
     zero_shot = tuner.text_layer.clip_prompt_features["default"].clone()
     assert torch.equal(zero_shot, tuner.zero_shot_features())
     tuner.begin_task(0)
@@ -160,7 +162,7 @@ def test_finished_tasks_keep_their_text_features(images):
 
 def test_gradients_reach_the_running_context_and_the_image_prompt(images):
     model = make()
-    model.base_model.prepare_stream([[0, 3], [1, 2], [4, 5]])
+    model.base_model.prepare_stream([[0, 3], [1, 2], [4, 5]], NAMES)
     model.base_model.begin_task(1)
     model.train()
     model(pixel_values=images).logits_per_image[:, [1, 2]].logsumexp(1).sum().backward()
