@@ -16,7 +16,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -501,7 +501,7 @@ def _entry(path: str, file: File) -> dict[str, Any]:
 
 
 def metadata_errors(card: str) -> list[str]:
-    """What the Hub refuses in a model card's metadata, as far as a card of ours could get it wrong."""
+    """Return what the Hub refuses in a model card's metadata, as far as a card of ours could get it wrong."""
     block = re.match(r"---\n(.*?)\n---\n", card, flags=re.S)
     if not block:
         return []  # no metadata is a warning there
@@ -511,29 +511,37 @@ def metadata_errors(card: str) -> list[str]:
         return [f"not YAML: {error}"]
     if not isinstance(data, dict):
         return ["metadata must be a mapping"]
-    errors = []
-    ids = {"base_model": data.get("base_model"), "datasets": data.get("datasets")}
-    for key, value in ids.items():
+    return [*_id_errors(data), *_type_errors(data), *_model_index_errors(data)]
+
+
+def _id_errors(data: dict[str, Any]) -> Iterator[str]:
+    for key in ("base_model", "datasets"):
+        value = data.get(key)
         for name in value if isinstance(value, list) else [value]:
             if name is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(name)):
-                errors.append(f'"{key}" with value "{name}" is not valid: it must be an id on the Hub')
+                yield f'"{key}" with value "{name}" is not valid: it must be an id on the Hub'
+
+
+def _type_errors(data: dict[str, Any]) -> Iterator[str]:
     for key in ("license", "pipeline_tag", "library_name"):
         if key in data and not isinstance(data[key], str):
-            errors.append(f'"{key}" must be a string')
+            yield f'"{key}" must be a string'
     for key in ("tags", "metrics"):
         if not all(isinstance(one, str) for one in data.get(key) or []):
-            errors.append(f'"{key}" must be an array of strings')
+            yield f'"{key}" must be an array of strings'
+
+
+def _model_index_errors(data: dict[str, Any]) -> Iterator[str]:
+    needed = [("task", "type"), ("dataset", "type"), ("dataset", "name")]
     for i, model in enumerate(data.get("model-index") or []):
         if not isinstance(model.get("name"), str) or not model.get("results"):
-            errors.append(f'"model-index[{i}]" needs "name" and "results"')
+            yield f'"model-index[{i}]" needs "name" and "results"'
         for j, result in enumerate(model.get("results") or []):
             where = f"model-index[{i}].results[{j}]"
-            needed = [("task", "type"), ("dataset", "type"), ("dataset", "name")]
-            errors += [f'"{where}.{a}.{b}" is required' for a, b in needed if not (result.get(a) or {}).get(b)]
+            yield from (f'"{where}.{a}.{b}" is required' for a, b in needed if not (result.get(a) or {}).get(b))
             for metric in result.get("metrics") or [{}]:
                 if not metric.get("type") or metric.get("value") is None:
-                    errors.append(f'"{where}.metrics" need "type" and "value"')
-    return errors
+                    yield f'"{where}.metrics" need "type" and "value"'
 
 
 _API = r"/api/models/(?P<repo>[^/]+/[^/]+)"
