@@ -61,7 +61,7 @@ def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_HEADER:
                 raise ValueError(f"its header declares {length} bytes, allowed are {MAX_HEADER}")
-            # the library refuses overlaps, gaps, trailing bytes and sizes that do not fit the data
+            # the library refuses overlaps, gaps, trailing bytes, deep nesting and sizes that do not fit the data
             with safe_open(path, framework="pt") as tensors:
                 slices = [(name, tensors.get_slice(name)) for name in tensors.keys()]  # noqa: SIM118  # not a dict
                 shapes = {name: _check_shape(name, one.get_dtype(), tuple(one.get_shape())) for name, one in slices}
@@ -71,8 +71,6 @@ def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
                     raise ValueError(
                         f"the entry of {name!r} must have dtype, shape and data_offsets, and nothing else"
                     )
-    except RecursionError as error:
-        raise ValueError(f"{path} is missing or damaged (its header is nested too deeply).") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}).") from error
     return shapes

@@ -140,16 +140,17 @@ class Revision:
         """Read the method's tensors and the content of `method.json`; None for a run that wrote neither.
 
         Raises:
-            ValueError: one file without the other; a file that is damaged or was altered, or lacks the method's name or
-                settings.
+            ValueError: a file is missing, damaged or was altered, or lacks the method's name or settings.
         """
         state, description = self.folder / METHOD_STATE, self.folder / METHOD
-        if not state.exists() and not description.exists():
+        there = [path.name for path in (state, description) if path.exists()]
+        if not there and self._noted_digest(METHOD_STATE) is None:
             return None
-        for path, other in ((state, description), (description, state)):
+        for path in (state, description):
             if not path.exists():
                 raise ValueError(
-                    f"{self.folder} has {other.name}, but no {path.name}: the download or copy is incomplete."
+                    f"{self.folder} has {there[0] if there else f'a digest of {METHOD_STATE}'}, but no {path.name}: the "
+                    "download or copy is incomplete."
                 )
         content = reading.read_json(description)
         check_method_file(content, description)
@@ -179,7 +180,7 @@ class Revision:
 
     def check_backbone(self, model: nn.Module) -> None:
         """Raise ValueError when the backbone's weights are not those that the run had."""
-        noted = (self.results or {}).get("sha256", {}).get(backbone_key(model))
+        noted = self._noted_digest(backbone_key(model))
         if noted is None:
             return
         found = backbone_sha256(model, self.adapter.get("modules_to_save"))
@@ -194,8 +195,11 @@ class Revision:
         if self.results is None:
             raise ValueError(f"{self.folder} is an adapter without a run: it has no {DESCRIPTION} and {BASES}.")
 
+    def _noted_digest(self, name: str) -> str | None:
+        return (self.results or {}).get("sha256", {}).get(name)
+
     def _check_digest(self, path: Path) -> None:
-        noted = (self.results or {}).get("sha256", {}).get(path.name)
+        noted = self._noted_digest(path.name)
         if noted is not None and noted != reading.sha256(path):
             raise ValueError(
                 f"{path} is not the file that the run wrote (its digest differs from the one in {RESULTS}): it is "

@@ -58,7 +58,8 @@ def test_every_tag_loads_to_the_bit_and_again_without_a_network(hub, repo, run, 
     assert python(LOAD, options={"cache_dir": cache}).value == raw(run, 3)
     assert python(LOAD, options={"revision": repo.tags["task-2"], "cache_dir": cache}).value == raw(run, 2)
     asked = {one.path.rsplit("/", 1)[-1] for one in hub.requests if "/resolve/" in one.path}
-    assert "README.md" not in asked and asked <= {name.rpartition("/")[2] for name in package.UPLOADED_FILES}
+    assert {"method.json", "method.safetensors"} <= asked and "README.md" not in asked
+    assert asked <= {name.rpartition("/")[2] for name in package.UPLOADED_FILES}
     hub.requests.clear()
     offline = {"revision": "task-2", "cache_dir": cache, "local_files_only": True}
     assert python(LOAD, options=offline).value == raw(run, 2) and not hub.requests
@@ -127,6 +128,7 @@ class Payload:
         ({"sub/optimizer.pt": None}, "sub/optimizer.pt.*can run code"),
         ({"adapter_model.safetensors": b"\xff" * 64}, "adapter_model.safetensors is missing or damaged"),
         ({"results.json": False}, "no results.json"),
+        ({"method.safetensors": False}, "has method.json, but no method.safetensors"),
         ({"results.json": b" " * (8 * 2**20 + 1)}, "results.json has 8388609 bytes, allowed are 8388608"),
         ({"config.json": b'{"auto_map": {"AutoModel": "evil.Model"}}'}, "config.json asks for code"),
         ({"../../../evil.json": b"{}", "preprocessor_config.json": b"{}"}, "no image processor can be made"),

@@ -160,7 +160,7 @@ def test_only_the_run_itself_is_pushed_not_its_twin(tmp_path, monkeypatch):
     class Trainer:
         def __init__(self, model, args, *others, **kwargs):
             pushed[args.output_dir] = args.push_to_hub
-            self.results = self.accelerator = self.tuner = mock.MagicMock()
+            self.results = self.accelerator = self.stream_model = mock.MagicMock()
 
         def is_world_process_zero(self):
             return False
@@ -172,8 +172,8 @@ def test_only_the_run_itself_is_pushed_not_its_twin(tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment, "PGPTrainer", Trainer)
     args = PGPTrainingArguments(str(tmp_path), use_cpu=True, push_to_hub=True, hub_model_id="me/run")
-    run_args = mock.MagicMock(no_compare=False, config=ProjectionConfig)
-    experiment.run("L2P", mock.MagicMock(), mock.MagicMock(), run_args, args, mock.MagicMock())
+    arguments = mock.MagicMock(training=args, run=mock.MagicMock(no_compare=False, config=ProjectionConfig))
+    experiment.run("L2P", arguments, mock.MagicMock())
     assert pushed == {str(tmp_path / "baseline"): False, str(tmp_path): True}
 
 
@@ -286,6 +286,21 @@ raise FloatingPointError("the loss became nan")
 # ---- the command ------------------------------------------------------------------------------------------------------
 
 
+def test_the_package_is_a_command(hub, home, expected):
+    def run(*argv):
+        command = [sys.executable, "-m", "pgp_hf.hub", *argv]
+        return subprocess.run(command, env=environment(hub, home), capture_output=True, text=True, timeout=120)
+
+    told = run("push", "--help")
+    assert told.returncode == 0 and told.stdout.startswith("usage: python -m pgp_hf.hub push")
+    for option in ("output_dir", "--repo_id", "--private", "--no-private", "--token", "--base_model", "--wait"):
+        assert option in told.stdout
+    assert run().returncode == run("push", str(expected[0])).returncode == 2  # no command, no repository
+    done = run("push", str(expected[0]), "--repo_id", "run")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    check_complete(hub.repos["me/run"], expected[0])
+
+
 def test_pushing_again_changes_nothing(hub, python, expected):
     argv = [str(expected[0]), "--repo_id", "team/run"]
     plain, hub.lfs = hub.lfs, lambda path: False  # a Hub that takes everything as plain git files
@@ -344,7 +359,7 @@ def test_published_revisions_are_never_changed(hub, python, expected, tmp_path):
     assert answer.value == 1 and "its task-1 differs from the one here in results.json" in answer.out
     del repo.tags["task-1"]
     answer = python(PUSH, argv=[str(folder), *argv])
-    assert answer.value == 1 and "me/run holds task-2, task-3 already, and main never goes back" in answer.out
+    assert answer.value == 1 and "me/run already holds task-2, task-3, and main never goes back" in answer.out
     repo.tags["task-1"] = before[1]["task-1"]
     code = """
     from types import SimpleNamespace
@@ -359,7 +374,7 @@ def test_published_revisions_are_never_changed(hub, python, expected, tmp_path):
     """
     out = python(code, folder=str(folder)).out
     assert (
-        "1 me/run holds another run: its task-1 differs" in out and "0 me/run holds a run already (tag task-1)" in out
+        "1 me/run holds another run: its task-1 differs" in out and "0 me/run already holds a run (tag task-1)" in out
     )
     assert state(repo) == before
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from huggingface_hub import ModelCard
 from peft import AutoPeftModel, PeftConfig, get_peft_model
 
 from pgp_hf import L2PConfig, embedded, hub
+from pgp_hf.runs.atomic import write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,30 @@ def test_paths_in_json_keep_their_last_part(task, path):
     assert json.loads(files["results.json"])["note"] == {"from": "birds"}
     assert b"jane" not in b"".join(files.values())
     assert json.loads(files["stream.json"])["tasks"] == manifest["tasks"]
+
+
+def test_a_methods_files_go_along_without_paths_and_the_card_tells_of_it(task):
+    limits = ["It keeps nothing of old images."]
+    card = {
+        "title": "A method of ours",
+        "sentence": "Weights that matter move less.",
+        "limits": limits,
+        "citation": None,
+    }
+    method = {"name": "ours", "settings": {"exemplars": "/data/jane/exemplars"}, "state": {"seen": 2}, "card": card}
+    (task / "method.json").write_text(json.dumps(method))
+    write_tensors(task / "method.safetensors", {"importance": torch.ones(3)})
+    files = taken(task)
+    assert files["method.safetensors"] == (task / "method.safetensors").read_bytes()
+    assert json.loads(files["method.json"]) == {**method, "settings": {"exemplars": "exemplars"}}
+    text = " ".join(files["README.md"].decode().split())
+    assert card["title"] in text and card["sentence"] in text and limits[0] in text and "jane" not in text
+
+
+def test_a_run_of_before_there_were_files_of_a_method(task):
+    for name in ("method.json", "method.safetensors"):
+        (task / name).unlink()
+    assert not {"method.json", "method.safetensors"} & taken(task).keys()
 
 
 def test_class_names_are_no_paths(task):

@@ -6,7 +6,9 @@ The table damages a sound revision; `load_pretrained` must refuse it and leave t
 from __future__ import annotations
 
 import copy
+import enum
 import json
+import math
 import pickle
 import shutil
 import struct
@@ -16,15 +18,19 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, ViTForImageClassification
 
 from pgp_hf import ProjectionConfig, load_pretrained
+from pgp_hf.inference import classifier
 from pgp_hf.projection import Projection
 from pgp_hf.report import figures as plots
 from pgp_hf.runs import reading
+from pgp_hf.tuners.base.config import PromptConfig
 
 ADAPTER, CONFIG, BASES = "adapter_model.safetensors", "adapter_config.json", "projection.safetensors"
+STATE = "method.safetensors"
 PROMPT, KEY = "base_model.model.vit.embeddings.l2p_prompt", "base_model.model.vit.embeddings.l2p_key"
 
 
@@ -69,7 +75,7 @@ def pickled(name, alone=False):
     return damage
 
 
-def content(name, **changes):
+def content(name, /, **changes):
     """Change entries of a JSON file; a function changes the value that is there."""
 
     def damage(folder):
@@ -103,6 +109,14 @@ def raw(name, change):
     return damage
 
 
+def both(one, other):
+    def damage(folder):
+        one(folder)
+        other(folder)
+
+    return damage
+
+
 def header(name, change):
     """Rewrite a safetensors file's header, the data left as they are."""
 
@@ -118,6 +132,21 @@ def header(name, change):
 
 def entry(key, **changes):
     return lambda found: found[key].update(changes)
+
+
+def more(shape, shift=0):
+    """One more tensor of float32 behind the others."""
+
+    def change(found):
+        end = max(one["data_offsets"][1] for name, one in found.items() if name != "__metadata__") + shift
+        found["more"] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * math.prod(shape)]}
+
+    return change
+
+
+def deep(found):
+    """An unknown key with nested content."""
+    return json.dumps(found).replace('"dtype"', f'"x": {nested(100_000)}, "dtype"', 1).encode()
 
 
 def twice(found):
@@ -150,6 +179,7 @@ def link(name, target):
 
 
 HUGE = 2**60
+DAMAGED = f"{ADAPTER} is missing or damaged"
 BAD = {
     # nothing but safetensors and JSON
     "a pickle instead of the adapter": (pickled("adapter_model.bin", alone=True), "adapter_model.bin.*can run code"),
@@ -160,7 +190,7 @@ BAD = {
     "the results are missing": (lambda folder: (folder / "results.json").unlink(), "no results.json: .*incomplete"),
     "the bases are missing": (lambda folder: (folder / BASES).unlink(), f"no {BASES}: .*incomplete"),
     "a device": (link(ADAPTER, "/dev/zero"), "no adapter|has no adapter"),
-    "a device as JSON": (link("results.json", "/dev/zero"), "no regular file"),
+    "a device as JSON": (link("results.json", "/dev/zero"), "not a regular file"),
     # requests to run code
     "auto_map in the adapter's configuration": (
         content(CONFIG, auto_map={"AutoModel": "evil.Model"}),
@@ -177,7 +207,10 @@ BAD = {
     ),
     "auto_map deep inside": (content("processor_config.json", x=[{"y": {"auto_map": "b.c"}}]), "asks for code"),
     # names
-    "another kind of adapter": (content(CONFIG, peft_type="LORA"), "peft_type='LORA'.*L2P, DUALPROMPT, CLIP_PROMPT"),
+    "another kind of adapter": (
+        content(CONFIG, peft_type="LORA"),
+        "peft_type='LORA': expected one of .*L2P.*registered",
+    ),
     "a path as the kind": (content(CONFIG, peft_type="../../evil"), "peft_type='../../evil'"),
     "a list as the kind": (content(CONFIG, peft_type=["L2P"]), r"peft_type=\['L2P'\]"),
     "modules of the backbone to save": (content(CONFIG, modules_to_save=["embeddings"]), "must stay frozen"),
@@ -188,7 +221,7 @@ BAD = {
     ),
     "a path as a basis's name": (
         tensors(BASES, lambda found: found.update({"../evil": torch.zeros(3, 1)})),
-        "'../evil' has a basis, but is no parameter",
+        "'../evil' has a basis, but is not a parameter",
     ),
     # the adapter against its configuration and the backbone
     "a parameter is missing": (tensors(ADAPTER, lambda found: found.pop(KEY)), f"it lacks '{KEY}'"),
@@ -199,15 +232,15 @@ BAD = {
     ),
     "a configuration for another shape": (content(CONFIG, prompt_length=3), r"expected \(5, 3, 24\)"),
     "a configuration for a huge shape": (content(CONFIG, pool_size=HUGE, top_k=1), "does not fit|expected"),
-    "sizes that are no numbers": (content(CONFIG, pool_size="many"), f"{CONFIG} is no adapter's configuration"),
+    "sizes that are no numbers": (content(CONFIG, pool_size="many"), f"{CONFIG} is not a valid adapter configuration"),
     "sizes that are fractions": (content(CONFIG, prompt_length=2.5), "does not fit"),
-    "an unknown setting": (content(CONFIG, run="rm -rf"), "no adapter's configuration.*'run'"),
+    "an unknown setting": (content(CONFIG, run="rm -rf"), "not a valid adapter configuration.*'run'"),
     "numbers for names": (content(CONFIG, id2label={"0": 1, "1": 2}), "does not name the classes|another number"),
     "classes with gaps": (
         content(CONFIG, id2label={str(2 * c): f"class {c}" for c in range(6)}),
         "does not name the classes 0, 1",
     ),
-    "fewer classes than the stream": (content(CONFIG, id2label={"0": "a", "1": "b"}), "has 6 classes, id2label"),
+    "fewer classes than the stream": (content(CONFIG, id2label={"0": "a", "1": "b"}), "has 6 classes, but id2label"),
     "not a number among the weights": (
         tensors(ADAPTER, lambda found: found[PROMPT].view(-1)[3:4].fill_(float("nan"))),
         "l2p_prompt' holds 1 values that are not finite",
@@ -221,26 +254,38 @@ BAD = {
         "l2p_key' has dtype torch.int64",
     ),
     # damaged safetensors
-    "cut in the data": (raw(ADAPTER, lambda data: data[:-100]), f"{ADAPTER} is missing or damaged"),
-    "cut in the header": (raw(ADAPTER, lambda data: data[:40]), "header declares"),
+    "cut in the data": (raw(ADAPTER, lambda data: data[:-100]), DAMAGED),
+    "cut in the header": (raw(ADAPTER, lambda data: data[:40]), DAMAGED),
+    "cut before the header": (raw(ADAPTER, lambda data: data[:5]), "missing or damaged"),
     "empty": (raw(ADAPTER, lambda data: b""), "missing or damaged"),
     "one bit altered": (raw(ADAPTER, flip), f"{ADAPTER} is not the file that the run wrote"),
     "one bit of the bases altered": (raw(BASES, flip), f"{BASES} is not the file that the run wrote"),
-    "data behind the end": (raw(ADAPTER, lambda data: data + b"more"), "end at byte"),
+    "data behind the end": (raw(ADAPTER, lambda data: data + b"more"), DAMAGED),
     "a huge header": (raw(ADAPTER, lambda data: struct.pack("<Q", HUGE) + data[8:]), f"header declares {HUGE} bytes"),
-    "a huge tensor": (header(ADAPTER, entry(PROMPT, shape=[HUGE, 2])), "l2p_prompt' declares shape"),
-    "a huge tensor without data": (header(ADAPTER, entry(PROMPT, shape=[0, HUGE], data_offsets=[0, 0])), "damaged"),
-    "a tensor behind the end": (header(ADAPTER, entry(PROMPT, data_offsets=[HUGE, HUGE + 960])), "declares shape"),
-    "negative offsets": (header(ADAPTER, entry(PROMPT, data_offsets=[-960, 0])), "data_offsets"),
-    "a fraction as a shape": (header(ADAPTER, entry(PROMPT, shape=[2.5])), "has shape"),
-    "an unknown dtype": (header(ADAPTER, entry(PROMPT, dtype="OBJECT")), "dtype 'OBJECT'"),
-    "overlapping tensors": (
-        header(ADAPTER, lambda found: found[PROMPT].update(data_offsets=[0, 960]) or None),
-        "overlap or leave a gap|declares shape",
+    "a huge tensor": (header(ADAPTER, entry(PROMPT, shape=[HUGE, 2])), DAMAGED),
+    "a huge tensor without data": (header(ADAPTER, entry(PROMPT, shape=[0, HUGE], data_offsets=[0, 0])), DAMAGED),
+    "lengths beyond those of tensors": (header(ADAPTER, more(shape=[0, 2**63])), r"'more' has shape \(0, 9223"),
+    "many dimensions": (header(ADAPTER, more(shape=[0] * 9)), "'more' has shape .*at most 8 lengths"),
+    "another shape than the data": (header(ADAPTER, entry(PROMPT, shape=[5, 3, 24])), DAMAGED),
+    "a tensor behind the end": (header(ADAPTER, entry(PROMPT, data_offsets=[HUGE, HUGE + 960])), DAMAGED),
+    "negative offsets": (header(ADAPTER, entry(PROMPT, data_offsets=[-960, 0])), DAMAGED),
+    "a fraction as a shape": (header(ADAPTER, entry(PROMPT, shape=[2.5])), DAMAGED),
+    "an unknown dtype": (header(ADAPTER, entry(PROMPT, dtype="OBJECT")), DAMAGED),
+    "a dtype that is never written": (header(ADAPTER, entry(PROMPT, dtype="U32")), "l2p_prompt' has dtype 'U32'"),
+    "overlapping tensors": (header(ADAPTER, entry(PROMPT, data_offsets=[0, 960])), DAMAGED),
+    "a gap between tensors": (
+        both(header(ADAPTER, more(shape=[1], shift=4)), raw(ADAPTER, lambda data: data + bytes(8))),
+        DAMAGED,
     ),
-    "a name twice": (header(ADAPTER, twice), f"'{PROMPT}' stands there twice"),
-    "a header that is a list": (header(ADAPTER, lambda found: b"[1, 2]"), "not an object"),
-    "a header nested deeply": (header(ADAPTER, lambda found: nested(100_000).encode()), "nested too deeply"),
+    "an entry that is odd": (
+        header(ADAPTER, entry(PROMPT, loader="evil")),
+        "entry of '.*l2p_prompt' must have dtype, shape and data_offsets, and nothing else",
+    ),
+    "an entry that lacks something": (header(ADAPTER, lambda found: found[PROMPT].pop("shape") and None), DAMAGED),
+    "a name twice": (header(ADAPTER, twice), f"'{PROMPT}' occurs twice"),
+    "a header that is a list": (header(ADAPTER, lambda found: b"[1, 2]"), DAMAGED),
+    "a header nested deeply": (header(ADAPTER, lambda found: nested(100_000).encode()), DAMAGED),
+    "an entry nested deeply": (header(ADAPTER, deep), DAMAGED),
     # bases
     "bases that are not orthonormal": (
         tensors(BASES, lambda found: found[PROMPT].mul_(1.01)),
@@ -266,6 +311,10 @@ BAD = {
         content("projection.json", **{PROMPT: lambda found: first(found, shape=[11, 24])}),
         "basis of '.*l2p_prompt'",
     ),
+    "a description of a huge shape": (
+        content("projection.json", **{PROMPT: lambda found: first(found, shape=[2**70, 24])}),
+        "basis of '.*l2p_prompt'",
+    ),
     "a description that is nonsense": (
         content("projection.json", **{PROMPT: lambda found: first(found, shape="..", batch_dims=-3)}),
         "basis of '.*l2p_prompt'",
@@ -275,7 +324,7 @@ BAD = {
     "JSON that is a list": (text("stream.json", "[]"), "a list where an object is expected"),
     "JSON nested deeply": (text(CONFIG, nested(100_000)), "nested too deeply"),
     "JSON that is huge": (text("stream.json", " " * (reading.MAX_JSON + 1)), "bytes, allowed are"),
-    "JSON with a name twice": (text("results.json", '{"a": 1, "a": 2}'), "'a' stands there twice"),
+    "JSON with a name twice": (text("results.json", '{"a": 1, "a": 2}'), "'a' occurs twice"),
     "JSON with NaN": (text("results.json", '{"a": NaN}'), "NaN is not JSON"),
     "JSON with an endless number": (text("results.json", '{"a": 1e999}'), "too large"),
     "JSON in another encoding": (raw("stream.json", lambda data: b"\xff\xfe" + data), "missing or damaged"),
@@ -298,13 +347,46 @@ BAD = {
     "another number of tasks": (content("results.json", num_tasks=4), "disagree about num_tasks"),
     "another scenario": (content("results.json", scenario="online"), "disagree about num_tasks or scenario"),
     "digests that are none": (content("results.json", sha256=["a"]), "sha256 is not an object"),
-    "a stream without tasks": (content("stream.json", tasks=None), "not a stream's manifest"),
+    "a stream without tasks": (content("stream.json", tasks=None), "does not describe a stream"),
     "a stream with a class twice": (
         content("stream.json", tasks=lambda found: [found[0], found[0], found[2]]),
         "classes are not 0 to",
     ),
     "a stream of other classes": (content("stream.json", num_classes=7), "classes are not 0 to"),
+    "a stream of more classes than memory": (content("stream.json", num_classes=HUGE), "classes are not 0 to"),
     "class names that are none": (content("stream.json", label_names=[1] * 6), "label_names are not 6 strings"),
+    # the method's files
+    "the method's state is missing": (
+        lambda folder: (folder / STATE).unlink(),
+        f"has method.json, but no {STATE}: .*incomplete",
+    ),
+    "the method's description is missing": (
+        lambda folder: (folder / "method.json").unlink(),
+        f"has {STATE}, but no method.json: .*incomplete",
+    ),
+    "the method's files are missing": (
+        lambda folder: [(folder / name).unlink() for name in (STATE, "method.json")],
+        f"has a digest of {STATE}, but no {STATE}: .*incomplete",
+    ),
+    "another state of the method": (
+        tensors(STATE, lambda found: found.update(more=torch.zeros(2))),
+        f"{STATE} is not the file that the run wrote",
+    ),
+    "not a number in the method's state": (
+        tensors(STATE, lambda found: found.update(more=torch.full((2,), float("nan")))),
+        f"{STATE}: 'more' holds 2 values that are not finite",
+    ),
+    "the method's state cut": (raw(STATE, lambda data: data[:5]), f"{STATE} is missing or damaged"),
+    "a method without a name": (content("method.json", name=None), "method.json has name=None"),
+    "a method whose name is a number": (content("method.json", name=3), "method.json has name=3"),
+    "a method without settings": (
+        lambda folder: (folder / "method.json").write_text('{"name": "x"}'),
+        "method.json has settings=None: expected an object",
+    ),
+    "settings of a method that are a list": (content("method.json", settings=[]), r"has settings=\[\]"),
+    "a method's state that is a word": (content("method.json", state="x"), "has state=x: expected an object"),
+    "a method's card that is a list": (content("method.json", card=[1]), r"has card=\[1\]: expected an object"),
+    "auto_map in the method's file": (content("method.json", auto_map={"a": "b.c"}), "method.json asks for code"),
     # the image processor
     "a processor of an unknown kind": (
         content("preprocessor_config.json", image_processor_type="os.system"),
@@ -334,6 +416,21 @@ def unchanged(model, before):
 def test_the_sound_revision_loads(folder):
     loaded = load_pretrained(folder, backbone=tiny.backbone())
     assert len(loaded.classes) == 4 and loaded.projection.rank > 0
+
+
+def test_a_revision_of_before_there_were_files_of_a_method_loads(folder):
+    (folder / STATE).unlink()
+    (folder / "method.json").unlink()
+    content("results.json", sha256=lambda found: {name: one for name, one in found.items() if name != STATE})(folder)
+    assert load_pretrained(folder, backbone=tiny.backbone()).classes
+
+
+def test_the_kinds_of_adapters_are_those_that_are_registered(folder, monkeypatch):
+    known = {kind: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value not in ("L2P", "DUALPROMPT")}
+    known[enum.Enum("Kind", {"OTHER": "OTHER_PROMPT"}).OTHER] = type("OtherConfig", (PromptConfig,), {})
+    monkeypatch.setattr(classifier, "PEFT_TYPE_TO_CONFIG_MAPPING", known)
+    with pytest.raises(ValueError, match="peft_type='L2P': expected one of CLIP_PROMPT, OTHER_PROMPT, the prompt"):
+        load_pretrained(folder, backbone=tiny.backbone())
 
 
 @pytest.mark.parametrize("how", BAD)
@@ -377,7 +474,7 @@ def test_bad_bases_are_refused_on_their_own(folder, how):
 )
 def test_bad_projection_settings(folder, settings, message):
     content("projection.json", **settings)(folder)
-    with pytest.raises(ValueError, match=f"projection.json is no projection's description .*{message}"):
+    with pytest.raises(ValueError, match=f"projection.json does not describe a projection .*{message}"):
         ProjectionConfig.from_pretrained(folder)
 
 

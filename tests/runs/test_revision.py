@@ -1,0 +1,57 @@
+"""What a revision holds of the method, read from folders made by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pgp_hf.runs.atomic import write_json, write_tensors
+from pgp_hf.runs.folder import METHOD, METHOD_STATE
+from pgp_hf.runs.revision import Revision
+from pgp_hf.runs.sources import REVISION_FILES, RUN_FILES, locate
+
+CONTENT = {"name": "ewc", "settings": {"strength": 5.0}, "state": {"tasks": 2}, "card": {"title": "EWC", "limits": []}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An adapter of some kind, which `locate` takes for a revision."""
+    write_json(tmp_path / "adapter_config.json", {"peft_type": "SOMETHING"})
+    write_tensors(tmp_path / "adapter_model.safetensors", {"prompt": torch.ones(2)})
+    return tmp_path
+
+
+def test_the_methods_files_are_read_back(folder):
+    state = {"fisher": torch.randn(3, 2), "of no length": torch.zeros(0, 4)}
+    write_json(folder / METHOD, CONTENT)
+    write_tensors(folder / METHOD_STATE, state)
+    tensors, content = Revision.read(locate(folder)).method()
+    assert content == CONTENT and tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[name], value) for name, value in state.items())
+
+
+def test_a_method_may_remember_nothing(folder):
+    write_json(folder / METHOD, {"name": "fine_tuning", "settings": {}})
+    write_tensors(folder / METHOD_STATE, {})
+    assert Revision.read(folder).method() == ({}, {"name": "fine_tuning", "settings": {}})
+
+
+def test_a_run_of_before_there_were_such_files_has_none(folder):
+    assert Revision.read(folder).method() is None
+    assert {METHOD, METHOD_STATE} <= set(REVISION_FILES) and not {METHOD, METHOD_STATE} & set(RUN_FILES)
+
+
+@pytest.mark.parametrize(("there", "lacking"), [(METHOD, METHOD_STATE), (METHOD_STATE, METHOD)])
+def test_one_file_without_the_other_is_refused(folder, there, lacking):
+    write_json(folder / METHOD, CONTENT)
+    write_tensors(folder / METHOD_STATE, {})
+    (folder / lacking).unlink()
+    with pytest.raises(ValueError, match=f"has {there}, but no {lacking}"):
+        Revision.read(folder).method()
+
+
+@pytest.mark.parametrize("kind", [None, 3, ["L2P"], {"a": 1}])
+def test_the_kind_of_an_adapter_is_a_word(folder, kind):
+    write_json(folder / "adapter_config.json", {"peft_type": kind})
+    with pytest.raises(ValueError, match="adapter_config.json has peft_type=.*expected the name of a kind of adapter"):
+        Revision.read(folder)
