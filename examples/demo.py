@@ -1,15 +1,16 @@
-"""A page in the browser: what a run predicts after each of its tasks, and which prompts it selects.
+"""Show in the browser what a run predicts after each of its tasks, and which prompts it selects.
 
     python examples/demo.py out/l2p_pgp
     python examples/demo.py me/l2p-pgp-cifar100 --port 8000
 
-takes a folder that a training left, or a repository on the Hub, and needs gradio (`pip install -e '.[demo]'`). A slider
-moves over the task revisions; images are uploaded or pasted, and a run on the embedded digits brings samples. Without
-an argument the page shows out/l2p_pgp, where `accelerate launch examples/run_l2p_pgp.py` leaves its run.
-The page is served to this machine alone, without telemetry; only a repository and its backbone come from the network.
+The run is the output folder of a training or a repository on the Hub. A slider chooses the task after which to predict;
+images are uploaded or pasted, and a run on the embedded digits comes with samples. Without an argument the page shows
+out/l2p_pgp, where `accelerate launch examples/run_l2p_pgp.py` leaves its run.
+The page needs gradio (`pip install -e '.[demo]'`). It is served to this machine only, without telemetry; nothing but a
+repository and its backbone is downloaded.
 """
 
-import argparse  # no `annotations` from __future__: gradio finds out by type which argument is the event
+import argparse  # no `annotations` from __future__: gradio tells by its type which argument is the event
 import html
 import os
 import sys
@@ -24,7 +25,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from PIL import Image
 
 from pgp_hf import embedded, load_pretrained, metrics
-from pgp_hf.inference.classifier import PromptClassifier
+from pgp_hf.inference import PromptClassifier
 from pgp_hf.runs.sources import TASK
 
 DEFAULT_RUN = Path("out/l2p_pgp")
@@ -48,15 +49,15 @@ CSS = """
 
 
 class Revisions:
-    """A run's task revisions, loaded when asked for; what the page shows of them, without gradio.
+    """Load a run's task revisions when they are asked for, and compute what the page shows of them, without gradio.
 
     Args:
         run: a run's folder, one of its task folders, or a repository on the Hub.
-        backbone: the frozen model's Hub id or folder, when the run does not name it.
+        backbone: the frozen model's Hub id or folder, if the run does not name it.
 
     Attributes:
-        tasks: 1-based numbers of the revisions `task-1`, ...; `[0]` when `run` is one revision without such a name.
-        load: the classifier of one of them.
+        tasks: 1-based numbers of the revisions `task-1`, ...; `[0]` if `run` is a single revision without such a name.
+        load: returns the classifier of one of them.
         samples: images to try, with their class names: one for each class, in the order in which they are learned.
 
     Raises:
@@ -71,17 +72,17 @@ class Revisions:
         self.samples = samples(self.load(self.tasks[-1]).manifest)
 
     def show(self, task: int, image: str | None) -> tuple[str, dict[str, float] | None, str]:
-        """What is known after a task, the best predictions (probability by class), and the selected prompts."""
+        """Return what is known after a task, the best predictions (probability by class) and the selected prompts."""
         classifier = self.load(int(task))
         if image is None:
             return known(classifier), None, ""
         (found,) = classifier.classify(image, top_k=TOP)
         scores = {label["label"]: label["score"] for label in found.labels}
-        return known(classifier), scores, pool(classifier, found.prompts)
+        return known(classifier), scores, pool(classifier.pool_size, found.prompts)
 
 
 def find_tasks(run: str) -> list[int]:
-    """Numbers of the finished tasks in a folder, or among the tags of a repository."""
+    """Return the numbers of the finished tasks in a folder, or among the tags of a repository."""
     if Path(run).is_dir():
         names = [folder.name for folder in Path(run).iterdir() if folder.is_dir()]
     else:
@@ -97,7 +98,7 @@ def find_tasks(run: str) -> list[int]:
 
 
 def samples(manifest: dict[str, Any] | None) -> list[tuple[Image.Image, str]]:
-    """A test image of each class, with its name, when the run learned the embedded digits; else none."""
+    """Return a test image of each class with its name if the run has learned the embedded digits; else none."""
     if manifest is None or manifest["label_names"] != list(embedded.DIGIT_NAMES):
         return []
     test = embedded.digits()["test"]
@@ -106,7 +107,7 @@ def samples(manifest: dict[str, Any] | None) -> list[tuple[Image.Image, str]]:
 
 
 def known(classifier: PromptClassifier) -> str:
-    """HTML: how many classes are known, which ones the last task brought, and the results so far."""
+    """Return as HTML how many classes are known, which ones the last task brought, and the results so far."""
     everything, manifest, results = len(classifier.id2label), classifier.manifest, classifier.results
     if manifest is None or results is None or classifier.classes is None:
         return f"<p class='count'>{everything} of {everything} classes known</p><p>An adapter without a run.</p>"
@@ -122,17 +123,22 @@ def known(classifier: PromptClassifier) -> str:
     )
 
 
-def pool(classifier: PromptClassifier, selected: list[int] | None) -> str:
-    """HTML: the prompt pool as a strip, with the selected entries marked."""
-    if selected is None:
+def pool(size: int | None, selected: list[int] | None) -> str:
+    """Return the prompt pool as a strip in HTML, with the selected entries marked."""
+    if size is None or selected is None:
         return "<p>This method selects nothing: every image gets the same prompts.</p>"
-    entries = range(classifier.model.base_model.adapter_config.pool_size)
-    cells = "".join(f"<span class='entry{' selected' if i in selected else ''}'>{i}</span>" for i in entries)
+    cells = "".join(f"<span class='entry{' selected' if i in selected else ''}'>{i}</span>" for i in range(size))
     return f"<div class='pool'>{cells}</div><p>Nearest key first: {', '.join(map(str, selected)) or 'none'}</p>"
 
 
 def build(gr: Any, revisions: Revisions, title: str) -> Any:
-    """The page, as `gradio.Blocks`."""
+    """Return the page, as `gradio.Blocks`.
+
+    Args:
+        gr: the module gradio, which is imported on demand.
+        revisions: what to show.
+        title: heading of the page.
+    """
     first, last, images = revisions.tasks[0], revisions.tasks[-1], revisions.samples
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(f"# {html.escape(title)}\nWhat the run predicts after each of its tasks. No task id is given.")
@@ -167,6 +173,7 @@ def build(gr: Any, revisions: Revisions, title: str) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Serve the page until it is interrupted; return 1 when that is not possible."""
     args = parse(argv)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
@@ -175,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"the page needs gradio ({error}): pip install -e '.[demo]'")
     if args.run is None and not DEFAULT_RUN.is_dir():
         return fail(
-            f"no run is named, and there is none in {DEFAULT_RUN}. Make one with `accelerate launch "
+            f"no run is given, and there is none in {DEFAULT_RUN}. Make one with `accelerate launch "
             "examples/run_l2p_pgp.py` (a minute or two on a CPU), or name a run's folder or a repository on the Hub."
         )
     run = args.run or str(DEFAULT_RUN)
@@ -193,15 +200,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(message: str) -> int:
+    """Print an error; return the exit code."""
     print(f"error: {message}", file=sys.stderr)
     return 1
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help=f"a run's folder or a repository on the Hub (default: {DEFAULT_RUN})")
-    parser.add_argument("--backbone", help="Hub id or folder of the frozen model, when the run does not name it")
-    parser.add_argument("--port", type=int, help="of the page (default: the first free one from 7860)")
+    parser.add_argument("--backbone", help="Hub id or folder of the frozen model, if the run does not name it")
+    parser.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860)")
     parser.add_argument("--share", choices=("true", "false"), default="false",
                         help="true makes a public link through gradio's server (default: false)")  # fmt: skip
     return parser.parse_args(argv)

@@ -3,8 +3,8 @@
     python examples/predict.py out/l2p_pgp photo.jpg folder/of/images --top_k 3
     python examples/predict.py me/l2p-pgp-cifar100 photos --revision task-3 --json_lines > predictions.jsonl
 
-Folders are searched for images, subfolders included. Neither a task id nor the training packages are needed. Files that
-cannot be read are reported at the end with their names, and the exit code is then 1.
+Folders are searched for images, including subfolders. Neither a task id nor the training packages are needed. Files
+that cannot be read are named at the end, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from pgp_hf import load_pretrained
-from pgp_hf.inference.classifier import Prediction, PromptClassifier, to_image
+from pgp_hf.inference import Prediction, PromptClassifier, to_image
 
-PROGRESS_FROM = 20  # fewer images are done before a bar could be read
+PROGRESS_FROM = 20  # with fewer images, a progress bar would be gone before it is read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print the predictions; return 1 if the model or a file was refused."""
     args = parse(argv)
     files, errors = find(args.images)
     try:
@@ -45,20 +46,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines = [f"{str(file) if i == 0 else '':{width}}  {line}" for i, line in enumerate(named)]
         tqdm.write("\n".join(lines), file=sys.stdout)  # above the bar, where there is one
     sys.stdout.flush()
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
+    for message in errors:
+        print(f"error: {message}", file=sys.stderr)
     return 1 if errors else 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a run's folder, one of its task folders, or a repository on the Hub")
     parser.add_argument("images", nargs="+", type=Path, help="image files and folders of images")
     parser.add_argument("--revision", help="task-1, task-2, ...: the state after that task (default: the last)")
-    parser.add_argument("--backbone", help="Hub id or folder of the frozen model, when the run does not name it")
-    parser.add_argument("--top_k", type=positive, default=1, help="classes to name for each image (default: 1)")
-    parser.add_argument("--batch_size", type=positive, default=32, help="images in a forward pass (default: 32)")
-    parser.add_argument("--json_lines", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--backbone", help="Hub id or folder of the frozen model, if the run does not name it")
+    parser.add_argument("--top_k", type=positive, default=1, help="number of classes to name per image (default: 1)")
+    parser.add_argument(
+        "--batch_size", type=positive, default=32, help="number of images in a forward pass (default: 32)"
+    )
+    parser.add_argument("--json_lines", action="store_true", help="print one JSON object per line instead of a table")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: a GPU if there is one)")
     parser.add_argument("--token", help="for a private repository; by default that of HF_TOKEN or `hf auth login`")
     args = parser.parse_args(argv)
@@ -68,6 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
+    """Parse a whole number from 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
@@ -75,7 +80,7 @@ def positive(text: str) -> int:
 
 
 def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """The image files among `paths`, folders searched by file ending; and what is wrong with the rest."""
+    """Return the image files among `paths`, with folders searched by file ending, and errors about the other paths."""
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, errors = [], []
     for path in paths:
@@ -94,10 +99,11 @@ def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 def classify(
     classifier: PromptClassifier, files: Sequence[Path], errors: list[str], top_k: int, batch_size: int
 ) -> Iterator[tuple[Path, Prediction]]:
-    """Each file that can be read, with its prediction, batch by batch; adds those that cannot to `errors`."""
+    """Yield each file that can be read with its prediction, batch by batch; add an error for each that cannot."""
     with tqdm(total=len(files), unit="img", file=sys.stderr, disable=len(files) < PROGRESS_FROM) as bar:
         for start in range(0, len(files), batch_size):
-            batch, read = files[start : start + batch_size], {}
+            batch = files[start : start + batch_size]
+            read: dict[Path, Image.Image] = {}
             for file in batch:
                 try:
                     read[file] = to_image(file)

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .. import tuners  # noqa: F401 (registers the adapters)
 from ..data.rgb import array_to_rgb, open_rgb, to_rgb
 from ..heads import keep_classes
+from ..models import SelectsPrompts
 from ..projection import Projection
 from ..runs.folder import ADAPTER_CONFIG
 from ..runs.revision import Revision
@@ -78,7 +79,13 @@ class PromptClassifier:
     @property
     def id2label(self) -> dict[int, str]:
         """Return the name of each class by its label id, those of later tasks included."""
-        return _tuner(self.model).adapter_config.id2label
+        return _tuner(self.model).class_names or {}
+
+    @property
+    def pool_size(self) -> int | None:
+        """Return the number of pool entries that images select from; None where nothing is selected (CLIP)."""
+        tuner = _tuner(self.model)
+        return tuner.pool_size if isinstance(tuner, SelectsPrompts) else None
 
     @cached_property
     def projection(self) -> Projection:
@@ -285,7 +292,7 @@ def _wrap(base: PreTrainedModel, config: PromptConfig) -> PeftModel:
 def _make_classifier(model: PeftModel, classes: list[int] | None) -> None:
     """Give the model's output `logits` with unseen classes masked, and its configuration the class names."""
     tuner = _tuner(model)
-    base, names = cast(PreTrainedModel, model.get_base_model()), tuner.adapter_config.id2label
+    base, names = cast(PreTrainedModel, model.get_base_model()), tuner.class_names or {}
     base.config.id2label, base.config.label2id = dict(names), {name: index for index, name in names.items()}
 
     def mask(module: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

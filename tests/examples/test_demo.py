@@ -151,11 +151,9 @@ def test_an_adapter_without_a_run(demo):
 
 
 def test_a_method_that_selects_nothing_and_a_selection_of_none(demo):
-    config = SimpleNamespace(pool_size=3)
-    fake = SimpleNamespace(model=SimpleNamespace(base_model=SimpleNamespace(adapter_config=config)))
-    assert "selects nothing" in demo.pool(fake, None)
-    assert selected(demo.pool(fake, [])) == [] and "Nearest key first: none" in demo.pool(fake, [])
-    assert selected(demo.pool(fake, [2, 0])) == [0, 2] and "Nearest key first: 2, 0" in demo.pool(fake, [2, 0])
+    assert "selects nothing" in demo.pool(None, None)
+    assert selected(demo.pool(3, [])) == [] and "Nearest key first: none" in demo.pool(3, [])
+    assert selected(demo.pool(3, [2, 0])) == [0, 2] and "Nearest key first: 2, 0" in demo.pool(3, [2, 0])
 
 
 # ---- the command, with a stand-in for gradio ---------------------------------------------------------------------------

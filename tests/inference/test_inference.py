@@ -171,6 +171,12 @@ def test_selected_prompts_are_those_of_the_pool(run, pixels):
     keys = torch.nn.functional.normalize(tuner.layer.l2p_key["default"], dim=-1)
     nearest = (query @ keys.T).topk(2, dim=-1).indices.tolist()
     assert [one.prompts for one in classifier.classify(images())] == nearest
+    assert classifier.pool_size == 5
+
+
+def test_what_selects_nothing_has_no_pool(runs):
+    classifier = load_pretrained(runs("clip", "eager", "linear")[1])
+    assert classifier.pool_size is None and {one.prompts for one in classifier.classify(images())} == {None}
 
 
 def test_only_seen_classes_are_named(run):
