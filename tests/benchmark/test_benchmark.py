@@ -633,6 +633,18 @@ def test_differences_are_paired(script, folder):
     assert found["l2p-none@learning_rate=0.5"][0] == "l2p-none"
 
 
+def test_a_run_without_a_measured_memory_has_a_dash(script, planned, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")  # which has no module `resource`
+    assert "peak_memory_mb" not in runs.machine()
+    monkeypatch.undo()
+    run = made_up(planned("l2p-none"), 0)
+    del run["peak_memory_mb"]
+    write_json(tmp_path / "l2p-none-seed0.json", run)
+    table.write(tmp_path, tmp_path / "table.md", script.ROWS)
+    found = cells((tmp_path / "table.md").read_text(), "# Benchmark")["l2p-none"]
+    assert found[-2:] == ["2.0", "–"]
+
+
 def test_a_reference_with_the_same_settings_is_preferred(folder, script, planned):
     for seed in range(3):
         name = "l2p-pgp@learning_rate=0.5"
