@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -20,7 +20,7 @@ from ..projection import Projection
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-Item = dict[str, object]  # of a dataset: "image", "label", "task", "index"
+Item = Mapping[str, object]  # of a dataset: "image", "label", "task", "index"
 Collective = Callable[[Tensor], Tensor]
 
 

@@ -4,21 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-if TYPE_CHECKING:
-    from ..hub.push import TaskRepo
+from ..hub import TaskRepo
 
 
 @dataclass
 class PGPTrainingArguments(TrainingArguments):
-    """`TrainingArguments` for one stream of tasks; every task is trained with these.
+    """Extend `TrainingArguments` to a stream of tasks; every task is trained with the same arguments.
 
-    Defaults: Adam at a constant learning rate of 0.03 * 16 / 256, batch 16, five epochs per task, gradients clipped at
-    norm 1, a fresh optimizer per task (PGP's released settings for L2P; AdamW without weight decay is Adam).
+    The defaults are PGP's released settings for L2P: Adam (AdamW without weight decay) at a constant learning rate of
+    0.03 * 16 / 256, batch 16, five epochs per task, gradients clipped at norm 1, and a fresh optimizer for each task.
+
+    Args:
+        later_prompt_learning_rate: learning rate, from the second task on, of the prompts and keys that tasks share;
+            `learning_rate` by default.
+        compensate_drift: with a statistics head, move the means of older classes as the features of a task's own images
+            have moved while it was trained.
+        reinit_optimizer: start each task with a fresh optimizer.
+        train_mask: classes in the training loss: the current task's ("task"), or all seen so far ("seen").
+        eval_mask: classes that a prediction may take: those seen so far ("seen"), or all ("none").
+        augmentation: of training images: "crop_flip", "flip" or "none".
+        crop_min_scale: smallest share of the image that a crop keeps, in (0, 1].
+        cache_queries: keep the queries of images, which never change, instead of computing them again.
+        verify_images: decode every image once before training starts.
+        overwrite_output_dir: delete an earlier run in `output_dir`.
+        push_to_hub: upload each finished task to the Hub beside the training.
+        hub_strategy: "every_save" uploads a task as soon as it is finished, "end" all tasks after the last.
+        hub_base_model: Hub id of the backbone, named in uploads of a run on a local folder.
+        hub_wait: longest wait, in seconds, for uploads that are under way when the last task ends.
+
+    All other arguments are those of `TrainingArguments`.
 
     Raises:
         ValueError: a combination that cannot work, each with the fix.
@@ -113,21 +132,36 @@ class PGPTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
         if self.push_to_hub:
             self.check_hub()
-        for name in ("bf16_full_eval", "fp16_full_eval"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name}=True would cast the prompts for good, and rounding undoes the projection: use bf16=True, "
-                    "which keeps them in float32."
-                )
-        if self.dataloader_drop_last:
-            raise ValueError(
-                "dataloader_drop_last=True would leave test images out of the evaluation, and small tasks out of the "
-                "training: leave it False."
-            )
-        if not self.eval_do_concat_batches:
-            raise ValueError("eval_do_concat_batches=False leaves test images in pieces: leave it True.")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would drop the images before they are read: leave it False.")
+        self._refuse_what_breaks_streams()
+        self._check_own()
+
+    def _refuse_what_breaks_streams(self) -> None:
+        """Raise ValueError for settings of a `Trainer` that a stream of tasks cannot have."""
+        casts = "would cast the prompts for good, and rounding undoes the projection: use bf16=True, which keeps them in float32."
+        for name, value, refused, why in (
+            ("bf16_full_eval", self.bf16_full_eval, True, casts),
+            ("fp16_full_eval", self.fp16_full_eval, True, casts),
+            (
+                "dataloader_drop_last",
+                self.dataloader_drop_last,
+                True,
+                "would leave test images out of the evaluation, and small tasks out of the training: leave it False.",
+            ),
+            (
+                "eval_do_concat_batches",
+                self.eval_do_concat_batches,
+                False,
+                "leaves test images in pieces: leave it True.",
+            ),
+            (
+                "remove_unused_columns",
+                self.remove_unused_columns,
+                True,
+                "would drop the images before they are read: leave it False.",
+            ),
+        ):
+            if value == refused:
+                raise ValueError(f"{name}={value} {why}")
         if self.deepspeed:
             raise ValueError(
                 "deepspeed steps flattened shards, which cannot be projected, and prompts are far too small to gain "
@@ -138,6 +172,9 @@ class PGPTrainingArguments(TrainingArguments):
                 f"{self.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas share the prompt selection: "
                 "start with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
             )
+
+    def _check_own(self) -> None:
+        """Raise ValueError for settings of this class that cannot work."""
         later = self.later_prompt_learning_rate
         if later is not None and not 0 <= later < float("inf"):
             raise ValueError(
@@ -145,7 +182,7 @@ class PGPTrainingArguments(TrainingArguments):
             )
         if later is not None and not self.reinit_optimizer:
             raise ValueError(
-                "later_prompt_learning_rate and reinit_optimizer=False exclude each other: one optimizer for all tasks "
+                "later_prompt_learning_rate and reinit_optimizer=False are mutually exclusive: one optimizer for all tasks "
                 "keeps its learning rates."
             )
         if not 0 < self.crop_min_scale <= 1:
@@ -159,11 +196,9 @@ class PGPTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
 
     def hub_repo(self, new_run: bool = False) -> TaskRepo:
-        """The repository to upload to: `hub_model_id`, or the token's user and the name of `output_dir`."""
-        from ..hub.push import TaskRepo
-
+        """Return the repository to upload to: `hub_model_id`, or the token's user and the name of `output_dir`."""
         return TaskRepo(
-            self.hub_model_id or Path(self.output_dir).absolute().name,
+            self.hub_model_id or Path(str(self.output_dir)).absolute().name,
             token=self.hub_token,
             private=self.hub_private_repo,
             base_model=self.hub_base_model,

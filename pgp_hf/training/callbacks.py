@@ -6,26 +6,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data.stream import TaskStream
 from ..models import StreamModel
 from .arguments import PGPTrainingArguments
 
 
 class StreamCallback(TrainerCallback):
-    """A `TrainerCallback` that may also listen to a stream. Tasks are counted from 0; kwargs always hold `model`
-    and `stream`. Each event receives `args, state, control` first."""
+    """Listen to a stream as well as to a `Trainer`.
+
+    Each event receives `args, state, control` first; kwargs always hold `model` and `stream`. Tasks are counted from 0.
+    """
 
     def on_stream_begin(
         self, args: PGPTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Before the first task; kwargs: `first_task` (above 0 in a resumed run)."""
+        """Run before the first task, whose index is `first_task` in kwargs: above 0 in a resumed run."""
 
     def on_task_begin(
         self, args: PGPTrainingArguments, state: TrainerState, control: TrainerControl, task: int, **kwargs: Any
     ) -> None:
-        """Before a task trains."""
+        """Run before a task trains."""
 
     def on_task_end(
         self,
@@ -37,7 +41,7 @@ class StreamCallback(TrainerCallback):
         folder: Path,
         **kwargs: Any,
     ) -> None:
-        """After a task was trained, its statistics gathered, all seen tasks evaluated, and `folder` written."""
+        """Run after a task was trained, its statistics gathered, all seen tasks evaluated, and `folder` written."""
 
     def on_stream_end(
         self,
@@ -47,38 +51,71 @@ class StreamCallback(TrainerCallback):
         results: dict[str, Any],
         **kwargs: Any,
     ) -> None:
-        """After the last task."""
+        """Run after the last task."""
 
 
 class StreamProgress(ProgressCallback, StreamCallback):
-    """Progress bars that say which task they belong to, and a line when a task starts and ends."""
+    """Show progress bars that say which task they belong to, and print a line when a task starts and ends."""
 
     task = 0
 
-    def on_task_begin(self, args, state, control, task, stream=None, **kwargs):  # type: ignore[override]
+    def on_task_begin(
+        self,
+        args: PGPTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        task: int,
+        stream: TaskStream | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.task = task
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and stream is not None:
             names = [stream.label_names[label] for label in stream.tasks[task].classes]
             shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
             tqdm.write(f"Task {task + 1} of {stream.num_tasks}: {len(stream.train(task))} images of {shown}")
 
-    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[override]
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description(f"  training task {self.task + 1}")
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):  # type: ignore[override]
-        if state.is_world_process_zero and self.prediction_bar is None:
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and self.prediction_bar is None and eval_dataloader is not None:
             self.prediction_bar = tqdm(
                 total=len(eval_dataloader), desc="  evaluation", leave=False, dynamic_ncols=True
             )
         super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[override]
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if "train_runtime" not in (logs or {}):  # the task's line says it
             super().on_log(args, state, control, logs=logs, **kwargs)
 
-    def on_task_end(self, args, state, control, task, results, folder, **kwargs):  # type: ignore[override]
+    def on_task_end(
+        self,
+        args: PGPTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        task: int,
+        results: dict[str, Any],
+        folder: Path,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero:
             shares = results.get("changed_selections")
             changed = f"changed selections {100 * shares[-1]:.1f} %, " if shares else ""
@@ -96,7 +133,7 @@ class FollowTraining(TrainerCallback):
         start_epoch: called with the 0-based epoch as it begins.
     """
 
-    def __init__(self, model: StreamModel, start_epoch: Callable[[int], None]) -> None:
+    def __init__(self, model: StreamModel, start_epoch: Callable[[int], object]) -> None:
         self.model, self.start_epoch = model, start_epoch
 
     def on_train_begin(
@@ -108,3 +145,10 @@ class FollowTraining(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.start_epoch(int((state.epoch or 0) + 1e-6))
+
+
+def fire(trainer: Trainer, event: str, **kwargs: Any) -> None:
+    """Call an event of a stream on all of a trainer's callbacks that listen to it."""
+    for callback in trainer.callback_handler.callbacks:
+        if hasattr(callback, event):
+            getattr(callback, event)(trainer.args, trainer.state, trainer.control, model=trainer.model, **kwargs)

@@ -23,7 +23,7 @@ from .results import StreamResults, changed_share, percent, relative_drift
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Return the share of right predictions in percent, as a `Trainer`'s `compute_metrics`."""
-    return {"accuracy": percent(prediction.predictions, prediction.label_ids)}
+    return {"accuracy": percent(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))}
 
 
 class Recorded(NamedTuple):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..runs.folder import RunFolder
 from .evaluation import References
 from .results import StreamResults
 
@@ -61,6 +62,10 @@ class Progress:
         """Go back to before the first task."""
         blank: dict[str, Any] = {name: [] for name in ("matrix", "linear_matrix", "drift", "changed", "rank")}
         self.results, self.task = replace(self.results, usage=None, **blank), None
+
+    def kept(self, folder: RunFolder) -> str:
+        """Say what is kept of the run in its folder when the task in training fails."""
+        return f"task {self.task} is kept in {folder.task(self.task - 1)}" if self.task else "no task was finished"
 
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:

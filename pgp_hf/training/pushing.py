@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import atexit
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import HubStrategy
 
 from .. import hub
@@ -15,54 +19,94 @@ from .callbacks import StreamCallback
 
 
 class PushTasks(StreamCallback):
-    """Uploads finished tasks beside the training, in order and with retries, on the main process alone.
+    """Upload finished tasks beside the training, in order and with retries, on the main process alone.
 
-    What the Hub still lacks when the stream has ended, `args.hub_wait` seconds later, is reported with the command
-    that uploads it; a training that breaks off reports it when the program ends.
+    What the Hub still lacks `args.hub_wait` seconds after the stream has ended is reported with the command that uploads
+    it. A training that breaks off reports it when the program ends.
     """
 
     def __init__(self) -> None:
         self.uploads: Uploads | None = None
+        self.repo: hub.TaskRepo | None = None
+        self._report: Callable[[], None] = lambda: None
 
-    def on_stream_begin(self, args, state, control, first_task, **kwargs):  # type: ignore[override]
+    def on_stream_begin(
+        self, args: PGPTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
-            self._start(args, new_run=first_task == 0)
-            self._add(args, first_task)
+            first = kwargs["first_task"]
+            _add(self._start(args, new_run=first == 0), args, first)
 
-    def on_task_end(self, args, state, control, task, results, folder, **kwargs):  # type: ignore[override]
+    def on_task_end(
+        self,
+        args: PGPTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        task: int,
+        results: dict[str, Any],
+        folder: Path,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero:
-            if self.uploads is None:  # tasks trained one by one
-                self._start(args, new_run=task == 0)
-            self._add(args, task + 1)
+            # on_stream_begin has not run where tasks are trained one by one
+            _add(self.uploads or self._start(args, new_run=task == 0), args, task + 1)
 
-    def on_stream_end(self, args, state, control, results, **kwargs):  # type: ignore[override]
-        if not state.is_world_process_zero:
+    def on_stream_end(
+        self,
+        args: PGPTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        results: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or self.uploads is None or self.repo is None:
             return
-        self.uploads.add(results["num_tasks"])
-        if not self.uploads.wait(0) and args.hub_wait and not args.disable_tqdm:
-            tqdm.write(f"Waiting up to {args.hub_wait:g} s for the upload to {self.repo.url}")
-        self.uploads.wait(args.hub_wait)
-        self.uploads.close()
+        uploads, url = self.uploads, self.repo.url
+        uploads.add(results["num_tasks"])
+        if not uploads.wait(0) and args.hub_wait and not args.disable_tqdm:
+            tqdm.write(f"Waiting up to {args.hub_wait:g} s for the upload to {url}")
+        uploads.wait(args.hub_wait)
+        uploads.close()
         atexit.unregister(self._report)
         self._report()
-        if self.uploads.done == self.uploads.wanted and not args.disable_tqdm:
-            tqdm.write(f"All {self.uploads.done} tasks are on the Hub: {self.repo.url}")
+        if uploads.done == uploads.wanted and not args.disable_tqdm:
+            tqdm.write(f"All {uploads.done} tasks are on the Hub: {url}")
 
-    def _start(self, args: PGPTrainingArguments, new_run: bool) -> None:
+    def _start(self, args: PGPTrainingArguments, new_run: bool) -> Uploads:
+        """Start uploading what is finished of a run."""
         if self.uploads is not None:
             self.uploads.close()
-        self.repo, self.folder = repo, folder = args.hub_repo(new_run), RunFolder(args.output_dir)
-        self.uploads = Uploads(
-            repo.create, lambda t: repo.put(t, folder.task(t)), token=args.hub_token, first=folder.first
-        )
+        repo, folder = args.hub_repo(new_run), RunFolder(str(args.output_dir))
+        uploads = Uploads(repo.create, lambda t: repo.put(t, folder.task(t)), token=args.hub_token, first=folder.first)
+
+        def report() -> None:
+            finished = folder.finished_tasks()
+            if uploads.done < finished:
+                print(hub.missing(uploads, finished, hub.command(folder.root, repo)), flush=True)
+
         atexit.unregister(self._report)
-        atexit.register(self._report)
+        self.uploads, self.repo, self._report = uploads, repo, report
+        atexit.register(report)
+        return uploads
 
-    def _add(self, args: PGPTrainingArguments, tasks: int) -> None:
-        self.uploads.add(0 if args.hub_strategy == HubStrategy.END else tasks)
 
-    def _report(self) -> None:
-        finished = self.folder.finished_tasks()
-        if self.uploads.done < finished:
-            finish = hub.command(self.folder.root, self.repo)
-            print(hub.missing(self.uploads, finished, finish), flush=True)
+def _add(uploads: Uploads, args: PGPTrainingArguments, tasks: int) -> None:
+    uploads.add(0 if args.hub_strategy == HubStrategy.END else tasks)
+
+
+def check_push(blocking: bool, revision: str | None) -> None:
+    """Raise ValueError for what a `Trainer`'s `push_to_hub` takes and a stream of tasks cannot have."""
+    if not blocking or revision not in (None, "main"):
+        raise ValueError(
+            f"blocking={blocking}, revision={revision!r}: tasks go to main and to tags, and in the background by "
+            "push_to_hub=True in the training arguments; leave both out."
+        )
+
+
+def push_now(
+    args: PGPTrainingArguments, folder: RunFolder, token: str | None = None, private: bool | None = None
+) -> hub.Pushed:
+    """Upload the finished tasks that are not on the Hub yet, with a token and privacy instead of those in `args`."""
+    repo = args.hub_repo()
+    token, private = token or repo.token, repo.private if private is None else private
+    return hub.push(folder.root, repo.repo_id, token=token, private=private, base_model=repo.base_model)

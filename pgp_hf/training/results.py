@@ -1,4 +1,4 @@
-"""What a stream came to: the measures of one evaluation, and the content of the results file."""
+"""The figures of a run: the measures of one evaluation, and the content of the results file."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from ..version import __version__
 
 
 def relative_drift(before: np.ndarray, after: np.ndarray) -> float:
-    """Mean over images of `|f_i(x) - f_j(x)| / |f_j(x)|` for features `(N, d)` (the poster's Eq. 2, measured)."""
+    """Return the mean over images of `|f_i(x) - f_j(x)| / |f_j(x)|` for features `(N, d)` (the poster's Eq. 2)."""
     before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     norms = np.linalg.norm(before, axis=-1)
     return float(np.mean(np.linalg.norm(after - before, axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)))
 
 
 def changed_share(before: np.ndarray, after: np.ndarray) -> float:
-    """Share of images whose set of selected pool entries `(N, k)` differs."""
+    """Return the share of images whose set of selected pool entries `(N, k)` differs."""
     return float(np.mean((np.sort(before, axis=-1) != np.sort(after, axis=-1)).any(-1)))
 
 
 def percent(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the accuracy in percent of logits `(N, C)` on labels `(N,)`."""
     return float(100 * np.mean(logits.argmax(-1) == labels))
 
 
@@ -41,7 +42,7 @@ SUMMARY = (
 
 @dataclass
 class StreamResults:
-    """What a run has measured so far; `to_dict` is the content of `results.json`.
+    """Hold what a run has measured so far; `to_dict` is the content of `results.json`.
 
     Attributes:
         matrix: accuracies in percent of the chosen head, a row per finished task; row i has i + 1 entries.
@@ -76,6 +77,7 @@ class StreamResults:
     images_trained: int = 0
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the content of `results.json`."""
         results = {
             "method": self.method,
             "projection": self.projection,
@@ -109,7 +111,7 @@ class StreamResults:
         return results
 
     def _accuracies(self, matrix: list[list[float]]) -> dict[str, Any]:
-        """A head's accuracies, and what follows from them."""
+        """Return a head's accuracy matrix, and what follows from it."""
         full = [[*row, *[None] * (self.num_tasks - len(row))] for row in matrix]
         full += [[None] * self.num_tasks for _ in range(self.num_tasks - len(full))]
         summary = metrics.summarize(full)
@@ -144,11 +146,11 @@ class StreamResults:
 
 
 def _rows(matrix: list[list[float | None]]) -> list[list[float]]:
-    """The rows of finished tasks, without the entries that are not there yet."""
+    """Return the rows of finished tasks, without the entries that are not there yet."""
     return [[a for a in row if a is not None] for row in matrix if row[0] is not None]
 
 
 def versions() -> dict[str, str]:
-    """Versions that a number depends on."""
+    """Return the versions that a number depends on."""
     packages = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
     return {"pgp_hf": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,8 +183,21 @@ class EarlierRun:
         if first:
             write_json(folder.root / CONTINUED, {"first": first})
         for t in range(first, finished):
-            task = self.source.task(t)
-            folder.publish(t, lambda target, task=task: _copy_task(task, target))
+            folder.publish(t, partial(_copy_task, self.source.task(t)))
+
+
+def start_new(args: PGPTrainingArguments, progress: Progress, folder: RunFolder) -> None:
+    """Prepare the folder of a new run.
+
+    Raises:
+        ValueError: this trainer has begun a run, or the folder holds an earlier one.
+    """
+    progress.check_new()
+    if args.process_index == 0:
+        if args.overwrite_output_dir:
+            folder.clear()
+        else:
+            folder.check_unused()
 
 
 @dataclass(frozen=True)
@@ -194,6 +208,7 @@ class Resumer:
         model, learner: the `PeftModel`, and the `StreamModel` inside it.
         folder: the trainer's own.
         predict: predicts the test images of a task.
+        blank: what the method remembers before its first task.
     """
 
     args: PGPTrainingArguments
@@ -204,6 +219,7 @@ class Resumer:
     progress: Progress
     folder: RunFolder
     predict: Callable[[int], Recorded]
+    blank: MethodState
 
     def resume(self, where: str | bool) -> tuple[int, Path | None]:
         """Take over a run; return the first task to train, and the checkpoint to enter it by.
@@ -282,6 +298,7 @@ class Resumer:
         """Go back to before the first task, which this very trainer has begun; a checkpoint has the parameters."""
         if self.method.projection is not None:
             self.method.projection.load_state({}, self.method.projection.config.to_dict())
+        self.method.load_state(self.blank)
         self.progress.forget()
 
     def _prepare_folder(self, earlier: EarlierRun, finished: int) -> None:

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
-from ..methods import ContinualMethod
+from ..methods import ContinualMethod, ProjectedPrompts
 from ..models import StreamModel, stream_model
 from .arguments import PGPTrainingArguments
+from .results import StreamResults
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments of a `Trainer` that a stream cannot do without, or cannot have."""
+    if arguments.get("processing_class") is None and arguments.get("data_collator") is None:
+        raise ValueError(
+            "processing_class is missing: pass the backbone's image processor, for example "
+            "AutoImageProcessor.from_pretrained(name, backend='pil')."
+        )
+    if any(part is not None for part in arguments.get("optimizers", ())):
+        raise ValueError(
+            "optimizers=(...) would be used for one task, and without projection: name it by args.optim, or pass "
+            "optimizer_cls_and_kwargs=(torch.optim.SGD, {...}), from which each task makes its own."
+        )
 
 
 def check_model(model: nn.Module, stream: TaskStream) -> None:
     """Raise TypeError or ValueError unless the model learns streams and has a head for this one's classes."""
     names = stream_model(model).class_names
     if names is None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
         raise TypeError(
             f"{type(base).__name__} has no classifier: use a model with a head, for example "
             "AutoModelForImageClassification (a CLIPModel takes its class names from ClipPromptConfig.for_classes)."
@@ -52,6 +69,24 @@ def check_settings(
             f"compensate_drift=True moves the class means of a statistics head, and this adapter has head={head!r}: set "
             "head='statistics' in its configuration, or leave compensate_drift out."
         )
+
+
+def new_results(
+    args: PGPTrainingArguments, stream: TaskStream, method: ContinualMethod, learner: StreamModel
+) -> StreamResults:
+    """Return the results of a run that has not begun."""
+    settings, projection = learner.settings(), method.projection
+    return StreamResults(
+        method=learner.name if isinstance(method, ProjectedPrompts) else method.name,
+        projection="none" if projection is None else projection.config.method,
+        head=settings.get("head", "linear"),
+        scenario=stream.scenario,
+        num_tasks=stream.num_tasks,
+        seed=args.seed,
+        eval_mask=args.eval_mask,
+        batchwise_prompt=settings.get("batchwise_prompt", False),
+        compensate_drift=args.compensate_drift,
+    )
 
 
 def separate_learning_rate(optimizer: Optimizer, parameters: Iterable[Tensor], learning_rate: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,19 +22,19 @@ from .. import hub
 from ..data.images import AugmentedImages, CachedQueries, ImageCollator
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
-from ..methods import Batch, Collectives, ContinualMethod, FineTuning, ProjectedPrompts, TaskContext
-from ..models import KeepsClassStatistics, Protectable, SelectsPrompts, StreamModel, stream_model
+from ..methods import Batch, ContinualMethod, FineTuning, TaskContext
+from ..models import Protectable, SelectsPrompts, StreamModel, stream_model
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
 from .arguments import PGPTrainingArguments
-from .callbacks import FollowTraining, StreamProgress
+from .callbacks import FollowTraining, StreamProgress, fire
 from .evaluation import Recorded, accuracy, allowed_classes, measure, score, summary_logs
 from .loss import image_losses, mean_over_step
 from .progress import Progress
-from .pushing import PushTasks
+from .pushing import PushTasks, check_push, push_now
 from .results import StreamResults
-from .resume import Resumer
-from .setup import check_model, check_settings, separate_learning_rate
+from .resume import Resumer, start_new
+from .setup import check_arguments, check_model, check_settings, new_results, separate_learning_rate
 from .views import Passes, head_inputs
 from .writing import read_method, write_method, write_task
 
@@ -64,6 +64,10 @@ class StreamTrainer(Trainer):
             the model cannot have.
     """
 
+    args: PGPTrainingArguments
+    model: nn.Module
+    hub_model_id: str | None  # type: ignore[assignment]  # transformers annotates it as None
+
     def __init__(
         self,
         model: PeftModel,
@@ -74,16 +78,7 @@ class StreamTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_model(model, stream)
-        if processing_class is None and kwargs.get("data_collator") is None:
-            raise ValueError(
-                "processing_class is missing: pass the backbone's image processor, for example "
-                "AutoImageProcessor.from_pretrained(name, backend='pil')."
-            )
-        if any(part is not None for part in kwargs.get("optimizers", ())):
-            raise ValueError(
-                "optimizers=(...) would be used for one task, and without projection: name it by args.optim, or pass "
-                " optimizer_cls_and_kwargs=(torch.optim.SGD, {...}), from which each task makes its own."
-            )
+        check_arguments({**kwargs, "processing_class": processing_class})
         self.stream = stream
         self.method = FineTuning() if method is None else method
         kwargs.setdefault("compute_loss_func", mean_over_step)
@@ -101,25 +96,14 @@ class StreamTrainer(Trainer):
         check_settings(self.args, stream, self.method, learner)
         if SCENARIOS[stream.scenario].one_epoch:
             self.args.num_train_epochs = 1
-        self.folder = RunFolder(self.args.output_dir)
-        settings, projection = learner.settings(), self.method.projection
-        results = StreamResults(
-            method=learner.name if isinstance(self.method, ProjectedPrompts) else self.method.name,
-            projection="none" if projection is None else projection.config.method,
-            head=settings.get("head", "linear"),
-            scenario=stream.scenario,
-            num_tasks=stream.num_tasks,
-            seed=self.args.seed,
-            eval_mask=self.args.eval_mask,
-            batchwise_prompt=settings.get("batchwise_prompt", False),
-            compensate_drift=self.args.compensate_drift,
-        )
-        self.progress = Progress(results)
+        self.folder = RunFolder(str(self.args.output_dir))
+        self.progress = Progress(new_results(self.args, stream, self.method, learner))
         self._context: TaskContext | None = None  # of the task in training
         self._images: AugmentedImages | None = None  # and its images
         self._handles: list[RemovableHandle] = []  # of hooks on the optimizer
         self._test_queries: dict[int, Tensor | None] = {}
         self._recording = False
+        self._blank = self.method.state()
         self.add_callback(FollowTraining(learner, self._start_epoch))
         if self.args.push_to_hub:
             self.args.check_hub()  # set_push_to_hub() comes after the arguments' own checks
@@ -152,7 +136,9 @@ class StreamTrainer(Trainer):
 
     # ---- the stream ----------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(  # type: ignore[override]  # trial and the rest are passed on by keyword
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> TrainOutput:
         """Learn every task of the stream.
 
         Args:
@@ -173,13 +159,13 @@ class StreamTrainer(Trainer):
             if self.is_world_process_zero():
                 self.stream.verify(progress=not self.args.disable_tqdm)
             self.accelerator.wait_for_everyone()
-        self._fire("on_stream_begin", first_task=first)
+        fire(self, "on_stream_begin", stream=self.stream, first_task=first)
         steps, loss = 0, 0.0
         for t in range(first, self.stream.num_tasks):
             output = self.train_task(t, resume_from_checkpoint=checkpoint, **kwargs)
             steps, loss, checkpoint = steps + output.global_step, loss + output.training_loss, None
         results = self.results.to_dict()
-        self._fire("on_stream_end", results=results)
+        fire(self, "on_stream_end", stream=self.stream, results=results)
         return TrainOutput(steps, loss / max(self.stream.num_tasks - first, 1), results)
 
     def train_task(self, t: int, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
@@ -194,7 +180,7 @@ class StreamTrainer(Trainer):
             self._images = images = AugmentedImages(
                 self.stream.train(t), self.args.augmentation, self.args.crop_min_scale, self.args.seed, t
             )
-            self._passes().keep_training_queries(images, self._passes_over_images())
+            self._passes().keep_training_queries(images, self.method.projection)
             self.train_dataset = self.method.train_images(context, images)
         with self.progress.timed("statistics"):
             before = self._passes().head_features(t) if self.args.compensate_drift and t > 0 else None
@@ -206,7 +192,7 @@ class StreamTrainer(Trainer):
         self.model_wrapped = self.model
         learner.begin_task(t)
         self.method.begin_task(context)
-        self._fire("on_task_begin", task=t)
+        fire(self, "on_task_begin", stream=self.stream, task=t)
         with self.progress.timed("train"):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         learner.end_task(t)
@@ -217,7 +203,9 @@ class StreamTrainer(Trainer):
         self.evaluate_stream()
         self._write_task(t)
         self.progress.interrupted = False
-        self._fire("on_task_end", task=t, results=self.results.to_dict(), folder=self.folder.task(t))
+        fire(
+            self, "on_task_end", stream=self.stream, task=t, results=self.results.to_dict(), folder=self.folder.task(t)
+        )
         return output
 
     def evaluate_stream(self) -> dict[str, Any]:
@@ -239,8 +227,6 @@ class StreamTrainer(Trainer):
         return self.results.to_dict()
 
     def _make_context(self, t: int) -> TaskContext:
-        passes = self._passes()
-        several = self.args.world_size > 1
         self._context = TaskContext(
             task=t,
             stream=self.stream,
@@ -248,7 +234,7 @@ class StreamTrainer(Trainer):
             seed=self.args.seed,
             train_mask=self.args.train_mask,
             views=lambda limit: self._passes().views_for_method(t, limit),
-            collectives=Collectives(passes.sum, self.accelerator.gather, broadcast) if several else Collectives(),
+            collectives=self._passes().collectives,
         )
         return self._context
 
@@ -299,11 +285,10 @@ class StreamTrainer(Trainer):
         self.results.images_trained += len(inputs["pixel_values"]) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            t = self.task or 0
-            kept = f"task {t} is kept in {self.folder.task(t - 1)}" if t else "no task was finished"
+            step = f"step {self.state.global_step + 1} of {self.state.max_steps}"
+            at = f"task {(self.task or 0) + 1} at {step} (learning rate {self._get_learning_rate():g})"
             raise FloatingPointError(
-                f"the loss became {loss.item()} in task {t + 1} at step {self.state.global_step + 1} of "
-                f"{self.state.max_steps} (learning rate {self._get_learning_rate():g}); {kept}. "
+                f"the loss became {loss.item()} in {at}; {self.progress.kept(self.folder)}. "
                 "Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16."
             )
         return loss
@@ -324,12 +309,6 @@ class StreamTrainer(Trainer):
             prepare=self._prepare_inputs,
             test_loader=self.get_test_dataloader,
         )
-
-    def _passes_over_images(self) -> float:
-        """Return how often a task's training images are gone over: by training, and by statistics of some kind."""
-        learner, projection = self.stream_model, self.method.projection
-        statistics = isinstance(learner, KeepsClassStatistics) and learner.statistics is not None
-        return self.args.num_train_epochs + (statistics or (projection is not None and projection.active))
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
@@ -357,17 +336,18 @@ class StreamTrainer(Trainer):
 
     def _record(self, j: int) -> Recorded:
         """Predict the test images of the 0-based task j."""
-        images: Dataset = self.stream.test(j)
+        images = self.stream.test(j)
         if j not in self._test_queries:
             self._test_queries[j] = self._passes().queries(images)
-        if (queries := self._test_queries[j]) is not None:
-            images = CachedQueries(images, queries)
+        queries = self._test_queries[j]
+        seen: Dataset[Any] = images if queries is None else CachedQueries(images, queries)
         compute_metrics, self.compute_metrics, self._recording = self.compute_metrics, None, True
         try:
-            output = self.predict(images, metric_key_prefix=f"eval_task_{j + 1}")
+            output = self.predict(seen, metric_key_prefix=f"eval_task_{j + 1}")
         finally:
             self.compute_metrics, self._recording = compute_metrics, False
-        return Recorded(labels=np.asarray(output.label_ids), **output.predictions)
+        found: Any = output.predictions  # the dict that prediction_step has returned
+        return Recorded(labels=np.asarray(output.label_ids), **found)
 
     def _test_sets(self, t: int) -> dict[str, Dataset]:
         return {f"task_{j + 1}": self.stream.test(j) for j in range(t + 1)}
@@ -376,30 +356,27 @@ class StreamTrainer(Trainer):
 
     def _start(self, resume: str | bool | None) -> tuple[int, str | None]:
         """Begin a new run, or take over an earlier one; return the first task, and the checkpoint to enter it by."""
-        checkpoint, first = None, 0
-        if resume:
-            first, checkpoint = Resumer(
-                args=self.args,
-                stream=self.stream,
-                model=self._whole_model(),
-                learner=self.stream_model,
-                method=self.method,
-                progress=self.progress,
-                folder=self.folder,
-                predict=self._record,
-            ).resume(resume)
-            if first:
-                self.eval_dataset = self._test_sets(first - 1)
-            else:
-                self.optimizer = self.lr_scheduler = None
-        else:
-            self.progress.check_new()
-            if self.is_world_process_zero():
-                if self.args.overwrite_output_dir:
-                    self.folder.clear()
-                else:
-                    self.folder.check_unused()
+        if not resume:
+            start_new(self.args, self.progress, self.folder)
+            self.accelerator.wait_for_everyone()
+            return 0, None
+        resumer = Resumer(
+            args=self.args,
+            stream=self.stream,
+            model=self._whole_model(),
+            learner=self.stream_model,
+            method=self.method,
+            progress=self.progress,
+            folder=self.folder,
+            predict=self._record,
+            blank=self._blank,
+        )
+        first, checkpoint = resumer.resume(resume)
         self.accelerator.wait_for_everyone()
+        if first:
+            self.eval_dataset = self._test_sets(first - 1)
+        else:
+            self.optimizer = self.lr_scheduler = None
         return first, None if checkpoint is None else str(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -418,13 +395,10 @@ class StreamTrainer(Trainer):
 
     def _write_task(self, t: int) -> None:
         if self.is_world_process_zero():
-            self._write_reference(t)
+            write_tensors(self.folder.features(t), self.progress.references.tensors(t))
             self.folder.publish(t, self._write_files)
             shutil.rmtree(self.folder.checkpoints(t).parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-
-    def _write_reference(self, t: int) -> None:
-        write_tensors(self.folder.features(t), self.progress.references.tensors(t))
 
     def _write_files(self, folder: Path) -> None:
         write_task(
@@ -452,7 +426,7 @@ class StreamTrainer(Trainer):
         if output_dir is not None and self.args.should_save:
             write_method(Path(output_dir), self.method)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # there is more than one commit to tell of
         self,
         commit_message: str | None = None,
         blocking: bool = True,
@@ -461,38 +435,18 @@ class StreamTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> hub.Pushed | None:
-        """Upload the finished tasks that are not on the Hub yet, each as a commit on `main` and a tag; see `hub.push`.
+        """Upload the finished tasks that are not on the Hub yet, as `hub.push` does; None on all but the main process.
 
         Args:
             token, private: instead of those in `args`.
             commit_message, kwargs: not used: each task has its own message and card.
 
-        Returns:
-            What was uploaded; None on other processes than the main one.
-
         Raises:
             ValueError: no task is finished, `blocking=False`, another revision than main.
             hub.PushError: tasks that could not be uploaded, with the command that finishes it.
         """
-        if not blocking or revision not in (None, "main"):
-            raise ValueError(
-                f"blocking={blocking}, revision={revision!r}: tasks go to main and to tags, and in the background by "
-                "push_to_hub=True in the training arguments; leave both out."
-            )
-        if not self.is_world_process_zero():
-            return None
-        repo = self.args.hub_repo()
-        token, private = token or repo.token, repo.private if private is None else private
-        return hub.push(self.folder.root, repo.repo_id, token=token, private=private, base_model=repo.base_model)
-
-    # ---- small ---------------------------------------------------------------------------------------------------
-
-    def _fire(self, event: str, **kwargs: Any) -> None:
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, event):
-                getattr(callback, event)(
-                    self.args, self.state, self.control, model=self.model, stream=self.stream, **kwargs
-                )
+        check_push(blocking, revision)
+        return push_now(self.args, self.folder, token, private) if self.is_world_process_zero() else None
 
 
 def _task_seed(seed: int, t: int) -> int:

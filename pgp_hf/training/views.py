@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
@@ -17,8 +18,9 @@ from tqdm.auto import tqdm
 from ..data.images import AugmentedImages, CachedQueries, ImageCollator
 from ..data.stream import TaskStream
 from ..heads.statistics import gather_task
-from ..methods import Batch
+from ..methods import Batch, Collectives
 from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel
+from ..projection import Projection
 from .arguments import PGPTrainingArguments
 
 Views = Iterator[tuple[Batch, list[int]]]
@@ -66,13 +68,14 @@ class Passes:
             queries.append(self.accelerator.gather_for_metrics(query).cpu())
         return torch.cat(queries)
 
-    def keep_training_queries(self, images: AugmentedImages, passes: float) -> None:
+    def keep_training_queries(self, images: AugmentedImages, projection: Projection | None) -> None:
         """Compute the queries of a task's training images once, where they would be computed more often.
 
-        Args:
-            passes: number of times that training and statistics go over the images.
+        Training goes over the images, and so do the statistics of a projection or of a head.
         """
-        views = images.views()
+        views, learner = images.views(), self.learner
+        statistics = isinstance(learner, KeepsClassStatistics) and learner.statistics is not None
+        passes = self.args.num_train_epochs + (statistics or (projection is not None and projection.active))
         known = isinstance(self.collate, ImageCollator)  # another one might augment
         if 0 < len(views) < passes and self.args.max_steps <= 0 and known:
             found = [queries for view in views if (queries := self.queries(view)) is not None]
@@ -91,10 +94,9 @@ class Passes:
         Raises:
             ValueError: fewer images than processes.
         """
-        images: Dataset = self.stream.train(t)
-        indices = np.arange(len(self.stream.train(t)))
-        if self.images is not None and self.images.queries is not None:
-            images = CachedQueries(images, self.images.queries[0])
+        images = self.stream.train(t)
+        indices = np.arange(len(images))
+        queries = None if self.images is None or self.images.queries is None else self.images.queries[0]
         if limit is not None and limit < len(indices):
             indices = np.sort(np.random.default_rng([self.args.seed, t]).permutation(indices)[:limit])
         share = indices[self.args.process_index :: self.args.world_size]
@@ -104,7 +106,7 @@ class Passes:
                 "processes: use fewer processes, or raise max_images."
             )
         loader = DataLoader(
-            Subset(images, share.tolist()),
+            Subset[Any](images if queries is None else CachedQueries(images, queries), share.tolist()),
             batch_size=batch_size,
             collate_fn=self.collate,
             num_workers=self.args.dataloader_num_workers,
@@ -157,15 +159,22 @@ class Passes:
         statistics = gather_task(
             learner.statistics,
             self._head_views(t),
-            self.sum if self.args.world_size > 1 else None,
+            self.collectives.reduce,
             before=before,
             as_before=None if restricted is None else as_before,
         )
         learner.learn_statistics(statistics)
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over the processes."""
-        return self.accelerator.reduce(tensor, "sum")
+    @property
+    def collectives(self) -> Collectives:
+        """What the processes do together; nothing where there is one."""
+        if self.args.world_size == 1:
+            return Collectives()
+        return Collectives(
+            reduce=lambda tensor: self.accelerator.reduce(tensor, "sum"),
+            gather=self.accelerator.gather,
+            broadcast=broadcast,
+        )
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def write_task(
         manifest: content of `stream.json`.
         digest: of the frozen weights, by the names that `results.json` has.
     """
-    model.save_pretrained(folder, save_embedding_layers=False)  # else it asks the Hub for the base's config
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # else it asks the Hub for the base's config
     if hasattr(processor, "save_pretrained"):
         processor.save_pretrained(folder)
     projection = method.projection or Projection(ProjectionConfig(method="none"))
