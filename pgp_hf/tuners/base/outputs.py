@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 import torch
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
 @functools.cache
