@@ -1,4 +1,4 @@
-"""Compare prompts with and without projection, and classifiers on frozen features, over several seeds.
+r"""Compare prompts with and without projection, and classifiers on frozen features, over several seeds.
 
     python examples/benchmark.py
 

@@ -1,4 +1,4 @@
-"""Learn a stream of tasks with CLIP prompts twice: without projection, and with the image prompt projected (PGP).
+r"""Learn a stream of tasks with CLIP prompts twice: without projection, and with the image prompt projected (PGP).
 
     accelerate launch examples/run_clip_pgp.py
 

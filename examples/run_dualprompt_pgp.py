@@ -1,4 +1,4 @@
-"""Learn a stream of tasks with DualPrompt twice: without projection, and with the general prefixes projected (PGP).
+r"""Learn a stream of tasks with DualPrompt twice: without projection, and with the general prefixes projected (PGP).
 
     accelerate launch examples/run_dualprompt_pgp.py
 

@@ -1,4 +1,4 @@
-"""Learn a stream of tasks with L2P prompts twice: without projection, and with it (PGP).
+r"""Learn a stream of tasks with L2P prompts twice: without projection, and with it (PGP).
 
     accelerate launch examples/run_l2p_pgp.py
 

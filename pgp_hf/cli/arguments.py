@@ -178,7 +178,7 @@ class ModelArguments:
         model_revision: branch, tag or commit on the Hub.
         image_size: side of the input in pixels, a multiple of the patch size; the backbone's own by default.
         image_mean: mean subtracted from pixel values in [0, 1], one number or one per channel.
-        image_std: standard deviation that they are then divided by, one number or one per channel.
+        image_std: standard deviation that pixel values are then divided by, one number or one per channel.
         attn_implementation: attention implementation of transformers.
 
     Attributes:
@@ -208,7 +208,7 @@ class ModelArguments:
     image_std: list[float] | None = field(
         default=None,
         metadata={
-            "help": "standard deviation that they are then divided by, one number or one per channel; the backbone's own "
+            "help": "standard deviation that pixel values are then divided by, one number or one per channel; the backbone's own "
             "by default. Mean 0 and standard deviation 1 leave pixels in [0, 1]"
         },
     )

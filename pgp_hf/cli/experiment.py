@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, BaseImageProcessor
 
 from .. import metrics
 from ..data.images import ImageCollator
@@ -77,7 +77,7 @@ def run(name: str, arguments: Arguments, make_model: Callable[[TaskStream], Peft
     trainer = train(projection, output_dir, resume)
     if trainer.is_world_process_zero():
         if compare:
-            rows = {**frozen_rows(trainer, stream, arguments.model), **rows}
+            rows = {**frozen_rows(trainer, stream, arguments.model, processor), **rows}
         report(rows, output_dir, twin)
     trainer.accelerator.wait_for_everyone()
     trainer.end()
@@ -97,7 +97,9 @@ def _twin_of(resume: str | bool | None) -> str | bool | None:
     return resume
 
 
-def frozen_rows(trainer: PGPTrainer, stream: TaskStream, model_args: ModelArguments) -> Results:
+def frozen_rows(
+    trainer: PGPTrainer, stream: TaskStream, model_args: ModelArguments, processor: BaseImageProcessor
+) -> Results:
     """Return the results of the backbone without prompts.
 
     CLIP has a zero-shot row as well; the embedded ViT has rows with random weights, as a lower bound.
@@ -111,7 +113,7 @@ def frozen_rows(trainer: PGPTrainer, stream: TaskStream, model_args: ModelArgume
         extractors = {"random": lambda pixels: random(pixels, **position).last_hidden_state[:, 0], **extractors}
     matrices: dict[str, list[list[float | None]]] = {}
     for label, extract in extractors.items():
-        collator = ImageCollator(trainer.processing_class)
+        collator = ImageCollator(processor)
         options: dict[str, Any] = {
             "device": tuner.model.device,
             "batch_size": trainer.args.eval_batch_size,

@@ -23,7 +23,10 @@ HELP = {"-h", "--help"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keep the lines of the description, and tell each option's default."""
+    """Keep the lines of the description, and show the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def option(token: str) -> str:
