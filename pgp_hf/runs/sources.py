@@ -34,9 +34,9 @@ from .folder import (
 )
 
 RUN_FILES = (MANIFEST, RESULTS, DESCRIPTION, BASES)
-"""What a finished task must have; an adapter without a run has none of it."""
+"""The files that a finished task must have; an adapter without a run has none of them."""
 REVISION_FILES = (ADAPTER_CONFIG, ADAPTER, PROCESSOR, *RUN_FILES, METHOD_STATE, METHOD)
-"""All that is read of a revision; runs of earlier versions have no files of a method."""
+"""All files that are read of a revision; runs of earlier versions have none of a method."""
 # read by other loaders, never by this package: searched for requests to run code
 OTHERS = ("config.json", "processor_config.json")
 TASK = re.compile(r"task-([1-9]\d{0,5})")

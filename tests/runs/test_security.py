@@ -262,6 +262,10 @@ BAD = {
     "one bit of the bases altered": (raw(BASES, flip), f"{BASES} is not the file that the run wrote"),
     "data behind the end": (raw(ADAPTER, lambda data: data + b"more"), DAMAGED),
     "a huge header": (raw(ADAPTER, lambda data: struct.pack("<Q", HUGE) + data[8:]), f"header declares {HUGE} bytes"),
+    "a header that is too long": (
+        header(ADAPTER, lambda found: json.dumps(found).encode() + b" " * reading.MAX_HEADER),
+        f"header declares .* bytes, allowed are {reading.MAX_HEADER}",
+    ),
     "a huge tensor": (header(ADAPTER, entry(PROMPT, shape=[HUGE, 2])), DAMAGED),
     "a huge tensor without data": (header(ADAPTER, entry(PROMPT, shape=[0, HUGE], data_offsets=[0, 0])), DAMAGED),
     "lengths beyond those of tensors": (header(ADAPTER, more(shape=[0, 2**63])), r"'more' has shape \(0, 9223"),
