@@ -16,7 +16,7 @@ from ..runs.reading import read_json
 from ..training.arguments import PGPTrainingArguments
 from ..tuners.base.config import PromptConfig
 
-PER_RUN = {  # no settings of a row
+PER_RUN = {  # of a single run: not compared, and not to be set in a row's name
     "output_dir",
     "overwrite_output_dir",
     "seed",
@@ -246,7 +246,7 @@ def _public(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_folder(value: Any) -> bool:
-    """Return True if an argument names a local folder; files give only the last part of its path."""
+    """Return True if an argument is a local folder, of which the files name only the last part."""
     return isinstance(value, str) and os.path.isdir(value)
 
 

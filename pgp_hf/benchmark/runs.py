@@ -71,9 +71,8 @@ def _frozen(plans: list[Plan]) -> Iterator[tuple[Plan, dict[str, Any]]]:
     plan = plans[0]
     stream = plan.data.load(plan.seed)
     backbone = plan.model.backbone(stream)
-    config = L2PConfig(
-        interpolate_pos_encoding=plan.model.interpolates(backbone)
-    )  # any adapter: all see the bare backbone
+    # any adapter will do, since all give access to the bare backbone
+    config = L2PConfig(interpolate_pos_encoding=plan.model.interpolates(backbone))
     tuner: Any = get_peft_model(backbone, config).to(plan.training.device).base_model
     collator = ImageCollator(plan.model.processor())
     options: dict[str, Any] = {
@@ -197,7 +196,7 @@ def machine() -> dict[str, Any]:
 
 
 def _peak_memory() -> dict[str, float]:
-    """Return the peak resident memory (MB) of this process; nothing on Windows, which does not count it so."""
+    """Return the peak resident memory (MB) of this process; nothing on Windows, which has no `resource`."""
     if sys.platform == "win32":
         return {}
     import resource

@@ -1,4 +1,4 @@
-"""What `--dry_run` prints: all settings that a command line comes to."""
+"""The output of `--dry_run`: all settings that a command line results in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the example scripts share: a run beside its unprojected twin, the rows without prompts, and the table."""
+"""The comparison that each example makes: a run, its unprojected twin, and the rows without prompts, in a table."""
 
 from __future__ import annotations
 

@@ -267,7 +267,7 @@ def test_a_dry_run_reads_and_writes_nothing_else(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("given", "mean"), [([0.0], [0.0, 0.0, 0.0]), ([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])])
-def test_mean_and_deviation_replace_the_processors(tmp_path, given, mean):
+def test_mean_and_standard_deviation_replace_the_processors(tmp_path, given, mean):
     tiny.processor().save_pretrained(tmp_path)
     tiny.backbone().save_pretrained(tmp_path)
     processor = ModelArguments(str(tmp_path), image_mean=given, image_std=[1.0]).processor()
