@@ -113,17 +113,17 @@ def test_registration_is_idempotent_and_guards_its_name(monkeypatch):
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils.peft_types import PeftType
 
-    from pgp_hf.tuners import L2PConfig, L2PModel
-    from pgp_hf.tuners.base.registration import extend_peft_type, register
+    from pgp_hf.tuners import L2PConfig, L2PModel, register
+    from pgp_hf.tuners.base.registration import extend_peft_type
 
     before = list(PeftType)
-    register("l2p", L2PConfig, L2PModel)
+    register(L2PConfig, L2PModel)
     assert list(PeftType) == before and extend_peft_type("L2P") is PeftType("L2P") is PeftType["L2P"]
     assert PEFT_TYPE_TO_TUNER_MAPPING["L2P"] is L2PModel and PEFT_TYPE_TO_CONFIG_MAPPING["L2P"] is L2PConfig
     assert PEFT_TYPE_TO_PREFIX_MAPPING["L2P"] == "l2p_"
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, "L2P", dict)
     with pytest.raises(RuntimeError, match="already has a method 'l2p'"):
-        register("l2p", L2PConfig, L2PModel)
+        register(L2PConfig, L2PModel)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_registration_is_idempotent_and_guards_its_name(monkeypatch):
     ],
 )
 def test_canary_tuner_hooks_of_peft(hook, parameters):
-    """Internal to PEFT: when one of these fails after an upgrade, look at pgp_hf/tuners/_shared/."""
+    """Internal to PEFT: when one of these fails after an upgrade, look at pgp_hf/tuners/base/."""
     from peft.tuners.tuners_utils import BaseTuner
 
     from pgp_hf.tuners import L2PModel

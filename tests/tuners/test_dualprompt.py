@@ -169,7 +169,7 @@ def test_a_step_before_training_starts_is_an_error():
     """Nothing is noted yet of what the other tasks' entries are."""
     tuner = prompted.make("dualprompt").base_model
     tuner.begin_task(0)
-    with pytest.raises(RuntimeError, match="training_starts.. comes before the first step"):
+    with pytest.raises(RuntimeError, match="training_starts.. come before the first step"):
         tuner.after_step()
 
 

@@ -1,23 +1,36 @@
-"""Prefix keys and values, through transformers' attention interface.
+"""Add prefix keys and values to an attention module, by way of transformers' attention interface.
 
-Each wrapped attention module gets its own copy of the configuration, which names the function below; the model's
-configuration, and with it masks and the back end, stays as it is. The function puts the prefixes in front of keys and
-values and hands over to the model's back end, read at each call.
+An attention module of transformers calls the function whose name its configuration gives. A wrapped module's
+configuration names the function below, which puts the prefixes in front of keys and values and hands over to the
+function that the model's own configuration names.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "pgp_prefix"
+
+
+class _Prefixed(Protocol):
+    """An attention module that takes prefixes.
+
+    Attributes:
+        config: its own copy of the configuration, which names `prefix_attention`.
+        model_config: the configuration that it shares with the rest of the model.
+    """
+
+    config: PreTrainedConfig
+    model_config: PreTrainedConfig
 
 
 def prefix_attention(
@@ -32,14 +45,19 @@ def prefix_attention(
     record: list[tuple[Tensor, Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over `[prefix; tokens]`; arguments as any function of the interface, prefixes `(B, H, L, dh)`.
+    """Attend to `[prefix; tokens]`.
 
-    `record` receives the queries `(B, H, T, dh)` and the weights `(B, H, T, L)` that they give to the prefix.
+    Args:
+        module, query, key, value, attention_mask, kwargs: as any function of the interface takes them.
+        prefix_key, prefix_value: `(B, H, L, dh)`.
+        record: receives the queries `(B, H, T, dh)` and the weights `(B, H, T, L)` that they give to the prefix.
     """
-    config = module.model_config
+    # read at each call: `set_attn_implementation` changes it in the model's configuration at any time
+    implementation = cast(_Prefixed, module).model_config._attn_implementation
+    # "eager" is not in the registry, since every file of models has its own
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
-    if prefix_key is not None:
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, cast(Callable[..., Any], eager))
+    if prefix_key is not None and prefix_value is not None:
         length = prefix_key.shape[2]
         key = torch.cat([prefix_key.to(key.dtype), key], dim=2)
         value = torch.cat([prefix_value.to(value.dtype), value], dim=2)
@@ -59,12 +77,16 @@ AttentionInterface.register(NAME, prefix_attention)
 
 def install(attention: nn.Module) -> None:
     """Let an attention module take prefixes."""
-    object.__setattr__(attention, "model_config", attention.config)
-    attention.config = copy.copy(attention.config)
-    attention.config._attn_implementation_internal = NAME
+    own = cast(_Prefixed, attention)
+    # a copy, since all modules share one configuration: there the name would reach layers without prefixes, and the
+    # functions that make the masks, which go by it too
+    own.model_config, own.config = own.config, copy.copy(own.config)
+    # not by the property `_attn_implementation`: it would set sub-configurations as well, which the copy still shares
+    own.config._attn_implementation_internal = NAME
 
 
 def uninstall(attention: nn.Module) -> None:
     """Undo `install`."""
-    attention.config = attention.model_config
-    object.__delattr__(attention, "model_config")
+    own = cast(_Prefixed, attention)
+    own.config = own.model_config
+    del own.model_config

@@ -1,4 +1,4 @@
-"""What an adapter contributes to the model card of a run."""
+"""Describe an adapter for the model card of a run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class AdapterCard(NamedTuple):
 
     Attributes:
         parts: what was added to the backbone, such as "10 prompts of 5 tokens".
-        prompts: whether that is prompts.
-        selects: whether keys select prompts for each input; False where all inputs get the same, None if not known.
+        prompts: True where these are prompts.
+        selects: True where keys select prompts for each input, False where all inputs get the same, None if not known.
         features: what the head reads.
         head: what classifies when no statistics head does.
         trained_head: what was trained in order to classify.
-        linear_head: whether that is a linear layer, which all tasks share and no projection holds.
+        linear_head: True where that is a linear layer, which all tasks share and no projection protects.
         finished: a sentence about what never moves once its task is over; empty where all of it keeps learning.
         base_class: the class of transformers that loads the backbone.
         scores: the attribute of the model's output that holds a score for each class.

@@ -1,4 +1,4 @@
-"""Settings that every prompt adapter has."""
+"""Configure prompt adapters: the settings that all of them have."""
 
 from __future__ import annotations
 
@@ -15,15 +15,35 @@ from .registration import extend_peft_type
 
 @dataclass
 class PromptConfig(PeftConfig):
-    """Base of the adapters' configurations.
+    """Base of the adapters' configurations; takes the arguments of `PeftConfig` as well.
 
-    `method_name` is the PEFT type; `base_class` names the class of transformers that loads the backbone;
-    `command_line` names the fields that are options of the adapter's example.
+    Args:
+        pull_constraint_coeff: weight of the pull term, which draws the selected keys towards the query.
+        interpolate_pos_encoding: interpolate the position embeddings to the input's size, for a backbone trained at
+            another.
+        head: what classifies: "linear", the trained head; "statistics", the class means and the covariance of finished
+            tasks.
+        shrinkage: how far the statistics head's covariance is drawn towards an isotropic one, in (0, 1].
+        hidden_size: width of the backbone; filled in when the adapter is added.
+        id2label: class names; filled in from the model, so that every loader can rebuild the head.
+        target_modules: names of the wrapped modules; filled in when the adapter is added.
+        exclude_modules: not used, but read by PEFT.
+        modules_to_save: names of modules that are trained and saved whole; the classifier by default, [] for none.
+
+    Attributes:
+        method_name: the PEFT type, in upper case; each adapter has its own.
+        base_class: name of the class of transformers that loads the backbone.
+        command_line: names of the fields that are options of the adapter's example.
+        filled_in: names of the fields that are not settings, since the stream or its training fills them in.
+
+    Raises:
+        ValueError: a setting out of its range.
     """
 
     method_name: ClassVar[str]
     base_class: ClassVar[str] = "AutoModelForImageClassification"
     command_line: ClassVar[tuple[str, ...]] = ()
+    filled_in: ClassVar[tuple[str, ...]] = ("id2label",)
 
     pull_constraint_coeff: float = field(
         default=0.1, metadata={"help": "weight of the pull term, which draws the selected keys towards the query"}
@@ -42,7 +62,7 @@ class PromptConfig(PeftConfig):
     )
     shrinkage: float = field(
         default=0.1,
-        metadata={"help": "of the statistics head's covariance towards an isotropic one, in (0, 1]"},
+        metadata={"help": "how far the statistics head's covariance is drawn towards an isotropic one, in (0, 1]"},
     )
     hidden_size: int | None = field(
         default=None, metadata={"help": "width of the backbone; filled in when the adapter is added"}
@@ -52,12 +72,12 @@ class PromptConfig(PeftConfig):
         metadata={"help": "class names; filled in from the model, so that every loader can rebuild the head"},
     )
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "names of the wrapped modules; found when the adapter is added"}
+        default=None, metadata={"help": "names of the wrapped modules; filled in when the adapter is added"}
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "unused; PEFT reads it"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "not used, but read by PEFT"})
     modules_to_save: list[str] | None = field(
         default=None,
-        metadata={"help": "modules trained and saved whole; the classifier by default, [] for none"},
+        metadata={"help": "modules that are trained and saved whole; the classifier by default, [] for none"},
     )
 
     def __post_init__(self) -> None:
@@ -74,7 +94,7 @@ class PromptConfig(PeftConfig):
             self.base_model_name_or_path = str(folder)  # so that AutoPeftModel finds it on any machine
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; an embedded backbone by its name, not by its folder on this machine."""
+        """Return the fields as JSON has them; an embedded backbone by its name, not by its folder on this machine."""
         content = super().to_dict()
         content["base_model_name_or_path"] = (
             embedded.name_of(self.base_model_name_or_path) or self.base_model_name_or_path
@@ -82,14 +102,15 @@ class PromptConfig(PeftConfig):
         return content
 
     def _at_least(self, **least: int) -> None:
+        """Raise ValueError for the first of these fields that is below its least value."""
         for name, value in least.items():
             if not getattr(self, name) >= value:  # catches NaN
                 raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be at least {value}.")
 
     def settings(self) -> dict[str, Any]:
-        """The method's own settings, as JSON has them: what must agree for a run to be continued."""
-        given = {one.name for one in fields(PeftConfig)} | {"id2label", "learned_entries", "class_tokens"}
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in given}
+        """Return the adapter's own settings, as JSON has them: what must agree for a run to be continued."""
+        others = {one.name for one in fields(PeftConfig)} | set(self.filled_in)
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in others}
 
     @classmethod
     def card(cls, settings: Mapping[str, Any]) -> AdapterCard:

@@ -1,4 +1,4 @@
-"""The rows that prompt tokens must not move along for the first attention to stay as it is."""
+"""Compute the rows along which prompt tokens must not move, so that the first attention stays as it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class SelfAttention(Protocol):
-    """The part of an attention module that forms its logits; the attentions of ViT and CLIP have it."""
+    """An attention module, as far as it forms logits: those of ViT and CLIP do it this way."""
 
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -22,20 +22,20 @@ def consistency_rows(
     """Return the rows for the two conditions under which an attention stays consistent (Lu et al., NeurIPS 2024).
 
     Token l of the prompt, p_l, reaches the attention as `z_l = a (p_l - mu_l) / s_l + b`, with the weight a and the
-    bias b of the LayerNorm and the token's own mean and standard deviation. As long as mu and s stay the same,
+    bias b of the LayerNorm and the token's own mean mu_l and standard deviation s_l. As long as these stay the same,
     `dz_l = a dp_l / s_l`. For the query q_h of any token in head h, the attention weights S_h over the prompt tokens,
     W_k,h and W_v this gives:
 
         logits:    q_h W_k,h dz_l^T = 0       if dp_l is orthogonal to the row  a * (q_h W_k,h)
         output:    S_h dz W_v = 0             if every column of dp is orthogonal to the row  S_h / s
 
-    The paper writes the second as `S_h dp = 0`, which is the same where all tokens have the same standard deviation.
-    Several norms in a row are treated as one, with the product of their weights and of the standard deviations. This
-    assumes that mu and s of the second norm stay the same too, which is not enforced. Neither condition covers the
-    queries of the prompt tokens themselves, the residual stream, or later layers.
+    The paper writes the second condition as `S_h dp = 0`, which is the same where all tokens have the same standard
+    deviation. Several norms in a row are treated as one, with the product of their weights and of the standard
+    deviations. This assumes that mean and standard deviation in the second norm stay the same too, which is not
+    enforced. Neither condition covers the queries of the prompt tokens themselves, the residual stream or later layers.
 
     Args:
-        tokens: as they enter the network, `(B, T, d)`, with the prompt at 1 .. `inserted`.
+        tokens: as they enter the network, `(B, T, d)`, with the prompt at positions 1 to `inserted`.
         norms: the LayerNorms between the tokens and the attention.
         attention: the first attention.
         inserted: number of prompt tokens P.
@@ -43,9 +43,9 @@ def consistency_rows(
     Returns:
         Rows along the width, `(B, H, T, d)`, and over the prompt tokens, `(B, H, T, P)`.
     """
-    hidden, scale, deviation = tokens, tokens.new_ones(()), tokens.new_ones(())
+    hidden, scale, std = tokens, tokens.new_ones(()), tokens.new_ones(())
     for norm in norms:
-        deviation = deviation * (hidden.float().var(-1, correction=0) + norm.eps).sqrt()
+        std = std * (hidden.float().var(-1, correction=0) + norm.eps).sqrt()
         scale, hidden = scale * norm.weight, norm(hidden)
     query, key = (
         projection(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2).float()
@@ -54,4 +54,4 @@ def consistency_rows(
     weights = (query @ key.mT * attention.head_dim**-0.5).softmax(-1)
     w_k = attention.k_proj.weight.float().unflatten(0, (-1, attention.head_dim))  # (H, dh, d)
     prompt = slice(1, 1 + inserted)
-    return query @ w_k * scale, weights[..., prompt] / deviation[:, None, None, prompt]
+    return query @ w_k * scale, weights[..., prompt] / std[:, None, None, prompt]

@@ -1,17 +1,22 @@
-"""The classification head, rebuilt from an adapter's class names before PEFT copies it."""
+"""Rebuild the classification head from an adapter's class names, before PEFT copies it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+from .config import PromptConfig
 
-def prepare_head(model: nn.Module, config: Any) -> None:
+if TYPE_CHECKING:
+    from transformers import ViTForImageClassification
+
+
+def prepare_head(model: ViTForImageClassification, config: PromptConfig) -> None:
     """Make `model.classifier` and `config` (fields `id2label`, `modules_to_save`) agree.
 
     A new adapter takes its class names from the model; a loaded one gives the model a head of its own size and names,
-    so that a checkpoint works on a bare backbone. Models without a classifier are left alone, and so is a head that
+    so that a checkpoint works on a bare backbone. A model without a classifier is left as it is, and so is a head that
     the adapter does not save.
 
     Raises:
@@ -20,11 +25,11 @@ def prepare_head(model: nn.Module, config: Any) -> None:
     head = getattr(model, "classifier", None)
     if head is None:
         return
-    linear = getattr(head, "original_module", head)  # wrapped by PEFT once an adapter is there
+    linear = getattr(head, "original_module", head)  # once an adapter is there, PEFT has wrapped the head
     if config.id2label is None:
         if not isinstance(linear, nn.Linear):
             return
-        config.id2label = {int(index): name for index, name in model.config.id2label.items()}
+        config.id2label = {int(index): name for index, name in (model.config.id2label or {}).items()}
     if config.modules_to_save is None:
         config.modules_to_save = ["classifier"]
     if "classifier" not in config.modules_to_save:
@@ -37,7 +42,7 @@ def prepare_head(model: nn.Module, config: Any) -> None:
                 "adapters side by side on one model need the same classes. Load this one on a fresh backbone."
             )
         reference = next(model.parameters())
-        # real memory also where PEFT makes new modules without any (low_cpu_mem_usage)
+        # with low_cpu_mem_usage, PEFT makes all new modules on the meta device: this head needs memory all the same
         fresh = nn.Linear(model.config.hidden_size, classes, device="meta", dtype=reference.dtype)
         model.classifier = fresh.to_empty(device=reference.device)
         model.classifier.reset_parameters()

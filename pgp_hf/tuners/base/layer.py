@@ -1,4 +1,4 @@
-"""What the wrapped modules of every prompt tuner have in common."""
+"""Wrap a module of the backbone, hold the adapters' parameters there, and take prompts out of outputs again."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 class PromptLayer(nn.Module, BaseTunerLayer):
-    """Wraps a module of the backbone; parameters are `ParameterDict`s keyed by adapter, named in `adapter_layer_names`.
+    """Wrap a module of the backbone and hold the parameters of its adapters.
+
+    A subclass names its parameters in `adapter_layer_names`; each name is a `ParameterDict` with an entry for each
+    adapter.
 
     Attributes:
-        bypass: set during the query pass, which must see the frozen model.
+        bypass: set while the query is computed, which must see the frozen model.
         selected: `(B, k)` pool entries chosen for the running batch, or None.
         copies: during a traced pass, each image's copies of the parameters, by container; else None.
     """
@@ -30,42 +34,49 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
 
     def __getattr__(self, name: str) -> Any:
-        # models read attributes of the modules they own, patch_embeddings for one
+        # the backbone reads attributes of the module that is wrapped, such as `embeddings.patch_embeddings`
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            if name == "base_layer":  # not there yet, or no longer: without this, it would be looked up in itself
                 raise
             return getattr(self.base_layer, name)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        # PEFT looks for the weight of a linear layer or the like; the modules wrapped here have it further inside
         parameter = next(base_layer.parameters())
         return parameter.device, parameter.dtype
 
     def add_parameters(self, adapter_name: str, inference_mode: bool, **parameters: Tensor) -> None:
-        """Add an adapter's parameters, by container."""
+        """Add an adapter's parameters, each given by the name of its container."""
         for name, value in parameters.items():
             getattr(self, name)[adapter_name] = nn.Parameter(value)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def capture_per_sample(self, name: str, values: Tensor) -> Tensor:
-        """PerSample `(B, ...)` of a parameter on their way into a forward pass; a leaf of their own in a traced one."""
+        """Return the values `(B, ...)` that a parameter has for each image, as they enter a forward pass.
+
+        A traced pass gets a leaf of its own in their place, which `copies` keeps by the name of the container.
+        """
         if self.copies is not None:
             self.copies[name] = values = values.detach().clone().requires_grad_()
         return values
 
     def expand_to_batch(self, name: str, batch: int) -> Tensor:
-        """The active adapter's parameter in container `name`, `(B, *shape)`: the same for each image, see `capture_per_sample`."""
+        """Return the active adapter's parameter in the container `name` for each image, `(B, *shape)`.
+
+        They are all the same, but in a traced pass, see `capture_per_sample`.
+        """
         parameter = getattr(self, name)[self.adapter]
         return self.capture_per_sample(name, parameter.expand(batch, *parameter.shape))
 
     def release(self) -> None:
-        """Undo whatever was done to the wrapped module; called when the adapter is unloaded."""
+        """Undo what was done to the wrapped module; called when the adapter is unloaded."""
 
     @property
     def adapter(self) -> str | None:
-        """Name of the adapter in use, None when disabled or bypassed."""
+        """Return the name of the adapter in use; None while it is disabled or bypassed."""
         if self.disable_adapters or self.bypass:
             return None
         present = self._all_available_adapter_names()
@@ -73,19 +84,20 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 
 
 def uniform(*shape: int) -> Tensor:
-    """Uniform in (-1, 1), as the released code of L2P and DualPrompt initialises prompts and keys."""
+    """Draw from (-1, 1), as the released code of L2P and DualPrompt initialises prompts and keys."""
     return torch.empty(*shape).uniform_(-1, 1)
 
 
-def strip_prompts(output: Any, n: int) -> None:
-    """Take the tokens 1..n, the prompts behind CLS, out of a backbone's output, so that it has its unprompted shapes."""
+def strip_prompts(output: BaseModelOutputWithPooling, n: int) -> None:
+    """Take tokens 1 to n, the prompts behind CLS, out of a backbone's output, which gets its unprompted shapes."""
 
     def without(tensor: Tensor, dim: int) -> Tensor:
         rest = tensor.narrow(dim, 1 + n, tensor.shape[dim] - 1 - n)
         return torch.cat([tensor.narrow(dim, 0, 1), rest], dim=dim)
 
-    output.last_hidden_state = without(output.last_hidden_state, 1)
-    if getattr(output, "hidden_states", None) is not None:
+    if output.last_hidden_state is not None:
+        output.last_hidden_state = without(output.last_hidden_state, 1)
+    if output.hidden_states is not None:
         output.hidden_states = tuple(without(hidden, 1) for hidden in output.hidden_states)
-    if getattr(output, "attentions", None) is not None:
+    if output.attentions is not None:
         output.attentions = tuple(without(without(weights, -1), -2) for weights in output.attentions)

@@ -1,20 +1,23 @@
-"""The tuner that every prompt method builds on: injection, unloading, and what a trainer may ask."""
+"""The tuner that every prompt method builds on: how it enters and leaves a model, and what a trainer asks of it."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from ...heads.statistics import ClassStatistics
 from ...projection.protocol import PerSample, Traced, flat
 from ...runs.digest import backbone_key, backbone_sha256
+from .config import PromptConfig
 from .layer import PromptLayer
 
 
@@ -22,6 +25,8 @@ class PromptTuner(BaseTuner):
     """A PEFT tuner with prompts in wrapped modules of a frozen backbone; a method fills in the abstract parts.
 
     To a trainer it is a `pgp_hf.models.StreamModel`, a `KeepsClassStatistics` and `Protectable`.
+
+    A method sets `prefix`, which its parameters' names begin with, and declares the class of its `adapter_config`.
     """
 
     tuner_layer_cls = PromptLayer
@@ -30,50 +35,69 @@ class PromptTuner(BaseTuner):
 
     # ---- what a method defines -----------------------------------------------------------------------------------
 
+    @property
     @abstractmethod
-    def _wrap(self, config: Any, adapter_name: str, target: nn.Module, name: str) -> nn.Module:
-        """`target` (a module, or its wrapper when another adapter is there) with the adapter's parameters added."""
+    def backbone(self) -> nn.Module:
+        """Return the frozen image model, whose `embeddings` are wrapped."""
+
+    @abstractmethod
+    def _wrap(self, config: Any, adapter_name: str, target: nn.Module, name: str) -> PromptLayer:
+        """Add an adapter's parameters to a module.
+
+        Args:
+            config: the adapter's configuration, of the method's own class.
+            adapter_name: a name for it.
+            target: the module, or its wrapper when another adapter is there.
+            name: of the module in the model.
+
+        Returns:
+            The wrapper.
+        """
 
     @abstractmethod
     def prompt_parameters(self) -> dict[str, nn.Parameter]:
-        """The active adapter's parameters that a projection may protect, by their names in the adapter file."""
+        """Return the active adapter's parameters that a projection may protect, by their names in its file."""
 
     @abstractmethod
-    def protected_rows(
-        self, pixel_values: Tensor, prompt_query: Tensor | None = None
-    ) -> Iterator[tuple[str, str, Tensor]]:
-        """What these images show to those parameters: (name, role, rows)."""
-
-    def token_offsets(self) -> dict[str, Tensor]:
-        """Of the prompts that enter the network as tokens, what is added to them before the first LayerNorm.
-
-        By name of the parameter, in a shape that broadcasts with it; empty where prompts are no tokens.
-        """
-        return {}
+    def protected_rows(self, pixel_values: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield what these images show to those parameters: (name, role, rows)."""
 
     @abstractmethod
-    def attention_rows(
-        self, pixel_values: Tensor, prompt_query: Tensor | None = None
-    ) -> Iterator[tuple[str, str, Tensor]]:
-        """The same for consistent attention: queries as they meet the prompt, and the attention that they pay to it.
+    def attention_rows(self, pixel_values: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield the same for consistent attention: queries as they meet the prompt, and the attention they pay to it.
 
         A name ending in ".T" stands for the parameter with its last two dimensions swapped.
         """
 
+    @abstractmethod
+    def frozen_features(self, pixel_values: Tensor) -> Tensor:
+        """Return the backbone's features `(B, d)` of images, as they are without any prompt."""
+
+    def token_offsets(self) -> dict[str, Tensor]:
+        """Return what is added to prompts before the first LayerNorm, where they enter the network as tokens.
+
+        By name of the parameter, in a shape that broadcasts with it; empty for prompts that are not tokens.
+        """
+        return {}
+
     def _per_entry(self) -> Callable[[Tensor], Tensor]:
-        """Turns the gradient of each image's copy of a parameter into rows; all of it is one row by default."""
+        """Return what turns the gradients of all images' copies of a parameter into rows; one row each by default."""
         return flat
+
+    def _after_backbone(self, backbone: Any, args: tuple[Any, ...], output: Any) -> ModelOutput | None:
+        """Hide the prompts in the backbone's output, both of the method's own classes."""
+        return None
 
     # ---- a stream ------------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        """The method's PEFT type in lower case, such as "l2p"."""
-        return self.adapter_config.peft_type.lower()
+        """Return the method's PEFT type in lower case, such as "l2p"."""
+        return self.adapter_config.method_name.lower()
 
     @property
     def class_names(self) -> dict[int, str] | None:
-        """Name of each class; None without a classifier."""
+        """Return the name of each class; None without a classifier."""
         return self.adapter_config.id2label
 
     def settings(self) -> dict[str, Any]:
@@ -88,11 +112,14 @@ class PromptTuner(BaseTuner):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that learn, by their names in `adapter_model.safetensors`."""
         adapter = self.adapter
-        return {
-            f"base_model.{name}".replace(f".modules_to_save.{adapter}", "").removesuffix(f".{adapter}"): parameter
-            for name, parameter in self.named_parameters()
-            if parameter.requires_grad
-        }
+        saved_whole = f".modules_to_save.{adapter}."
+
+        def name_in_file(name: str) -> str:
+            if saved_whole in name:
+                return f"base_model.{name.replace(saved_whole, '.')}"
+            return f"base_model.{name.removesuffix(f'.{adapter}')}"
+
+        return {name_in_file(name): value for name, value in self.named_parameters() if value.requires_grad}
 
     def auxiliary_loss(self, output: ModelOutput) -> Tensor | None:
         """Return each image's pull term with its weight, `(B,)`; None where no keys are selected."""
@@ -111,28 +138,25 @@ class PromptTuner(BaseTuner):
             config.id2label = dict(names)
 
     def begin_task(self, task: int) -> None:
-        """Called before the 0-based task trains; the linear head classifies from now on."""
+        """Prepare for the training of the 0-based task; the trained head classifies from now on."""
         self._in_task = True
 
     def training_starts(self) -> None:
-        """Called when a task's first step is near, after a checkpoint was loaded."""
-
-    def end_task(self, task: int) -> None:
-        """Called after the 0-based task has trained."""
-
-    def resume_after(self, task: int) -> None:
-        """Called when the state after the 0-based task has been loaded."""
-        self._in_task = False
+        """Prepare for the task's first step, after a checkpoint has been loaded, if there is one."""
 
     def after_step(self) -> None:
-        """Called after each optimizer step."""
+        """Mend after an optimizer step what must not have moved."""
 
-    def _after_backbone(self, backbone: nn.Module, args: tuple, output: ModelOutput) -> ModelOutput | None:
-        """Hide the prompts in the backbone's output."""
+    def end_task(self, task: int) -> None:
+        """Finish the 0-based task, which has been trained."""
+
+    def resume_after(self, task: int) -> None:
+        """Go on from the state after the 0-based task, which has been loaded."""
+        self._in_task = False
 
     # ---- injection -----------------------------------------------------------------------------------------------
 
-    def _check_width(self, config: Any, width: int) -> None:
+    def _check_width(self, config: PromptConfig, width: int) -> None:
         """Note the backbone's width in a new configuration, hold a loaded one against it."""
         if config.hidden_size not in (None, width):
             raise ValueError(
@@ -141,8 +165,8 @@ class PromptTuner(BaseTuner):
             )
         config.hidden_size = width
 
-    def _check_targets(self, config: Any, targets: list[str]) -> None:
-        """Refuse a loaded adapter whose parameters belong to modules that are called otherwise here."""
+    def _check_targets(self, config: PromptConfig, targets: list[str]) -> None:
+        """Refuse a loaded adapter whose parameters belong to modules that have other names here."""
         given = config.target_modules
         if given is not None and sorted([given] if isinstance(given, str) else given) != sorted(targets):
             raise ValueError(
@@ -153,24 +177,25 @@ class PromptTuner(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: Any,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
-        layer = self._wrap(peft_config, adapter_name, target, current_key)
+        config = cast(PromptConfig, peft_config)
+        layer = self._wrap(config, adapter_name, target, current_key)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             setattr(parent, target_name, layer)
-        if layer is self.layer and peft_config.head == "statistics":
-            self._add_statistics(layer, peft_config, adapter_name)
+        if layer is self.layer and config.head == "statistics":
+            self._add_statistics(layer, config, adapter_name)
 
     def unload(self) -> nn.Module:
-        """The base model without adapter and hooks, as it was before."""
+        """Return the base model without adapter and hooks, as it was before."""
         self._remove_hooks()
         for name, module in list(self.model.named_modules()):
             original = (
@@ -184,8 +209,10 @@ class PromptTuner(BaseTuner):
         self.model.__dict__.pop("peft_config", None)
         return self.model
 
-    def _install_hooks(self, hooks: list[Any]) -> None:
+    def _install_hooks(self, hooks: list[RemovableHandle]) -> None:
         """Take over from the hooks of a tuner that has added an adapter to the same model before."""
+        # transformers' own `load_adapter` makes a new tuner for each adapter: with the hooks of all of them, every
+        # forward pass would select prompts several times. They are kept on the model, the one thing the tuners share
         self._remove_hooks()
         self.model.__dict__["_prompt_hooks"] = hooks
 
@@ -199,42 +226,38 @@ class PromptTuner(BaseTuner):
     # ---- the parts -----------------------------------------------------------------------------------------------
 
     @property
-    @abstractmethod
-    def backbone(self) -> nn.Module:
-        """The frozen image model, whose `embeddings` are wrapped."""
-
-    @property
     def layers(self) -> list[PromptLayer]:
-        """The wrapped modules, in the order of the forward pass."""
+        """Return the wrapped modules, in the order of the forward pass."""
         return [module for module in self.model.modules() if isinstance(module, PromptLayer)]
 
     @property
-    def layer(self) -> Any:
-        """The wrapped embeddings, which hold the keys."""
-        return self.backbone.embeddings
+    def layer(self) -> PromptLayer:
+        """Return the wrapped embeddings, which hold the keys."""
+        return cast(PromptLayer, self.backbone.embeddings)
 
     @property
     def adapter(self) -> str:
-        """Name of the active adapter, as the wrapped modules have it: PEFT and transformers both set it there."""
+        """Return the name of the active adapter."""
+        # asked of a wrapped module: PEFT and transformers both set it there, only PEFT sets the tuner's
         return next(name for name in self.layer.active_adapters if name in self.peft_config)
 
     @property
-    def adapter_config(self) -> Any:
-        """Configuration of the active adapter (`config` is the backbone's, as PEFT users expect)."""
-        return self.peft_config[self.adapter]
+    def adapter_config(self) -> PromptConfig:
+        """Return the configuration of the active adapter (`config` is the backbone's, as PEFT users expect)."""
+        return cast(PromptConfig, self.peft_config[self.adapter])
 
     def class_logits(self, output: ModelOutput) -> Tensor:
-        """The scores `(B, C)` in an output of the model."""
-        return output.logits
+        """Return the scores `(B, C)` in an output of the model."""
+        return output["logits"]
 
     @property
     def selected_prompts(self) -> Tensor | None:
-        """Pool entries `(B, k)` of the last forward pass; None where nothing is selected."""
+        """Return the pool entries `(B, k)` of the last forward pass; None where nothing is selected."""
         return self.layer.selected
 
     # ---- heads ---------------------------------------------------------------------------------------------------
 
-    def _add_statistics(self, layer: PromptLayer, config: Any, adapter_name: str) -> None:
+    def _add_statistics(self, layer: PromptLayer, config: PromptConfig, adapter_name: str) -> None:
         """Give the wrapped embeddings, where the adapter's keys are, its class statistics as buffers."""
         if config.id2label is None:
             raise ValueError(
@@ -244,55 +267,62 @@ class PromptTuner(BaseTuner):
         container = f"{self.prefix}statistics"
         if not hasattr(layer, container):
             setattr(layer, container, nn.ModuleDict())
-            layer.other_param_names = (*layer.other_param_names, container)
+            layer.other_param_names = (*layer.other_param_names, container)  # PEFT saves what is named here
         statistics = ClassStatistics(len(config.id2label), self._head_width(config), config.shrinkage)
         getattr(layer, container)[adapter_name] = statistics.to(next(layer.base_layer.parameters()).device)
 
     def _head_width(self, config: Any) -> int:
-        """Length of the features that `watch_features` gives."""
+        """Return the length of the features that `watch_features` gives."""
         return config.hidden_size
 
     @property
     def statistics(self) -> ClassStatistics | None:
-        """Class statistics of the adapter in use; None with a linear head, and while the adapter is disabled."""
+        """Return the class statistics of the adapter in use; None with a linear head or while it is disabled."""
         known = getattr(self.layer, f"{self.prefix}statistics", {})
         return dict(known.items()).get(self.layer.adapter)
 
     @property
     def uses_statistics_head(self) -> bool:
-        """Whether the logits are those of the statistics: in evaluation, except while a task is being learned."""
+        """Return True where logits come from the statistics: in evaluation, except while a task is being learned."""
         return self.statistics is not None and not self.model.training and not self._in_task
 
     def learn_statistics(self, statistics: ClassStatistics) -> None:
-        """Take in what a finished task's training images show to the head, which speaks from now on."""
-        self.statistics.merge(statistics)
+        """Take in what a finished task's training images show to the head, which classifies by it from now on.
+
+        Raises:
+            ValueError: the adapter has another head, or is disabled.
+        """
+        known = self.statistics
+        if known is None:
+            raise ValueError(
+                f"head={self.adapter_config.head!r} has no class statistics in use: set head='statistics' in the "
+                "adapter's configuration, and leave the adapter enabled."
+            )
+        known.merge(statistics)
         self._in_task = False
 
-    def as_before_task(self, task: int) -> AbstractContextManager | None:
-        """A block in which images pass as they did before this last task, whose entry they may not select.
-
-        None where tasks have no entries that images select: then all images pass as old ones do.
-        """
+    def as_before_task(self, task: int) -> AbstractContextManager[None] | None:
+        """Return a block in which no image selects the entry of this last task; None where tasks have no entries."""
         return None
 
     def linear_logits(self, features: Tensor) -> Tensor:
-        """What the trained head makes of features `(B, d)`, whichever head speaks; `(B, C)`."""
+        """Return the trained head's scores `(B, C)` of features `(B, d)`, whichever head is in use."""
         return self.model.classifier(features)
 
-    @abstractmethod
-    def frozen_features(self, pixel_values: Tensor) -> Tensor:
-        """The backbone's features `(B, d)` of images, as they are without any prompt."""
+    def watch_features(self, callback: Callable[[Tensor], object]) -> RemovableHandle:
+        """Call back with what the head reads, `(B, d)`, at each forward pass until the handle is removed."""
 
-    def watch_features(self, callback: Callable[[Tensor], Any]) -> Any:
-        """Calls back with what the head reads, `(B, d)`, at each forward pass; returns a handle to `remove()`."""
-        return self.model.classifier.register_forward_pre_hook(lambda module, args: callback(args[0]))
+        def show(classifier: nn.Module, args: tuple[Any, ...]) -> None:  # what a hook returns would replace the input
+            callback(args[0])
+
+        return self.model.classifier.register_forward_pre_hook(show)
 
     @torch.enable_grad()
     def traced(self, pixel_values: Tensor, prompt_query: Tensor | None = None) -> Traced:
-        """A forward pass that is differentiable in each image's own copy of the shared prompts, and in nothing else.
+        """Run a forward pass that is differentiable in each image's own copy of the shared prompts, and only in it.
 
-        Selection is as ever and gets no gradient. No parameter's `grad` is touched by `torch.autograd.grad` of the
-        features with respect to the copies.
+        Prompts are selected as always, and the selection gets no gradient. `torch.autograd.grad` of the features with
+        respect to the copies touches no parameter's `grad`.
         """
         features: list[Tensor] = []
         watch = self.watch_features(features.append)
@@ -304,7 +334,7 @@ class PromptTuner(BaseTuner):
             copies = {
                 f"base_model.model.{path}.{name}": PerSample(values, self._per_entry())
                 for path, layer in layers.items()
-                for name, values in layer.copies.items()
+                for name, values in (layer.copies or {}).items()
                 if values.numel()
             }
         finally:

@@ -1,4 +1,4 @@
-"""Model outputs that carry the pull term."""
+"""Add the similarity that the pull term is made of to a model's output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers.utils.generic import ModelOutput
 
 @functools.cache
 def _with_similarity(base: type[ModelOutput]) -> type[ModelOutput]:
-    # distributed wrappers rebuild outputs by `type(output)(**fields)`: an additional field needs a real subclass
+    # a class with that field, since wrappers for distributed training rebuild an output by `type(output)(**fields)`:
+    # a key that is merely set on the output would make them fail
     namespace = {
         "__annotations__": {"prompt_similarity": torch.Tensor | None},
         "prompt_similarity": None,
@@ -22,5 +23,11 @@ def _with_similarity(base: type[ModelOutput]) -> type[ModelOutput]:
 
 
 def add_similarity(output: ModelOutput, similarity: torch.Tensor, **changes: Any) -> ModelOutput:
-    """`output` with the field `prompt_similarity` `(B,)`: each image's summed cosine with its selected keys."""
+    """Return a copy of an output with one more field.
+
+    Args:
+        output: of the model.
+        similarity: the field `prompt_similarity`, `(B,)`: each image's summed cosine with its selected keys.
+        changes: fields that get another value.
+    """
     return _with_similarity(type(output))(**{**output, **changes, "prompt_similarity": similarity})

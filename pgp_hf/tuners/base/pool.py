@@ -1,4 +1,4 @@
-"""The prompt pool's selection rule: cosine similarity of a frozen query with learned keys (L2P, Sec. 4.2)."""
+"""Select prompts of a pool: by the cosine similarity of a frozen query with learned keys (L2P, Sec. 4.2)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from torch.nn import functional as F
 
 
 def cosine_similarity(query: Tensor, key: Tensor) -> Tensor:
-    """cos(q_b, k_m) of queries `(B, d)` and keys `(M, d)`, shape `(B, M)`, float32 also under autocast."""
+    """Return cos(q_b, k_m) for queries `(B, d)` and keys `(M, d)`: `(B, M)`, in float32 even under autocast."""
     with torch.autocast(device_type=query.device.type, enabled=False):
         return F.normalize(query.float(), dim=-1) @ F.normalize(key.float(), dim=-1).T
 
 
 def select_top_k(similarity: Tensor, top_k: int, batchwise: bool = False) -> Tensor:
-    """Indices `(B, top_k)` of the pool entries for each image.
+    """Return the indices `(B, top_k)` of the pool entries for each image.
 
     Args:
         similarity: `(B, M)`.
-        batchwise: take the entries that most of the batch voted for, for all images alike. This is what released
-            code does, also at test time; it lets an image's neighbours decide, and is here for comparison only.
+        top_k: number of entries for each image.
+        batchwise: give all images the entries that most images of the batch have voted for. Released code does so, at
+            test time too; it lets the other images of a batch decide, and is here for comparison only.
     """
     selected = similarity.topk(top_k, dim=-1).indices
     if batchwise:

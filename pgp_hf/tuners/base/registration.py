@@ -1,21 +1,25 @@
-"""Registers this package's methods with PEFT, which has no plugin interface."""
+"""Register tuners with PEFT, which has no interface for methods from other packages."""
 
 from __future__ import annotations
 
-from peft import PeftConfig
+from typing import TYPE_CHECKING
+
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType, register_peft_method
+
+if TYPE_CHECKING:
+    from .config import PromptConfig
+    from .model import PromptTuner
 
 
 def extend_peft_type(name: str) -> PeftType:
-    """Add `name` to PEFT's enum of methods, which `register_peft_method` insists on; idempotent."""
+    """Return the member `name` of PEFT's enum of methods; it is added unless it is there."""
     if name in PeftType.__members__:
         return PeftType[name]
+    # `register_peft_method` accepts members of the enum alone, saved configurations are read back by it, and an enum
+    # cannot be subclassed once it has members: what follows is what Python does for each member of a new enum
     member = str.__new__(PeftType, name)
-    member._name_ = member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
+    vars(member).update(_name_=name, _value_=name, __objclass__=PeftType, _sort_order_=len(PeftType._member_names_))
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
@@ -23,17 +27,29 @@ def extend_peft_type(name: str) -> PeftType:
     return member
 
 
-def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
-    """Register a tuner under the lower-case `name`.
+def register(config_cls: type[PromptConfig], model_cls: type[PromptTuner]) -> None:
+    """Make a tuner known to PEFT, and with it to everything that trains, saves, loads and describes adapters.
+
+    Its name is the `method_name` of the configuration in lower case; its parameters are told from the backbone's by
+    the `prefix` of the model. To register the same classes again changes nothing.
+
+    Args:
+        config_cls: class of the adapter's configuration.
+        model_cls: class of the tuner.
 
     Raises:
+        ValueError: a `method_name` that is not in upper case.
         RuntimeError: PEFT, or another package, already has a method of that name.
     """
-    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(extend_peft_type(name.upper()))
+    method, owner = config_cls.method_name, f"{config_cls.__module__}.{config_cls.__name__}"
+    if method != method.upper():
+        raise ValueError(f"{owner} has method_name={method!r}: it must be in upper case, as {method.upper()!r} is.")
+    name = method.lower()
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(extend_peft_type(method))
     if registered is None:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
     elif registered is not config_cls:
         raise RuntimeError(
-            f"PEFT already has a method {name!r} ({registered.__module__}.{registered.__name__}): "
-            f"pgp_hf cannot register {config_cls.__name__}. Use a PEFT version without it, or uninstall the other package."
+            f"PEFT already has a method {name!r} ({registered.__module__}.{registered.__name__}), so {owner} cannot be "
+            "registered: choose another method_name, or do without the package (or the version of PEFT) that has it."
         )

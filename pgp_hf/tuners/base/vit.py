@@ -1,21 +1,27 @@
-"""Prompts on a ViT, chosen by a query to the frozen model: the query pass and the hooks around a forward pass."""
+"""Choose prompts on a ViT by a query to the frozen model: compute the query, and hook into the forward pass."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
+from .config import PromptConfig
 from .head import prepare_head
 from .model import PromptTuner
 from .outputs import add_similarity
 
+if TYPE_CHECKING:
+    from transformers import ViTForImageClassification, ViTModel
+
 
 class ViTPromptTuner(PromptTuner):
-    """Adds prompts to a `ViTModel` or `ViTForImageClassification` of any size, chosen by a query to the frozen model.
+    """Add prompts to a `ViTModel` or `ViTForImageClassification` of any size, chosen by a query to the frozen model.
 
     One forward pass runs these hooks: before the backbone, the frozen model's CLS feature of the same images (or
     `prompt_query`, `(B, d)`, when the caller has kept it) selects each image's prompts; after the backbone, the method
@@ -24,43 +30,52 @@ class ViTPromptTuner(PromptTuner):
     `- pull_constraint_coeff * mean_b sum_k cos(q_b, k)`.
     """
 
+    _similarity: Tensor | None = None
+    _as_tuple = False
+    _head_hook: RemovableHandle | None = None  # on the classifier, for one forward pass
+
+    # ---- what a method defines -----------------------------------------------------------------------------------
+
     @abstractmethod
-    def _targets(self, config: Any, stem: str, backbone: nn.Module) -> list[str]:
-        """Names of the modules to wrap; `stem` is the backbone's name with a dot, or empty."""
+    def _targets(self, config: Any, stem: str, backbone: ViTModel) -> list[str]:
+        """Return the names of the modules to wrap; `stem` is the backbone's name with a dot, or empty."""
 
     @abstractmethod
     def _select(self, query: Tensor, config: Any) -> Tensor:
-        """Choose prompts for queries `(B, d)`; returns each image's summed cosine with its keys, `(B,)`."""
+        """Choose prompts for queries `(B, d)`; return each image's summed cosine with its keys, `(B,)`."""
+
+    @property
+    @abstractmethod
+    def pool_size(self) -> int:
+        """Return the number of pool entries that images select from."""
 
     def _check_call(self, config: Any, kwargs: dict[str, Any]) -> None:
-        """Refuse arguments of a forward pass that do not fit."""
-
-    _similarity: Tensor | None = None
-    _as_tuple = False
-    _head_hook: Any = None  # on the classifier, for one forward pass
+        """Raise ValueError for arguments of a forward pass that do not fit."""
 
     # ---- injection -----------------------------------------------------------------------------------------------
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        config = cast(PromptConfig, peft_config)
         name = backbone_name(self.model)
         backbone = self.model.get_submodule(name)
-        targets = self._targets(peft_config, f"{name}." if name else "", backbone)
-        self._check_targets(peft_config, targets)
-        peft_config.target_modules = targets
-        self._check_width(peft_config, backbone.config.hidden_size)
-        return peft_config
+        targets = self._targets(config, f"{name}." if name else "", backbone)
+        self._check_targets(config, targets)
+        config.target_modules = targets
+        self._check_width(config, backbone.config.hidden_size)
+        return config
 
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        prepare_head(model, peft_config)
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        config = cast(PromptConfig, peft_config)
+        prepare_head(cast("ViTForImageClassification", model), config)
         inside = [name for name, _ in self.backbone.named_modules() if name]
-        for saved in peft_config.modules_to_save or []:
+        for saved in config.modules_to_save or []:
             if any(name == saved or name.endswith(f".{saved}") for name in inside):
                 raise ValueError(
-                    f"modules_to_save={peft_config.modules_to_save}: {saved!r} is in the backbone, which must stay frozen "
+                    f"modules_to_save={config.modules_to_save}: {saved!r} is in the backbone, which must stay frozen "
                     "for queries to mean the same in every task. Name modules outside it, such as the classifier."
                 )
 
-    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._install_hooks(
             [
                 model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
@@ -71,17 +86,17 @@ class ViTPromptTuner(PromptTuner):
         )
 
     @property
-    def backbone(self) -> nn.Module:
-        """The `ViTModel`."""
+    def backbone(self) -> ViTModel:
+        """Return the `ViTModel`."""
         return self.model.get_submodule(backbone_name(self.model))
 
     # ---- a forward pass ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def query(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """The query function q(x): the frozen model's CLS feature, `(B, d)` (L2P, Sec. 4.2).
+        """Return the query q(x) of each image: the frozen model's CLS feature, `(B, d)` (L2P, Sec. 4.2).
 
-        Always in eval mode, so that dropout cannot change which prompts an image gets.
+        It is computed in eval mode, so that dropout cannot change which prompts an image gets.
         """
         backbone, layers = self.backbone, self.layers
         kwargs.setdefault("interpolate_pos_encoding", self.adapter_config.interpolate_pos_encoding)
@@ -90,7 +105,7 @@ class ViTPromptTuner(PromptTuner):
         try:
             for layer in layers:
                 layer.bypass = True
-            for module in training:
+            for module in training:  # one by one: those in eval mode already must not be in training mode afterwards
                 module.training = False
             return backbone(pixel_values, return_dict=True, **kwargs).last_hidden_state[:, 0]
         finally:
@@ -99,27 +114,27 @@ class ViTPromptTuner(PromptTuner):
             for module in training:
                 module.training = True
 
-    @property
-    def pool_size(self) -> int:
-        """Number of pool entries that images select from."""
-        return self.adapter_config.pool_size
-
     def frozen_features(self, pixel_values: Tensor) -> Tensor:
         return self.query(pixel_values)
 
-    def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_model(
+        self, model: ViTForImageClassification, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self.layer.bypass:
             return None
         if self._head_hook is not None:  # of a pass that failed
             self._head_hook.remove()
-        # for one pass: PEFT copies a classifier together with its hooks
-        speak = self.uses_statistics_head and hasattr(model, "classifier")
-        self._head_hook = model.classifier.register_forward_hook(self._after_classifier) if speak else None
+            self._head_hook = None
+        if self.uses_statistics_head and hasattr(model, "classifier"):
+            # anew for each pass: PEFT copies a classifier together with its hooks, for every adapter that is added
+            self._head_hook = model.classifier.register_forward_hook(self._after_classifier)
         return_dict = kwargs.get("return_dict")
         self._as_tuple = not (model.config.return_dict if return_dict is None else return_dict)
-        return args, {**kwargs, "return_dict": True}  # the hooks below need names; _after_model undoes it
+        return args, {**kwargs, "return_dict": True}  # the hooks below need names; `_after_model` undoes it
 
-    def _before_backbone(self, backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_backbone(
+        self, backbone: ViTModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self.layer.bypass:
             return None
         query = kwargs.pop("prompt_query", None)
@@ -145,28 +160,34 @@ class ViTPromptTuner(PromptTuner):
         self._similarity = similarity if self.model.training else None
         return args, kwargs
 
-    def _after_classifier(self, classifier: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        self._head_hook = self._head_hook.remove()
-        return self.statistics(args[0])  # float32 in any case: half precision has too few digits to rank classes
+    def _after_classifier(self, classifier: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self._head_hook is not None:
+            self._head_hook.remove()
+            self._head_hook = None
+        statistics = self.statistics
+        # float32 in any case: half precision has too few digits to rank classes
+        return None if statistics is None else statistics(args[0])
 
-    def _after_model(self, model: nn.Module, args: tuple, kwargs: dict, output: ModelOutput) -> Any:
+    def _after_model(
+        self, model: ViTForImageClassification, args: tuple[Any, ...], kwargs: dict[str, Any], output: ModelOutput
+    ) -> Any:
         if self.layer.bypass:
             return None
-        # popped: a graph tensor left on a module would break copy.deepcopy
-        similarity = self._similarity
-        self._similarity = None
+        # taken off the tuner: `copy.deepcopy` of a model that holds a tensor with a graph would fail
+        similarity, self._similarity = self._similarity, None
         if similarity is not None:
             changes = {}
-            if getattr(output, "loss", None) is not None:
+            loss = getattr(output, "loss", None)
+            if loss is not None:
                 items = kwargs.get("num_items_in_batch")
                 pull = similarity.mean() if items is None else similarity.sum() / items
-                changes["loss"] = output.loss - self.adapter_config.pull_constraint_coeff * pull
+                changes["loss"] = loss - self.adapter_config.pull_constraint_coeff * pull
             output = add_similarity(output, similarity, **changes)
         return output.to_tuple() if self._as_tuple else output
 
 
 def backbone_name(model: nn.Module) -> str:
-    """Name of the ViT inside `model`, empty when it is the model itself.
+    """Return the name of the ViT inside `model`, empty when it is the model itself.
 
     Raises:
         ValueError: there is none.

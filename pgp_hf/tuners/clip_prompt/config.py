@@ -1,4 +1,4 @@
-"""Settings of the CLIP prompt adapter."""
+"""Configure the CLIP prompt adapter."""
 
 from __future__ import annotations
 
@@ -12,9 +12,26 @@ from ..base.config import PromptConfig
 
 @dataclass
 class ClipPromptConfig(PromptConfig):
-    """A text context per task, and image prompts shared by all; the defaults are those of PGP's code.
+    """Configure a text context for each task, and image prompts that all share; the defaults are those of PGP's code.
 
-    Made by `for_classes`, which tokenises the class names; `CLIPModel` has no head to read them from.
+    Use `for_classes`, which tokenises the class names: a `CLIPModel` has no head to read them from.
+
+    Args:
+        pool_size: number of text contexts, one per task.
+        text_length: context tokens before each class name, learned per task; 0 for none.
+        image_length: image prompt tokens after CLS, shared by all tasks; 0 for none.
+        grow_pool: add contexts when the stream has more tasks than contexts.
+        class_tokens: token ids of each class name, start and end tokens included.
+        id2label: class names.
+        learned_entries: number of contexts that tasks have used so far; filled in by training.
+        interpolate_pos_encoding: interpolate the position embeddings to the input's size, for a backbone trained at
+            another.
+        head: what classifies: "linear", the similarity with the class names; "statistics", the class means and the
+            covariance of finished tasks.
+        shrinkage: how far the statistics head's covariance is drawn towards an isotropic one, in (0, 1].
+        pull_constraint_coeff: not used, since there are no keys.
+        modules_to_save: names of modules that are trained and saved whole; none by default.
+        hidden_size, target_modules, exclude_modules: filled in when the adapter is added; leave them out.
 
     Raises:
         ValueError: sizes that are negative; class names and tokens that do not agree.
@@ -22,6 +39,7 @@ class ClipPromptConfig(PromptConfig):
 
     method_name = "CLIP_PROMPT"
     base_class = "CLIPModel"
+    filled_in = (*PromptConfig.filled_in, "class_tokens", "learned_entries")
     command_line = ("text_length", "image_length")
 
     pool_size: int = field(default=10, metadata={"help": "number of text contexts, one per task"})
@@ -54,13 +72,13 @@ class ClipPromptConfig(PromptConfig):
     def for_classes(
         cls, tokenizer: Any, names: Sequence[str], template: str = "{}", **kwargs: Any
     ) -> ClipPromptConfig:
-        """The configuration for class names.
+        """Make the configuration for class names.
 
         Args:
             tokenizer: the checkpoint's `CLIPTokenizer`.
             names: of the classes, in the order of their labels.
             template: text around the name, such as "a photo of a {}.".
-            kwargs: any field.
+            kwargs: any other field.
         """
         texts = [template.format(str(name).replace("_", " ")) for name in names]
         return cls(class_tokens=tokenizer(texts)["input_ids"], id2label=dict(enumerate(map(str, names))), **kwargs)

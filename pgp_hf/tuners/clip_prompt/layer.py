@@ -1,8 +1,8 @@
-"""CLIP's embeddings with prompts: image tokens behind CLS, context tokens before the class name."""
+"""Wrap the embeddings of CLIP, with image prompts behind CLS and context tokens before the class name."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -11,21 +11,29 @@ from torch import Tensor, nn
 from ..base.layer import PromptLayer
 from .config import ClipPromptConfig
 
+if TYPE_CHECKING:
+    from transformers.models.clip.modeling_clip import CLIPTextEmbeddings, CLIPVisionEmbeddings
+
 
 class ClipImagePrompt(PromptLayer):
-    """Wraps `CLIPVisionEmbeddings`: CLS, then `clip_prompt_image` `(L, d)`, then the patches.
+    """Wrap `CLIPVisionEmbeddings`: CLS, then `clip_prompt_image` `(L, d)`, then the patches.
 
     The prompts get no position embedding and pass the pre-norm with the tokens (released code of CLIP-PGP).
+
+    Attributes:
+        inserted: number of prompt tokens in the last output.
     """
 
     adapter_layer_names = ("clip_prompt_image",)
+    base_layer: CLIPVisionEmbeddings
+    clip_prompt_image: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.inserted = 0
 
     def update_layer(self, adapter_name: str, config: ClipPromptConfig) -> None:
-        width = self.embed_dim
+        width = self.base_layer.embed_dim
         prompt = torch.empty(config.image_length, width).uniform_(-(width**-0.5), width**-0.5)
         self.add_parameters(adapter_name, config.inference_mode, clip_prompt_image=prompt)
 
@@ -40,18 +48,20 @@ class ClipImagePrompt(PromptLayer):
 
 
 class ClipTextContext(PromptLayer):
-    """Wraps `CLIPTextEmbeddings`: the context of the running task in place of the tokens 1 .. L.
+    """Wrap `CLIPTextEmbeddings`: the context of the running task takes the place of the tokens 1 to L.
 
     `clip_prompt_context` `(pool_size, L, d)` holds the contexts (CoOp: generic, class token at the end), the buffer
     `clip_prompt_features` `(C, P)` each class's projected text feature: zero-shot until its task has ended, then
     constant, since its context never moves again.
 
     Attributes:
-        entry: which context the text in the running forward pass takes, None for the text as it is.
+        entry: index of the context that the text in the running forward pass takes, None for the text as it is.
     """
 
     adapter_layer_names = ("clip_prompt_context",)
     other_param_names = ("clip_prompt_features",)
+    base_layer: CLIPTextEmbeddings
+    clip_prompt_context: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -59,7 +69,7 @@ class ClipTextContext(PromptLayer):
         self.entry: int | None = None
 
     def update_layer(self, adapter_name: str, config: ClipPromptConfig, projection_dim: int) -> None:
-        width = self.token_embedding.embedding_dim
+        width = self.base_layer.token_embedding.embedding_dim
         context = 0.02 * torch.randn(config.pool_size, config.text_length, width)
         self.clip_prompt_features[adapter_name] = torch.zeros(len(config.class_tokens or []), projection_dim)
         self.add_parameters(adapter_name, config.inference_mode, clip_prompt_context=context)

@@ -1,12 +1,14 @@
-"""The CLIP prompt tuner: classifies images against all class names, each under its own task's context."""
+"""Classify images by CLIP against all class names, each with the context of its own task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from ..base.consistency import consistency_rows
@@ -15,9 +17,14 @@ from ..base.layer import strip_prompts
 from .config import ClipPromptConfig
 from .layer import ClipImagePrompt, ClipTextContext
 
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPVisionModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPOutput
+
 
 class ClipPromptModel(TaskEntryTuner):
-    """Adds CLIP prompts to a `CLIPModel` of any size.
+    """Add CLIP prompts to a `CLIPModel` of any size.
 
     `model(pixel_values)` without text classifies: `logits_per_image` `(B, C)` holds the cosine of the image with every
     class name times the model's logit scale. The text features of classes whose task has ended are read from a table,
@@ -26,44 +33,48 @@ class ClipPromptModel(TaskEntryTuner):
     """
 
     prefix = "clip_prompt_"
+    adapter_config: ClipPromptConfig
+    layer: ClipImagePrompt
     _live: list[int] | None = None  # classes whose text features are computed in each pass
     _classifies = False
     _as_tuple = False
-    _tasks: list[list[int]] = []
-    _head_hook: Any = None  # on the image embeddings, for one forward pass
+    _tasks: Sequence[Sequence[int]] = ()
+    _head_hook: RemovableHandle | None = None  # on the image embeddings, for one forward pass
     _scores: Tensor | None = None  # of the statistics head, in that pass
 
     # ---- injection -----------------------------------------------------------------------------------------------
 
-    def _prepare_adapter_config(self, peft_config: ClipPromptConfig, model_config: dict) -> ClipPromptConfig:
-        model = self.model
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        model, config = self.model, cast(ClipPromptConfig, peft_config)
         if not all(hasattr(model, name) for name in ("vision_model", "text_model", "visual_projection")):
             raise ValueError(f"{type(model).__name__} has no vision and text towers: CLIP prompts need a CLIPModel.")
-        self._check_width(peft_config, model.config.vision_config.hidden_size)
+        self._check_width(config, model.config.vision_config.hidden_size)
         room = model.config.text_config.max_position_embeddings
-        longest = max((len(tokens) for tokens in peft_config.class_tokens or []), default=0) + peft_config.text_length
+        longest = max((len(tokens) for tokens in config.class_tokens or []), default=0) + config.text_length
         if longest > room:
             raise ValueError(
-                f"the longest class name takes {longest} tokens with text_length={peft_config.text_length}, the text "
-                f"tower has {room} positions: shorten text_length to at most {peft_config.text_length - longest + room}."
+                f"the longest class name takes {longest} tokens with text_length={config.text_length}, the text "
+                f"tower has {room} positions: shorten text_length to at most {config.text_length - longest + room}."
             )
         words = model.config.text_config.vocab_size
-        strange = [token for tokens in peft_config.class_tokens or [] for token in tokens if not 0 <= token < words]
+        strange = [token for tokens in config.class_tokens or [] for token in tokens if not 0 <= token < words]
         if strange:
             raise ValueError(f"class_tokens hold {strange[0]!r}, the text tower knows the tokens 0 to {words - 1}.")
-        peft_config.target_modules = ["vision_model.embeddings", "text_model.embeddings"]
-        return peft_config
+        config.target_modules = ["vision_model.embeddings", "text_model.embeddings"]
+        return config
 
-    def _wrap(self, config: ClipPromptConfig, adapter_name: str, target: nn.Module, name: str) -> nn.Module:
+    def _wrap(
+        self, config: ClipPromptConfig, adapter_name: str, target: nn.Module, name: str
+    ) -> ClipImagePrompt | ClipTextContext:
         if name.startswith("vision_model"):
-            layer = target if isinstance(target, ClipImagePrompt) else ClipImagePrompt(target)
-            layer.update_layer(adapter_name, config)
-        else:
-            layer = target if isinstance(target, ClipTextContext) else ClipTextContext(target)
-            layer.update_layer(adapter_name, config, self.model.config.projection_dim)
-        return layer
+            image = target if isinstance(target, ClipImagePrompt) else ClipImagePrompt(target)
+            image.update_layer(adapter_name, config)
+            return image
+        text = target if isinstance(target, ClipTextContext) else ClipTextContext(target)
+        text.update_layer(adapter_name, config, self.model.config.projection_dim)
+        return text
 
-    def _post_injection_hook(self, model: nn.Module, config: ClipPromptConfig, adapter_name: str) -> None:
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._install_hooks(
             [
                 model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
@@ -73,41 +84,48 @@ class ClipPromptModel(TaskEntryTuner):
         )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; a new adapter's classes start zero-shot. Hooks are set for the first adapter alone, this is not."""
+        """Inject an adapter as PEFT does, and let its classes start zero-shot."""
+        # here, because PEFT calls `_post_injection_hook` for the first adapter alone
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config, table = self.peft_config[adapter_name], self.text_layer.clip_prompt_features[adapter_name]
+        config = cast(ClipPromptConfig, self.peft_config[adapter_name])
+        table = self.text_layer.clip_prompt_features[adapter_name]
         if not config.inference_mode and table.device.type != "meta" and len(table):
             table.copy_(self._text_features(range(len(table)), None, config))
 
     # ---- the parts -----------------------------------------------------------------------------------------------
 
     @property
-    def backbone(self) -> nn.Module:
-        """The vision tower."""
+    def backbone(self) -> CLIPVisionModel:
+        """Return the vision tower."""
         return self.model.vision_model
 
     @property
     def text_layer(self) -> ClipTextContext:
+        """Return the wrapped embeddings of the text tower, which hold the contexts."""
         return self.model.text_model.embeddings
 
     def class_logits(self, output: ModelOutput) -> Tensor:
-        return output.logits_per_image
+        return output["logits_per_image"]
 
-    def watch_features(self, callback: Callable[[Tensor], Any]) -> Any:
-        """Calls back with the image embeddings `(B, P)` that the class names are compared with."""
-        return self.model.visual_projection.register_forward_hook(lambda module, args, output: callback(output))
+    def watch_features(self, callback: Callable[[Tensor], object]) -> RemovableHandle:
+        """Call back with the image embeddings `(B, P)` that the class names are compared with."""
+
+        def show(projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            callback(output)
+
+        return self.model.visual_projection.register_forward_hook(show)
 
     def _head_width(self, config: ClipPromptConfig) -> int:
         return self.model.config.projection_dim
 
     def linear_logits(self, features: Tensor) -> Tensor:
-        """Cosines with the stored text features times the logit scale, `(B, C)`."""
+        """Return the cosines with the stored text features times the logit scale, `(B, C)`."""
         table = _unit(self.text_layer.clip_prompt_features[self.adapter].to(features.dtype))
         return _unit(features) @ table.t() * self.model.logit_scale.exp()
 
     @torch.no_grad()
     def frozen_features(self, pixel_values: Tensor) -> Tensor:
-        """Image embeddings `(B, P)`, not normalised."""
+        """Return image embeddings `(B, P)`, not normalised."""
         self.layer.bypass = True
         try:
             interpolate = self.adapter_config.interpolate_pos_encoding
@@ -116,9 +134,9 @@ class ClipPromptModel(TaskEntryTuner):
             self.layer.bypass = False
 
     def zero_shot_features(self) -> Tensor:
-        """Text features `(C, P)` of the class names without any context."""
+        """Return the text features `(C, P)` of the class names without any context."""
         config = self.adapter_config
-        return self._text_features(range(len(config.class_tokens)), None, config)
+        return self._text_features(range(len(config.class_tokens or [])), None, config)
 
     # ---- tasks ---------------------------------------------------------------------------------------------------
 
@@ -151,12 +169,10 @@ class ClipPromptModel(TaskEntryTuner):
 
     # ---- a forward pass ------------------------------------------------------------------------------------------
 
-    def _texts(self, classes: Any, context: int, config: ClipPromptConfig) -> dict[str, Tensor]:
-        """Token ids `(N, S)` of class names behind `context` placeholders, with attention mask."""
-        rows = [
-            [config.class_tokens[c][0], *[config.class_tokens[c][0]] * context, *config.class_tokens[c][1:]]
-            for c in classes
-        ]
+    def _texts(self, classes: Sequence[int], context: int, config: ClipPromptConfig) -> dict[str, Tensor]:
+        """Return token ids `(N, S)` of class names behind `context` placeholders, with the attention mask."""
+        names = [(config.class_tokens or [])[label] for label in classes]
+        rows = [[start, *[start] * context, *rest] for start, *rest in names]
         width, device = max(map(len, rows)), self.model.logit_scale.device
         # the end token pads: the tower pools at its first occurrence
         ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=device)
@@ -164,8 +180,8 @@ class ClipPromptModel(TaskEntryTuner):
         return {"input_ids": ids, "attention_mask": mask}
 
     @torch.no_grad()
-    def _text_features(self, classes: Any, entry: int | None, config: ClipPromptConfig) -> Tensor:
-        """Projected text features `(N, P)` under a context, or zero-shot for entry None."""
+    def _text_features(self, classes: Sequence[int], entry: int | None, config: ClipPromptConfig) -> Tensor:
+        """Return projected text features `(N, P)` with the context of an entry, or zero-shot for None."""
         layer, training = self.text_layer, [m for m in self.model.text_model.modules() if m.training]
         before, layer.entry = layer.entry, entry
         try:
@@ -178,10 +194,11 @@ class ClipPromptModel(TaskEntryTuner):
             for module in training:
                 module.training = True
 
-    def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_model(
+        self, model: CLIPModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._classifies, self._scores = False, None
-        if self._head_hook is not None:  # of a pass that failed
-            self._head_hook = self._head_hook.remove()
+        self._remove_head_hook()  # there is one if the pass before failed
         if self.text_layer.adapter is None or args or kwargs.get("input_ids") is not None:
             return None
         config, kwargs = self.adapter_config, dict(kwargs)
@@ -199,42 +216,48 @@ class ClipPromptModel(TaskEntryTuner):
         if self.uses_statistics_head:
             self._head_hook = self.watch_features(self._score)
         self.text_layer.entry = self._task if self._live else None
-        # the towers run together: without a running task, one class keeps the text tower busy for nothing
+        # `CLIPModel` has no pass without text: when no task is running, the text tower gets one class for nothing
         texts = self._texts(self._live or [0], config.text_length if self._live else 0, config)
         return args, {**kwargs, **texts, "return_dict": True}
 
-    def _after_backbone(self, backbone: nn.Module, args: tuple, output: ModelOutput) -> ModelOutput | None:
+    def _after_backbone(
+        self, backbone: CLIPVisionModel, args: tuple[Any, ...], output: BaseModelOutputWithPooling
+    ) -> BaseModelOutputWithPooling | None:
         n = self.layer.inserted
         if n == 0 or self.layer.adapter is None:
             return None
         strip_prompts(output, n)
         return output
 
-    def _score(self, features: Tensor) -> None:
-        self._head_hook = self._head_hook.remove()
-        self._scores = self.statistics(features)
+    def _remove_head_hook(self) -> None:
+        if self._head_hook is not None:
+            self._head_hook.remove()
+            self._head_hook = None
 
-    def _after_model(self, model: nn.Module, args: tuple, output: ModelOutput) -> Any:
+    def _score(self, features: Tensor) -> None:
+        self._remove_head_hook()
+        if (statistics := self.statistics) is not None:
+            self._scores = statistics(features)
+
+    def _after_model(self, model: CLIPModel, args: tuple[Any, ...], output: CLIPOutput) -> Any:
         if not self._classifies:
             return None
         self._classifies, self.text_layer.entry = False, None
-        table = self.text_layer.clip_prompt_features[self.adapter].to(output.image_embeds.dtype)
-        table = _unit(table)
+        image = output["image_embeds"]
+        table = _unit(self.text_layer.clip_prompt_features[self.adapter].to(image.dtype))
         if self._live:
-            table = table.index_copy(
-                0, torch.tensor(self._live, device=table.device), output.text_embeds.to(table.dtype)
-            )
-        output.text_embeds = table
-        output.logits_per_text = table @ output.image_embeds.t() * model.logit_scale.exp()
+            live = torch.tensor(self._live, device=table.device)
+            table = table.index_copy(0, live, output["text_embeds"].to(table.dtype))
+        logits = table @ image.t() * model.logit_scale.exp()
         if self._scores is not None:
-            output.logits_per_text, self._scores = self._scores.t(), None
-        output.logits_per_image = output.logits_per_text.t()
+            logits, self._scores = self._scores.t(), None
+        output.text_embeds, output.logits_per_text, output.logits_per_image = table, logits, logits.t()
         return output.to_tuple() if self._as_tuple else output
 
     # ---- what a projection protects ------------------------------------------------------------------------------
 
     def prompt_parameters(self) -> dict[str, nn.Parameter]:
-        """The image prompt, by its name in `adapter_model.safetensors`; finished text contexts never move at all."""
+        """Return the image prompt, by its name in `adapter_model.safetensors`; finished text contexts never move."""
         prompt = self.layer.clip_prompt_image[self.adapter]
         return {"base_model.model.vision_model.embeddings.clip_prompt_image": prompt} if len(prompt) else {}
 
@@ -243,7 +266,7 @@ class ClipPromptModel(TaskEntryTuner):
 
     @torch.no_grad()
     def protected_rows(self, pixel_values: Tensor) -> Iterator[tuple[str, str, Tensor]]:
-        """What these images show to the image prompt: CLS, prompts and patches before the pre-norm, `(B * S, d)`."""
+        """Yield what the image prompt meets: CLS, prompts and patches before the pre-norm, `(B * S, d)`."""
         pixel_values = pixel_values.to(self.layer.class_embedding.dtype)
         tokens = self.layer(pixel_values, interpolate_pos_encoding=self.adapter_config.interpolate_pos_encoding)
         for name in self.prompt_parameters():
@@ -251,13 +274,13 @@ class ClipPromptModel(TaskEntryTuner):
 
     @torch.no_grad()
     def attention_rows(self, pixel_values: Tensor) -> Iterator[tuple[str, str, Tensor]]:
-        """Rows for the first attention as `consistency_rows` has them, behind the pre-norm and the layer's own norm.
+        """Yield rows for the first attention as `consistency_rows` has them, behind the pre-norm and the layer's norm.
 
-        Along the width `(B * H * S, d)`, and `(B * H * S, L)` over the tokens of the prompt.
+        There are rows along the width, `(B * H * S, d)`, and rows over the tokens of the prompt, `(B * H * S, L)`.
         """
         pixel_values = pixel_values.to(self.layer.class_embedding.dtype)
         tokens = self.layer(pixel_values, interpolate_pos_encoding=self.adapter_config.interpolate_pos_encoding)
-        first = self.backbone.encoder.layers[0]
+        first = cast("CLIPEncoderLayer", self.backbone.encoder.layers[0])
         norms = [self.backbone.pre_layrnorm, first.layer_norm1]
         for name in self.prompt_parameters():
             width, length = consistency_rows(tokens, norms, first.self_attn, self.layer.inserted)
@@ -266,5 +289,5 @@ class ClipPromptModel(TaskEntryTuner):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Features at length 1, as CLIPModel has it, to the bit."""
+    """Return features at length 1, by the same operations as `CLIPModel`, so that they agree to the bit."""
     return features / features.pow(2).sum(dim=-1, keepdim=True).pow(0.5)

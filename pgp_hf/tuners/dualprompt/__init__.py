@@ -1,4 +1,4 @@
-"""DualPrompt (Wang et al., ECCV 2022): general and expert prompts as prefix keys and values."""
+"""Add general and expert prompts as prefix keys and values: DualPrompt (Wang et al., ECCV 2022)."""
 
 from .config import DualPromptConfig
 from .layer import DualPromptAttention, DualPromptEmbeddings

@@ -1,4 +1,4 @@
-"""Settings of the DualPrompt adapter."""
+"""Configure the DualPrompt adapter."""
 
 from __future__ import annotations
 
@@ -12,13 +12,35 @@ from ..base.config import PromptConfig
 
 @dataclass
 class DualPromptConfig(PromptConfig):
-    """General prompts shared by all tasks and one expert entry per task, as prefixes; the defaults are PGP's.
+    """Configure general prompts, which all tasks share, and an expert entry for each task; the defaults are PGP's.
+
+    Both are prefixes, put in front of the keys and values of an attention.
+
+    Args:
+        pool_size: number of expert entries, one per task.
+        general_length: length of the general prefixes; 0 leaves them out.
+        expert_length: length of the expert prefixes; 0 leaves them out.
+        general_layers: layers, counted from 0, that take the general prefixes.
+        expert_layers: layers, counted from 0, that take the expert prefixes.
+        grow_pool: enlarge the pool when the stream has more tasks than entries.
+        copy_previous: start a task's expert entry as a copy of the previous task's.
+        learned_entries: number of entries that tasks have used so far, among which prediction chooses; filled in by
+            training.
+        pull_constraint_coeff: weight of the pull term, which draws a task's key towards its queries.
+        interpolate_pos_encoding: interpolate the position embeddings to the input's size, for a backbone trained at
+            another.
+        head: what classifies: "linear", the trained linear head; "statistics", the class means and the covariance of
+            finished tasks.
+        shrinkage: how far the statistics head's covariance is drawn towards an isotropic one, in (0, 1].
+        modules_to_save: names of modules that are trained and saved whole; the classifier by default, [] for none.
+        hidden_size, id2label, target_modules, exclude_modules: filled in when the adapter is added; leave them out.
 
     Raises:
         ValueError: sizes that are negative, a layer named twice or negative.
     """
 
     method_name = "DUALPROMPT"
+    filled_in = (*PromptConfig.filled_in, "learned_entries")
     command_line = (
         "pool_size",
         "general_length",

@@ -1,8 +1,8 @@
-"""A ViT's attention with general and expert prefixes, and its embeddings with the experts' keys."""
+"""Wrap a ViT's attention, with general and expert prefixes, and its embeddings, with the experts' keys."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,15 @@ from ..base.attention import install, uninstall
 from ..base.layer import PromptLayer, uniform
 from .config import DualPromptConfig
 
+if TYPE_CHECKING:
+    from transformers.models.vit.modeling_vit import ViTAttention
+
 
 class DualPromptEmbeddings(PromptLayer):
-    """Wraps the embeddings to hold the experts' keys, `(pool_size, d)`; the forward pass is the backbone's own."""
+    """Wrap the embeddings to hold the experts' keys, `(pool_size, d)`; the forward pass is the backbone's own."""
 
     adapter_layer_names = ("dualprompt_key",)
+    dualprompt_key: nn.ParameterDict
 
     def update_layer(self, adapter_name: str, config: DualPromptConfig) -> None:
         key = uniform(config.pool_size, self.position_embeddings.shape[-1])
@@ -26,10 +30,10 @@ class DualPromptEmbeddings(PromptLayer):
 
 
 class DualPromptAttention(PromptLayer):
-    """Wraps a `ViTAttention`: keys become `[p_k; k]`, values `[p_v; v]`; queries and the sequence stay.
+    """Wrap a `ViTAttention`: keys become `[p_k; k]`, values `[p_v; v]`; queries and the sequence stay.
 
-    Prefixes stand in the space of projected keys and values (no W_k, W_v, LayerNorm or position), per head. Each
-    parameter has the axis last along which a projection acts, the batch of heads first:
+    Prefixes are in the space of projected keys and values (no W_k, W_v, LayerNorm or position), for each head. In each
+    parameter the first axis is that of the heads, and the last the one along which a projection acts:
 
         dualprompt_general_key    (H, L, dh)       dualprompt_general_value  (H, dh, L)
         dualprompt_expert_key     (H, M, L, dh)    dualprompt_expert_value   (H, M, L, dh)
@@ -44,6 +48,11 @@ class DualPromptAttention(PromptLayer):
         "dualprompt_expert_key",
         "dualprompt_expert_value",
     )
+    base_layer: ViTAttention
+    dualprompt_general_key: nn.ParameterDict
+    dualprompt_general_value: nn.ParameterDict
+    dualprompt_expert_key: nn.ParameterDict
+    dualprompt_expert_value: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -54,7 +63,8 @@ class DualPromptAttention(PromptLayer):
         uninstall(self.base_layer)
 
     def update_layer(self, adapter_name: str, config: DualPromptConfig, general: bool, expert: bool) -> None:
-        heads, width, parameters = self.base_layer.num_attention_heads, self.base_layer.head_dim, {}
+        heads, width = self.base_layer.num_attention_heads, self.base_layer.head_dim
+        parameters: dict[str, Tensor] = {}
         if general:
             parameters["dualprompt_general_key"] = uniform(heads, config.general_length, width)
             parameters["dualprompt_general_value"] = uniform(heads, width, config.general_length)
@@ -71,7 +81,7 @@ class DualPromptAttention(PromptLayer):
         return self.base_layer(hidden_states, *args, **kwargs)
 
     def _prefix(self, batch: int) -> tuple[Tensor, Tensor] | None:
-        """Prefix keys and values of the running batch, `(B, H, L, dh)` each, general before expert."""
+        """Return the prefix keys and values of the running batch, `(B, H, L, dh)` each, general before expert."""
         name, keys, values = self.adapter, [], []
         if name is None or self.selected is None:
             return None
@@ -82,5 +92,5 @@ class DualPromptAttention(PromptLayer):
             entry = self.selected[:, 0]
             keys.append(self.dualprompt_expert_key[name][:, entry].transpose(0, 1))
             values.append(self.dualprompt_expert_value[name][:, entry].transpose(0, 1))
-        length = sum(key.shape[2] for key in keys)
+        length = sum(key.shape[2] for key in keys)  # 0 where both lengths are
         return (torch.cat(keys, dim=2), torch.cat(values, dim=2)) if length else None

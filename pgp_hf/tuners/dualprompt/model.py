@@ -1,9 +1,10 @@
-"""The DualPrompt tuner: a task's expert entry by task id in training, by key in prediction."""
+"""Train and use DualPrompt: an expert entry goes by the task in training, by key in prediction."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,15 @@ from ..base.vit import ViTPromptTuner
 from .config import DualPromptConfig
 from .layer import DualPromptAttention, DualPromptEmbeddings
 
+if TYPE_CHECKING:
+    from transformers import ViTModel
+
 EXPERT = ("dualprompt_expert_key", "dualprompt_expert_value")
 GENERAL = ("dualprompt_general_key", "dualprompt_general_value")
 
 
 class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
-    """Adds DualPrompt to a `ViTModel` or `ViTForImageClassification` of any size.
+    """Add DualPrompt to a `ViTModel` or `ViTForImageClassification` of any size.
 
     In training every image uses the expert entry of the task set by `begin_task`; in prediction each image uses the
     entry whose key is nearest to its query, among those that tasks have used. An entry whose task has ended never
@@ -27,8 +31,9 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
     """
 
     prefix = "dualprompt_"
+    adapter_config: DualPromptConfig
 
-    def _targets(self, config: DualPromptConfig, stem: str, backbone: nn.Module) -> list[str]:
+    def _targets(self, config: DualPromptConfig, stem: str, backbone: ViTModel) -> list[str]:
         layers = sorted({*config.general_layers, *config.expert_layers})
         depth = len(backbone.layers)
         if layers and layers[-1] >= depth:
@@ -38,19 +43,21 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
             )
         return [f"{stem}embeddings", *(f"{stem}layers.{index}.attention" for index in layers)]
 
-    def _wrap(self, config: DualPromptConfig, adapter_name: str, target: nn.Module, name: str) -> nn.Module:
+    def _wrap(
+        self, config: DualPromptConfig, adapter_name: str, target: nn.Module, name: str
+    ) -> DualPromptEmbeddings | DualPromptAttention:
         if name.endswith("embeddings"):
-            layer = target if isinstance(target, DualPromptEmbeddings) else DualPromptEmbeddings(target)
-            layer.update_layer(adapter_name, config)
-            return layer
+            embeddings = target if isinstance(target, DualPromptEmbeddings) else DualPromptEmbeddings(target)
+            embeddings.update_layer(adapter_name, config)
+            return embeddings
         index = int(name.split(".")[-2])
-        layer = target if isinstance(target, DualPromptAttention) else DualPromptAttention(target)
-        layer.update_layer(adapter_name, config, index in config.general_layers, index in config.expert_layers)
-        return layer
+        attention = target if isinstance(target, DualPromptAttention) else DualPromptAttention(target)
+        attention.update_layer(adapter_name, config, index in config.general_layers, index in config.expert_layers)
+        return attention
 
     @property
     def attentions(self) -> list[DualPromptAttention]:
-        """The attention modules with prefixes."""
+        """Return the attention modules with prefixes."""
         return [layer for layer in self.layers if isinstance(layer, DualPromptAttention)]
 
     # ---- tasks ---------------------------------------------------------------------------------------------------
@@ -65,14 +72,18 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
     def _entries(self) -> Iterator[tuple[nn.ParameterDict, int]]:
         for layer in self.layers:
             for container, axis in (("dualprompt_key", 0), *((expert, 1) for expert in EXPERT)):
-                parameters = getattr(layer, container, {})
-                if self.adapter in parameters:
+                parameters = getattr(layer, container, None)
+                if parameters is not None and self.adapter in parameters:
                     yield parameters, axis
 
     # ---- a forward pass ------------------------------------------------------------------------------------------
 
+    @property
+    def pool_size(self) -> int:
+        return self.adapter_config.pool_size
+
     def _select(self, query: Tensor, config: DualPromptConfig) -> Tensor:
-        similarity = cosine_similarity(query, self.layer.dualprompt_key[self.layer.adapter])
+        similarity = cosine_similarity(query, self.layer.dualprompt_key[self.adapter])
         if self.training and self._task is not None:
             selected = torch.full((len(query), 1), self._task, device=query.device)
         else:
@@ -94,9 +105,9 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
     # ---- what a projection protects ------------------------------------------------------------------------------
 
     def prompt_parameters(self) -> dict[str, nn.Parameter]:
-        """The general prefixes, by their names in `adapter_model.safetensors`.
+        """Return the general prefixes, by their names in `adapter_model.safetensors`.
 
-        Experts are not among them: a finished entry never moves at all, and the entry in training is new to old inputs.
+        Experts are not among them: a finished entry never moves, and no old input has selected the entry in training.
         """
         name = self.adapter
         return {
@@ -120,7 +131,7 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
     def protected_rows(
         self, pixel_values: Tensor, prompt_query: Tensor | None = None
     ) -> Iterator[tuple[str, str, Tensor]]:
-        """What these images show to the general prefixes, per layer and head.
+        """Yield what these images show to the general prefixes, for each layer and head.
 
         One head's output for the query rows Q is `A_p P_v + A_x V`, where `[A_p, A_x] = softmax(Q [P_k; K]^T / sqrt dh)`.
 
@@ -136,7 +147,7 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
             self.model(pixel_values, **({} if prompt_query is None else {"prompt_query": prompt_query}))
             for path, layer in general.items():
                 stem = f"base_model.model.{path}"
-                for query, weights in layer.record:
+                for query, weights in layer.record or ():
                     length = layer.dualprompt_general_key[self.adapter].shape[1]
                     yield f"{stem}.dualprompt_general_key", "prompt", _by_head(query)
                     yield f"{stem}.dualprompt_general_value", "value", _by_head(weights[..., :length])
@@ -147,10 +158,10 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
     def attention_rows(
         self, pixel_values: Tensor, prompt_query: Tensor | None = None
     ) -> Iterator[tuple[str, str, Tensor]]:
-        """`protected_rows`: no LayerNorm and no W_k stand between a prefix and the attention."""
+        """Yield the `protected_rows`: no LayerNorm and no W_k come between a prefix and the attention."""
         return self.protected_rows(pixel_values, prompt_query)
 
 
 def _by_head(tensor: Tensor) -> Tensor:
-    """`(B, H, T, n)` to `(H, B * T, n)`."""
+    """Reshape `(B, H, T, n)` to `(H, B * T, n)`."""
     return tensor.transpose(0, 1).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""L2P (Wang et al., CVPR 2022): a pool of prompts, selected by key and inserted at the input."""
+"""Insert prompts at the input, selected from a pool by key: L2P (Wang et al., CVPR 2022)."""
 
 from .config import L2PConfig
 from .layer import L2PEmbeddings

@@ -1,4 +1,4 @@
-"""Settings of the L2P adapter."""
+"""Configure the L2P adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,23 @@ HEAD_TYPES = ("prompt", "token")
 
 @dataclass
 class L2PConfig(PromptConfig):
-    """A prompt pool on a frozen ViT; the defaults are those that PGP used.
+    """Configure a prompt pool on a frozen ViT; the defaults are those that PGP used.
+
+    Args:
+        pool_size: number of prompts in the pool, each with a key.
+        prompt_length: tokens per prompt; 0 leaves the model as it is.
+        top_k: number of prompts selected for each image.
+        head_type: what the head reads: "prompt", the mean of the prompt tokens; "token", the CLS token.
+        batchwise_prompt: let each batch vote on its prompts, as the released code does. It is for comparison only,
+            since a prediction then depends on the other images in its batch.
+        pull_constraint_coeff: weight of the pull term, which draws the selected keys towards the query.
+        interpolate_pos_encoding: interpolate the position embeddings to the input's size, for a backbone trained at
+            another.
+        head: what classifies: "linear", the trained linear head; "statistics", the class means and the covariance of
+            finished tasks.
+        shrinkage: how far the statistics head's covariance is drawn towards an isotropic one, in (0, 1].
+        modules_to_save: names of modules that are trained and saved whole; the classifier by default, [] for none.
+        hidden_size, id2label, target_modules, exclude_modules: filled in when the adapter is added; leave them out.
 
     Raises:
         ValueError: sizes that are negative, `top_k` above `pool_size`, an unknown `head_type`.

@@ -1,8 +1,8 @@
-"""The embeddings of a ViT, with a pool of prompts behind the CLS token."""
+"""Wrap the embeddings of a ViT, with a pool of prompts behind the CLS token."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from ..base.layer import PromptLayer, uniform
 from .config import L2PConfig
 
+if TYPE_CHECKING:
+    from transformers.models.vit.modeling_vit import ViTEmbeddings
+
 
 class L2PEmbeddings(PromptLayer):
-    """Wraps `ViTEmbeddings`: CLS, then the selected prompts, then the patches.
+    """Wrap `ViTEmbeddings`: CLS, then the selected prompts, then the patches.
 
     Parameters per adapter: `l2p_prompt` `(pool_size, prompt_length, d)` and `l2p_key` `(pool_size, d)`. Each prompt
     token gets the position embedding of CLS (L2P's released code).
@@ -22,6 +25,9 @@ class L2PEmbeddings(PromptLayer):
     """
 
     adapter_layer_names = ("l2p_prompt", "l2p_key")
+    base_layer: ViTEmbeddings
+    l2p_prompt: nn.ParameterDict
+    l2p_key: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)

@@ -1,14 +1,13 @@
-"""The L2P tuner: prompts from a pool, inserted behind the CLS token."""
+"""Train and use L2P: prompts from a pool, inserted behind the CLS token."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.utils.generic import ModelOutput
 
 from ...projection.protocol import Traced
 from ..base.consistency import consistency_rows
@@ -18,26 +17,37 @@ from ..base.vit import ViTPromptTuner
 from .config import L2PConfig
 from .layer import L2PEmbeddings
 
+if TYPE_CHECKING:
+    from transformers import ViTModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    from transformers.models.vit.modeling_vit import ViTLayer
+
 
 class L2PModel(ViTPromptTuner):
-    """Adds an L2P prompt pool to a `ViTModel` or `ViTForImageClassification` of any size.
+    """Add an L2P prompt pool to a `ViTModel` or `ViTForImageClassification` of any size.
 
     Each image gets the `top_k` prompts whose keys are nearest to its query. Behind the backbone the prompt tokens are
-    taken out again, so that outputs keep their unprompted shapes, and the token at index 0 becomes what the head shall
-    read (`head_type`).
+    taken out again, so that outputs have the shapes that they have without prompts, and the token at index 0 becomes
+    what the head is to read (`head_type`).
     """
 
     prefix = "l2p_"
+    adapter_config: L2PConfig
+    layer: L2PEmbeddings
 
-    def _targets(self, config: L2PConfig, stem: str, backbone: nn.Module) -> list[str]:
+    def _targets(self, config: L2PConfig, stem: str, backbone: ViTModel) -> list[str]:
         return [f"{stem}embeddings"]
 
-    def _wrap(self, config: L2PConfig, adapter_name: str, target: nn.Module, name: str) -> nn.Module:
+    def _wrap(self, config: L2PConfig, adapter_name: str, target: nn.Module, name: str) -> L2PEmbeddings:
         layer = target if isinstance(target, L2PEmbeddings) else L2PEmbeddings(target)
         layer.update_layer(adapter_name, config)
         return layer
 
     # ---- a forward pass ------------------------------------------------------------------------------------------
+
+    @property
+    def pool_size(self) -> int:
+        return self.adapter_config.pool_size
 
     def _check_call(self, config: L2PConfig, kwargs: dict[str, Any]) -> None:
         if kwargs.get("attention_mask") is not None and config.top_k * config.prompt_length:
@@ -48,34 +58,36 @@ class L2PModel(ViTPromptTuner):
 
     def _select(self, query: Tensor, config: L2PConfig) -> Tensor:
         layer = self.layer
-        similarity = cosine_similarity(query, layer.l2p_key[layer.adapter])
+        similarity = cosine_similarity(query, layer.l2p_key[self.adapter])
         layer.selected = select_top_k(similarity.detach(), config.top_k, config.batchwise_prompt)
         return similarity.gather(1, layer.selected).sum(-1)
 
-    def _after_backbone(self, backbone: nn.Module, args: tuple, output: ModelOutput) -> ModelOutput | None:
+    def _after_backbone(
+        self, backbone: ViTModel, args: tuple[Any, ...], output: BaseModelOutputWithPooling
+    ) -> BaseModelOutputWithPooling | None:
         layer = self.layer
         n = 0 if layer.bypass or layer.adapter is None else layer.inserted
         if n == 0:
             return None
-        hidden = output.last_hidden_state
+        hidden = output["last_hidden_state"]
         strip_prompts(output, n)
         if self.adapter_config.head_type == "prompt":
             head_input = hidden[:, 1 : 1 + n].mean(1, keepdim=True)
             output.last_hidden_state = torch.cat([head_input, hidden[:, 1 + n :]], dim=1)
-        if getattr(output, "pooler_output", None) is not None:
+        if getattr(output, "pooler_output", None) is not None and backbone.pooler is not None:
             output.pooler_output = backbone.pooler(output.last_hidden_state)
         return output
 
     # ---- what a projection protects ------------------------------------------------------------------------------
 
     def prompt_parameters(self) -> dict[str, nn.Parameter]:
-        """The active adapter's prompts and keys, by their names in `adapter_model.safetensors`."""
+        """Return the active adapter's prompts and keys, by their names in `adapter_model.safetensors`."""
         layer, adapter = self.layer, self.adapter
-        stem = f"base_model.model.{self.adapter_config.target_modules[0]}"
+        stem = f"base_model.model.{cast(list[str], self.adapter_config.target_modules)[0]}"
         return {f"{stem}.l2p_prompt": layer.l2p_prompt[adapter], f"{stem}.l2p_key": layer.l2p_key[adapter]}
 
     def token_offsets(self) -> dict[str, Tensor]:
-        """CLS's position embedding, `(1, 1, d)`."""
+        """Return the position embedding of CLS, `(1, 1, d)`, which the prompts share."""
         (prompt_name, _), config = self.prompt_parameters(), self.adapter_config
         inserted = config.top_k * config.prompt_length
         return {prompt_name: self.layer.position_embeddings[:, :1].detach()} if inserted else {}
@@ -84,11 +96,11 @@ class L2PModel(ViTPromptTuner):
     def protected_rows(
         self, pixel_values: Tensor, prompt_query: Tensor | None = None
     ) -> Iterator[tuple[str, str, Tensor]]:
-        """What these images show to the prompts and keys: (name, role, rows).
+        """Yield what these images show to the prompts and keys: (name, role, rows).
 
-        For the prompts, the rows that meet them in the first attention: CLS, the image's selected prompts and its
-        patches, each with position embedding, `(B * (1 + top_k * prompt_length + N), d)`. For the keys, the queries,
-        normalised as the cosine has them, `(B, d)`.
+        For the prompts these are the rows that meet them in the first attention: CLS, the image's selected prompts and
+        its patches, each with position embedding, `(B * (1 + top_k * prompt_length + N), d)`. For the keys these are
+        the queries, normalised as the cosine has them, `(B, d)`.
         """
         prompt_name, key_name = self.prompt_parameters()
         query = self.query(pixel_values) if prompt_query is None else prompt_query
@@ -99,20 +111,20 @@ class L2PModel(ViTPromptTuner):
     def attention_rows(
         self, pixel_values: Tensor, prompt_query: Tensor | None = None
     ) -> Iterator[tuple[str, str, Tensor]]:
-        """Rows for the first attention as `consistency_rows` has them, and the queries for the keys.
+        """Yield rows for the first attention as `consistency_rows` has them, and the queries for the keys.
 
-        For the prompts along the width `(B * H * T, d)`, shared by the pool; over the tokens of each entry
-        `(M, B * H * T, L)`, zero for images that have not selected it.
+        For the prompts there are rows along the width, `(B * H * T, d)`, which all entries share, and rows over the
+        tokens of each entry, `(M, B * H * T, L)`, zero for images that have not selected it.
         """
         prompt_name, key_name = self.prompt_parameters()
         query = self.query(pixel_values) if prompt_query is None else prompt_query
         tokens = self._tokens(pixel_values, query)
         if self.layer.inserted:
-            first = self.backbone.layers[0]
+            first = cast("ViTLayer", self.backbone.layers[0])
             width, length = consistency_rows(tokens, [first.layernorm_before], first.attention, self.layer.inserted)
             yield prompt_name, "prompt", width.flatten(0, 2)
             length = length.flatten(1, 2).unflatten(-1, (self.adapter_config.top_k, -1))  # (B, H * T, k, L)
-            length = self._by_entry(length.transpose(1, 2), self.layer.selected)
+            length = self._by_entry(length.transpose(1, 2), cast(Tensor, self.layer.selected))
             yield f"{prompt_name}.T", "value", length.flatten(1, 2)
         yield key_name, "key", _key_rows(query)
 
@@ -122,23 +134,26 @@ class L2PModel(ViTPromptTuner):
         return super().traced(pixel_values, query)._replace(keys={key_name: _key_rows(query)})
 
     def _per_entry(self) -> Callable[[Tensor], Tensor]:
-        """One row `L * d` for each entry of the pool, `(M, B, L * d)`, zero where an image has not selected it."""
-        selected = self.layer.selected
+        """Return what makes one row of length `L * d` for each entry of the pool and each image, `(M, B, L * d)`.
+
+        The row is zero where an image has not selected the entry.
+        """
+        selected = cast(Tensor, self.layer.selected)  # by the pass that is being traced
         return lambda gradient: self._by_entry(gradient.flatten(2), selected)
 
     def _by_entry(self, values: Tensor, selected: Tensor) -> Tensor:
-        """Values `(B, k, ...)` of the selected entries as `(M, B, ...)` of all, the others being zero."""
+        """Return values `(B, k, ...)` of the selected entries as `(M, B, ...)` of all, zero for the others."""
         entries = values.new_zeros(self.adapter_config.pool_size, *values.shape[:1], *values.shape[2:])
         entries[selected, torch.arange(len(values), device=values.device)[:, None]] = values
         return entries
 
     def _tokens(self, pixel_values: Tensor, query: Tensor) -> Tensor:
-        """What enters the first layer: CLS, the selected prompts, patches."""
+        """Return what enters the first layer: CLS, the selected prompts, patches."""
         self._select(query, self.adapter_config)
-        pixel_values = pixel_values.to(self.layer.position_embeddings.dtype)  # the ViT does this before its embeddings
+        pixel_values = pixel_values.to(self.layer.position_embeddings.dtype)  # as the ViT does before its embeddings
         return self.layer(pixel_values, interpolate_pos_encoding=self.adapter_config.interpolate_pos_encoding)
 
 
 def _key_rows(query: Tensor) -> Tensor:
-    """What queries show to the keys: themselves, normalised as the cosine has them."""
+    """Return what queries show to the keys: themselves, normalised as the cosine has them."""
     return F.normalize(query.float(), dim=-1)
