@@ -58,6 +58,7 @@ class StreamProgress(ProgressCallback, StreamCallback):
     """Show progress bars that say which task they belong to, and print a line when a task starts and ends."""
 
     task = 0
+    prediction_bar: Any  # transformers' own knows None alone
 
     def on_task_begin(
         self,
