@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import prompted
 import pytest
@@ -26,6 +29,8 @@ from pgp_hf.methods import (
 )
 from pgp_hf.runs.revision import Revision
 from pgp_hf.training.loss import cross_entropy
+
+README = Path(__file__).parents[2] / "README.md"
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -332,3 +337,31 @@ def test_an_adapter_without_shared_prompts_says_so_and_trains(tmp_path, adapter,
     assert run.results.rank == [0, 0, 0] and load_file(tmp_path / "projection.safetensors") == {}
     card = (tmp_path / "README.md").read_text()
     assert "No update was projected" in card and "each update of" not in card
+
+
+def test_the_readmes_method_is_learned_and_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods.registry, "METHODS", dict(METHODS))
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    code = next(block for block in blocks if "class Anchor" in block)
+    monkeypatch.chdir(tmp_path)
+
+    def arguments(folder):
+        return PGPTrainingArguments(folder, use_cpu=True, num_train_epochs=1, disable_tqdm=True)
+
+    names = {
+        "PGPTrainingArguments": arguments,
+        "model": tiny.model(),
+        "stream": tiny.stream(),
+        "processor": tiny.processor(),
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    assert json.loads((tmp_path / "out" / "method.json").read_text())["name"] == "anchor"
+    tensors = load_file(tmp_path / "out" / "method.safetensors")
+    assert tensors and all(torch.equal(tensor, weights(tmp_path / "out")[name]) for name, tensor in tensors.items())
+    shutil.rmtree(tmp_path / "out" / "task-3")
+    expected = weights(tmp_path / "out")
+    again = StreamTrainer(
+        tiny.model(), arguments("out"), tiny.stream(), method=names["Anchor"](), processing_class=tiny.processor()
+    )
+    again.train(resume_from_checkpoint=True)
+    assert same(weights(tmp_path / "out"), expected)
