@@ -20,8 +20,7 @@ from .config import ProjectionConfig
 from .moments import FrequentDirections, SecondMoment, second_moment
 from .projector import NullSpaceProjector
 from .protocol import PerSample, Protectable, Traced
-from .readers import set_readers
-from .state import Projection
+from .state import Projection, set_readers
 
 __all__ = [
     "CONDITIONS",

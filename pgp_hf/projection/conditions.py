@@ -10,15 +10,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .protocol import Protectable, Traced
-
-if TYPE_CHECKING:
-    from .config import ProjectionConfig
 
 
 class Observation(NamedTuple):
@@ -37,6 +34,13 @@ class Observation(NamedTuple):
     rows: Tensor
 
 
+class ConditionSettings(Protocol):
+    """The settings that a condition reads; `ProjectionConfig` has them."""
+
+    probes: int
+    probe_space: str
+
+
 @dataclass
 class Context:
     """Everything a condition may know besides a model and its inputs.
@@ -49,7 +53,7 @@ class Context:
         classes: label ids seen so far, including this task's; None for all.
     """
 
-    config: ProjectionConfig
+    config: ConditionSettings
     images: Sequence[int] | None = None
     task: int = 0
     seed: int = 0

@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 
 from .conditions import CONDITIONS
-from .readers import current_readers
+from .readers import HandedIn
 
 APPLY_TO = ("update", "gradient", "both")
 PROBE_SPACES = ("features", "logits", "statistics")
@@ -161,7 +161,10 @@ class ProjectionConfig:
         Raises:
             ValueError: files that are damaged or contradictory, or an adapter without a run.
         """
-        return current_readers().config(repo_or_dir, revision, **hub)
+        return read_config(repo_or_dir, revision, **hub)
+
+
+read_config: HandedIn[ProjectionConfig] = HandedIn()
 
 
 def check_energy(name: str, value: float) -> None:

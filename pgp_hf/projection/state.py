@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .basis import Basis
 from .conditions import CONDITIONS, WITHOUT_IMAGES, Context
-from .config import ProjectionConfig
+from .config import ProjectionConfig, read_config
 from .moments import FrequentDirections, SecondMoment, second_moment
 from .projector import TRANSPOSED, NullSpaceProjector
 from .protocol import Protectable
-from .readers import current_readers
+from .readers import HandedIn, Reader
 
 # each role's energy setting; None protects everything
 ROLES = {"prompt": "energy", "key": "key_energy", "value": "value_energy", "all": None}
@@ -85,7 +85,7 @@ class Projection:
         Raises:
             ValueError: files that are damaged, altered or contradictory, or an adapter without a run.
         """
-        return current_readers().projection(repo_or_dir, revision, **hub)
+        return read_projection(repo_or_dir, revision, **hub)
 
     @property
     def active(self) -> bool:
@@ -268,6 +268,19 @@ class Projection:
             )
         infos = {name: _checked_info(name, columns, description.get(name)) for name, columns in tensors.items()}
         self._replace({name: Basis(columns) for name, columns in tensors.items()}, infos)
+
+
+read_projection: HandedIn[Projection] = HandedIn()
+
+
+def set_readers(config: Reader[ProjectionConfig], projection: Reader[Projection]) -> None:
+    """Hand in the functions behind `from_pretrained`; each is called with `(repo_or_dir, revision, **hub)`.
+
+    Args:
+        config: returns the settings of a saved projection.
+        projection: returns a saved projection with its bases.
+    """
+    read_config.reader, read_projection.reader = config, projection
 
 
 def _checked_info(name: str, columns: Tensor, info: object) -> BasisInfo:

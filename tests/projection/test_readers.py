@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import pgp_hf.projection
-from pgp_hf.projection import Projection, ProjectionConfig, readers, set_readers
+from pgp_hf.projection import Projection, ProjectionConfig, set_readers
+from pgp_hf.projection.state import read_config, read_projection
 
 ALONE = """
 import sys
@@ -40,7 +41,8 @@ def test_arguments_are_passed_on(kind, monkeypatch):
 
         return read
 
-    monkeypatch.setattr(readers, "_readers", None)  # restored afterwards
+    for handed in (read_config, read_projection):
+        monkeypatch.setattr(handed, "reader", None)  # restored afterwards
     set_readers(config=reader("config"), projection=reader("projection"))
     expected = "config" if kind is ProjectionConfig else "projection"
     assert kind.from_pretrained("owner/run", "task-3", token="t") == expected
