@@ -166,7 +166,7 @@ def test_more_tasks_than_entries(tmp_path):
 
 
 def test_a_step_before_training_starts_is_an_error():
-    """Nothing is noted yet of what the other tasks' entries are."""
+    """What the other tasks' entries are has not been noted yet."""
     tuner = prompted.make("dualprompt").base_model
     tuner.begin_task(0)
     with pytest.raises(RuntimeError, match="training_starts.. come before the first step"):

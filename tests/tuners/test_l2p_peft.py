@@ -1,4 +1,4 @@
-"""L2P through PEFT's own doors: saving, loading, several adapters, heads, copies, and what is refused."""
+"""L2P by PEFT's interface: saving, loading, several adapters, heads, copies, and what is refused."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_auto_classes_find_the_base(saved, make_vit, make_images, tmp_path):
 
 
 def _refusal() -> str:
-    """Why this transformers does not take the PEFT that is installed; empty where it does."""
+    """Return why this transformers refuses the PEFT that is installed; empty where it does not."""
     wanted, found = transformers_peft.MIN_PEFT_VERSION, metadata.version("peft")
     refused = Version(found) < Version(wanted)
     return f"transformers {transformers.__version__} wants peft {wanted}, {found} is installed" if refused else ""
@@ -132,7 +132,7 @@ def test_transformers_adapters_side_by_side(saved, make_l2p, make_vit, make_imag
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         model.load_adapter(str(save(second, tmp_path / "second")), adapter_name="second")
-    model.set_adapter("second")  # else transformers leaves the head of no adapter active
+    model.set_adapter("second")  # without this, transformers leaves no adapter's head active
     assert torch.equal(predict(model.eval(), images), predict(second, images))
     assert list(model(images)) == ["logits"] and list(model.train()(images)) == ["logits", "prompt_similarity"]
     model.eval().set_adapter("first")

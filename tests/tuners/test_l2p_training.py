@@ -144,7 +144,7 @@ def test_prompts_in_the_backbones_precision_on_request(make_vit, make_images):
 
 
 def test_it_learns(make_l2p, make_images):
-    """Ten images by heart: the loss falls, keys approach their queries."""
+    """On ten images the loss falls, and keys approach their queries."""
     model, images = make_l2p(), make_images(8)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     losses, pulls = [], []
