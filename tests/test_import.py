@@ -114,7 +114,7 @@ def test_registration_is_idempotent_and_guards_its_name(monkeypatch):
     from peft.utils.peft_types import PeftType
 
     from pgp_hf.tuners import L2PConfig, L2PModel, register
-    from pgp_hf.tuners.base.registration import extend_peft_type
+    from pgp_hf.tuners.base.peft_type import extend_peft_type
 
     before = list(PeftType)
     register(L2PConfig, L2PModel)

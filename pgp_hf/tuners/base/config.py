@@ -10,7 +10,7 @@ from peft import PeftConfig
 
 from ... import embedded
 from .card import AdapterCard
-from .registration import extend_peft_type
+from .peft_type import extend_peft_type
 
 
 @dataclass

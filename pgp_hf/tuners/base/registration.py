@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils.peft_types import PeftType, register_peft_method
+from peft.utils.peft_types import register_peft_method
 
-if TYPE_CHECKING:
-    from .config import PromptConfig
-    from .model import PromptTuner
-
-
-def extend_peft_type(name: str) -> PeftType:
-    """Return the member `name` of PEFT's enum of methods; it is added unless it is there."""
-    if name in PeftType.__members__:
-        return PeftType[name]
-    # `register_peft_method` accepts members of the enum alone, saved configurations are read back by it, and an enum
-    # cannot be subclassed once it has members: what follows is what Python does for each member of a new enum
-    member = str.__new__(PeftType, name)
-    vars(member).update(_name_=name, _value_=name, __objclass__=PeftType, _sort_order_=len(PeftType._member_names_))
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-    type.__setattr__(PeftType, name, member)  # EnumMeta guards re-assignment only
-    return member
+from .config import PromptConfig
+from .model import PromptTuner
+from .peft_type import extend_peft_type
 
 
 def register(config_cls: type[PromptConfig], model_cls: type[PromptTuner]) -> None:
