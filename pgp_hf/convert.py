@@ -29,7 +29,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 LAYER_NORM_EPS = 1e-6  # timm's; ViTConfig's own default is 1e-12
 
-# what other architectures in timm's layout have: part of a key -> what it belongs to
+# keys of other architectures in timm's layout: part of a key -> what it belongs to
 _OTHER = {
     "dist_token": "a distilled model (DeiT), whose second token and head ViTModel lacks",
     "head_dist": "a distilled model (DeiT), whose second token and head ViTModel lacks",
@@ -51,7 +51,7 @@ def timm_config(state_dict: Mapping[str, Tensor], num_heads: int | None = None) 
         num_heads: number of attention heads, which no shape reveals; width // 64 by default.
 
     Raises:
-        ValueError: a tensor that is needed is missing or has an impossible shape, or the heads do not divide the width.
+        ValueError: a required tensor that is missing or has an impossible shape, or heads that do not divide the width.
     """
 
     def shape(name: str, rank: int) -> torch.Size:
@@ -78,7 +78,7 @@ def timm_config(state_dict: Mapping[str, Tensor], num_heads: int | None = None) 
     if (num_heads is None and width % 64) or heads < 1 or width % heads:
         given = "width // 64 is the default" if num_heads is None else f"num_heads={num_heads} was given"
         raise ValueError(
-            f"width {width} cannot be cut into heads ({given}): pass the model's num_heads, a divisor of {width}."
+            f"width {width} cannot be divided into heads ({given}): pass the model's num_heads, a divisor of {width}."
         )
     sizes: dict[str, Any] = {"num_labels": shape("head.weight", 2)[0]} if "head.weight" in state_dict else {}
     return ViTConfig(
@@ -118,7 +118,7 @@ def timm_vit_to_vit(
     _check(state_dict, _expected(config, classes))
     prefix = "" if classes is None else "vit."
     converted = {name: tensor.detach().float().clone() for name, tensor in _renamed(state_dict, prefix)}
-    with torch.device("meta"):  # no random weights are drawn, so no random numbers either
+    with torch.device("meta"):  # random weights would be replaced, and would advance the caller's generator
         if classes is None:
             model: ViTForImageClassification | ViTModel = ViTModel(config, add_pooling_layer=False)
         else:
@@ -165,13 +165,13 @@ def _check(state_dict: Mapping[str, Tensor], expected: Mapping[str, tuple[int, .
 
 
 def _hint(names: Iterable[str]) -> str:
-    """Say which kind of model has these keys, as far as that is known."""
+    """Name the kind of model that has these keys, if it is known."""
     found = dict.fromkeys(what for part, what in _OTHER.items() for name in names if part in name)
     return f" This is {' and '.join(found)}: it cannot be converted." if found else ""
 
 
 def _renamed(state_dict: Mapping[str, Tensor], prefix: str) -> Iterable[tuple[str, Tensor]]:
-    """Yield the tensors under transformers' names, with fused qkv cut into queries, keys and values."""
+    """Yield the tensors under transformers' names, with fused qkv split into queries, keys and values."""
     whole = {
         "patch_embed.proj": "embeddings.patch_embeddings.projection",
         "norm": "layernorm",
@@ -218,7 +218,7 @@ def convert(
         num_heads: see `timm_config`.
         image_mean: mean of the pixel values in [0, 1], one number or one for each channel. 0.5 is what timm's Google
             ViTs use, the SAM one among them; others, such as DINO, use ImageNet's: see the model's card.
-        image_std: the standard deviation, in the same way.
+        image_std: standard deviation of the pixel values, given in the same way.
 
     Raises:
         ValueError: `source` is not a safetensors file or not a plain ViT, or `output_dir` is not empty.

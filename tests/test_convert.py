@@ -167,7 +167,7 @@ def test_what_is_not_a_plain_vit_is_refused(state, message):
 
 @pytest.mark.parametrize("heads", [None, 5, 0, -3])
 def test_heads_must_divide_the_width(heads):
-    with pytest.raises(ValueError, match="width 24 cannot be cut into heads.*num_heads, a divisor of 24"):
+    with pytest.raises(ValueError, match="width 24 cannot be divided into heads.*num_heads, a divisor of 24"):
         timm_vit_to_vit(weights(), num_heads=heads)
 
 

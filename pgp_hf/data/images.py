@@ -15,13 +15,13 @@ from .stream import ImageItem, TaskImages
 
 
 class QueriedItem(ImageItem, total=False):
-    """Add to an image the query `(d,)` that the frozen model gave it, where that is known."""
+    """An image with the query `(d,)` that the frozen model computes for it, where that is known."""
 
     prompt_query: Tensor
 
 
 class AugmentedImages(Dataset[QueriedItem]):
-    """Augment a task's training images, each by randomness that is a function of (seed, task, epoch, index).
+    """Augment a task's training images, with randomness that is a function of (seed, task, epoch, index) alone.
 
     No random number generator is consumed: the order of access, the number of workers and a resumed run do not change
     what an image looks like in an epoch.
@@ -30,13 +30,13 @@ class AugmentedImages(Dataset[QueriedItem]):
         images: the task's images.
         augmentation: "none", "flip" (horizontal, p = 0.5) or "crop_flip" (random resized crop as in Inception
             training: area `crop_min_scale` to 1, aspect ratio 3/4 to 4/3; then flip). The image processor resizes.
-        crop_min_scale: the least share of an image's area that a crop keeps.
+        crop_min_scale: smallest share of an image's area that a crop keeps.
         seed: of the run.
         task: 0-based.
 
     Attributes:
-        queries: `(views, N, d)`, a query for each image in each of `views`, which then travels with the image; None by
-            default.
+        queries: `(views, N, d)`, the queries of all images in each of `views`, from which each item gets its own; None
+            by default.
     """
 
     def __init__(self, images: TaskImages, augmentation: str, crop_min_scale: float, seed: int, task: int) -> None:
@@ -47,7 +47,7 @@ class AugmentedImages(Dataset[QueriedItem]):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other augmentations from now on, those of this epoch."""
+        """Use the augmentations of this 0-based epoch from now on."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -68,14 +68,14 @@ class AugmentedImages(Dataset[QueriedItem]):
         return item
 
     def views(self) -> list[Dataset[ImageItem]]:
-        """Return all views that images can have, each of all images; none if random crops make them uncountable."""
+        """Return a dataset for each view that augmentation can produce; none if random crops make them too many."""
         if self.augmentation == "crop_flip":
             return []
         return [self.images] if self.augmentation == "none" else [self.images, FlippedImages(self.images)]
 
 
 class FlippedImages(Dataset[ImageItem]):
-    """Turn every image from left to right."""
+    """Mirror every image horizontally."""
 
     def __init__(self, images: TaskImages) -> None:
         self.images = images
@@ -102,11 +102,11 @@ def _random_box(size: tuple[int, int], min_scale: float, rng: np.random.Generato
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    return 0, 0, width, height  # very long images: every crop was too wide or too high
+    return 0, 0, width, height  # a very elongated image, in which no crop fitted
 
 
 class CachedQueries(Dataset[QueriedItem]):
-    """Send images on with the queries `(N, d)` that the frozen model gave them before."""
+    """Pair images with queries `(N, d)` that the frozen model has computed before."""
 
     def __init__(self, images: TaskImages, queries: Tensor) -> None:
         self.images, self.queries = images, queries
@@ -121,9 +121,9 @@ class CachedQueries(Dataset[QueriedItem]):
 class ImageCollator:
     """Turn items `{"image", "label"[, "task", "index", "prompt_query"]}` into a batch.
 
-    A batch holds `pixel_values` `(B, C, H, W)` and `labels` `(B,)`; and of what every item has, `task` `(B,)`, `index`
-    `(B,)` and `prompt_query` `(B, d)`. What only some items have is left out: without queries, the model computes them
-    for the whole batch.
+    A batch holds `pixel_values` `(B, C, H, W)` and `labels` `(B,)`, and where every item has them, `task` `(B,)`,
+    `index` `(B,)` and `prompt_query` `(B, d)`. Entries that only some items have are dropped: if queries are missing,
+    the model computes them for the whole batch.
 
     Args:
         processor: the backbone's image processor.

@@ -22,7 +22,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     elif image.mode in ("I", "F"):
         raise ValueError(f"image mode {image.mode!r} has no known value range; convert it to 8 bits first")
     elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB makes PIL warn
+        image = image.convert("RGBA")  # PIL warns when such an image is converted straight to RGB
     return image.convert("RGB")
 
 
@@ -30,7 +30,7 @@ def open_rgb(path: str | os.PathLike[str]) -> PIL.Image.Image:
     """Open an image file as RGB, turned upright by its EXIF orientation.
 
     Raises:
-        ValueError: there is no such file, or it does not decode; names the path.
+        ValueError: a missing file, or one that does not decode; the message names the path.
     """
     try:
         with PIL.Image.open(path) as image:

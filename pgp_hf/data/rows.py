@@ -21,7 +21,7 @@ from .rgb import to_rgb
 
 BATCH_ROWS = 64  # rows of encoded images in memory at a time
 THREADS = 4  # decoders release the GIL
-PROGRESS_FROM = 500  # fewer images are checked before anybody could read a bar
+PROGRESS_FROM = 500  # with fewer images, a progress bar would be gone before it could be read
 
 
 class ImageRows:
@@ -50,7 +50,7 @@ class ImageRows:
         """Return the RGB image of one row; `stored` is its encoded form, if it has been read already.
 
         Raises:
-            ValueError: the row has no image, or one that does not decode; names split and row.
+            ValueError: a row without an image, or with one that does not decode; the message names split and row.
         """
         stored = stored or self.encoded([row])[0]
         try:
@@ -64,7 +64,7 @@ class ImageRows:
         """Return the encoded bytes of one row's image, from its file if the row holds only a path; decode nothing.
 
         Raises:
-            ValueError: the row has no image, or its file cannot be read.
+            ValueError: a row without an image, or with a file that cannot be read.
         """
         try:
             if stored is None or (stored["bytes"] is None and stored["path"] is None):
@@ -81,7 +81,8 @@ class ImageRows:
     def digests(self, groups: Sequence[np.ndarray]) -> list[str]:
         """Return the SHA-256 of each group of rows, over each row's label, length and encoded bytes, in row order.
 
-        Label and length are little-endian int64. Nothing is decoded, and neither machine, path nor Arrow layout counts.
+        Label and length are little-endian int64. Nothing is decoded, and the digests do not depend on the machine, on paths
+        or on the layout in Arrow.
         """
         hashes = [hashlib.sha256() for _ in groups]
         group_of = {int(row): group for group, rows in enumerate(groups) for row in rows}
@@ -102,7 +103,7 @@ def verify_images(selected: Sequence[tuple[ImageRows, Sequence[int]]], progress:
     """Decode these rows of each split once, on several threads.
 
     Raises:
-        ValueError: images do not decode; names the first one and how many there are.
+        ValueError: images that do not decode; the message names the first one and says how many there are.
     """
     jobs = [(split, rows) for split, chosen in selected for rows in _batches(chosen)]
     total = sum(len(rows) for _, rows in jobs)

@@ -1,7 +1,7 @@
-"""The continual-learning scenarios: which classes compete at test time, and how often a task's data may be seen.
+"""Define the scenarios of continual learning: the classes that compete at test time, and the epochs of a task.
 
-Whatever depends on the scenario is a field or a method here. The rest of the package asks `SCENARIOS[stream.scenario]`
-and compares no names, so that a new scenario is one more entry.
+Whatever depends on the scenario is a field or a method of `Scenario`, looked up by `SCENARIOS[stream.scenario]`, so
+that a new scenario is one more entry.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scenario:
-    """Say how a stream is learned and tested.
+    """The rules by which a stream is learned and tested.
 
     Args:
         name: as users write it, and as files keep it.
         title: as a sentence names it.
         help: one line for a command line's help.
-        task_known: the task of each test image is given, and only that task's classes compete.
-        one_epoch: each task's images are seen once.
+        task_known: whether the task of each test image is given, so that only that task's classes compete.
+        one_epoch: whether each task's images are seen once.
     """
 
     name: str

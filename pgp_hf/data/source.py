@@ -1,8 +1,8 @@
 """Read a dataset: find its splits, columns and labels, and choose rows for the tasks.
 
-Streams are built from these functions, and the command line uses some of them for datasets of its own. Whatever is
-wrong with a dataset is found here and reported with its fix. Labels are read through their column alone; images are
-read in `pgp_hf.data.rows`.
+Streams are built from these functions, and the command line uses some of them to prepare datasets. Problems with a
+dataset are detected here and reported together with their fix. Only the label column is read; images are read in
+`pgp_hf.data.rows`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check_int(name: str, value: Any, low: int, high: int | None = None, *, expec
 
 
 def check_optional_int(name: str, value: Any, low: int, none: str) -> int | None:
-    """Return `value` as [`check_int`] does, or None if it is None; `none` says what None means."""
+    """Return `value` as [`check_int`] does, or None if it is None; `none` explains None in the error message."""
     return None if value is None else check_int(name, value, low, expected=f"an integer or None ({none})")
 
 
@@ -58,7 +58,7 @@ def load(path: str | os.PathLike[str]) -> tuple[datasets.DatasetDict, str | None
         The splits, and a name for the dataset that holds no path of this machine.
 
     Raises:
-        ValueError: `path` is neither a folder nor a Hub id, or it does not load; the message keeps the reason.
+        ValueError: `path` is neither a folder nor a Hub id, or it does not load; the message has the reason.
     """
     text = os.fspath(path)
     if os.path.isdir(text):
@@ -99,15 +99,15 @@ def map_style(name: str, data: Any) -> datasets.Dataset:
 def resolve_splits(
     dataset: Any, test_dataset: Any, test_split: str | None
 ) -> tuple[datasets.Dataset, datasets.Dataset | None, str | None]:
-    """Return the train rows, the test rows (None where they have to be held out of train) and the dataset's name.
+    """Return the train rows, the test rows (None if they have to be held out of train) and the dataset's name.
 
     Args:
         dataset: a `Dataset`, a `DatasetDict`, a local folder or a Hub id.
-        test_dataset: test rows given by themselves.
+        test_dataset: test rows, if they are given separately.
         test_split: name of the test split of a `DatasetDict`; by default the first of `EVAL_SPLITS` that it has.
 
     Raises:
-        TypeError: a streaming dataset, or something else than a dataset.
+        TypeError: a streaming dataset, or something that is not a dataset.
         ValueError: splits that are missing, empty or given twice.
     """
     name: str | None = None
@@ -147,10 +147,10 @@ def resolve_splits(
 
 
 def resolve_columns(data: datasets.Dataset, label_column: str | None, image_column: str | None) -> tuple[str, str]:
-    """Return the names of the label and the image column; where None is given, find them by their features.
+    """Return the names of the label and the image column; a name that is None is inferred from the features.
 
     Raises:
-        ValueError: no column or several could be meant.
+        ValueError: a column that cannot be inferred, because none fits or several do.
     """
     features = data.features
     if label_column is None:
@@ -171,7 +171,9 @@ def _only(found: list[str], argument: str, what: str, features: datasets.Feature
     if len(found) == 1:
         return found[0]
     state = f"several candidates {shorten(found)}" if found else f"no {what}{hint}"
-    raise ValueError(f"{argument} is not clear: the dataset has {state}. Set {argument} to one of {shorten(features)}")
+    raise ValueError(
+        f"{argument} cannot be inferred: the dataset has {state}. Set {argument} to one of {shorten(features)}"
+    )
 
 
 def check_columns(split: str, data: datasets.Dataset, label_column: str, image_column: str) -> None:
@@ -197,7 +199,7 @@ def check_columns(split: str, data: datasets.Dataset, label_column: str, image_c
 
 def read_labels(split: str, data: datasets.Dataset, column: str) -> np.ndarray:
     """Return the label column as stored, int64 `(rows,)`; raise ValueError if rows are unlabelled (None or -1)."""
-    # Arrow, not numpy format: there an integer column with a null turns into floats.
+    # Arrow, because numpy format turns an integer column with a null into floats
     values = data.select_columns([column]).with_format("arrow")[:].column(column)
     labels = values.drop_null().cast(pa.int64()).to_numpy()
     missing = values.null_count + int((labels == -1).sum())
@@ -258,7 +260,7 @@ def map_labels(
 
 
 # ---- choosing rows --------------------------------------------------------------------------------------------------
-# A class's draw depends on (seed, purpose, class) alone, so neither the class order nor other classes change it.
+# What is drawn for a class depends on (seed, purpose, class) alone, not on the class order or on other classes.
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -304,10 +306,10 @@ def choose_rows(
 def cut(
     split: str, rows: np.ndarray, labels: np.ndarray, tasks: Sequence[tuple[int, ...]], names: Sequence[str]
 ) -> list[np.ndarray]:
-    """Sort the chosen rows into the tasks, each given by its label ids; warn about classes without images.
+    """Divide the chosen rows among the tasks, each given by its label ids; warn about classes without images.
 
     Raises:
-        ValueError: a task has no images.
+        ValueError: a task without images.
     """
     own_labels = labels[rows]
     of_task = [rows[np.isin(own_labels, classes)] for classes in tasks]

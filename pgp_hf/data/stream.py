@@ -1,4 +1,4 @@
-"""Cut the classes of a `datasets.Dataset` into tasks that are learned one after another.
+"""Divide the classes of a `datasets.Dataset` into tasks that are learned one after another.
 
 Rows are chosen through the label column, so building a stream or asking for a task decodes no image; images are
 decoded when a `TaskImages` is indexed. A manifest of class order and content hashes identifies a stream, so that a
@@ -25,9 +25,9 @@ from .scenarios import SCENARIOS
 from .source import check_int, check_optional_int, shorten
 
 MANIFEST_FORMAT = 1
-# what must agree, besides the tasks' contents, for two streams to be the same ...
+# besides the tasks' contents, these must agree for two streams to be the same ...
 _SAME = ("scenario", "num_tasks", "num_classes", "label_names", "label_values", "class_order")
-# ... and the settings that are named as the likely cause when it does not
+# ... and these settings are named as the likely cause when something does not
 _CAUSES = (
     "seed",
     "label_column",
@@ -40,7 +40,7 @@ _CAUSES = (
 
 @dataclass(frozen=True)
 class Task:
-    """Name a task's classes.
+    """A task of a stream.
 
     Args:
         index: the task's 0-based place in the stream.
@@ -52,7 +52,7 @@ class Task:
 
 
 class ImageItem(TypedDict):
-    """Hold an RGB image, its label id, its task's 0-based place in the stream, and its own position in the task."""
+    """An RGB image with its label id, its task's 0-based place in the stream, and its position within the task."""
 
     image: PIL.Image.Image
     label: int
@@ -99,9 +99,9 @@ class TaskStream:
 
     Attributes:
         scenario: the name of its scenario, a key of `pgp_hf.data.scenarios.SCENARIOS`.
-        num_tasks: as given.
-        num_classes: as found.
-        seed: as given.
+        num_tasks: number of tasks.
+        num_classes: number of classes in the dataset.
+        seed: the seed that it was built with; None for classes in label order.
         class_order: all label ids, in the order in which they arrive.
         label_names: the name of each label id.
         id2label: the same as a dict, as transformers' configurations expect it.
@@ -146,7 +146,7 @@ class TaskStream:
         max_train_samples_per_class: int | None = None,
         max_eval_samples_per_class: int | None = None,
     ) -> TaskStream:
-        """Cut a dataset into `num_tasks` tasks of (nearly) equally many classes.
+        """Divide a dataset into `num_tasks` tasks with (nearly) the same number of classes.
 
         Args:
             dataset: a `Dataset`; a `DatasetDict` with a split `"train"`; a local folder of parquet or image files; or
@@ -169,7 +169,7 @@ class TaskStream:
 
         Raises:
             TypeError: a streaming dataset or an argument of the wrong type.
-            ValueError: anything else that is wrong with the dataset or an argument; the message has the fix.
+            ValueError: any other problem with the dataset or an argument; the message has the fix.
         """
         if scenario not in SCENARIOS:
             raise ValueError(f"scenario must be one of {shorten(SCENARIOS)}, got {scenario!r}")
@@ -183,7 +183,7 @@ class TaskStream:
             )
         }
         if not 0 < test_fraction < 1:
-            raise ValueError(f"test_fraction must lie between 0 and 1 (both excluded), got {test_fraction}")
+            raise ValueError(f"test_fraction must lie strictly between 0 and 1, got {test_fraction}")
 
         train, test, name = source_data.resolve_splits(dataset, test_dataset, test_split)
         label_column, image_column = source_data.resolve_columns(train, label_column, image_column)
@@ -252,13 +252,14 @@ class TaskStream:
         return SCENARIOS[self.scenario].allowed_classes(classes, self._index(after), self._index(task))
 
     def manifest(self) -> dict[str, Any]:
-        """Return what identifies this stream, ready for JSON: settings, class order and content hashes.
+        """Return the settings, the class order and the content hashes that identify this stream, ready for JSON.
 
-        Each task and split has one: `sha256` covers, in row order, the label id and the encoded image bytes (see `ImageRows.digests`), not paths;
-        nothing is decoded, and it is computed once. `dataset` (name, fingerprints) is for information only.
+        There is a hash for each task and split, `sha256`, over the label ids and the encoded image bytes in row order
+        (see `ImageRows.digests`), but not over paths; nothing is decoded, and the hashes are computed once. `dataset`
+        (name, fingerprints) is for information only.
 
         Raises:
-            ValueError: an image's file cannot be read.
+            ValueError: an image file that cannot be read.
         """
         if self._digests is None:
             self._digests = {split: source.digests(rows) for split, (source, rows) in self._splits.items()}
@@ -271,13 +272,14 @@ class TaskStream:
         return {**_copy(self._settings), "tasks": tasks}
 
     def verify(self, progress: bool = True) -> None:
-        """Decode every selected image, before hours are spent on training; do nothing after a first success.
+        """Decode every selected image, to find broken ones before hours of training; do nothing after a first success.
 
         Args:
             progress: show a progress bar when there are many images.
 
         Raises:
-            ValueError: images do not decode; the message names the first one's split and row, and how many there are.
+            ValueError: images that do not decode; the message names split and row of the first one, and says how many
+                there are.
         """
         if not self._verified:
             chosen = [(source, np.sort(np.concatenate(rows)).tolist()) for source, rows in self._splits.values()]
@@ -287,12 +289,12 @@ class TaskStream:
     def check_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Compare this stream with the manifest of an earlier run.
 
-        Dataset name and fingerprints are not compared, nor are settings that leave data and order as they were.
+        Neither the dataset's name and fingerprints are compared nor settings that do not affect data and order.
 
         Raises:
             TypeError: `manifest` is not a mapping.
-            ValueError: data or order differ (the message says where, and which settings may be the cause), or
-                `manifest` is not a manifest of this format.
+            ValueError: data or order that differ (the message says where, and which settings may be the cause), or a
+                `manifest` that is not in this format.
         """
         if not isinstance(manifest, Mapping):
             raise TypeError(f"manifest must be a dict as from TaskStream.manifest(), got {type(manifest).__name__}")

@@ -117,7 +117,7 @@ def glyph_classes(rendered: dict[str, list[np.ndarray]]) -> list[str]:
         rendered: output of `render_glyphs`.
 
     Returns:
-        One string for each class: the characters that share it, the one that founded it first.
+        One string for each class: its characters, the one that started it first.
     """
     models: list[np.ndarray] = []
     classes: list[str] = []
@@ -143,7 +143,7 @@ def glyph_classes(rendered: dict[str, list[np.ndarray]]) -> list[str]:
 
 
 class GlyphSampler:
-    """Draw balanced random batches of augmented glyphs; after the rendering, whole batches of tensors are processed.
+    """Draw balanced random batches of augmented glyphs; augmentation works on whole batches of tensors.
 
     Args:
         rendered: output of `render_glyphs`.

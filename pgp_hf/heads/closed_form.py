@@ -1,7 +1,7 @@
 """Measure what the frozen backbone achieves alone: classifiers in closed form on its CLS features.
 
 None of them has prompts, epochs or anything to forget: sums over the images of a class are added as classes arrive. A
-method that trains prompts has to do better than these to be worth its cost.
+method that trains prompts has to beat these to be worth its cost.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class RandomProjectionRidge:
     fifth of the task's images, after the others have joined the sums of the earlier tasks. The first task tries all 17
     powers; later ones search downhill from the last r.
 
-    As long as there are fewer images than random features, the same weights are cheaper to get from the images' own
+    As long as there are fewer images than random features, the same weights are cheaper to compute from the images' own
     Gram matrix, `H^T (H H^T + r I)^-1 Y`: seconds for 5,000 images and the paper's M = 10,000. From then on G and C
     are kept instead. Everything is float64 and solved by Cholesky; a ridge too weak for that is skipped.
 
@@ -123,7 +123,9 @@ class RandomProjectionRidge:
     """
 
     width: int = field(default=10_000, metadata={"help": "number M of random features"})
-    seed: int = field(default=0, metadata={"help": "of the random features, and of the images that validate"})
+    seed: int = field(
+        default=0, metadata={"help": "seed of the random features, and of the choice of images that validate"}
+    )
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -191,7 +193,7 @@ class RandomProjectionRidge:
 
 
 def _ridge(gram: Tensor, right: Tensor, ridge: float) -> Tensor | None:
-    """Return `(gram + ridge I)^-1 right`, or None where that matrix is not positive definite in float64."""
+    """Return `(gram + ridge I)^-1 right`, or None if that matrix is not positive definite in float64."""
     regular = gram.clone()
     regular.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(regular)
@@ -242,13 +244,13 @@ def frozen_matrices(
 ) -> dict[str, list[list[float | None]]]:
     """Return the accuracy matrix (percent) of each classifier over the stream.
 
-    Where the task of a test image is known, each task has a classifier of its own, which knows its classes alone.
+    Where the task of a test image is known, each task has its own classifier, which knows the task's classes alone.
 
     Args:
         stream: the tasks.
         train: features `(N_t, d)` of each task's training images, in the order of `stream.train(t)`.
         test: the same of each task's test images.
-        classifiers: by name, what makes a new classifier.
+        classifiers: by name, a function that makes a new classifier.
 
     Returns:
         By name, `matrix[i][j]`: accuracy on task j with the classes of tasks 0..i known, None for j > i.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 Total = Callable[[Tensor], Tensor]  # the sum of a tensor over the processes of a data-parallel run
 
 EMPTY = (
-    "the statistics head knows no class yet: train a task first (PGPTrainer gathers the statistics when a task ends), "
+    "the statistics head knows no class yet: train a task first (the trainer gathers the statistics when a task ends), "
     "or load an adapter that has finished one."
 )
 
@@ -29,7 +29,7 @@ class ClassStatistics(nn.Module):
     probabilities. A class without features has the logit minus infinity. Where no class has more than one feature, S
     is zero and Sigma is taken to be the identity, so the nearest class mean wins.
 
-    Everything is float64 and stays so under `to`, `half` and PEFT's casts; it remains on the CPU if the device has no
+    All buffers are float64 and stay so under `to`, `half` and PEFT's casts; they remain on the CPU if the device has no
     float64. Means are subtracted before anything is squared, so features far from zero lose no digits.
 
     Args:
@@ -64,7 +64,7 @@ class ClassStatistics(nn.Module):
 
     @property
     def seen(self) -> Tensor:
-        """Tell which classes have features: `(C,)`, bool."""
+        """Return a mask of the classes that have features, `(C,)`, bool."""
         return self.counts > 0
 
     def fresh(self) -> ClassStatistics:
@@ -105,7 +105,7 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def merge(self, other: ClassStatistics) -> ClassStatistics:
-        """Add the features that `other` has summed up (Chan, Golub and LeVeque 1979).
+        """Add the features that `other` summarises (Chan, Golub and LeVeque 1979).
 
         A class that `other` lacks keeps its mean to the bit.
         """
@@ -120,7 +120,7 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def reduce(self, total: Total) -> ClassStatistics:
-        """Replace each process's statistics by those of all processes' features.
+        """Replace each process's statistics with those of all processes' features.
 
         Args:
             total: the sum of a tensor over the processes of a data-parallel run; called three times.
@@ -135,7 +135,7 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def compensate_drift(self, before: Tensor, after: Tensor, total: Total | None = None) -> ClassStatistics:
-        """Move the means the way the features of other images have moved in the meantime.
+        """Move the class means along with the drift, estimated from how the features of other images have moved.
 
         Images of earlier tasks are gone, but those of the new task went through the model both before and after it.
         With x and x + D their features at these two times and m the mean of x, the movement is fitted by ridge
@@ -172,6 +172,7 @@ class ClassStatistics(nn.Module):
                 yield x, later - x
 
         total = total or (lambda tensor: tensor)
+        # two passes: products of features that are not centred first would lose digits
         sums = torch.zeros(2, dim, dtype=torch.float64, device=device)
         for x, moved in batches():
             sums += torch.stack([x.sum(0), moved.sum(0)])
@@ -181,7 +182,7 @@ class ClassStatistics(nn.Module):
         for x, moved in batches():
             products += (x - centre).mT @ torch.stack([x - centre, moved - shift])
         scatter, turn = total(products)
-        ridge = scatter.diagonal().mean()
+        ridge = scatter.diagonal().mean()  # 0 where all features are the same: then only the mean shift is known
         turn = torch.linalg.solve(scatter + ridge * torch.eye(dim).to(scatter), turn) if ridge > 0 else turn
         self.means[self.seen] += shift + (self.means[self.seen] - centre) @ turn
         return self
@@ -190,7 +191,7 @@ class ClassStatistics(nn.Module):
 
     @property
     def covariance(self) -> Tensor:
-        """Compute Sigma, `(d, d)`."""
+        """Return Sigma, `(d, d)`."""
         identity = torch.eye(len(self.scatter), dtype=self.scatter.dtype, device=self.scatter.device)
         scatter = self.scatter / self.counts.sum().clamp(min=1)
         scale = scatter.diagonal().mean()
@@ -202,7 +203,7 @@ class ClassStatistics(nn.Module):
         """Return W, `(d, d)`, with `W W^T = Sigma^-1`: the head's distances are Euclidean ones between `x W`.
 
         Raises:
-            ValueError: no class has features, or the buffers do not come from any.
+            ValueError: no class has features, or the buffers are damaged.
         """
         if not int(self.counts.sum()):
             raise ValueError(EMPTY)
@@ -230,7 +231,7 @@ class ClassStatistics(nn.Module):
         The solution is kept until the buffers change.
 
         Raises:
-            ValueError: no class has features, or the buffers do not come from any.
+            ValueError: no class has features, or the buffers are damaged.
         """
         buffers = self.counts, self.means, self.scatter
         # a tensor's version counts its changes in place; inference tensors have none
@@ -267,7 +268,7 @@ class ClassStatistics(nn.Module):
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_solved": None}  # a copy's tensors have histories of their own
+        return {**self.__dict__, "_solved": None}  # a copy's tensors have version counters of their own
 
 
 @torch.no_grad()
@@ -287,8 +288,8 @@ def gather_task(
         batches: features `(N, d)` and labels `(N,)` of this process's images, as the trained model sees them.
         total: sums over the processes of a data-parallel run; None for a single process.
         before: features of the same images, in the same order, from before the task; None for no compensation.
-        as_before: returns the features of the same images once more, passed through the trained model the way images
-            of earlier tasks pass through it; called after `batches` is used up. None where all images pass alike.
+        as_before: returns the features of the same images once more, passed through the trained model in the way that
+            images of earlier tasks are; called after `batches` is exhausted. None if all images pass in the same way.
 
     Returns:
         Statistics of this task's images alone, of all processes.

@@ -1,6 +1,6 @@
 """Compute the metrics of continual learning from an accuracy matrix, with numpy alone.
 
-There are two ways to the same numbers: the plain functions below, and `evaluate` modules, one in each folder, which
+The same numbers come in two ways: from the plain functions below, and from `evaluate` modules, one in each folder, which
 load offline:
 
 ```python
@@ -12,7 +12,7 @@ metrics.load("forgetting").compute(accuracy_matrix=matrix)  # {"forgetting": 10.
 ```
 
 The folders hold scripts for `evaluate`, not Python packages: importing `pgp_hf.metrics.forgetting.forgetting` would
-replace the function of that name by a module. Use [`load`].
+replace the function of that name with a module. Use [`load`].
 """
 
 from __future__ import annotations

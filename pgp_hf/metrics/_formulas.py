@@ -107,7 +107,7 @@ def forward_transfer(matrix: Matrix, baseline: Sequence[float | None] | np.ndarr
         if np.isnan(values[task - 1, task]):
             raise ValueError(
                 f"forward transfer needs accuracy_matrix[{task - 1}][{task}], the accuracy on task {task} right "
-                f"before it is trained, which is missing. Evaluate the next task too after each task."
+                f"before it is trained, which is missing. After each task, evaluate the next one as well."
             )
         if np.isnan(untrained[task]):
             raise ValueError(
@@ -200,7 +200,7 @@ def _seen(matrix: Matrix) -> np.ndarray:
         shown = ", ".join(f"[{i}][{j}]" for i, j in holes[:5]) + (", ..." if len(holes) > 5 else "")
         raise ValueError(
             f"accuracy_matrix has no value at {shown}; its last row with values is {last}, so every entry [i][j] with "
-            f"j <= i <= {last} must be there. Evaluate all seen tasks after each task."
+            f"j <= i <= {last} is required. Evaluate all seen tasks after each task."
         )
     return seen
 

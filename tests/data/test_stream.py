@@ -294,11 +294,11 @@ def test_columns_are_found_by_feature():
 
 def test_ambiguous_columns():
     twice = make(cycle(24), coarse=(datasets.ClassLabel(names=["x", "y"]), [0, 1] * 12))
-    with pytest.raises(ValueError, match=r"label_column is not clear.*\['label', 'coarse'\].*Set label_column"):
+    with pytest.raises(ValueError, match=r"label_column cannot be inferred.*\['label', 'coarse'\].*Set label_column"):
         TaskStream.from_dataset(twice, num_tasks=2)
     assert TaskStream.from_dataset(twice, num_tasks=2, label_column="coarse").label_names == ["x", "y"]
     mask = make(cycle(12), mask=(datasets.Image(), [{"bytes": pixel(0), "path": None}] * 12))
-    with pytest.raises(ValueError, match=r"image_column is not clear.*\['image', 'mask'\]"):
+    with pytest.raises(ValueError, match=r"image_column cannot be inferred.*\['image', 'mask'\]"):
         TaskStream.from_dataset(mask, num_tasks=2)
     assert len(TaskStream.from_dataset(mask, num_tasks=2, image_column="mask").train(0))
 
@@ -308,8 +308,8 @@ def test_ambiguous_columns():
     [
         (lambda d: d.rename_column("label", "y"), {"label_column": "label"}, r"label_column='label'.*'image', 'y'"),
         (lambda d: d, {"image_column": "img"}, r"image_column='img'.*'image', 'label'"),
-        (lambda d: d.remove_columns("label"), {}, r"label_column is not clear.*no ClassLabel.*\['image'\]"),
-        (lambda d: d.remove_columns("image"), {}, r"image_column is not clear.*cast_column.*\['label'\]"),
+        (lambda d: d.remove_columns("label"), {}, r"label_column cannot be inferred.*no ClassLabel.*\['image'\]"),
+        (lambda d: d.remove_columns("image"), {}, r"image_column cannot be inferred.*cast_column.*\['label'\]"),
         (lambda d: d, {"image_column": "label"}, r"cast_column\('label', datasets.Image\(\)\)"),
         (lambda d: d, {"label_column": "image"}, r"class_encode_column\('image'\)"),
     ],
@@ -387,7 +387,7 @@ def test_label_outside_its_class_label():
         ({"class_order": ["ant"] * 6}, TypeError, "class_order must be an integer, got 'ant'"),
         ({"max_train_samples_per_class": 0}, ValueError, "max_train_samples_per_class must be at least 1, got 0"),
         ({"max_eval_samples_per_class": -2}, ValueError, "max_eval_samples_per_class must be at least 1, got -2"),
-        ({"test_fraction": 0.0}, ValueError, "test_fraction must lie between 0 and 1.*got 0.0"),
+        ({"test_fraction": 0.0}, ValueError, "test_fraction must lie strictly between 0 and 1.*got 0.0"),
         ({"test_fraction": 1.0}, ValueError, "test_fraction.*got 1.0"),
         ({"test_split": "dev"}, ValueError, r"test_split='dev'.*\['test'\]"),
         ({"test_split": "train"}, ValueError, r"test_split='train'.*\['test'\]"),
