@@ -1,6 +1,6 @@
 """Share finished tasks on the Hugging Face Hub, each as one commit on `main` and one tag.
 
-python -m pgp_hf.hub push OUTPUT_DIR --repo_id USER/NAME
+python -m pgp_hf.hub push OUTPUT_DIR --repo_id OWNER/NAME
 """
 
 from .push import Pushed, PushError, TaskRepo, command, main, missing, push

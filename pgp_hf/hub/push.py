@@ -1,10 +1,10 @@
 """Upload finished tasks to the Hub, each as one commit on `main` and one tag: `task-1`, `task-2`, ...
 
-    python -m pgp_hf.hub push OUTPUT_DIR --repo_id USER/NAME
+    python -m pgp_hf.hub push OUTPUT_DIR --repo_id OWNER/NAME
 
-uploads what is missing there, in order, and changes nothing when everything is there. A trainer does the same while it
-trains (`push_to_hub=True`), through the queue in `queue.py`. Only the files named in `UPLOADED_FILES` leave the machine,
-as sanitised copies: local paths are stripped, and the card names the repository.
+uploads what is missing there, in order, and changes nothing if nothing is missing. A trainer does the same while it
+trains (`push_to_hub=True`), through the queue in `queue.py`. Only the files named in `UPLOADED_FILES` leave the
+machine, as sanitised copies: local paths are stripped, and the card names the repository.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class TaskRepo:
     Args:
         repo_id: "owner/name", or "name" for the token's own user.
         token: as everywhere in `huggingface_hub`; `HF_TOKEN` or the stored one by default.
-        private: whether a new repository is private; the owner's default by default.
+        private: whether a new repository is private; by default, as its owner's settings say.
         base_model: Hub id of a backbone that was loaded from a local folder.
-        new_run: whether the run starts now, so that the repository can hold none of its tasks yet.
+        new_run: whether the run is just starting, so that the repository must not hold any task yet.
     """
 
     repo_id: str
@@ -90,10 +90,10 @@ class TaskRepo:
         return f"{self._api.endpoint}/{self.repo_id}"
 
     def create(self) -> None:
-        """Create the repository unless it exists, and note its full id.
+        """Create the repository unless it exists, and set `repo_id` to its full id.
 
         Raises:
-            Refused: the repository exists, and is public although `private`, or holds a run although `new_run`.
+            Refused: the repository is public although `private` is set, or holds a run although `new_run` is set.
         """
         self.repo_id = self._api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
         if self.private and not self._api.repo_info(self.repo_id).private:
@@ -108,10 +108,10 @@ class TaskRepo:
             )
 
     def put(self, t: int, folder: Path) -> bool:
-        """Upload the task with 0-based index t from `folder`, unless it is there; return whether it was missing.
+        """Upload the task with 0-based index t from `folder` unless it is there; return whether it was missing.
 
         Afterwards `main` holds exactly this task's files, and files of other kinds as before. A commit whose answer was
-        lost is not made twice, and `main` is not overwritten when somebody else has moved it meanwhile.
+        lost is not made twice, and `main` is not overwritten if somebody else has moved it in the meantime.
 
         Raises:
             Refused: the tag exists with other content, or `main` holds later tasks.
@@ -142,7 +142,7 @@ class TaskRepo:
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and is_ours(entry.path)}
 
     def _head(self, t: int, wanted: dict[str, Path]) -> str:
-        """Return the head of `main`, after a commit unless it has the wanted files as it is."""
+        """Return the head of `main`, after committing the wanted files unless it holds them already."""
         head = self._api.model_info(self.repo_id, revision="main").sha
         assert head is not None  # only lists of models come without it
         tree = self._tree(head)
@@ -151,9 +151,10 @@ class TaskRepo:
         additions: list[CommitOperationAdd] = []
         for path, file in wanted.items():
             tensors = path.endswith(".safetensors")
-            additions.append(CommitOperationAdd(path, file.read_bytes() if tensors else file))  # LFS paths get a bar
+            # as bytes, since a path would get a progress bar of its own
+            additions.append(CommitOperationAdd(path, file.read_bytes() if tensors else file))
             if tensors:
-                # one by one: several at once go through a thread pool, for which Python waits when it exits, even hung
+                # one by one: several go through a thread pool, which Python waits for at exit even if it hangs
                 self._api.preupload_lfs_files(self.repo_id, additions[-1:])
         deletions = [CommitOperationDelete(path) for path in tree if path not in wanted]
         title = _title(t, read_json(wanted[RESULTS]))
@@ -163,7 +164,7 @@ class TaskRepo:
         return commit.oid
 
     def _find(self, t: int, wanted: dict[str, Path]) -> str | None:
-        """Return an earlier commit that has the wanted files and has lost its tag, None if there is none."""
+        """Return an earlier commit of the wanted files whose tag is missing; None if there is none."""
         start = f"Task {t + 1} of "
         for commit in self._api.list_repo_commits(self.repo_id):
             if commit.title.startswith(start) and _difference(self._tree(commit.commit_id), wanted) is None:
@@ -242,7 +243,7 @@ def push(
         (uploaded if new else present).append(f"task-{t + 1}")
         say(f"task-{t + 1} {'uploaded' if new else 'is there already'}: {repo.url}/tree/task-{t + 1}")
 
-    # nothing to report on the way: the error below says it all
+    # silent on the way, since the error below reports everything
     uploads = Uploads(repo.create, put, notify=lambda message: None, token=token, first=folder.first)
     uploads.add(tasks)
     done = -1
@@ -255,7 +256,7 @@ def push(
 
 
 def command(output_dir: str | Path, repo: TaskRepo) -> str:
-    """Return the command line that uploads what is missing; a token does not belong on a screen, and is left out."""
+    """Return the command line that uploads what is missing, without the token, which must not be printed."""
     parts = ["python", "-m", "pgp_hf.hub", "push", str(output_dir), "--repo_id", repo.repo_id]
     parts += ["--private"] if repo.private else ["--no-private"] if repo.private is False else []
     parts += ["--base_model", repo.base_model] if repo.base_model else []
@@ -274,7 +275,7 @@ def missing(uploads: Uploads, tasks: int, finish: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0 when everything is on the Hub, 1 when not."""
+    """Run the command line; return 0 if everything is on the Hub, 1 if not."""
     parser = argparse.ArgumentParser(
         prog="python -m pgp_hf.hub", description="Share finished tasks on the Hugging Face Hub."
     )

@@ -1,4 +1,4 @@
-"""Upload in the background: in order, patient with the network, and never in the way of the program."""
+"""Upload in the background: in order, with retries, and without ever keeping the program from ending."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 LONGEST_PAUSE = 60.0
-"""Seconds between two attempts at most; the first pause is about one second, and each may be twice the one before."""
+"""Longest pause between two attempts, in seconds; the first takes about one, and each up to twice the one before."""
 ATTEMPT = 900.0
-"""Seconds after which an attempt counts as failed: a dead connection would otherwise block the queue for ever."""
+"""Seconds after which an attempt counts as failed; otherwise a dead connection would block the queue for ever."""
 
 
 class Refused(ValueError):
@@ -32,9 +32,9 @@ class Uploads:
 
     Args:
         prepare: called once, before the first task.
-        put: uploads the task with the given 0-based index; it may be called again for the same task.
-        notify: receives a message as soon as something goes wrong that a retry does not change.
-        token: kept out of all messages; the stored one by default.
+        put: uploads the task with the given 0-based index; may be called again for the same task.
+        notify: receives a message as soon as something goes wrong that a retry cannot mend.
+        token: masked in all messages; the stored one by default.
         first: 0-based index of the first task to upload.
 
     Attributes:
@@ -60,7 +60,7 @@ class Uploads:
         self._thread = threading.Thread(target=self._run, name="pgp_hf uploads", daemon=True)
 
     def add(self, tasks: int) -> None:
-        """Take note that the first `tasks` tasks are finished; 0 prepares without uploading."""
+        """Note that the first `tasks` tasks are finished; 0 prepares without uploading."""
         with self._changed:
             self.wanted, self._blocked = max(self.wanted, tasks), False
             self._changed.notify_all()
@@ -69,7 +69,7 @@ class Uploads:
                 self._thread.start()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until all is uploaded, nothing can be, or `seconds` have passed; return whether all is uploaded."""
+        """Wait until all is uploaded, an error blocks the queue, or `seconds` have passed; return whether all is uploaded."""
         with self._changed:
             self._changed.wait_for(lambda: self._blocked or self._idle(), seconds)
             return self._idle()
@@ -84,7 +84,7 @@ class Uploads:
         return self._prepared and self.done >= self.wanted
 
     def _run(self) -> None:
-        chance, failures = random.Random(), 0  # a generator of its own: the training's numbers must not change
+        chance, failures = random.Random(), 0  # its own generator, so that the training's random numbers do not change
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or not (self._blocked or self._idle()))
@@ -94,7 +94,7 @@ class Uploads:
                 attempt = partial(self._put, self.done) if prepared else self._prepare
             try:
                 _within(ATTEMPT, attempt)
-            except Exception as error:  # whatever it is, training goes on and the user is told
+            except Exception as error:  # no failed upload may stop the training
                 lasting = not is_transient(error)
                 with self._changed:
                     self.error, self._blocked = error, lasting
@@ -128,7 +128,7 @@ def _within(seconds: float, attempt: Callable[[], object]) -> None:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise TimeoutError(f"an upload had not ended after {seconds:g} s")
+        raise TimeoutError(f"an upload did not finish within {seconds:g} s")
     if errors:
         raise errors[0]
 
@@ -147,7 +147,7 @@ def is_transient(error: BaseException) -> bool:
     """Return whether the same upload may succeed later."""
     status = _status(error)
     if status is not None:
-        # 409 and 412: somebody else has written meanwhile, and the next attempt starts from what is there then
+        # 409 and 412: somebody else has written in the meantime; the next attempt starts from the new state
         return status in (408, 409, 412, 425, 429) or status >= 500
     if any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error)):
         return False
@@ -157,16 +157,16 @@ def is_transient(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, token: str | None = None) -> str:
-    """Say in one paragraph what went wrong and, where there is a fix, how to fix it; never show the token."""
+    """Explain in one paragraph what went wrong and, where possible, how to fix it; the token is never shown."""
     status = _status(error)
     if any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error)):
         text = "HF_HUB_OFFLINE=1 forbids every upload: unset it."
     elif status == 401:
-        text = "The Hub knows no such token, or none was given (401): `hf auth login`, or set HF_TOKEN."
+        text = "The Hub does not recognise the token, or none was given (401): run `hf auth login`, or set HF_TOKEN."
     elif status == 403:
-        text = "The token may not write there (403): use one with write access, or a repository of your own."
+        text = "The token has no write access there (403): use one that has, or a repository of your own."
     elif status == 404:
-        text = "The Hub has no such repository, or the token may not see it (404): check its name and the token."
+        text = "The Hub has no such repository, or the token cannot see it (404): check its name and the token."
     elif isinstance(error, Refused):
         text = str(error)
     else:

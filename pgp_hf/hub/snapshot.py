@@ -1,4 +1,4 @@
-"""Copy what may leave the machine: the files named here, without any path of this machine in them."""
+"""Copy what may leave the machine: the files named here, stripped of local paths."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ UPLOADED_FILES = (
 )
 """The only files that are ever uploaded."""
 
-_PATH = re.compile(r"(~?/|[A-Za-z]:[\\/]|\\\\|file:/)")  # how an absolute path begins, on any system
+_PATH = re.compile(r"(~?/|[A-Za-z]:[\\/]|\\\\|file:/)")  # the beginning of an absolute path, on any system
 _CLASS_NAMES = ("id2label", "label2id", "label_names", "class_names")  # may begin with a slash, as "/m/01g317" does
 
 
@@ -60,7 +60,7 @@ def is_ours(path: str) -> bool:
 
 
 def snapshot(folder: Path, target: Path, *, repo_id: str, base_model: str | None = None) -> list[str]:
-    """Copy a finished task to `target` in the form in which it is uploaded.
+    """Copy a finished task to `target` as it is uploaded.
 
     Absolute paths in JSON are reduced to their last part, such as the name of a dataset's folder.
     `base_model_name_or_path` stays when it is a Hub id or the name of an embedded backbone; a local folder becomes
@@ -77,7 +77,7 @@ def snapshot(folder: Path, target: Path, *, repo_id: str, base_model: str | None
         The files, by their path in the repository.
 
     Raises:
-        ValueError: the folder is not a finished task.
+        ValueError: a folder that is not a finished task.
     """
     contents = {name: read_json(folder / name) for name in (RESULTS, MANIFEST, ADAPTER_CONFIG, DESCRIPTION)}
     base = contents[ADAPTER_CONFIG].get("base_model_name_or_path")
@@ -98,7 +98,7 @@ def snapshot(folder: Path, target: Path, *, repo_id: str, base_model: str | None
 
 
 def _is_local(name: str) -> bool:
-    """Return whether a backbone's name is a path, as those of embedded backbones and Hub ids are not."""
+    """Return whether a backbone's name is a path, and neither a Hub id nor the name of an embedded backbone."""
     if embedded.resolve(name) is not None:
         return False
     try:

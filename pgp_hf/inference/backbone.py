@@ -27,12 +27,12 @@ def find_backbone(
     """Return the Hub id or folder of the backbone, and its revision there.
 
     Args:
-        given: what the caller names; by default what `adapter_config.json` says.
+        given: the caller's choice; None for the backbone that `adapter_config.json` names.
         revision: the adapter's files.
-        local: whether these were made on this machine, so that a path in them means what it says.
+        local: whether these were made on this machine, so that paths in them are valid.
 
     Raises:
-        ValueError: no backbone is named, or one that is not here and cannot be on the Hub.
+        ValueError: no backbone is named, or one that is neither here nor an id on the Hub.
     """
     if given is not None:
         return (given if isinstance(given, Path) else str(given)), None
@@ -73,7 +73,7 @@ def load_backbone(source: str | Path, config: PromptConfig, options: dict[str, A
         head = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
         options = {**options, **head, "ignore_mismatched_sizes": True}
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):  # a new head draws numbers, and is replaced
+        with _quiet(), torch.random.fork_rng(devices=[]):  # a new head, soon replaced, draws random numbers
             return kind.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -88,10 +88,10 @@ def load_processor(revision: Revision, source: str | Path | None, hub: dict[str,
     Args:
         revision: the adapter's files.
         source: Hub id or folder of the backbone, if known.
-        hub: `token` and so on, for `from_pretrained`.
+        hub: `token` and other options, for `from_pretrained`.
 
     Raises:
-        ValueError: there is none, or one that cannot be made.
+        ValueError: no image processor, or one that cannot be loaded.
     """
     saved = (revision.folder / PROCESSOR).is_file()
     if not saved and source is None:
@@ -103,13 +103,13 @@ def load_processor(revision: Revision, source: str | Path | None, hub: dict[str,
     except (OSError, TypeError, ValueError, AttributeError, KeyError) as error:
         where = revision.folder / PROCESSOR if saved else source
         raise ValueError(
-            f"no image processor can be made from {where} ({error}): pass one as processor=..."
+            f"no image processor can be loaded from {where} ({error}): pass one as processor=..."
         ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers but for errors: it would report that the head is new, which is what is wanted here."""
+    """Silence all but errors of transformers, which would warn about the new head that is intended here."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -36,12 +36,12 @@ from .backbone import find_backbone, load_backbone, load_processor
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | np.ndarray[Any, Any] | Tensor"
 
-# what PEFT and a tuner raise for an adapter's settings that cannot be
+# what PEFT and the tuners raise for impossible settings
 _UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, OverflowError, StopIteration)
 
 
 class Prediction(NamedTuple):
-    """The classes and the prompts that an image gets.
+    """The predicted classes of an image, and the prompts that it selected.
 
     Attributes:
         labels: `{"label", "score"}` of the most probable classes, best first; scores are probabilities.
@@ -56,11 +56,11 @@ class PromptClassifier:
     """Predict with the backbone, prompts, head and class names of one revision; made by `load_pretrained`.
 
     Attributes:
-        model: the `PeftModel`, in eval mode. Its output has `logits` `(B, C)`, those of classes that no finished task
-            brought at minus infinity; it works in `transformers.pipeline("image-classification", ...)`, CLIP included.
+        model: the `PeftModel`, in eval mode. Its output has `logits` `(B, C)`, at minus infinity for classes that no
+            finished task introduced; it works in `transformers.pipeline("image-classification", ...)`, CLIP included.
         processor: the backbone's image processor, for the same pipeline.
         manifest, results: content of `stream.json` and `results.json`; None for an adapter that was saved without a run.
-        classes: label ids that a prediction may take, None for all.
+        classes: label ids that may be predicted; None for all.
     """
 
     def __init__(
@@ -162,15 +162,15 @@ def load_pretrained(
 ) -> PromptClassifier:
     """Load a revision as a classifier.
 
-    Everything is checked before anything is used: a revision is sound as a whole, or refused. Only safetensors and JSON
-    are read.
+    All files are checked before any is used: a revision is accepted or refused as a whole. Only safetensors and JSON are
+    read.
 
     Args:
         repo_or_dir: id of a repository on the Hub, a run's output folder, or one of its task folders.
         revision: "task-3" for the state after the third task, by default the last; on the Hub also a branch or commit.
-        backbone: the frozen model, or its Hub id or folder, when `adapter_config.json` does not say where it is. A
-            model that is passed gets the adapter, as by `PeftModel.from_pretrained`; when the revision is refused, it
-            stays as it was.
+        backbone: the frozen model, or its Hub id or folder, if `adapter_config.json` does not say where it is. A model
+            that is passed gets the adapter, as by `PeftModel.from_pretrained`; if the revision is refused, it stays as it
+            was.
         processor: an image processor to use instead of the saved one. The saved one is loaded with `backend="pil"`.
         device: where to run; by default the backbone's device, which is the CPU for one that is loaded here.
         dtype: precision of the weights; by default the backbone's.
@@ -199,11 +199,11 @@ def load_pretrained(
     processor = processor or load_processor(found, source, hub)
     weights = found.weights(_expected(base, config))
     if found.results is not None:
-        found.bases()  # prediction needs neither these nor the method's files
+        found.bases()  # read only to be checked, as are the method's files: prediction needs neither
     found.method()
     found.check_backbone(base)
 
-    with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are replaced
+    with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are soon replaced
         model = _wrap(base, config)
     set_peft_model_state_dict(model, weights)
     if found.tasks:
@@ -237,7 +237,7 @@ def _tuner(model: PeftModel) -> PromptTuner:
 
 
 def _plain(backbone: nn.Module) -> PreTrainedModel:
-    """Return a backbone that was passed; ValueError for a model of another kind, or one with an adapter."""
+    """Return a backbone that was passed; raise ValueError for another kind of model, or one with an adapter."""
     if not isinstance(backbone, PreTrainedModel) or any(isinstance(m, BaseTunerLayer) for m in backbone.modules()):
         raise ValueError(
             f"backbone is a {type(backbone).__name__}: pass a transformers model without an adapter, its Hub id or "
@@ -247,7 +247,7 @@ def _plain(backbone: nn.Module) -> PreTrainedModel:
 
 
 def _adapter_config(revision: Revision) -> PromptConfig:
-    """Return the adapter's configuration; ValueError for one that is unknown, or whose settings cannot be."""
+    """Return the adapter's configuration; raise ValueError for an unknown type or impossible settings."""
     path = revision.folder / ADAPTER_CONFIG
     fields = {**revision.adapter, "inference_mode": True}
     known = {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, PromptConfig)}
@@ -263,7 +263,7 @@ def _adapter_config(revision: Revision) -> PromptConfig:
             raise ValueError(f"id2label={str(names)[:80]} does not name the classes 0, 1, ... in turn")
     except _UNFIT as error:
         raise ValueError(f"{path} is not a valid adapter configuration ({error}).") from error
-    if revision.manifest and names == {index: f"LABEL_{index}" for index in names}:  # the model was given none
+    if revision.manifest and names == {index: f"LABEL_{index}" for index in names}:  # placeholders of transformers
         config.id2label = dict(enumerate(revision.manifest["label_names"]))
     if not names:
         raise ValueError(
@@ -290,13 +290,13 @@ def _wrap(base: PreTrainedModel, config: PromptConfig) -> PeftModel:
 
 
 def _make_classifier(model: PeftModel, classes: list[int] | None) -> None:
-    """Give the model's output `logits` with unseen classes masked, and its configuration the class names."""
+    """Add `logits` with unseen classes masked to the model's output, and the class names to its configuration."""
     tuner = _tuner(model)
     base, names = cast(PreTrainedModel, model.get_base_model()), tuner.class_names or {}
     base.config.id2label, base.config.label2id = dict(names), {name: index for index, name in names.items()}
 
     def mask(module: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if kwargs.get("input_ids") is not None:  # the caller uses CLIP with texts of its own
+        if kwargs.get("input_ids") is not None:  # CLIP with the caller's own texts
             return output
         if isinstance(output, tuple):
             at = 1 if kwargs.get("labels") is not None else 0  # the loss comes first
@@ -308,7 +308,7 @@ def _make_classifier(model: PeftModel, classes: list[int] | None) -> None:
         return output
 
     model.register_forward_hook(mask, with_kwargs=True)
-    # without this the pipeline logs an error, that it does not support the model, and then works
+    # otherwise the pipeline logs an error that the model is not supported, although it works
     supported = getattr(transformers.pipelines.base, "SUPPORTED_PEFT_TASKS", {})
     known = supported.setdefault("image-classification", [])
     if type(model).__name__ not in known:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; its file takes the place of `path` when the block ends without an error.
+    """Yield a temporary path, whose file takes the place of `path` when the block ends without an error.
 
-    Missing folders are made. An earlier file stays as it is until then.
+    Missing folders are created. An earlier file stays as it is until then.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder, since a rename is atomic only within one file system
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -30,7 +31,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically; NaN and infinities, which JSON does not have, raise ValueError."""
+    """Write JSON atomically; raise ValueError for NaN and infinities, which JSON does not have."""
     text = json.dumps(content, indent=2, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

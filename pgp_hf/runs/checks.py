@@ -1,4 +1,4 @@
-"""Check that a revision's files make sense together; each check raises ValueError with the file and what is wrong."""
+"""Check that a revision's files are consistent; each check raises ValueError with the file and the problem."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .folder import ADAPTER, ADAPTER_CONFIG, DESCRIPTION, MANIFEST
 
 
 def check_stream_file(manifest: dict[str, Any], adapter: dict[str, Any], path: Path) -> None:
-    """Raise ValueError unless `stream.json` cuts the adapter's classes into tasks and names them."""
+    """Raise ValueError unless `stream.json` divides the adapter's classes into tasks and names them."""
     names, count = manifest.get("label_names"), manifest.get("num_classes")
     try:
         tasks = [task["classes"] for task in manifest["tasks"]]
@@ -20,7 +20,10 @@ def check_stream_file(manifest: dict[str, Any], adapter: dict[str, Any], path: P
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} does not describe a stream ({type(error).__name__}: {error}).") from error
     if not whole:
-        raise ValueError(f"{path}: the tasks' classes are not 0 to {count} minus 1, each once, in num_tasks tasks.")
+        raise ValueError(
+            f"{path} has num_classes={count!r}: expected tasks with the classes 0 to num_classes - 1, each once, in "
+            "num_tasks tasks."
+        )
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: label_names are not {count} strings, one per class.")
     if (own := adapter.get("id2label")) is not None and (not isinstance(own, dict) or len(own) != count):
@@ -28,7 +31,7 @@ def check_stream_file(manifest: dict[str, Any], adapter: dict[str, Any], path: P
 
 
 def check_results_file(results: dict[str, Any], manifest: dict[str, Any], path: Path) -> int:
-    """Return the number of finished tasks; ValueError unless `results.json` is whole and belongs to `stream.json`."""
+    """Return the number of finished tasks; raise ValueError unless `results.json` is complete and fits `stream.json`."""
     size = manifest["num_tasks"]
     if results.get("num_tasks") != size or results.get("scenario") != manifest.get("scenario"):
         raise ValueError(f"{path} and {MANIFEST} disagree about num_tasks or scenario.")
@@ -84,7 +87,7 @@ def check_method_file(method: dict[str, Any], path: Path) -> None:
 
 
 def _check_matrix(matrix: Any, size: int, path: Path) -> int:
-    """Return the number of rows that an accuracy matrix of `size` tasks has so far; ValueError for one with gaps."""
+    """Return the number of rows that an accuracy matrix of `size` tasks has so far; raise ValueError if it has gaps."""
     if (
         not isinstance(matrix, list)
         or len(matrix) != size

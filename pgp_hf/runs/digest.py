@@ -33,6 +33,7 @@ def backbone_sha256(model: nn.Module, modules_to_save: Iterable[str] | None) -> 
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "to_local"):  # a DTensor: this process holds a part of it
             return None
+        # without the name, which changes where an adapter wraps the module
         if id(parameter) not in own and not saved & set(name.split(".")):
             digest = hashlib.sha256(str(tuple(parameter.shape)).encode())
             digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,10 +1,10 @@
-"""Lay out the files of a run, which are written whole or not at all, as safetensors and JSON only.
+"""Lay out the files of a run, which are written whole or not at all.
 
 output_dir/  the last finished task's files, and
   task-1/ ... task-T/   the same files as they were when each task ended
   features/task-1.safetensors ...   head inputs and pool entries of each task's test images when it ended
   checkpoints/task-t/checkpoint-N/  Trainer checkpoints of the task in training, removed when it ends
-  continued.json        in a run that went on from a single revision: how many tasks are not here
+  continued.json        in a run continued from a single revision: the number of tasks that are not here
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RunFolder:
         root: the run's `output_dir`.
 
     Attributes:
-        single: whether the last task's files are all there is.
+        single: True for a single revision, whose folder holds the last task's files alone.
     """
 
     single = False
@@ -72,7 +72,7 @@ class RunFolder:
 
     @property
     def first(self) -> int:
-        """Return the 0-based index of the first task here, which is above 0 in a run that went on from a revision."""
+        """Return the 0-based index of the first task here, above 0 in a run continued from a single revision."""
         path = self.root / CONTINUED
         first = read_json(path).get("first") if path.exists() else 0
         if type(first) is not int or first < 0:
@@ -80,11 +80,11 @@ class RunFolder:
         return first
 
     def is_empty(self) -> bool:
-        """Return whether the folder holds no run, neither finished tasks nor checkpoints."""
+        """Return whether the folder holds no run: neither finished tasks nor checkpoints."""
         return not any(self.root.glob("task-*")) and not (self.root / CHECKPOINTS).exists()
 
     def check_unused(self) -> None:
-        """Raise ValueError when there is an earlier run."""
+        """Raise ValueError if the folder holds an earlier run."""
         if not self.is_empty():
             raise ValueError(
                 f"output_dir={self.root} holds an earlier run ({self.finished_tasks()} finished tasks): continue it with "
@@ -106,11 +106,11 @@ class RunFolder:
     def publish(self, t: int, write: Callable[[Path], object]) -> Path:
         """Write a finished task, whole or not at all, and return its folder.
 
-        The files are then copied to the top level, each atomically; a run that dies in between has its task.
+        The files are then copied to the top level, each atomically; a run that dies in between keeps its task.
 
         Args:
             t: the task's 0-based index.
-            write: fills the temporary folder that it gets, which then becomes the task's.
+            write: fills the temporary folder that it is given, which then becomes the task's.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".task-{t + 1}-", dir=self.root))

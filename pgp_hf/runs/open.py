@@ -1,4 +1,4 @@
-"""Open what an earlier run left: a run's folder, a single revision, a repository on the Hub."""
+"""Open an earlier run: from its folder, from a single revision, or from a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RevisionRun(RunFolder):
 
     Args:
         folder: the revision's files.
-        tasks: how many tasks had ended.
+        tasks: number of tasks that had ended.
         run: the folder that holds `features/` and earlier tasks, as far as they exist.
         earlier: returns the folder of the task with 0-based index t; by default the one in `run`.
     """
@@ -38,7 +38,7 @@ class RevisionRun(RunFolder):
         return self._run.features(t)
 
     def last_checkpoint(self, t: int) -> Path | None:
-        """Return None: a revision is a finished task."""
+        """Return None, since a revision is a finished task and has no checkpoints."""
         return None
 
     def finished_tasks(self) -> int:
@@ -51,7 +51,7 @@ def open_run(where: str | Path, **hub: Any) -> RunFolder:
 
     Args:
         where: a run's folder, one of its task folders or a copy of one, or "repo@task-3" on the Hub.
-        hub: `token` and so on, as for `locate`.
+        hub: `token` and other options, as for `locate`.
 
     Raises:
         ValueError: no such revision, or one that is damaged; see `Revision.read`.

@@ -1,4 +1,4 @@
-"""Read files that may come from strangers: bounded in size, checked, safetensors and JSON only."""
+"""Read files from untrusted sources: bounded in size, checked, safetensors and JSON only."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: a file that is missing, damaged, above 8 MB, nested too deeply, not an object, with a name twice or
-            with a number that is not finite.
+        ValueError: a file that is missing, damaged, larger than 8 MB, nested too deeply or not an object, that repeats
+            a name, or holds a number that is not finite.
     """
     try:
         with _opened(path, MAX_JSON) as file:
@@ -50,22 +50,22 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes by name in a safetensors file; no tensor is read, and no memory is taken for one.
+    """Return the shapes in a safetensors file by name, without reading a tensor or allocating memory for one.
 
     Raises:
-        ValueError: a file that is missing or above 2 GB; a header that is damaged, holds a name twice or declares
-            other sizes than the file has.
+        ValueError: a file that is missing or larger than 2 GB; a header that is damaged, repeats a name or declares
+            sizes that the file does not have.
     """
     try:
         with _opened(path, MAX_TENSORS) as file:
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_HEADER:
-                raise ValueError(f"its header declares {length} bytes, allowed are {MAX_HEADER}")
+                raise ValueError(f"its header declares {length} bytes, at most {MAX_HEADER} are allowed")
             # the library refuses overlaps, gaps, trailing bytes, deep nesting and sizes that do not fit the data
             with safe_open(path, framework="pt") as tensors:
                 slices = [(name, tensors.get_slice(name)) for name in tensors.keys()]  # noqa: SIM118  # not a dict
                 shapes = {name: _check_shape(name, one.get_dtype(), tuple(one.get_shape())) for name, one in slices}
-            # ... and lets this pass: of two entries with one name it takes the last, and it skips unknown keys
+            # ... but not these: of two entries with one name it takes the last, and it skips unknown keys
             for name, entry in json.loads(file.read(length), object_pairs_hook=_unique).items():
                 if name != "__metadata__" and entry.keys() != _ENTRY:
                     raise ValueError(
@@ -104,7 +104,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def refuse_pickles(names: Iterable[str], where: str | os.PathLike[str]) -> None:
-    """Raise ValueError when a listing of files has one that only code could read."""
+    """Raise ValueError if a listing of files has one in a format that can run code when it is read."""
     for name in sorted(names):
         if name.lower().endswith(PICKLED):
             raise ValueError(
@@ -115,7 +115,7 @@ def refuse_pickles(names: Iterable[str], where: str | os.PathLike[str]) -> None:
 
 
 def refuse_code(content: Any, path: str | os.PathLike[str]) -> None:
-    """Raise ValueError when the content of a JSON file asks for code of its own to be run."""
+    """Raise ValueError if the content of a JSON file asks for custom code to be run."""
     todo = [content]
     while todo:
         value = todo.pop()
@@ -123,7 +123,7 @@ def refuse_code(content: Any, path: str | os.PathLike[str]) -> None:
             asked = next((name for name in _CODE if value.get(name)), None)
             if asked:
                 raise ValueError(
-                    f"{path} asks for code of its own ({asked}): pgp_hf never runs any (trust_remote_code)."
+                    f"{path} asks for code to be run ({asked}): pgp_hf never runs custom code (trust_remote_code)."
                 )
             todo += value.values()
         elif isinstance(value, list):
@@ -132,17 +132,17 @@ def refuse_code(content: Any, path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def _opened(path: str | os.PathLike[str], most: int) -> Iterator[BinaryIO]:
-    """Open a regular file of at most `most` bytes; a device or pipe may never end."""
+    """Open a regular file of at most `most` bytes; anything else, such as a pipe, might never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("not a regular file")
     with open(path, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
-            raise ValueError(f"{size} bytes, allowed are {most}")
+            raise ValueError(f"{size} bytes, at most {most} are allowed")
         yield file
 
 
 def _check_shape(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape; ValueError for one that torch cannot hold, or another type than those that are written here."""
+    """Return the shape; raise ValueError for one that torch cannot hold, or a dtype that this package never writes."""
     if dtype not in _DTYPES:
         raise ValueError(f"{name!r} has dtype {dtype!r}, known are {', '.join(_DTYPES)}")
     if len(shape) > MAX_DIMS or any(length >= 2**63 for length in shape):

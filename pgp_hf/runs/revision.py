@@ -39,7 +39,7 @@ class Revision:
 
         Args:
             folder: of the revision.
-            revision: the name by which it was found; "task-3" must hold three finished tasks.
+            revision: the name that it was requested by; "task-3" must hold three finished tasks.
 
         Raises:
             ValueError: a file that is damaged, asks for code to be run, or contradicts another.
@@ -71,12 +71,12 @@ class Revision:
 
     @property
     def tasks(self) -> int:
-        """Return the number of finished tasks; 0 without a run."""
+        """Return the number of finished tasks; 0 for an adapter without a run."""
         return 0 if self.results is None else finished_tasks(self.results["accuracy_matrix"])
 
     @property
     def seen_classes(self) -> list[int] | None:
-        """Return the label ids of the finished tasks; None without a run."""
+        """Return the label ids of the finished tasks; None for an adapter without a run."""
         if self.manifest is None:
             return None
         return [label for task in self.manifest["tasks"][: self.tasks] for label in task["classes"]]
@@ -173,13 +173,13 @@ class Revision:
             raise ValueError(f"{path} does not describe a projection ({error}).") from error
 
     def projection(self) -> Projection:
-        """Read the projection with its bases; raises as `bases` and `projection_config` do."""
+        """Read the projection with its bases; raise what `bases` and `projection_config` do."""
         projection = Projection(self.projection_config())
         projection.load_state(*self.bases())
         return projection
 
     def check_backbone(self, model: nn.Module) -> None:
-        """Raise ValueError when the backbone's weights are not those that the run had."""
+        """Raise ValueError if the backbone's weights are not those that the run was trained on."""
         noted = self._noted_digest(backbone_key(model))
         if noted is None:
             return

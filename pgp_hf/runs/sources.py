@@ -1,4 +1,4 @@
-"""Find where a revision is: in a local folder, or on the Hub, from where it is downloaded. No file is read here."""
+"""Locate a revision in a local folder, or download it from the Hub; no file is read here."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from .folder import (
 )
 
 RUN_FILES = (MANIFEST, RESULTS, DESCRIPTION, BASES)
-"""The files that a finished task must have; an adapter without a run has none of them."""
+"""Files that every finished task has; an adapter without a run has none of them."""
 REVISION_FILES = (ADAPTER_CONFIG, ADAPTER, PROCESSOR, *RUN_FILES, METHOD_STATE, METHOD)
-"""All files that are read of a revision; runs of earlier versions have none of a method."""
-# read by other loaders, never by this package: searched for requests to run code
+"""All files of a revision that are read; runs of earlier versions lack those of the method."""
+# files that other loaders read: this package only searches them for requests to run code
 OTHERS = ("config.json", "processor_config.json")
 TASK = re.compile(r"task-([1-9]\d{0,5})")
 _CARD = re.compile(r"README\.md|figures/[\w-]+\.png")
@@ -56,9 +56,9 @@ def locate(
 
     Args:
         repo_or_dir: a run's output folder, one of its task folders (or a copy), or the id of a repository on the Hub.
-        revision: "task-3" and so on, None for the last task; on the Hub also a branch or commit.
+        revision: "task-1", "task-2", ...; None for the last task; on the Hub also a branch or commit.
         token, cache_dir, local_files_only: as in every `from_pretrained`.
-        card: download the card and its figures too.
+        card: also download the card and its figures.
 
     Raises:
         ValueError: neither a folder nor the id of a repository; no such revision; a folder or repository with pickled
@@ -90,7 +90,7 @@ def locate(
         return Path(hf_hub_download(repo, file, revision=at, token=token, cache_dir=cache, local_files_only=offline))
 
     try:
-        # by the revision's name, which the cache then knows without a network; the rest come from the same commit
+        # by the revision's name, so that the cache knows it without a network; the rest come from the same commit
         folder = fetch(ADAPTER_CONFIG, revision).parent
     except LocalEntryNotFoundError as error:
         if unreachable is None:
@@ -110,7 +110,7 @@ def _local(folder: Path, revision: str | None) -> Path:
         folder = _task_folder(folder, revision)
     _require((folder / ADAPTER_CONFIG).is_file(), folder)
     files = (file.relative_to(folder) for file in folder.rglob("*"))
-    # a run whose next task is in training has Trainer's checkpoints, which nothing here reads
+    # a run in training has a Trainer's checkpoints, which hold pickles and are never read here
     reading.refuse_pickles((str(file) for file in files if CHECKPOINTS not in file.parts), folder)
     _require((folder / ADAPTER).is_file(), folder)
     return folder
@@ -139,7 +139,7 @@ def _listing(repo: str, revision: str | None, token: str | bool | None) -> tuple
     """Return a revision's commit, and the sizes of its files by path."""
     api = HfApi(token=token)
     try:
-        # one request that is not repeated: without a network, this is where it shows
+        # a single request without retries: a missing network shows here, and quickly
         commit = api.model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha
     except RevisionNotFoundError as error:
         refs = api.list_repo_refs(repo)
@@ -151,14 +151,14 @@ def _listing(repo: str, revision: str | None, token: str | bool | None) -> tuple
 
 
 def _choose(sizes: dict[str, int], where: str, card: bool) -> list[str]:
-    """Return which files of a repository to download; ValueError for one that must not be, or lacks what is needed."""
+    """Choose the files of a repository to download; raise ValueError if it has forbidden files or lacks an adapter."""
     reading.refuse_pickles(sizes, where)
     known = (*REVISION_FILES, *OTHERS)
     wanted = [file for file in sizes if file in known or (card and _CARD.fullmatch(file))]
     for file in wanted:
         most = reading.MAX_TENSORS if file.endswith(".safetensors") else reading.MAX_JSON
         if sizes[file] > most:
-            raise ValueError(f"{where}: {file} has {sizes[file]} bytes, allowed are {most}.")
+            raise ValueError(f"{where}: {file} has {sizes[file]} bytes, at most {most} are allowed.")
     _require(ADAPTER_CONFIG in wanted and ADAPTER in wanted, where)
     return wanted
 
@@ -167,6 +167,6 @@ def _fetch_all(files: Iterable[str], fetch: Callable[[str], Path], where: str) -
     for file in files:
         try:
             fetch(file)
-        except EntryNotFoundError as error:  # without a listing: not in the cache, and perhaps not in the repository
+        except EntryNotFoundError as error:  # no listing: it is not in the cache, and perhaps not in the repository
             if file == ADAPTER:
                 raise ValueError(f"{where} has no {ADAPTER}, or it is not in the cache ({error}).") from error

@@ -129,9 +129,9 @@ class Payload:
         ({"adapter_model.safetensors": b"\xff" * 64}, "adapter_model.safetensors is missing or damaged"),
         ({"results.json": False}, "no results.json"),
         ({"method.safetensors": False}, "has method.json, but no method.safetensors"),
-        ({"results.json": b" " * (8 * 2**20 + 1)}, "results.json has 8388609 bytes, allowed are 8388608"),
+        ({"results.json": b" " * (8 * 2**20 + 1)}, "results.json has 8388609 bytes, at most 8388608 are allowed"),
         ({"config.json": b'{"auto_map": {"AutoModel": "evil.Model"}}'}, "config.json asks for code"),
-        ({"../../../evil.json": b"{}", "preprocessor_config.json": b"{}"}, "no image processor can be made"),
+        ({"../../../evil.json": b"{}", "preprocessor_config.json": b"{}"}, "no image processor can be loaded"),
         ({"adapter_config.json": False}, "has no adapter_config.json"),
     ],
 )

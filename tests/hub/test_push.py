@@ -220,7 +220,7 @@ def test_a_refused_token_is_told_at_once_and_the_command_finishes(hub, train, ex
     answer = train(hub_token="hf_notAToken", hub_private_repo=True)
     assert tiny.same_results(answer.value, expected[1])
     assert hub.repos == {}
-    assert "UserWarning: Uploading to the Hub failed. The Hub knows no such token" in answer.out
+    assert "UserWarning: Uploading to the Hub failed. The Hub does not recognise the token" in answer.out
     assert "Not on the Hub: task-1, task-2, task-3." in answer.out and "hf_notAToken" not in answer.out
     line = answer.out.rstrip().rpartition("\n")[2].split()
     assert line == f"python -m pgp_hf.hub push {tmp_path / 'run'} --repo_id me/run --private".split()
@@ -279,7 +279,7 @@ raise FloatingPointError("the loss became nan")
         timeout=250,
     )
     assert done.returncode == 1 and "the loss became nan" in done.stderr
-    assert "Not on the Hub: task-1, task-2, task-3. The token may not write there (403)" in done.stdout
+    assert "Not on the Hub: task-1, task-2, task-3. The token has no write access there (403)" in done.stdout
     assert done.stdout.rstrip().endswith(f"python -m pgp_hf.hub push {folder} --repo_id me/run")
 
 
@@ -382,9 +382,9 @@ def test_published_revisions_are_never_changed(hub, python, expected, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--repo_id", "me/run", "--token", READER], "The token may not write there (403)"),
-        (["--repo_id", "me/run", "--token", STRANGER], "The token may not write there (403)"),
-        (["--repo_id", "elsewhere/run"], "The token may not write there (403)"),
+        (["--repo_id", "me/run", "--token", READER], "The token has no write access there (403)"),
+        (["--repo_id", "me/run", "--token", STRANGER], "The token has no write access there (403)"),
+        (["--repo_id", "elsewhere/run"], "The token has no write access there (403)"),
         (["--repo_id", "me/run/task-1"], "repo_id='me/run/task-1' is not 'name' or 'owner/name'"),
         (["--repo_id", "me/run", "--base_model", "/models/vit"], "base_model='/models/vit' is not"),
         (["--repo_id", "me/open", "--private"], "me/open exists and is public"),

@@ -194,12 +194,12 @@ BAD = {
     # requests to run code
     "auto_map in the adapter's configuration": (
         content(CONFIG, auto_map={"AutoModel": "evil.Model"}),
-        rf"{CONFIG} asks for code of its own \(auto_map\)",
+        rf"{CONFIG} asks for code to be run \(auto_map\)",
     ),
     "trust_remote_code": (content(CONFIG, trust_remote_code=True), r"\(trust_remote_code\)"),
     "auto_map in the processor's": (
         content("preprocessor_config.json", auto_map={"AutoImageProcessor": "evil.Processor"}),
-        r"preprocessor_config.json asks for code of its own",
+        r"preprocessor_config.json asks for code to be run",
     ),
     "auto_map in a file for other loaders": (
         content("config.json", auto_map={"a": "b.c"}),
@@ -264,7 +264,7 @@ BAD = {
     "a huge header": (raw(ADAPTER, lambda data: struct.pack("<Q", HUGE) + data[8:]), f"header declares {HUGE} bytes"),
     "a header that is too long": (
         header(ADAPTER, lambda found: json.dumps(found).encode() + b" " * reading.MAX_HEADER),
-        f"header declares .* bytes, allowed are {reading.MAX_HEADER}",
+        f"header declares .* bytes, at most {reading.MAX_HEADER} are allowed",
     ),
     "a huge tensor": (header(ADAPTER, entry(PROMPT, shape=[HUGE, 2])), DAMAGED),
     "a huge tensor without data": (header(ADAPTER, entry(PROMPT, shape=[0, HUGE], data_offsets=[0, 0])), DAMAGED),
@@ -327,7 +327,7 @@ BAD = {
     "JSON cut": (raw("results.json", lambda data: data[:50]), "results.json is missing or damaged"),
     "JSON that is a list": (text("stream.json", "[]"), "a list where an object is expected"),
     "JSON nested deeply": (text(CONFIG, nested(100_000)), "nested too deeply"),
-    "JSON that is huge": (text("stream.json", " " * (reading.MAX_JSON + 1)), "bytes, allowed are"),
+    "JSON that is huge": (text("stream.json", " " * (reading.MAX_JSON + 1)), "bytes, at most"),
     "JSON with a name twice": (text("results.json", '{"a": 1, "a": 2}'), "'a' occurs twice"),
     "JSON with NaN": (text("results.json", '{"a": NaN}'), "NaN is not JSON"),
     "JSON with an endless number": (text("results.json", '{"a": 1e999}'), "too large"),
@@ -354,10 +354,13 @@ BAD = {
     "a stream without tasks": (content("stream.json", tasks=None), "does not describe a stream"),
     "a stream with a class twice": (
         content("stream.json", tasks=lambda found: [found[0], found[0], found[2]]),
-        "classes are not 0 to",
+        "expected tasks with the classes 0 to",
     ),
-    "a stream of other classes": (content("stream.json", num_classes=7), "classes are not 0 to"),
-    "a stream of more classes than memory": (content("stream.json", num_classes=HUGE), "classes are not 0 to"),
+    "a stream of other classes": (content("stream.json", num_classes=7), "expected tasks with the classes 0 to"),
+    "a stream of more classes than memory": (
+        content("stream.json", num_classes=HUGE),
+        "expected tasks with the classes 0 to",
+    ),
     "class names that are none": (content("stream.json", label_names=[1] * 6), "label_names are not 6 strings"),
     # the method's files
     "the method's state is missing": (
@@ -394,7 +397,7 @@ BAD = {
     # the image processor
     "a processor of an unknown kind": (
         content("preprocessor_config.json", image_processor_type="os.system"),
-        "no image processor can be made from",
+        "no image processor can be loaded from",
     ),
 }
 
