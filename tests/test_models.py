@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import prompted
 import pytest
 import tiny
 from peft import LoraConfig, get_peft_model
@@ -10,18 +9,18 @@ from peft import LoraConfig, get_peft_model
 from pgp_hf.models import KeepsClassStatistics, Protectable, SelectsPrompts, StreamModel, stream_model
 
 
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_every_tuner_is_a_stream_model(method):
-    tuner = prompted.make(method).base_model
+    tuner = tiny.model(method).base_model
     assert isinstance(tuner, StreamModel)
     assert isinstance(tuner, Protectable)
     assert isinstance(tuner, KeepsClassStatistics)
     assert isinstance(tuner, SelectsPrompts) == (method != "clip")
 
 
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_the_tuner_is_found_in_what_a_trainer_gets(method):
-    model = prompted.make(method)
+    model = tiny.model(method)
     assert stream_model(model) is model.base_model
     assert stream_model(model.base_model) is model.base_model
 

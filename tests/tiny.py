@@ -1,11 +1,18 @@
-"""A stream, a backbone and a trainer of odd small sizes, for tests that run the whole thing in a second."""
+"""Tiny models, streams and trainers for all tests.
+
+A run takes about a second. Sizes are odd, so that two of them are not mistaken for each other, and weights are drawn
+wide enough to tell images apart. Random numbers come from seeds of their own: a call gives the same each time, and the
+caller's generators stay where they were.
+"""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,18 +21,70 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from torch import Tensor
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
-from pgp_hf import L2PConfig, PGPTrainer, PGPTrainingArguments, ProjectionConfig, TaskStream
-from pgp_hf.report import figures as plots
+from pgp_hf import (
+    ClipPromptConfig,
+    DualPromptConfig,
+    L2PConfig,
+    PGPTrainer,
+    PGPTrainingArguments,
+    ProjectionConfig,
+    StreamTrainer,
+    TaskStream,
+)
+from pgp_hf.report import figures
+from pgp_hf.tuners.base import PromptConfig
 
-SIDE = 20
+SIDE = 20  # pixels
+CLASSES = 6
+
+ADAPTERS = {"l2p": "classification", "dualprompt": "classification", "clip": "clip"}  # by name: the kind of backbone
+
+# several prompts that images share, and class names of one to three tokens
+SETTINGS: dict[str, tuple[type[PromptConfig], dict[str, Any]]] = {
+    "l2p": (L2PConfig, {"pool_size": 5, "prompt_length": 2, "top_k": 2}),
+    "dualprompt": (
+        DualPromptConfig,
+        {"general_layers": [0, 1], "expert_layers": [1], "pool_size": 3, "general_length": 3},
+    ),
+    "clip": (
+        ClipPromptConfig,
+        {
+            "pool_size": 3,
+            "text_length": 2,
+            "image_length": 3,
+            "class_tokens": [[38, *range(c, c + 1 + c % 3), 39] for c in range(CLASSES)],
+            "id2label": {c: f"class {c}" for c in range(CLASSES)},
+        },
+    ),
+}
 
 
-def data(classes: int = 6, train: int = 8, test: int = 4, seed: int = 0) -> datasets.DatasetDict:
-    """Noisy images around one random pattern a class."""
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` inside, and leave the caller's random numbers as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def data(classes: int = CLASSES, train: int = 8, test: int = 4, seed: int = 0) -> datasets.DatasetDict:
+    """Return splits of noisy images around one random pattern for each class; `train` and `test` count per class."""
     rng = np.random.default_rng(seed)
     patterns = rng.integers(0, 256, (classes, 5, 5, 3))
     features = datasets.Features(
@@ -43,42 +102,101 @@ def data(classes: int = 6, train: int = 8, test: int = 4, seed: int = 0) -> data
     return datasets.DatasetDict(train=split(train), test=split(test))
 
 
-def stream(**kwargs: Any) -> TaskStream:
-    arguments = {"num_tasks": 3, "seed": 0, **kwargs}
-    return TaskStream.from_dataset(arguments.pop("dataset", None) or data(), **arguments)
+def stream(**settings: Any) -> TaskStream:
+    """Return a stream of three tasks of `dataset`, by default `data()`."""
+    settings = {"num_tasks": 3, "seed": 0, **settings}
+    return TaskStream.from_dataset(settings.pop("dataset", None) or data(), **settings)
 
 
-def backbone(num_labels: int = 6, **kwargs: Any) -> ViTForImageClassification:
-    torch.manual_seed(7)
-    config = ViTConfig(
-        **{
-            "hidden_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "intermediate_size": 48,
-            "image_size": SIDE,
-            "patch_size": 5,
-            "num_labels": num_labels,
-            "initializer_range": 0.2,  # random weights that tell images apart
-            **kwargs,
-        }
-    )
-    return ViTForImageClassification(config)
-
-
-def model(num_labels: int = 6, **kwargs: Any):
-    base = backbone(num_labels)
-    torch.manual_seed(11)
-    return get_peft_model(base, L2PConfig(**{"pool_size": 5, "prompt_length": 2, "top_k": 2, **kwargs}))
+def images(count: int = 5, size: int | tuple[int, int] = SIDE, channels: int = 3, seed: int = 0) -> Tensor:
+    """Return random pixels `(count, channels, height, width)`."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def processor() -> ViTImageProcessorPil:
+    """Return an image processor for the backbones."""
     return ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
 
 
-def trainer(output_dir: Path | str, *, projection: ProjectionConfig | None = None, **kwargs: Any) -> PGPTrainer:
-    """A trainer; keyword arguments that `PGPTrainer` takes go there, the others to `PGPTrainingArguments`."""
-    own = {name: kwargs.pop(name) for name in ("callbacks", "compute_metrics", "optimizers") if name in kwargs}
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def backbone(kind: str = "classification", attention: str = "sdpa", seed: int = 7, **sizes: Any) -> PreTrainedModel:
+    """Return an untrained model in eval mode: a ViT for `classification`, a ViT as a bare `backbone`, or a `clip`.
+
+    `sizes` change the ViT's configuration, `text_config` and `vision_config` among them that of CLIP's towers.
+    """
+    with seeded(seed):
+        if kind == "clip":
+            made = CLIPModel(_clip_config(**sizes))
+            made.set_attn_implementation(attention)
+            return made.eval()
+        cls = {"classification": ViTForImageClassification, "backbone": ViTModel}[kind]
+        labels = {"num_labels": CLASSES} if kind == "classification" else {}
+        wide = {"initializer_range": 0.2, "image_size": SIDE, "patch_size": 5, "hidden_size": 24}
+        return cls(ViTConfig(attn_implementation=attention, **{**_TOWER, **wide, **labels, **sizes})).eval()
+
+
+_TOWER = {"num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
+
+
+def _clip_config(text_config: dict | None = None, vision_config: dict | None = None, **sizes: Any) -> CLIPConfig:
+    ends = {"bos_token_id": 38, "eos_token_id": 39, "pad_token_id": 39}
+    text = {"hidden_size": 24, "vocab_size": 40, "max_position_embeddings": 18, **ends}
+    vision = {"hidden_size": 36, "image_size": SIDE, "patch_size": 5}
+    return CLIPConfig(
+        text_config={**_TOWER, **text, **(text_config or {})},
+        vision_config={**_TOWER, **vision, **(vision_config or {})},
+        **{"projection_dim": 16, "initializer_factor": 4.0, **sizes},
+    )
+
+
+def config(adapter: str = "l2p", **settings: Any) -> PromptConfig:
+    """Return an adapter's configuration."""
+    cls, own = SETTINGS[adapter]
+    return cls(**copy.deepcopy({**own, **settings}))
+
+
+def model(
+    adapter: str | PromptConfig = "l2p",
+    base: PreTrainedModel | None = None,
+    *,
+    kind: str | None = None,
+    attention: str = "sdpa",
+    seed: int = 11,
+    **settings: Any,
+) -> PeftModel:
+    """Return a model in eval mode with an adapter, by name with its `settings` or by its configuration.
+
+    It is put on `base`, or else on a `backbone` of this `kind` and `attention`.
+    """
+    if isinstance(adapter, str):
+        kind = kind or ADAPTERS[adapter]
+        adapter = config(adapter, **settings)
+    base = backbone(kind or "classification", attention) if base is None else base
+    with seeded(seed):
+        return get_peft_model(base, adapter).eval()
+
+
+@torch.no_grad()
+def features(model: PeftModel, pixels: Tensor) -> Tensor:
+    """Return what the head reads, `(B, d)`."""
+    found: list[Tensor] = []
+    watch = model.base_model.watch_features(found.append)
+    model(pixel_values=pixels)
+    watch.remove()
+    return found[0]
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def trainer(folder: Path | str, **settings: Any) -> StreamTrainer:
+    """Return a `StreamTrainer` where a `method` is given, else a `PGPTrainer`.
+
+    Of `settings`, the fields of `PGPTrainingArguments` go there and the others to the trainer.
+    """
     arguments = {
         "use_cpu": True,
         "num_train_epochs": 2,
@@ -88,39 +206,48 @@ def trainer(output_dir: Path | str, *, projection: ProjectionConfig | None = Non
         "disable_tqdm": True,
         "seed": 3,
     }
-    made = {"model": kwargs.pop("model", None), "stream": kwargs.pop("stream", None)}
-    return PGPTrainer(
-        made["model"] or model(),
-        PGPTrainingArguments(str(output_dir), **{**arguments, **kwargs}),
-        made["stream"] or stream(),
-        projection=projection or ProjectionConfig(energy=0.9, key_energy=0.9),
-        processing_class=processor(),
-        **own,
-    )
+    for name in {field.name for field in fields(PGPTrainingArguments)} & settings.keys():
+        arguments[name] = settings.pop(name)
+    own = {"processing_class": processor(), **settings}
+    own["model"], own["stream"] = own.get("model") or model(), own.get("stream") or stream()
+    args = PGPTrainingArguments(str(folder), **arguments)
+    if "method" in own:
+        return StreamTrainer(args=args, **own)
+    own["projection"] = own.get("projection") or ProjectionConfig(energy=0.9, key_energy=0.9)
+    return PGPTrainer(args=args, **own)
+
+
+@contextmanager
+def without_figures() -> Iterator[Callable[..., Any]]:
+    """Draw no figure, which takes longer than training; yield the function that does."""
+    with pytest.MonkeyPatch.context() as patch:
+        draw = figures.save_figures
+        patch.setattr(figures, "save_figures", lambda results, folder: [])
+        yield draw
+
+
+def finished_run(folder: Path, adapter: str = "l2p", **settings: Any) -> Path:
+    """Return `folder/run`, a finished run without figures; its adapter names the backbone in `folder/backbone`."""
+    backbone(ADAPTERS[adapter]).save_pretrained(folder / "backbone")
+    learner = model(adapter, **settings)
+    learner.base_model.adapter_config.base_model_name_or_path = str(folder / "backbone")
+    with without_figures():
+        trainer(folder / "run", model=learner, num_train_epochs=1).train()
+    return folder / "run"
 
 
 def same_results(a: dict, b: dict) -> bool:
-    """Whether two result dicts agree in everything that does not measure time."""
+    """Return whether two result dicts agree in everything that does not measure time."""
     timed = {"seconds", "train_images_per_second", "images_trained", "versions"}
     return {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
 
 
-def finished_run(folder: Path) -> Path:
-    """Folder of a finished run of three tasks, without figures, whose adapter names its backbone."""
-    own = model()
-    backbone().save_pretrained(folder / "backbone")
-    own.base_model.adapter_config.base_model_name_or_path = str(folder / "backbone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save_figures", lambda results, folder: [])
-        trainer(folder / "run", model=own, num_train_epochs=1).train()
-    return folder / "run"
-
-
 @contextmanager
 def script(path: Path) -> Iterator[ModuleType]:
-    """A script of the examples as a module."""
+    """Load a script of the examples as a module."""
     name = f"script_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # HfArgumentParser resolves a dataclass's annotations there
     try:

@@ -6,7 +6,6 @@ import copy
 from contextlib import nullcontext
 
 import processes
-import prompted
 import pytest
 import tiny
 import torch
@@ -128,7 +127,7 @@ def trainer(folder, method="l2p", compensate=True, **kwargs) -> PGPTrainer:
     sizes = {"pool_size": 3} if method == "dualprompt" else {}
     return tiny.trainer(
         folder,
-        model=prompted.make(method, head="statistics", **sizes),
+        model=tiny.model(method, head="statistics", **sizes),
         projection=ProjectionConfig(method="none"),
         compensate_drift=compensate,
         **kwargs,
@@ -139,10 +138,10 @@ def head_inputs(run: PGPTrainer, t: int) -> torch.Tensor:
     """What the head reads of a task's training images, one batch, written without the trainer."""
     images = run.stream.train(t)
     run.model.eval()
-    return prompted.features(run.model, ImageCollator(tiny.processor())(list(images))["pixel_values"])
+    return tiny.features(run.model, ImageCollator(tiny.processor())(list(images))["pixel_values"])
 
 
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_old_means_follow_the_new_tasks_images(tmp_path, method):
     run = trainer(tmp_path / "a", method)
     run.train_task(0)
@@ -181,7 +180,7 @@ def test_frozen_prompts_have_nothing_to_follow(tmp_path):
     for compensate in (False, True):
         run = tiny.trainer(
             tmp_path / str(compensate),
-            model=prompted.make("l2p", head="statistics"),
+            model=tiny.model(head="statistics"),
             projection=ProjectionConfig(method="frozen"),
             compensate_drift=compensate,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import prompted
 import pytest
 import tiny
 import torch
@@ -27,8 +26,8 @@ hub.push(run, "me/run", base_model="me/tiny-vit")
 def trained(tmp_path_factory):
     """A run and its backbone, both in local folders."""
     root = tmp_path_factory.mktemp("card")
-    prompted.make("l2p").unload().save_pretrained(root / "backbone")
-    model = prompted.make("l2p")
+    tiny.model().unload().save_pretrained(root / "backbone")
+    model = tiny.model()
     model.base_model.adapter_config.base_model_name_or_path = str(root / "backbone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "save_figures", lambda results, folder: [])

@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import numpy as np
-import prompted
 import pytest
 import tiny
 import torch
@@ -48,9 +47,9 @@ def images(stream=None):
 
 def train(folder, method, attention="sdpa", head="linear", **kwargs):
     """A finished run on a backbone that is saved beside it: (logits per task, folder, trainer)."""
-    model = prompted.make(method, attention, head=head)
+    model = tiny.model(method, attention=attention, head=head)
     backbone = folder.parent / f"{folder.name}-backbone"
-    frozen = prompted.make(method, attention).unload()
+    frozen = tiny.model(method, attention=attention).unload()
     frozen.save_pretrained(backbone)
     model.base_model.adapter_config.base_model_name_or_path = str(backbone)
     watch = Watch(tiny.processor()(images(), return_tensors="pt")["pixel_values"])
@@ -346,7 +345,7 @@ def test_an_adapter_without_a_run(run, tmp_path, pixels):
     base = ViTForImageClassification.from_pretrained(saved)
     model = get_peft_model(base, L2PConfig(pool_size=5, prompt_length=2, top_k=2)).eval()
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(ValueError, match="no image processor can be made"):
+    with pytest.raises(ValueError, match="no image processor can be loaded"):
         load_pretrained(tmp_path)
     loaded = load_pretrained(tmp_path, processor=tiny.processor())
     with torch.no_grad():
@@ -392,7 +391,9 @@ def equal(a, b):
 
 
 def go_on(folder, source, method="l2p", attention="eager", head="linear", **kwargs):
-    trainer = tiny.trainer(folder, model=prompted.make(method, attention, head=head), num_train_epochs=1, **kwargs)
+    trainer = tiny.trainer(
+        folder, model=tiny.model(method, attention=attention, head=head), num_train_epochs=1, **kwargs
+    )
     trainer.train(resume_from_checkpoint=str(source))
     return trainer
 
@@ -440,7 +441,7 @@ def test_a_late_revision_alone_says_what_drift_leaves_out(run, tmp_path):
     for name in ("drift", "changed_selections"):
         results.pop(name), expected.pop(name)
     assert tiny.same_results(results, expected)
-    finished = tiny.trainer(tmp_path / "a", model=prompted.make("l2p", "eager"), num_train_epochs=1)
+    finished = tiny.trainer(tmp_path / "a", model=tiny.model(attention="eager"), num_train_epochs=1)
     assert finished.train(resume_from_checkpoint=True).global_step == 0  # task-2 is the first one there
     assert tiny.same_results(finished.results.to_dict(), continued.results.to_dict())
     assert json.loads((tmp_path / "a" / "results.json").read_text())["drift_lacks"] == [0]
@@ -462,7 +463,7 @@ def test_a_neighbour_of_another_run_is_no_earlier_task(run, tmp_path):
 def test_a_revision_in_the_output_folder_itself(run, tmp_path):
     _, folder, straight = run
     shutil.copytree(folder / "task-1", tmp_path / "run")
-    trainer = tiny.trainer(tmp_path / "run", model=prompted.make("l2p", "eager"), num_train_epochs=1)
+    trainer = tiny.trainer(tmp_path / "run", model=tiny.model(attention="eager"), num_train_epochs=1)
     trainer.train(resume_from_checkpoint=True)
     assert tiny.same_results(trainer.results.to_dict(), straight.results.to_dict())
 
@@ -479,7 +480,7 @@ def test_a_source_that_is_refused_leaves_the_output_folder_and_the_model_alone(r
     shutil.copytree(run[1] / "task-1", tmp_path / "lone")
     weights = tmp_path / "lone" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
-    trainer = tiny.trainer(tmp_path / "run", model=prompted.make("l2p"), overwrite_output_dir=True)
+    trainer = tiny.trainer(tmp_path / "run", model=tiny.model(), overwrite_output_dir=True)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     with pytest.raises(ValueError, match="missing or damaged"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "lone"))

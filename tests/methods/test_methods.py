@@ -8,7 +8,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import prompted
 import pytest
 import tiny
 import torch
@@ -108,11 +107,11 @@ def anchored(tmp_path_factory, without_figures):
 # ---- fine-tuning, and the first method -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", prompted.METHODS)
+@pytest.mark.parametrize("adapter", tiny.ADAPTERS)
 def test_fine_tuning_is_what_is_left_without_projection(tmp_path, adapter):
-    trainer(tmp_path / "ft", None, model=prompted.make(adapter)).train()
+    trainer(tmp_path / "ft", None, model=tiny.model(adapter)).train()
     unprojected = ProjectedPrompts(ProjectionConfig(method="none"))
-    trainer(tmp_path / "none", unprojected, model=prompted.make(adapter)).train()
+    trainer(tmp_path / "none", unprojected, model=tiny.model(adapter)).train()
     assert same(weights(tmp_path / "ft"), weights(tmp_path / "none"))
 
 
@@ -330,7 +329,7 @@ def test_every_method_describes_itself(name):
     ("adapter", "without"), [("clip", {"image_length": 0}), ("dualprompt", {"general_length": 0})]
 )
 def test_an_adapter_without_shared_prompts_says_so_and_trains(tmp_path, adapter, without, condition):
-    model = prompted.make(adapter, **without)
+    model = tiny.model(adapter, **without)
     with pytest.warns(UserWarning, match=f"'{condition}' has nothing to protect.*No update will be projected"):
         run = trainer(tmp_path, ProjectedPrompts(ProjectionConfig(method=condition)), model=model)
     run.train()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import prompted
 import pytest
 import tiny
 import torch
@@ -22,7 +21,7 @@ METHODS = {
 def two_tasks(folder, method, adapter, **settings):
     """A trainer after two tasks; the bases that held during the second; how far each parameter moved in it."""
     config = ProjectionConfig(method=method, key_energy=0.9, **settings)
-    trainer = tiny.trainer(folder, model=prompted.make(adapter, head="statistics"), projection=config)
+    trainer = tiny.trainer(folder, model=tiny.model(adapter, head="statistics"), projection=config)
     trainer.train_task(0)
     start = {name: p.detach().clone() for name, p in trainer.tuner.prompt_parameters().items()}
     bases = dict(trainer.projection.bases)
@@ -37,7 +36,7 @@ def share_inside(basis, moved):
     return float(1 - basis.project(rows).square().sum() / rows.square().sum())
 
 
-@pytest.mark.parametrize("adapter", prompted.METHODS)
+@pytest.mark.parametrize("adapter", tiny.ADAPTERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_training_stays_in_the_null_space(tmp_path, method, adapter):
     trainer, bases, moved = two_tasks(tmp_path / "held", method, adapter, **METHODS[method])
@@ -61,12 +60,12 @@ def test_protected_keys_keep_the_selection(tmp_path):
     assert held.results.changed[1] < free.results.changed[1]
 
 
-@pytest.mark.parametrize("adapter", prompted.METHODS)
+@pytest.mark.parametrize("adapter", tiny.ADAPTERS)
 @pytest.mark.parametrize("method", ["pgp", "attention", "functional", "frozen"])
 def test_every_method_yields_observations(method, adapter):
     from pgp_hf.projection import CONDITIONS, Context
 
-    model, pixels = prompted.make(adapter), prompted.images(2)
+    model, pixels = tiny.model(adapter), tiny.images(2)
     found = list(CONDITIONS[method](model.base_model, {"pixel_values": pixels}, Context(ProjectionConfig(), [0, 1])))
     assert found and all(isinstance(one, Observation) for one in found)
     assert all(torch.isfinite(one.rows).all() and one.name and one.role for one in found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 
-import prompted
 import pytest
 import tiny
 import torch
@@ -78,7 +77,7 @@ def by_head(projection, hidden):
 @pytest.mark.parametrize("method", ["l2p", "clip"])
 def test_rows_by_definition(method):
     """One head, one image and one token at a time; the entries' columns in their places."""
-    model, pixels = prompted.make(method), prompted.images(3)
+    model, pixels = tiny.model(method, **({"prompt_length": 3} if method == "l2p" else {})), tiny.images(3)
     norms, attention = entrance(model)
     with torch.no_grad():
         for norm in norms:
@@ -125,7 +124,7 @@ def learned(model, pixels, settings):
 def test_the_first_attention_of_old_images_is_consistent(method):
     """As long as the tokens' statistics stay: the logits of old queries for the prompt, and the prompt's contribution."""
     settings = {"prompt_length": 5} if method == "l2p" else {"image_length": 5}
-    model, old = randomise(prompted.make(method, **settings)), prompted.images(1)
+    model, old = randomise(tiny.model(method, **settings)), tiny.images(1)
     norms, attention = entrance(model)
     start, inserted = tokens(model, old)
     prompt = slice(1, 1 + inserted)
@@ -196,7 +195,7 @@ def test_a_transposed_basis_must_fit():
 
 
 def test_prefixes_meet_the_attention_directly():
-    model, pixels = prompted.make("dualprompt"), prompted.images()
+    model, pixels = tiny.model("dualprompt"), tiny.images()
     ours = CONDITIONS["attention"](model.base_model, {"pixel_values": pixels}, Context(config()))
     theirs = CONDITIONS["pgp"](model.base_model, {"pixel_values": pixels}, Context(config()))
     for a, b in zip(ours, theirs, strict=True):
@@ -204,8 +203,8 @@ def test_prefixes_meet_the_attention_directly():
 
 
 def test_files_name_both_axes(tmp_path):
-    model = randomise(prompted.make("l2p", prompt_length=5))
-    projection = learned(model, prompted.images(1), config(key_energy=0.9))
+    model = randomise(tiny.model(prompt_length=5))
+    projection = learned(model, tiny.images(1), config(key_energy=0.9))
     tensors, description = projection.state()
     prompt, key = model.base_model.prompt_parameters()
     assert set(tensors) == {prompt, f"{prompt}.T", key}
@@ -232,7 +231,7 @@ def entering(model, pixels, count):
 @pytest.mark.parametrize(("method", "settings", "count"), [("l2p", {"top_k": 5}, 15), ("clip", {}, 3)])
 def test_penalty_is_the_change_of_mean_and_deviation(method, settings, count):
     """It concerns tokens as they enter: a prompt may keep both while its sum with a position embedding does not."""
-    model, pixels = prompted.make(method, **settings), prompted.images(2)  # an image selects the whole pool
+    model, pixels = tiny.model(method, **settings), tiny.images(2)  # an image selects the whole pool
     if method == "l2p":
         with torch.no_grad():
             model.base_model.layer.position_embeddings.mul_(20)
@@ -280,9 +279,9 @@ def test_penalty_is_the_change_of_mean_and_deviation(method, settings, count):
 
 def test_penalty_is_for_tokens(tmp_path):
     """A prefix passes through no LayerNorm."""
-    model = prompted.make("dualprompt")
+    model = tiny.model("dualprompt")
     settings = config(ln_penalty=1.0, energy=0.5, value_energy=0.5)
-    projection = learned(model, prompted.images(2), settings)
+    projection = learned(model, tiny.images(2), settings)
     projection.projector.anchor(model.base_model.prompt_parameters().items())
     with torch.no_grad():
         for prefix in model.base_model.prompt_parameters().values():
@@ -303,7 +302,7 @@ def test_penalty_is_counted_once_a_step(tmp_path):
     with torch.no_grad():
         next(iter(parameters.values())).mul_(1.1)
     penalty = float(trainer.projection.penalty(model.base_model).detach())
-    pixels, labels = prompted.images(6), torch.tensor(list(trainer.stream.tasks[0].classes) * 3)
+    pixels, labels = tiny.images(6), torch.tensor(list(trainer.stream.tasks[0].classes) * 3)
 
     def loss(part, items):
         inputs = {"pixel_values": pixels[part], "labels": labels[part]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import processes
-import prompted
 import pytest
 import tiny
 import torch
@@ -49,10 +48,10 @@ def learned(model, pixels, settings):
 
 
 @pytest.mark.parametrize("space", ["features", "logits"])
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_rows_are_the_gradients_of_one_image_at_a_time(method, space):
     """By plain autograd on the parameter itself, image by image and probe by probe."""
-    model, pixels = prompted.make(method, attention="eager"), prompted.images(4)
+    model, pixels = tiny.model(method, attention="eager"), tiny.images(4)
     classes = [4, 1, 2] if space == "logits" else None
     settings, indices = config(probes=3, probe_space=space), [7, 2, 30, 5]
     found = prompts(observations(model, pixels, settings, indices, classes))
@@ -75,15 +74,15 @@ def test_rows_are_the_gradients_of_one_image_at_a_time(method, space):
                 assert torch.allclose(rows[..., 3 * b + probe, :], expected, rtol=1e-4, atol=1e-4), name
 
 
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_probes_in_the_metric_of_the_statistics_head(method):
     """The rows' second moment is J^T Sigma^-1 J: by linearity, those of probes multiplied by a root of Sigma^-1."""
-    model, pixels = prompted.make(method, head="statistics"), prompted.images(6)
+    model, pixels = tiny.model(method, head="statistics"), tiny.images(6)
     tuner = model.base_model
     settings = config(probes=2, probe_space="statistics")
     with pytest.raises(ValueError, match="knows no class yet"):
         observations(model, pixels, settings)
-    tuner.statistics.update(prompted.features(prompted.make(method), pixels), torch.tensor([0, 1, 2, 0, 1, 2]))
+    tuner.statistics.update(tiny.features(tiny.model(method), pixels), torch.tensor([0, 1, 2, 0, 1, 2]))
     root = tuner.statistics.whitening()
     assert torch.allclose(root @ root.mT, torch.linalg.inv(tuner.statistics.covariance), rtol=1e-6)
     found = prompts(observations(model, pixels[:1], settings))
@@ -103,20 +102,20 @@ def test_probes_in_the_metric_of_the_statistics_head(method):
 
 def test_the_metric_of_a_head_that_is_not_there():
     with pytest.raises(ValueError, match="needs a statistics head"):
-        observations(prompted.make("l2p"), prompted.images(2), config(probe_space="statistics"))
+        observations(tiny.model(), tiny.images(2), config(probe_space="statistics"))
 
 
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_leaves_no_trace(method):
-    model, pixels = prompted.make(method), prompted.images()
+    model, pixels = tiny.model(method), tiny.images()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    expected, state = prompted.features(model, pixels), torch.get_rng_state()
+    expected, state = tiny.features(model, pixels), torch.get_rng_state()
     found = observations(model, pixels)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
     assert not any(rows.requires_grad for _, _, rows in found)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    assert not model.training and torch.equal(prompted.features(model, pixels), expected)
+    assert not model.training and torch.equal(tiny.features(model, pixels), expected)
     copy.deepcopy(model)  # no tensor of a graph is left behind
     with pytest.raises((ValueError, RuntimeError)):  # nor after a pass that failed
         model.base_model.traced(pixels[:, :2])
@@ -124,21 +123,21 @@ def test_leaves_no_trace(method):
 
 
 def test_traced_features_are_the_features():
-    for method in prompted.METHODS:
+    for method in tiny.ADAPTERS:
         for attention in ("eager", "sdpa"):
-            model, pixels = prompted.make(method, attention), prompted.images()
+            model, pixels = tiny.model(method, attention=attention), tiny.images()
             traced = model.base_model.traced(pixels)
-            assert torch.allclose(traced.features, prompted.features(model, pixels), atol=1e-6)
+            assert torch.allclose(traced.features, tiny.features(model, pixels), atol=1e-6)
             assert all(copies.values.shape[0] == 5 and copies.values.is_leaf for copies in traced.copies.values())
 
 
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_sdpa_is_eager_and_autocast_is_close(method):
-    pixels = prompted.images()
-    expected = prompts(observations(prompted.make(method, "eager"), pixels))
-    sdpa = prompts(observations(prompted.make(method, "sdpa"), pixels))
+    pixels = tiny.images()
+    expected = prompts(observations(tiny.model(method, attention="eager"), pixels))
+    sdpa = prompts(observations(tiny.model(method, attention="sdpa"), pixels))
     with torch.autocast("cpu", torch.bfloat16):
-        half = prompts(observations(prompted.make(method), pixels))
+        half = prompts(observations(tiny.model(method), pixels))
     for name, rows in expected.items():
         assert torch.allclose(sdpa[name], rows, rtol=1e-3, atol=1e-4)
         assert half[name].dtype == torch.float32
@@ -148,7 +147,7 @@ def test_sdpa_is_eager_and_autocast_is_close(method):
 
 
 def test_unselected_entries_see_nothing():
-    model, pixels = prompted.make("l2p"), prompted.images()
+    model, pixels = tiny.model(prompt_length=3), tiny.images()
     (rows,) = prompts(observations(model, pixels)).values()
     model(pixel_values=pixels)
     chosen = torch.zeros(5, 5, dtype=torch.bool).scatter(1, model.base_model.selected_prompts, True)
@@ -156,10 +155,10 @@ def test_unselected_entries_see_nothing():
     assert torch.equal(rows.any(-1), chosen.T.repeat_interleave(2, dim=1))
 
 
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_batches_and_order_do_not_matter(method):
     """A probe belongs to its image: the rows of an image are the same in any company."""
-    model, pixels = prompted.make(method), prompted.images(6)
+    model, pixels = tiny.model(method), tiny.images(6)
     whole = prompts(observations(model, pixels))
     order = torch.tensor([4, 0, 5, 3, 1, 2])
     parts = [prompts(observations(model, pixels[i], indices=i.tolist())) for i in order.split(4)]
@@ -182,20 +181,20 @@ def test_probes_are_unit_gaussians_of_their_counters():
 
 
 def test_images_must_be_numbered():
-    model, pixels = prompted.make("l2p"), prompted.images()
+    model, pixels = tiny.model(), tiny.images()
     for images, given in ((None, "none"), ([1, 2], "2")):
         with pytest.raises(ValueError, match=f"5 images and {given} indices"):
             Projection(config()).observe(model.base_model, {"pixel_values": pixels}, images)
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.95])
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_the_basis_holds_its_share_and_the_bound_holds(method, energy):
     """sum_x |J_x D|^2 <= min((1 - energy) tr G, l) |D|^2 for D in the null space, with G the estimate from probes.
 
     And for several parameters that move together, at most as many times the sum of their bounds.
     """
-    model, pixels = prompted.make(method), prompted.images(12)
+    model, pixels = tiny.model(method), tiny.images(12)
     projection = learned(model, pixels, config(energy=energy))
     generator, drift, bound, parts = torch.Generator().manual_seed(3), 0.0, 0.0, 0
     for name, rows in prompts(observations(model, pixels)).items():
@@ -234,7 +233,7 @@ def moved(model, pixels, step, projection=None, seed=5):
             p.add_(step * direction / direction.norm())
         if projection is not None:
             projection.projector.project_updates_(parameters(model).items())
-        result = prompted.features(model, pixels)
+        result = tiny.features(model, pixels)
         length = sum(float((p - old).norm()) for (_, p), old in zip(named, before, strict=True))
         for (_, p), old in zip(named, before, strict=True):
             p.copy_(old)
@@ -242,15 +241,15 @@ def moved(model, pixels, step, projection=None, seed=5):
 
 
 @pytest.mark.parametrize("space", ["features", "logits"])
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_old_features_stay_to_first_order(method, space):
     """With every direction seen protected: half the step, a quarter of the drift; unprojected, half of it."""
-    model, pixels = prompted.make(method).double(), prompted.images(1).double()
+    model, pixels = tiny.model(method).double(), tiny.images(1).double()
     for p in parameters(model).values():  # PEFT may have kept them in float32
         p.data = p.data.double()
     projection = learned(model, pixels, config(energy=1.0, key_energy=None, probes=40, probe_space=space))
     head = (lambda f: f) if space == "features" else model.base_model.linear_logits
-    start = head(prompted.features(model, pixels))
+    start = head(tiny.features(model, pixels))
 
     def drift(step, projection=None):
         features, length = moved(model, pixels, step, projection)
@@ -263,16 +262,16 @@ def test_old_features_stay_to_first_order(method, space):
     assert held[0] < 0.02 * free[0]
 
 
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_adam_cannot_leave_the_null_space(method):
     """Real steps on a real loss: the movement has nothing in the span, and old features hardly move."""
     drifts = {}
-    old, new = prompted.images(2), prompted.images(4, seed=1)
+    old, new = tiny.images(2), tiny.images(4, seed=1)
     for protected in (False, True):
-        model = prompted.make(method)
+        model = tiny.model(method)
         projection = learned(model, old, config(energy=1.0, probes=20, key_energy=None))
         named = {name: p for name, p in parameters(model).items() if name in projection.bases}
-        start, before = prompted.features(model, old), {name: p.detach().double() for name, p in named.items()}
+        start, before = tiny.features(model, old), {name: p.detach().double() for name, p in named.items()}
         optimizer = torch.optim.Adam(named.values(), lr=1e-3)
         if protected:
             projection.projector.anchor(named.items())
@@ -291,12 +290,12 @@ def test_adam_cannot_leave_the_null_space(method):
             # what is left is the rounding of float32 values, beside a short way
             rounding = 2.0**-24 * float(before[name].norm() / step.norm())
             assert (leak < 1e-6 + rounding) if protected else leak > 0.05, (name, leak)
-        drifts[protected] = float((prompted.features(model, old) - start).norm())
+        drifts[protected] = float((tiny.features(model, old) - start).norm())
     assert drifts[True] < 0.3 * drifts[False]
 
 
 def test_keys_are_held_like_those_of_pgp():
-    model, pixels = prompted.make("l2p"), prompted.images()
+    model, pixels = tiny.model(), tiny.images()
     inputs = {"pixel_values": pixels}
     (ours,) = (o.rows for o in observations(model, pixels) if o.role == "key")
     (theirs,) = (rows for _, role, rows in model.base_model.protected_rows(**inputs) if role == "key")
@@ -308,16 +307,16 @@ def test_keys_are_held_like_those_of_pgp():
 
 
 def test_nothing_is_protected_where_nothing_is_prompted():
-    model = prompted.make("l2p", prompt_length=0)
-    assert not prompts(observations(model, prompted.images()))
-    assert not prompts(observations(prompted.make("clip", image_length=0), prompted.images()))
+    model = tiny.model(prompt_length=0)
+    assert not prompts(observations(model, tiny.images()))
+    assert not prompts(observations(tiny.model("clip", image_length=0), tiny.images()))
 
 
 @pytest.mark.parametrize("sketch", [512, 20])
 def test_two_processes_are_one(sketch, monkeypatch):
     """Images shared out; in second moments, and in sketches that need not shrink."""
     monkeypatch.setattr(moments, "SKETCH", sketch)
-    model, pixels = prompted.make("l2p"), prompted.images(7)
+    model, pixels = tiny.model(), tiny.images(7)
     whole = learned(model, pixels, config(energy=0.9))
 
     def work(rank, reduce, gather, broadcast):
@@ -362,8 +361,8 @@ def test_a_stream(tmp_path):
 def test_a_wide_basis_is_saved_in_single_precision(monkeypatch):
     """The projector uses the rounded basis from the start, so that a resumed run continues with the same."""
     monkeypatch.setattr("pgp_hf.projection.state.SINGLE", 500)
-    model = prompted.make("l2p")
-    projection = learned(model, prompted.images(12), config(energy=0.9))
+    model = tiny.model()
+    projection = learned(model, tiny.images(12), config(energy=0.9))
     tensors, description = projection.state()
     wide, narrow = (next(n for n in tensors if part in n) for part in ("l2p_prompt", "l2p_key"))
     assert (tensors[wide].dtype, tensors[narrow].dtype) == (torch.float32, torch.float64)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-import prompted
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -98,10 +98,10 @@ def test_only_keys_are_held_and_only_if_asked():
 
 
 @pytest.mark.parametrize("apply_to", ["update", "both"])
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_frozen_learns_with_the_first_task_only(method, apply_to):
     """No image is touched, nothing is said about full rank, and nothing moves, to the bit."""
-    model = prompted.make(method)
+    model = tiny.model(method)
     projection = Projection(ProjectionConfig(method="frozen", apply_to=apply_to, energy=0.5, key_energy=None))
 
     def no_images():

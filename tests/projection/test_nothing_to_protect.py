@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-import prompted
 import pytest
+import tiny
 import torch
 
 from pgp_hf.projection import CONDITIONS, Context, Projection, ProjectionConfig, Protectable
@@ -24,7 +24,7 @@ def numbered(pixels):
 @pytest.mark.parametrize(("adapter", "settings"), WITHOUT)
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_no_basis(condition, adapter, settings):
-    model, pixels = prompted.make(adapter, **settings), prompted.images()
+    model, pixels = tiny.model(adapter, **settings), tiny.images()
     tuner, config = model.base_model, ProjectionConfig(method=condition)
     assert tuner.prompt_parameters() == {}
     with torch.no_grad():
@@ -50,18 +50,18 @@ def test_no_image_is_read(adapter, settings):
         raise AssertionError("an image was asked for")
         yield
 
-    Projection().update_bases(prompted.make(adapter, **settings).base_model, no_images())
+    Projection().update_bases(tiny.model(adapter, **settings).base_model, no_images())
 
 
 @pytest.mark.parametrize("space", ["features", "logits", "statistics"])
 @pytest.mark.parametrize(("adapter", "settings"), WITHOUT)
 def test_a_traced_pass_without_copies(adapter, settings, space):
-    model, pixels = prompted.make(adapter, head="statistics", **settings), prompted.images()
+    model, pixels = tiny.model(adapter, head="statistics", **settings), tiny.images()
     model.base_model.statistics.update(
-        prompted.features(prompted.make(adapter, **settings), pixels), torch.tensor([0, 1, 2, 0, 1])
+        tiny.features(tiny.model(adapter, **settings), pixels), torch.tensor([0, 1, 2, 0, 1])
     )
     traced = model.base_model.traced(pixels)
-    assert traced.copies == {} and torch.allclose(traced.features, prompted.features(model, pixels), atol=1e-6)
+    assert traced.copies == {} and torch.allclose(traced.features, tiny.features(model, pixels), atol=1e-6)
     projection = Projection(ProjectionConfig(method="functional", probe_space=space))
     projection.observe(model.base_model, *numbered(pixels)[0])
     projection.end_task({})
@@ -70,7 +70,7 @@ def test_a_traced_pass_without_copies(adapter, settings, space):
 
 @pytest.mark.parametrize("condition", ["pgp", "attention", "functional"])
 def test_no_penalty(condition):
-    model, pixels = prompted.make("clip", image_length=0), prompted.images()
+    model, pixels = tiny.model("clip", image_length=0), tiny.images()
     projection = Projection(ProjectionConfig(method=condition, ln_penalty=0.5))
     projection.update_bases(model.base_model, numbered(pixels))
     assert projection.penalty(model.base_model) == 0
@@ -79,13 +79,13 @@ def test_no_penalty(condition):
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_a_prompt_of_length_zero_has_no_basis_although_keys_do(condition):
     """A basis for a parameter without elements would be refused when its file is read."""
-    model, pixels = prompted.make("l2p", prompt_length=0, head_type="token"), prompted.images()
+    model, pixels = tiny.model(prompt_length=0, head_type="token"), tiny.images()
     projection = Projection(ProjectionConfig(method=condition))
     projection.update_bases(model.base_model, numbered(pixels))
     assert [name.rpartition(".")[2] for name in projection.bases] == ["l2p_key"]
     assert all(size > 0 for size in projection.info[next(iter(projection.bases))]["shape"])
 
 
-@pytest.mark.parametrize("adapter", prompted.METHODS)
+@pytest.mark.parametrize("adapter", tiny.ADAPTERS)
 def test_tuners_are_protectable(adapter):
-    assert isinstance(prompted.make(adapter).base_model, Protectable)
+    assert isinstance(tiny.model(adapter).base_model, Protectable)

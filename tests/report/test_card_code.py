@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import prompted
 import pytest
 import tiny
 import torch
@@ -28,14 +27,14 @@ def place(request, tmp_path_factory) -> Path:
     """A folder in which `path/to/this/folder` is the second task of a run, beside its backbone and a photo."""
     method, root = request.param, tmp_path_factory.mktemp(request.param)
     backbone = root / "trained" / "tiny-backbone"
-    frozen = prompted.make(method).unload()
+    frozen = tiny.model(method).unload()
     if method == "l2p":
         frozen.classifier, frozen.config.num_labels = (
             torch.nn.Linear(frozen.config.hidden_size, 3),
             3,
         )  # a head in the way
     frozen.save_pretrained(backbone)
-    model = prompted.make(method, head=CASES[method])
+    model = tiny.model(method, head=CASES[method])
     model.base_model.adapter_config.base_model_name_or_path = str(backbone)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "save_figures", lambda results, folder: [])

@@ -399,7 +399,11 @@ def test_tasks_come_in_turn(tmp_path):
     ("make", "error", "message"),
     [
         (lambda: tiny.backbone(), TypeError, "without a prompt adapter.*get_peft_model"),
-        (lambda: tiny.model(num_labels=5), ValueError, "5 outputs, the stream 6 classes.*num_labels=6"),
+        (
+            lambda: tiny.model(base=tiny.backbone(num_labels=5)),
+            ValueError,
+            "5 outputs, the stream 6 classes.*num_labels=6",
+        ),
         (lambda: get_peft_model(tiny.backbone().vit, L2PConfig()), TypeError, "no classifier"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 
-import prompted
 import pytest
 import tiny
 import torch
@@ -22,7 +21,7 @@ LAYERS = {"general_layers": [0], "expert_layers": [1], "pool_size": 3}
 
 
 def make(attention="eager", **kwargs):
-    base = tiny.backbone(attn_implementation=attention)
+    base = tiny.backbone(attention=attention)
     torch.manual_seed(11)
     return get_peft_model(base, DualPromptConfig(**{**LAYERS, **kwargs})).eval()
 
@@ -81,7 +80,7 @@ def test_prefixes_equal_attention_written_out(images, attention, layers):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_without_prefixes_the_model_is_as_it_was(images, attention):
-    base = tiny.backbone(attn_implementation=attention).eval()
+    base = tiny.backbone(attention=attention)
     expected = base(images, output_hidden_states=True)
     config = copy.deepcopy(base.config.to_dict())
     empty = get_peft_model(copy.deepcopy(base), DualPromptConfig(**LAYERS, general_length=0, expert_length=0)).eval()
@@ -167,7 +166,7 @@ def test_more_tasks_than_entries(tmp_path):
 
 def test_a_step_before_training_starts_is_an_error():
     """What the other tasks' entries are has not been noted yet."""
-    tuner = prompted.make("dualprompt").base_model
+    tuner = tiny.model("dualprompt").base_model
     tuner.begin_task(0)
     with pytest.raises(RuntimeError, match="training_starts.. come before the first step"):
         tuner.after_step()
@@ -284,7 +283,7 @@ def test_save_load_predict_and_several_adapters(tmp_path, images):
     model = make("sdpa")
     expected = model(images).logits
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny.backbone(num_labels=6), tmp_path).eval()
+    loaded = PeftModel.from_pretrained(tiny.backbone(), tmp_path).eval()
     assert torch.equal(loaded(images).logits, expected)
     loaded.add_adapter("other", DualPromptConfig(**{**LAYERS, "pool_size": 5, "general_length": 1}))
     loaded.set_adapter("other")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 
-import prompted
 import pytest
+import tiny
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -29,7 +29,7 @@ NAMES = {
 
 def make(method, adapter, **settings):
     """A tiny model whose adapter is called `adapter`."""
-    model = prompted.make(method, **settings)
+    model = tiny.model(method, **settings)
     if adapter == "default":
         return model
     config = copy.deepcopy(model.peft_config["default"])
@@ -47,7 +47,7 @@ def check(tuner, method):
 
 @pytest.mark.parametrize("head", ["linear", "statistics"])
 @pytest.mark.parametrize("adapter", ["default", "other"])
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_they_have_the_names_of_the_file(tmp_path, method, adapter, head):
     model = make(method, adapter, head=head)
     found = check(model.base_model, method)
@@ -59,9 +59,9 @@ def test_they_have_the_names_of_the_file(tmp_path, method, adapter, head):
     assert all("statistics" in name or "clip_prompt_features" in name for name in saved.keys() - found.keys())
 
 
-@pytest.mark.parametrize("method", prompted.METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_only_the_active_adapter_learns(method):
-    model = prompted.make(method)
+    model = tiny.model(method)
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     first = check(model.base_model, method)
     model.set_adapter("other")
@@ -75,7 +75,7 @@ def test_an_adapter_may_be_called_as_a_part_of_the_names_is(name):
 
 
 def test_nothing_learns_in_an_adapter_that_is_loaded_to_predict(tmp_path):
-    model = prompted.make("l2p")
+    model = tiny.model()
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     loaded = PeftModel.from_pretrained(model.unload(), tmp_path)
     assert loaded.base_model.trainable() == {}
