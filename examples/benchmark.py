@@ -53,7 +53,7 @@ def prompts(
     joint: bool = False,
     **projection: Any,
 ) -> Row:
-    """Define a row of prompts; a careful one is trained as `CAREFUL` says."""
+    """Define a row of prompts; a careful one is trained as `CAREFUL` describes."""
     training = {"later_prompt_learning_rate": 0.004, "compensate_drift": True} if careful else {}
     return Row(what, prompt=config, projection={"method": method, **projection}, training=training, joint=joint)
 
@@ -104,7 +104,7 @@ ELSEWHERE = 75  # a worker's exit code when another process is running its run
 
 @dataclass
 class BenchmarkArguments:
-    """Rows and seeds to run, and folders."""
+    """Choose the rows and seeds to run, and the folders."""
 
     rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": "rows to run"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds to run each row with"})
@@ -120,9 +120,7 @@ class BenchmarkArguments:
     table_file: str | None = field(
         default=None, metadata={"help": "file of the table; OUTPUT_DIR/table.md by default"}
     )
-    dry_run: bool = field(
-        default=False, metadata={"help": "print which runs are finished and which are to run, and stop"}
-    )
+    dry_run: bool = field(default=False, metadata={"help": "print which runs are finished and which remain, and stop"})
     worker: bool = field(default=False, metadata={"help": argparse.SUPPRESS})
 
 
@@ -132,7 +130,7 @@ def parse(argv: Sequence[str]) -> tuple[BenchmarkArguments, ModelArguments, Data
     own = given & {"--seed", "--resume_from_checkpoint", "--overwrite_output_dir"}
     if own:
         raise ValueError(
-            f"{', '.join(sorted(own))}: runs are named by --seeds and continue without being told to; leave it out."
+            f"{', '.join(sorted(own))}: runs are named by --seeds and resumed automatically; leave it out."
         )
     description = str(__doc__).format(rows="\n".join(f"    {name:<23}{row.what}" for name, row in ROWS.items()))
     kinds = (BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments)
@@ -213,7 +211,7 @@ def say(text: str) -> None:
 
 
 def stop(signum: int, frame: object) -> None:
-    """Exit as a shell expects after a signal, but through `finally`."""
+    """Exit with the code that shells expect after a signal, but run `finally` blocks first."""
     raise SystemExit(128 + signum)
 
 

@@ -10,7 +10,7 @@ The page needs gradio (`pip install -e '.[demo]'`). It is served to this machine
 repository and its backbone is downloaded.
 """
 
-import argparse  # no `annotations` from __future__: gradio tells by its type which argument is the event
+import argparse  # no `annotations` from __future__: gradio finds the event argument by its annotation, if not a string
 import html
 import os
 import sys
@@ -49,7 +49,7 @@ CSS = """
 
 
 class Revisions:
-    """Load a run's task revisions when they are asked for, and compute what the page shows of them, without gradio.
+    """Load a run's task revisions on demand, and compute what the page shows of them, without gradio.
 
     Args:
         run: a run's folder, one of its task folders, or a repository on the Hub.
@@ -173,7 +173,7 @@ def build(gr: Any, revisions: Revisions, title: str) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve the page until it is interrupted; return 1 when that is not possible."""
+    """Serve the page until interrupted; return 1 if that is not possible."""
     args = parse(argv)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:

@@ -69,7 +69,8 @@ def build_backbone(seed: int) -> ViTModel:
         num_hidden_layers=6,
         num_attention_heads=4,
         intermediate_size=512,
-        initializer_range=0.06,  # near 1/sqrt(hidden_size); with the usual 0.02 a model this narrow learns too slowly at first
+        # near 1/sqrt(hidden_size): with the usual 0.02, a model this narrow learns too slowly at first
+        initializer_range=0.06,
     )
     return ViTModel(config, add_pooling_layer=False)
 
@@ -88,7 +89,7 @@ def build_processor() -> ViTImageProcessorPil:
 def optimize(
     parameters: list[nn.Parameter], steps: int, learning_rate: float, forward: Callable[[], tuple[Tensor, Tensor]]
 ) -> float:
-    """Train with AdamW on a one-cycle schedule; `forward` draws a batch, and returns its loss and which images were right.
+    """Train with AdamW on a one-cycle schedule; `forward` draws a batch, and returns its loss and a mask of hits.
 
     Returns:
         Training accuracy in percent over the last tenth of the steps.

@@ -1,4 +1,4 @@
-"""Figures of the benchmark, drawn from the files of its runs."""
+"""Draw the figures of the benchmark from the files of its runs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _curves(runs: list[Run], head: str) -> list[list[float]]:
 def sensitivity_points(
     rows: dict[str, list[Run]], swept: str
 ) -> tuple[dict[str, dict[Any, dict[str, list[float]]]], dict[str, Any]]:
-    """Return the results of rows `swept@field=value`, by field, value and series, and the fields' values in the plain row.
+    """Return the results of rows `swept@field=value` by field, value and series, and the plain row's values of these.
 
     A field's points are those of the seeds that all of its rows have, so that they are paired; a field whose rows have
     no seed in common is left out.

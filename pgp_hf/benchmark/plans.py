@@ -1,4 +1,4 @@
-"""Rows of the benchmark, and the plan of a run: a row with the settings in its name, and whether it is finished."""
+"""Define rows of the benchmark, and plan runs: resolve a row's name to settings, and find out if it is finished."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Plan:
 
     Args:
         name: of the row, with the settings that it carries.
-        row: which it is.
+        row: its definition.
         seed: of the run.
         output: folder of finished runs.
         work: folder of unfinished runs.
@@ -109,7 +109,7 @@ class Plan:
         return self.work / self.label
 
     def settings(self) -> dict[str, Any]:
-        """Return all that the results depend on except the seed, as JSON has it, and no path of this machine."""
+        """Return everything that the results depend on except the seed, ready for JSON and without local paths."""
         source = {"model": _public(vars(self.model)), "data": _public(vars(self.data))}
         if self.projection is None:
             return {**source, "classifier": {"name": type(self.classifier).__name__, **asdict(self.classifier)}}
@@ -123,7 +123,7 @@ class Plan:
         }
 
     def _completed(self, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Add the default of each setting that is missing: it was at its default, or did not exist yet."""
+        """Add the defaults of missing settings, which were at their defaults or did not exist yet."""
         defaults = {"model": vars(ModelArguments()), "data": vars(DataArguments())}
         if self.classifier is None:
             defaults["training"] = _training(PGPTrainingArguments("plain"))
@@ -137,7 +137,7 @@ class Plan:
         """Return True if the file of the finished run exists.
 
         Raises:
-            ValueError: that file, or the folder of the unfinished run, has other settings.
+            ValueError: that file, or the folder of the unfinished run, with other settings.
         """
         for file, remedy in (
             (self.file, "choose another --output_dir, or name the settings in the row: ROW@field=value"),
@@ -246,7 +246,7 @@ def _public(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_folder(value: Any) -> bool:
-    """Return True if an argument is a local folder, of which the files name only the last part."""
+    """Return True if an argument is a local folder, of whose path files show only the last part."""
     return isinstance(value, str) and os.path.isdir(value)
 
 

@@ -1,4 +1,4 @@
-"""One run of the benchmark in the calling process, from its lock to its file."""
+"""Carry out one run of the benchmark in the calling process, from its lock to its file."""
 
 from __future__ import annotations
 
@@ -119,6 +119,7 @@ def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
     resumed = not trainer.folder.is_empty()
     trainer.train(resume_from_checkpoint=resumed or None)
     results = trainer.results.to_dict()
+    # accuracies are in `heads`, the others in `settings` and at the top of the file
     elsewhere = results["heads"]["linear"].keys() | {"method", "projection", "seed", "versions"}
     kept = {key: value for key, value in results.items() if key not in elsewhere}
     made_of = digests(stream, backbone)
@@ -154,12 +155,12 @@ def claimed(path: Path) -> Iterator[bool]:
     finally:
         pid.unlink(missing_ok=True)
         with contextlib.suppress(PermissionError):  # Windows keeps a file that is open; there filelock removes it
-            path.unlink(missing_ok=True)  # while it is locked, so that nobody can lock a file that is about to go
+            path.unlink(missing_ok=True)  # while locked, so that nobody can lock a file that is about to vanish
         lock.release()
 
 
 def holder(path: Path) -> str | None:
-    """Return the pid of the process that holds a lock file; None if nobody does, and then the file is removed."""
+    """Return the pid of the process that holds a lock file; if none does, remove the file and return None."""
     if not path.exists():
         return None
     with claimed(path) as mine:
@@ -172,7 +173,7 @@ def holder(path: Path) -> str | None:
 
 
 def _pid_file(lock: Path) -> Path:
-    """Return the file with the holder's pid: not the lock file, which filelock may empty and Windows does not let us read."""
+    """Return the file that holds the pid; not the lock file, which filelock may empty and Windows keeps unreadable."""
     return lock.with_suffix(".pid")
 
 

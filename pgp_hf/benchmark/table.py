@@ -1,4 +1,4 @@
-"""The table of the benchmark; all its numbers, settings and names come from the files of the runs."""
+"""Write the table of the benchmark; all its numbers, settings and names come from the files of the runs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def base(row: str) -> str:
 
 
 def protocol(runs: list[Run]) -> str:
-    """Describe in paragraphs what the runs have in common; where they differ, all values are named."""
+    """Describe in paragraphs what the runs have in common; where they differ, list all values."""
 
     def of(*path: str, none: str = "default") -> str:
         return _values(runs, *path, none=none)
@@ -118,12 +118,12 @@ LATER = {"later_prompt_learning_rate", "compensate_drift"}  # settings that have
 
 
 def _training(run: Run) -> dict[str, Any]:
-    """Return a run's training settings that are on: one that is off equals one that did not exist when the run was made."""
+    """Return a run's training settings without those that are off, which the files of older runs may lack."""
     return {key: value for key, value in run["settings"]["training"].items() if value not in (None, False)}
 
 
 def paired(runs: list[Run]) -> str:
-    """Tell whether runs of one seed are paired.
+    """Return a sentence on whether runs of one seed are paired.
 
     No projection acts in the first task, so the accuracy after it must agree.
     """
@@ -237,7 +237,7 @@ def legend(rows: dict[str, list[Run]], known: Mapping[str, Row]) -> str:
 
 
 def differences(rows: dict[str, list[Run]]) -> str:
-    """Return the paired differences, seed by seed, of each row with prompts from its reference, the row without projection.
+    """Return the differences, paired by seed, of each row with prompts from its reference, the row without projection.
 
     A row that is not trained like its reference has a control as well: the row without projection that is.
     """

@@ -1,1 +1,1 @@
-"""The command line of the examples: its arguments, and the comparison that each of them runs."""
+"""Provide the examples' command line: its arguments, and the comparison that each of them runs."""

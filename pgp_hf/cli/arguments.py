@@ -1,4 +1,4 @@
-"""Arguments of the command lines: data, backbone, projection and head."""
+"""Declare the arguments of the command lines: data, backbone, projection and head."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from ..tuners.base.config import PromptConfig
 
 @dataclass
 class DataArguments:
-    """The stream of tasks.
+    """Describe the stream of tasks.
 
     Args:
-        dataset_name: Hub id, or local folder of parquet or image files; scikit-learn's digits if there is no source.
+        dataset_name: Hub id, or local folder of parquet or image files; scikit-learn's digits if no source is named.
         dataset_revision: branch, tag or commit on the Hub.
         dataset_split: the only split to use; `test_fraction` of it is held out for testing.
         train_dir: local folder of training images, with one subfolder per class.
@@ -101,7 +101,7 @@ class DataArguments:
             seed: of the class order, the images kept and the images held out, unless `class_order_seed` is given.
 
         Raises:
-            ValueError: arguments that contradict each other or do not fit the data; the message has the fix.
+            ValueError: arguments that contradict each other or the data; the message has the fix.
         """
         if self.dataset_name and self.train_dir:
             raise ValueError("give --dataset_name or --train_dir, not both.")
@@ -151,7 +151,7 @@ class DataArguments:
 def _string_labels_as_classes(
     train: datasets.Dataset, test: datasets.Dataset | None, column: str
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Return both splits, with a `ClassLabel` where `column` holds strings."""
+    """Return both splits, with `column` turned into a `ClassLabel` if it holds strings."""
     if getattr(train.features.get(column), "dtype", None) not in ("string", "large_string"):
         return train, test
     splits = [train] if test is None else [train, test]
@@ -162,7 +162,7 @@ def _string_labels_as_classes(
 
 
 def _label_order(train: datasets.Dataset, column: str) -> range | None:
-    """Return all label ids in order; None without such a column, which the stream reports."""
+    """Return all label ids in order; None without such a column, an error that the stream reports."""
     if column not in train.features:
         return None
     feature = train.features[column]
@@ -171,7 +171,7 @@ def _label_order(train: datasets.Dataset, column: str) -> range | None:
 
 @dataclass
 class ModelArguments:
-    """The frozen backbone.
+    """Describe the frozen backbone.
 
     Args:
         model_name_or_path: Hub id or local folder; the small backbone of this package by default.
@@ -208,8 +208,8 @@ class ModelArguments:
     image_std: list[float] | None = field(
         default=None,
         metadata={
-            "help": "standard deviation that pixel values are then divided by, one number or one per channel; the backbone's own "
-            "by default. Mean 0 and standard deviation 1 leave pixels in [0, 1]"
+            "help": "standard deviation that pixel values are then divided by, one number or one per channel; the "
+            "backbone's own by default. Mean 0 and standard deviation 1 leave pixels in [0, 1]"
         },
     )
     attn_implementation: str | None = field(
@@ -226,7 +226,7 @@ class ModelArguments:
         """Load the backbone's image processor, with `image_size`, `image_mean` and `image_std` set.
 
         Raises:
-            ValueError: a mean or standard deviation with a wrong number of channels, a standard deviation that is not
+            ValueError: a mean or standard deviation with a wrong number of channels; a standard deviation that is not
                 above 0.
         """
         processor: Any = AutoImageProcessor.from_pretrained(
@@ -259,7 +259,7 @@ class ModelArguments:
         Raises:
             ValueError: an image size that is not a multiple of the patch size.
         """
-        with _errors_only():  # transformers would warn of the new head, which is intended
+        with _errors_only():  # transformers would warn about the new head, which is intended
             model = AutoModelForImageClassification.from_pretrained(
                 self.source,
                 revision=self.model_revision or "main",
@@ -275,7 +275,7 @@ class ModelArguments:
                 f"image_size={self.image_size} is not a multiple of the backbone's patch size {patch}: "
                 f"choose, for example, {max(1, round(self.image_size / patch)) * patch}."
             )
-        # a checkpoint's own head is loaded if it happens to have as many classes: start from a new one in any case
+        # a checkpoint's head with the same number of classes has been loaded: start from a new one in any case
         model.classifier.weight.data.normal_(std=model.config.initializer_range)
         model.classifier.bias.data.zero_()
         return model
@@ -314,14 +314,16 @@ class FloatOrNone(float):
 
 @dataclass
 class RunArguments:
-    """Preset, projection, head and comparison.
+    """Choose preset, projection, head and comparison.
 
     Args:
         preset: name of published settings.
         dry_run: print all settings and stop.
-        projection: `method` of the `ProjectionConfig`; its other fields are arguments of the same name.
+        projection: `method` of the `ProjectionConfig`.
+        energy, key_energy, value_energy, apply_to, max_images, probes, probe_space, hold_key_norm, ln_penalty: the
+            other fields of the `ProjectionConfig`.
         head: the classifier, "linear" or "statistics".
-        no_compare: train this run alone.
+        no_compare: train this run alone, without its unprojected twin and the classifiers on frozen features.
     """
 
     preset: str | None = field(
@@ -370,7 +372,7 @@ class Arguments(NamedTuple):
 
 @contextlib.contextmanager
 def _errors_only() -> Iterator[None]:
-    """Silence what transformers logs below the level of errors."""
+    """Silence all but errors of transformers."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

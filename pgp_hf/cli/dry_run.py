@@ -1,4 +1,4 @@
-"""The output of `--dry_run`: all settings that a command line results in."""
+"""Print for `--dry_run` all settings that a command line results in."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def describe(method: str, preset: dict[str, Any] | None, arguments: Arguments) -
     """Return the settings as JSON text, without touching network or disk.
 
     Args:
-        method: of the example, for example "l2p".
+        method: of the example, such as "l2p".
         preset: content of the preset, whose notes are printed too; None without one.
         arguments: of the command line.
     """

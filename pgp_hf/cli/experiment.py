@@ -1,4 +1,4 @@
-"""The comparison that each example makes: a run, its unprojected twin, and the rows without prompts, in a table."""
+"""Run the comparison of an example: a run, its unprojected twin, and classifiers without prompts, in one table."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Results = dict[str, dict[str, Any]]  # by the name of the row
 
 
 def run(name: str, arguments: Arguments, make_model: Callable[[TaskStream], PeftModel]) -> Results:
-    """Train the run and, unless told otherwise, its unprojected twin; print and write the comparison.
+    """Train the run and, unless `no_compare` is set, its unprojected twin; print and write the comparison.
 
     Both start from the same seed, the same class order and the same initial prompts, and see the same images in the
     same order.
 
     Args:
-        name: of the adapter, for example "L2P".
+        name: of the adapter, such as "L2P".
         arguments: of the command line, from `parse`.
         make_model: makes the backbone with its adapter for a stream's classes; called once per run, after seeding.
 
@@ -85,13 +85,13 @@ def run(name: str, arguments: Arguments, make_model: Callable[[TaskStream], Peft
 
 
 def _resume(given: str | bool | None) -> str | bool | None:
-    """Return `--resume_from_checkpoint` with the words true and false as what they mean."""
+    """Return `--resume_from_checkpoint`, with the words true and false converted."""
     words: dict[str, bool | None] = {"true": True, "false": None}
     return words.get(str(given).lower(), given)
 
 
 def _twin_of(resume: str | bool | None) -> str | bool | None:
-    """Return what the twin continues; a revision on the Hub has none."""
+    """Return the checkpoint that the twin continues from; a revision on the Hub has no twin."""
     if isinstance(resume, str):
         return str(Path(resume) / "baseline") if Path(resume).is_dir() else None
     return resume
@@ -135,7 +135,7 @@ def frozen_rows(
 
 
 def _zero_shot_matrix(stream: TaskStream, test: list[np.ndarray], names: np.ndarray) -> list[list[float | None]]:
-    """Return the accuracy (percent) of image features `(N_t, P)` against class name features `(C, P)`, classes seen so far."""
+    """Return the accuracy matrix (percent) of image features `(N_t, P)` compared with class names' features `(C, P)`."""
     rows = []
     for i in range(stream.num_tasks):
         row: list[float | None] = [None] * stream.num_tasks
@@ -166,7 +166,7 @@ def table(rows: Results) -> str:
 
 
 def report(rows: Results, output_dir: Path, twin: bool) -> None:
-    """Print the table, write it and its curves, and say where everything is."""
+    """Print the table, write it and its curves, and list the files of the run."""
     print(
         "\nAverage accuracy over the tasks seen, after each task (%); at the end: average accuracy, forgetting, drift\n"
     )

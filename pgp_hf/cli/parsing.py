@@ -1,4 +1,4 @@
-"""The command line of the examples: options made from dataclasses, with presets as their defaults."""
+"""Parse the command line of the examples: options made from dataclasses, with presets as their defaults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..tuners.base.config import PromptConfig
 from .arguments import Arguments, DataArguments, ModelArguments, RunArguments
 from .dry_run import describe
 
-# defaults for the embedded digits, used when no source is named
+# defaults for the embedded digits, used if no source is named
 EMBEDDED = {"num_tasks": 5, "num_train_epochs": 3, "augmentation": "none"}
 SOURCES = {"--model_name_or_path", "--dataset_name", "--train_dir"}
 HELP = {"-h", "--help"}
@@ -30,7 +30,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def option(token: str) -> str:
-    """Return the option that a token names, "--learning_rate" for "--learning-rate=0.1" too."""
+    """Return the option that a token names: "--learning_rate", also for "--learning-rate=0.1"."""
     return token.partition("=")[0].replace("-", "_").replace("__", "--", 1)
 
 
@@ -58,15 +58,15 @@ def read(
     Args:
         kinds: the dataclasses, whose fields are the options.
         argv: the command line without the program.
-        defaults: by option, what takes the place of a field's own default.
+        defaults: by option, values that replace the fields' own defaults.
         description: shown by `--help`.
 
     Raises:
-        ValueError: an argument that nothing takes.
+        ValueError: an unknown argument.
         SystemExit: after `--help`, and for a value that an option refuses.
     """
     parser = HfArgumentParser(
-        kinds,  # type: ignore[arg-type]  # annotated with a NewType, which no class is
+        kinds,  # type: ignore[arg-type]  # annotated with a NewType, which no class can match
         description=description,
         formatter_class=HelpFormatter,
         allow_abbrev=False,  # `option` would not recognise them
@@ -86,7 +86,7 @@ def parse(description: str | None, prompts: type, method: str, argv: Sequence[st
         argv: the command line without the program, `sys.argv[1:]` by default.
 
     Raises:
-        ValueError: an unknown preset, an argument that nothing takes.
+        ValueError: an unknown preset or argument.
         SystemExit: after `--help` and `--dry_run`, and for a value that an option refuses.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -98,7 +98,7 @@ def parse(description: str | None, prompts: type, method: str, argv: Sequence[st
     defaults: dict[str, Any] = {}
     if preset is not None:
         defaults = {"output_dir": f"out/{method}_{name}", **presets.arguments(preset, given)}
-    elif not given & (SOURCES | HELP):  # help shows the defaults for a source of one's own
+    elif not given & (SOURCES | HELP):  # --help shows the defaults for the user's own data
         defaults = {"output_dir": f"out/{method}_pgp", **EMBEDDED}
         if not given & {"--output_dir", "--overwrite_output_dir", "--resume_from_checkpoint"}:
             defaults["overwrite_output_dir"] = True  # the default folder is scratch

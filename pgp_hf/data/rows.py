@@ -81,8 +81,8 @@ class ImageRows:
     def digests(self, groups: Sequence[np.ndarray]) -> list[str]:
         """Return the SHA-256 of each group of rows, over each row's label, length and encoded bytes, in row order.
 
-        Label and length are little-endian int64. Nothing is decoded, and the digests do not depend on the machine, on paths
-        or on the layout in Arrow.
+        Label and length are little-endian int64. Nothing is decoded, and the digests do not depend on the machine, on
+        paths or on the layout in Arrow.
         """
         hashes = [hashlib.sha256() for _ in groups]
         group_of = {int(row): group for group, rows in enumerate(groups) for row in rows}

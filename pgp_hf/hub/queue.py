@@ -69,7 +69,7 @@ class Uploads:
                 self._thread.start()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until all is uploaded, an error blocks the queue, or `seconds` have passed; return whether all is uploaded."""
+        """Wait until all is uploaded, an error blocks the queue, or `seconds` have passed; return True in the first case."""
         with self._changed:
             self._changed.wait_for(lambda: self._blocked or self._idle(), seconds)
             return self._idle()

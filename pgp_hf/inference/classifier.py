@@ -162,15 +162,15 @@ def load_pretrained(
 ) -> PromptClassifier:
     """Load a revision as a classifier.
 
-    All files are checked before any is used: a revision is accepted or refused as a whole. Only safetensors and JSON are
-    read.
+    All files are checked before any is used: a revision is accepted or refused as a whole. Only safetensors and JSON
+    are read.
 
     Args:
         repo_or_dir: id of a repository on the Hub, a run's output folder, or one of its task folders.
         revision: "task-3" for the state after the third task, by default the last; on the Hub also a branch or commit.
         backbone: the frozen model, or its Hub id or folder, if `adapter_config.json` does not say where it is. A model
-            that is passed gets the adapter, as by `PeftModel.from_pretrained`; if the revision is refused, it stays as it
-            was.
+            that is passed gets the adapter, as by `PeftModel.from_pretrained`; if the revision is refused, the model
+            stays as it was.
         processor: an image processor to use instead of the saved one. The saved one is loaded with `backend="pil"`.
         device: where to run; by default the backbone's device, which is the CPU for one that is loaded here.
         dtype: precision of the weights; by default the backbone's.

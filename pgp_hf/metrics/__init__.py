@@ -1,7 +1,7 @@
 """Compute the metrics of continual learning from an accuracy matrix, with numpy alone.
 
-The same numbers come in two ways: from the plain functions below, and from `evaluate` modules, one in each folder, which
-load offline:
+The same numbers come in two ways: from the plain functions below, and from `evaluate` modules, one in each folder,
+which load offline:
 
 ```python
 from pgp_hf import metrics

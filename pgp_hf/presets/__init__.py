@@ -1,4 +1,4 @@
-"""Presets: published settings as data files, one for each method and benchmark.
+"""Load presets: published settings as data files, one for each method and benchmark.
 
 `presets/<method>/<name>.json` holds the arguments of the example scripts in the groups `model`, `data`, `prompts` and
 `training`, and says where they come from (`about`), how images are prepared (`preprocessing`), where this package
@@ -32,7 +32,7 @@ def load(method: str, name: str) -> dict[str, Any]:
     """Read a preset.
 
     Raises:
-        ValueError: no such preset; the message lists those there are.
+        ValueError: an unknown preset; the message lists the known ones.
     """
     known = names(method)
     if name not in known:

@@ -1,1 +1,1 @@
-"""What people look at: model cards, figures and tables, made from the files of a run."""
+"""Make model cards, figures and tables from the files of a run."""

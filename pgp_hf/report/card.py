@@ -1,7 +1,7 @@
-"""The model card of a run: metadata for the Hub and a short README, rendered from `model_cards/template.md`.
+"""Render the model card of a run: metadata for the Hub and a short README, by `model_cards/template.md`.
 
-It is made from the content of the run's JSON files alone. A path of the machine that trained never enters a card: a
-backbone or dataset that is a local folder appears by the folder's last name.
+A card is made from the content of the run's JSON files alone. Local paths never enter it: of a backbone or dataset in a
+local folder, it shows the last part of the path.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .table import markdown
 
 
 class _Run(NamedTuple):
-    """What the parts of a card are made from; JSON content by the names of `render_card`."""
+    """The inputs of a card's parts: JSON content under the names of `render_card`, and values taken from it."""
 
     results: Mapping[str, Any]
     manifest: Mapping[str, Any]
@@ -77,15 +77,15 @@ def render_card(
         method: content of `method.json`, `None` for projected prompts.
         processor: content of `preprocessor_config.json`, `None` for a run that saved none.
         figures: names of the files in `figures/`; by default those that `pgp_hf.report.figures.save_figures` writes.
-        repo_id: the repository that the card is for; it names the model and stands in the code, with the tag
+        repo_id: the repository that the card is for; it names the model and appears in the code, with the tag
             `task-<t>`.
 
     Returns:
         The card. Its `model-index` holds average accuracy and forgetting.
 
     Raises:
-        ValueError: an input lacks an entry that the card cannot do without, or has one that is unknown.
-        FileNotFoundError: the template is missing.
+        ValueError: an input that lacks a required entry, or has an unknown one.
+        FileNotFoundError: a missing template.
     """
     run = _read(results, manifest, adapter_config, projection, method)
     name = name_model(
@@ -124,8 +124,8 @@ def save_card(
 ) -> Path:
     """Write [`render_card`]'s card to `path` (a `README.md`), over the stub that PEFT leaves there; return `path`.
 
-    The card goes by the files in its folder: `preprocessor_config.json`, `method.json` unless `method` is given, and
-    the figures that `pgp_hf.report.figures.save_figures(results, folder / "figures")` has written; it names no other.
+    The card reflects the files in its folder: `preprocessor_config.json`, `method.json` unless `method` is given, and
+    the figures that `pgp_hf.report.figures.save_figures(results, folder / "figures")` has written; it shows no others.
 
     Raises:
         ValueError, FileNotFoundError: as [`render_card`] does; an earlier card then stays as it was.
@@ -151,7 +151,7 @@ def _read_if_present(path: Path) -> dict[str, Any] | None:
 
 
 def _template() -> Path:
-    """Return the template inside an installed wheel, or else that in the source tree."""
+    """Return the template's path: inside an installed wheel, or else in the source tree."""
     package = Path(__file__).parents[1]
     places = (package / "model_card_template.md", package.parent / "model_cards" / "template.md")
     for place in places:
@@ -226,7 +226,7 @@ def _metadata(run: _Run, name: str) -> ModelCardData:
 
 
 def _opening(run: _Run) -> dict[str, Any]:
-    """Return what was trained, and how."""
+    """Return the template's values for what was trained, and how."""
     found = embedded.resolve(run.base) is not None or is_hub_id(run.base)
     bring = f"a local folder named `{public_name(run.base)}`" if run.base else "built in memory"
     tasks: Sequence[Mapping[str, Any]] = run.manifest.get("tasks") or []
@@ -245,7 +245,7 @@ def _opening(run: _Run) -> dict[str, Any]:
 
 
 def _protocol(run: _Run, processor: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the conditions under which the numbers were measured."""
+    """Return the template's values for the conditions under which the numbers were measured."""
     mask = run.results.get("eval_mask")
     return {
         "batchwise": run.batchwise,
@@ -278,7 +278,7 @@ def _protected(run: _Run) -> bool:
 
 
 def _numbers(run: _Run) -> dict[str, Any]:
-    """Return the tables, and what their legends depend on."""
+    """Return the template's values for the tables and their legends."""
     return {
         "run_table": markdown(run_rows(run.results), left=("Head",)),
         "task_table": markdown(task_rows(run.results, run.manifest, run.trained), left=("Classes",)),

@@ -1,4 +1,4 @@
-"""The parts of figures: looks that tell lines apart without colour, panels, heat-maps, files.
+"""Draw the parts of figures: lines that can be told apart without colour, panels, heat-maps, files.
 
 Drawn through matplotlib's object API, so that pyplot's global state stays untouched and no display is needed; every PNG
 is written to a temporary file first and then moved into place.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Values = NDArray[np.float64]
 
-_MAP = "cividis"  # from dark to light also in grey, and alike to all eyes
+_MAP = "cividis"  # from dark to light in grey too, and the same to colour-blind readers
 _COLOURS = (
     "#000000",
     "#D55E00",
@@ -35,10 +35,10 @@ _COLOURS = (
     "#E69F00",
 )  # Okabe and Ito, the palest last
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # one fewer, so that pairs repeat only after 30 lines
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # one fewer than markers: pairs repeat only after 30 lines
 _DPI = 120
 _GREY = "#555555"
-_DIRECT = 5, 16  # at most so many lines, and letters in a name, for names to be written at the lines' ends
+_DIRECT = 5, 16  # the most lines, and letters in a name, with which names are written at the lines' ends
 
 
 # ---- lines ----------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def line_looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def common_look(points: int) -> dict[str, Any]:
-    """Return the look that all lines of so many points share."""
+    """Return the look that all lines with this number of points share."""
     size = 5 if points <= 12 else 4
     return {
         "markersize": size, "linewidth": 1.6, "markerfacecolor": "white", "markeredgewidth": 1.3, "clip_on": False,
@@ -71,13 +71,13 @@ def dress_panel(axes: Axes, title: str, below: str) -> None:
 
 
 def scale_y(axes: Axes, values: Values, span: float, from_zero: bool, whole: bool = False) -> None:
-    """Set a y axis with a margin and round ticks, which does not blow up a flat line.
+    """Set a y axis with a margin and round ticks, which does not magnify a flat line.
 
     Args:
         axes: the panel.
-        values: that are drawn, NaN where there is none.
+        values: drawn on it, NaN where there is none.
         span: the smallest range that the axis covers.
-        from_zero: whether it begins at zero; negative values are shown all the same.
+        from_zero: whether it begins at zero, or below where there are negative values.
         whole: whether only whole numbers are ticks.
     """
     from matplotlib.ticker import MaxNLocator
@@ -137,7 +137,7 @@ def name_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapp
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Return rising numbers in 0..1 moved so little that neighbours are at least `gap` apart."""
+    """Return rising numbers in 0..1, moved just enough for neighbours to be at least `gap` apart."""
     moved: list[float] = []
     for height in heights:
         moved.append(max(height, moved[-1] + gap) if moved else height)
@@ -173,7 +173,7 @@ def heat_map(values: Values, *, low: float, high: float, bar: str, decimals: int
     written = columns <= 24 and rows <= 24
     cell = 0.52 if max(rows, columns) <= 12 else 0.38
     width, height = (cell, cell) if written else (min(cell, 6.5 / columns), min(0.25, 6.5 / rows))
-    flat = columns * width >= 2 * rows * height  # then the colour bar lies below
+    flat = columns * width >= 2 * rows * height  # the colour bar then goes below
     fig = new_figure(
         max(3.6, width * columns + 1.9), max(2.0 if flat else 2.6, height * rows + (1.6 if flat else 1.2))
     )
@@ -208,7 +208,7 @@ def heat_map(values: Values, *, low: float, high: float, bar: str, decimals: int
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches."""
+    """Return an empty figure of this size in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

@@ -1,8 +1,8 @@
-"""Figures of a run: accuracy matrix, curves, stability, prompt usage; and of several: curves, bands and sensitivity.
+"""Draw figures of a run (accuracy matrix, curves, stability, prompt usage) and of several (curves, bands, sensitivity).
 
 All are readable in grey and by colour-blind people: lines differ by marker and dash as well as by colour, heat-maps
-run from dark to light and hold their numbers. Each takes a fraction of a second, since a run draws its own at each
-task's end.
+run from dark to light and hold their numbers. Each takes a fraction of a second, since a run draws its figures after
+every task.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def accuracy_matrix(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
 
     Args:
         results: the content of `results.json`; `accuracy_matrix` is needed, shape `(rows, tasks)` in percent with
-            `None` where not evaluated (left blank). Missing rows of a run under way are left blank too.
+            `None` where not evaluated (left blank). Rows that are missing in an unfinished run are left blank too.
         path: the PNG file to write; its folder is made.
 
     Returns:
@@ -90,7 +90,7 @@ def task_curves(
             by label: `{"L2P": {...}, "L2P-PGP": {...}}`, drawn on the same axes.
         path: the PNG file to write; its folder is made.
         panels: which quantities, all by default: "accuracy", "forgetting", "drift", "changed" (selections), "rank".
-            Those that no run has values for are left out; a rank of 0 throughout, as without projection, is none.
+            Those that no run has values for are left out; so is a rank of 0 throughout, as without projection.
 
     Returns:
         `path`.
@@ -203,7 +203,7 @@ def sensitivity(
         points: by setting, by value (numbers, words or None): `{"linear head": [...], "drift": [...], ...}`, one
             number per seed. Everything but "drift" is an accuracy in percent. Values are drawn at equal distances.
         path: the PNG file to write; its folder is made.
-        usual: the value, among its own, that each setting has in the other columns; marked by a bar.
+        usual: by setting, the one of its values that holds in all other columns; marked by a bar.
 
     Returns:
         `path`.
@@ -292,10 +292,10 @@ def figure_names(results: Mapping[str, Any]) -> list[str]:
 
 
 def save_figures(results: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
-    """Write all figures of one run into `folder`, which is made; return their paths.
+    """Write all figures of one run into `folder`, which is created if needed; return their paths.
 
     Raises:
-        ValueError: as the single figures do.
+        ValueError: as for each of the figures.
     """
     return [_FIGURES[name](results, Path(folder) / name) for name in figure_names(results)]
 
@@ -342,7 +342,7 @@ def _end(values: Values) -> tuple[float, float]:
 
 
 def _mean_and_deviation(curves: Sequence[float] | Sequence[Sequence[float]]) -> tuple[Any, Any]:
-    """Return mean and standard deviation over the seeds, `()` or `(tasks,)`; no deviation for a single seed."""
+    """Return mean and standard deviation over the seeds, `()` or `(tasks,)`; the latter is None for a single seed."""
     values = np.array(curves, dtype=float)
     return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None
 

@@ -1,4 +1,4 @@
-"""Values and free text as a model card shows them."""
+"""Format values and free text for a model card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def as_number(value: object, digits: int) -> str:
-    """Return a number with so many digits behind the point, a dash for anything else."""
+    """Return a number with `digits` decimals, a dash for anything else."""
     return f"{value:.{digits}f}" if is_number(value) else MISSING
 
 
@@ -38,10 +38,10 @@ def as_sentence(text: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """Return text with every stretch of white space made one space."""
+    """Replace every run of white space in a text with one space."""
     return " ".join(str(text).split())
 
 
 def escape(text: object) -> str:
-    """Return free text made safe for one line, or one cell of a table, of Markdown."""
+    """Escape free text for one line, or one table cell, of Markdown."""
     return re.sub(r"[\\|`*\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", one_line(text)).replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""How a run learned its tasks, as its model card tells it: from the bases of its projection, or from its method."""
+"""Describe for a model card how a run learned its tasks, by the bases of its projection or by its method."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ _PROJECTED = {"gradient": "gradients", "both": "gradients and updates"}  # by `a
 
 
 class Learning(NamedTuple):
-    """What a model card says of how the tasks were learned.
+    """The statements of a model card on how the tasks were learned.
 
     Attributes:
-        name: for the model's name; None where nothing was done for older tasks.
+        name: part of the model's name; None where nothing was done for older tasks.
         title: of the method; None for projected prompts.
-        text: what was done, in a paragraph.
+        text: a paragraph on what was done.
         method: its registered name and settings, as code; None for projected prompts.
         citation: of the method's paper; None for none.
         projection: the projection's settings, as code; None for a method that has none.
         bases: the table of protected parameters; None where nothing was protected.
-        limits: what all this does not promise, a sentence each.
+        limits: what the method does not guarantee, a sentence each.
         keeps_no_images: whether no image of an older task was kept.
     """
 
@@ -69,11 +69,11 @@ class Learning(NamedTuple):
 
 
 def describe_adapter(config: Mapping[str, Any], batchwise: bool) -> AdapterCard:
-    """Return what the adapter's configuration class says of it; a plain text for classes that say nothing.
+    """Describe an adapter in the words of its configuration class, or in general ones if the class has none.
 
     Args:
         config: content of `adapter_config.json`.
-        batchwise: whether prompts were chosen for whole batches, as the results have it.
+        batchwise: whether prompts were chosen for whole batches, according to the results.
     """
     kind = str(config["peft_type"])
     found = next((config_class for name, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items() if name == kind), None)
@@ -88,11 +88,11 @@ def describe_learning(
     projection: Mapping[str, Any] | None,
     method: Mapping[str, Any] | None,
 ) -> Learning:
-    """Return what a card says of how the tasks were learned.
+    """Describe how the tasks were learned.
 
     Args:
         config: content of `adapter_config.json`.
-        adapter: what the card says of the adapter.
+        adapter: description of the adapter.
         projection: content of `projection.json`, None for a run without projection.
         method: content of `method.json`, None for projected prompts.
     """
@@ -123,7 +123,7 @@ def _projected(
     settings: Mapping[str, Any],
     entries: Mapping[str, Mapping[str, Any]],
 ) -> Learning:
-    """Return what a card says of projected prompts, from the bases that there are."""
+    """Describe projected prompts by the bases that were written."""
     rule = str(settings.get("method") or "none")
     projection = as_settings(settings)
     if entries:
@@ -148,7 +148,7 @@ def _projected(
 
 
 def _update_rule(rule: str, settings: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return which updates were projected, and what that kept."""
+    """Describe the updates that were projected, and what that kept."""
     projected = _PROJECTED.get(str(settings.get("apply_to")), "updates")
     kept = [_KEPT[rule][0]] if rule in _KEPT else []
     if any(entry.get("role") == "key" for entry in entries.values()):
@@ -158,7 +158,7 @@ def _update_rule(rule: str, settings: Mapping[str, Any], entries: Mapping[str, M
 
 
 def _limits(rule: str, settings: Mapping[str, Any], config: Mapping[str, Any], adapter: AdapterCard) -> list[str]:
-    """Return what the projection does not promise."""
+    """Return sentences on what the projection does not guarantee."""
     limits = [_KEPT[rule][1]] if rule in _KEPT else []
     if rule == "frozen":
         return limits

@@ -1,4 +1,4 @@
-"""Names that a model card may hold: what is on the Hub in full, a local folder only by its last name."""
+"""Choose the names that a model card may show: Hub ids in full, local folders by the last part of their path."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def is_hub_id(name: object) -> TypeGuard[str]:
 
 
 def is_owned(name: object) -> TypeGuard[str]:
-    """Return whether `name` is an id with its owner; without one it may be any folder's name, or a builder's."""
+    """Return whether `name` is an id with an owner; without one, it may be the name of any folder or dataset builder."""
     return is_hub_id(name) and "/" in name
 
 
 def public_name(name: str) -> str:
-    """Return a Hub id as it is, and of anything that looks like a path the last part."""
+    """Return a Hub id as it is, and the last part of anything that looks like a path."""
     if is_hub_id(name):
         return name
     last = re.split(r"[\\/]", name.rstrip("\\/"))[-1]
@@ -45,7 +45,7 @@ def name_dataset(name: str | None) -> str:
 
 
 def name_backbone(base: str) -> str:
-    """Return a backbone's name in Markdown, as it stands in a sentence."""
+    """Return a backbone's name in Markdown, as a part of a sentence."""
     if embedded.resolve(base) is not None:
         return f"the frozen `{base}`, a small backbone inside the package"
     if is_hub_id(base):
@@ -54,7 +54,7 @@ def name_backbone(base: str) -> str:
 
 
 def name_model(repo_id: str | None, *parts: str | None) -> str:
-    """Return the last part of `repo_id`, or else the parts that there are, joined by hyphens."""
+    """Return the last part of `repo_id`, or else all parts that are not None, joined by hyphens."""
     if repo_id:
         return public_name(repo_id).split("/")[-1]
     return re.sub(r"[^a-z0-9]+", "-", "-".join(filter(None, parts)).lower()).strip("-")

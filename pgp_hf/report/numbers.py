@@ -1,4 +1,4 @@
-"""The numbers of a model card: rows of its tables, and the metrics in its metadata."""
+"""Collect the numbers of a model card: rows of its tables, and the metrics in its metadata."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INDEXED = {"average_accuracy": "accuracy", "forgetting": "forgetting"}  # the m
 
 
 def run_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """Return a header and rows: one for the run, or one for each head, the one that predicts first."""
+    """Return a header and rows: one for the run, or one for each head, starting with the head that predicts."""
     heads, used = results.get("heads") or {}, results.get("head")
     changed = results.get("changed_selections")
     moved = [as_number((results.get("drift") or [None])[-1], 3)]
@@ -73,7 +73,7 @@ def task_rows(results: Mapping[str, Any], manifest: Mapping[str, Any], trained: 
 
 
 def eval_results(results: Mapping[str, Any], dataset: str | None, trained: int) -> list[EvalResult] | None:
-    """Return what the Hub's leaderboards read: average accuracy and forgetting, where they are known.
+    """Return average accuracy and forgetting, where known, in the form that the Hub's leaderboards read.
 
     Args:
         results: content of `results.json`.

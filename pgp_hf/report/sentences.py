@@ -1,4 +1,4 @@
-"""What a model card says of a run's protocol, sentence by sentence, from the content of its JSON files."""
+"""Describe a run's protocol for its model card, phrase by phrase, from the content of its JSON files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _EVAL_MASKS = {
 
 
 def describe_head(adapter: AdapterCard, config: Mapping[str, Any], compensated: bool) -> str:
-    """Return what classifies, and from what.
+    """Describe the classifier and its input.
 
     Args:
-        adapter: what the card says of the adapter.
+        adapter: description of the adapter.
         config: content of `adapter_config.json`.
         compensated: whether the means of older classes were moved with the features' drift.
     """
@@ -39,7 +39,7 @@ def describe_head(adapter: AdapterCard, config: Mapping[str, Any], compensated: 
 
 
 def describe_data_limits(manifest: Mapping[str, Any]) -> str:
-    """Return how many images of each class there are, where that was limited, and where the test images come from."""
+    """Describe the limits on images per class, and the share held out for testing; empty if there are neither."""
     limits = {"training": "max_train_samples_per_class", "test": "max_eval_samples_per_class"}
     parts = [f"at most {manifest[key]} {split} images per class" for split, key in limits.items() if manifest.get(key)]
     if manifest.get("test_fraction"):
@@ -48,7 +48,7 @@ def describe_data_limits(manifest: Mapping[str, Any]) -> str:
 
 
 def describe_class_order(manifest: Mapping[str, Any]) -> str:
-    """Return where the order of the classes comes from."""
+    """Describe the origin of the class order."""
     order, seed = manifest.get("class_order"), manifest.get("seed")
     if order and list(order) == sorted(order):
         return "label order"
@@ -56,7 +56,7 @@ def describe_class_order(manifest: Mapping[str, Any]) -> str:
 
 
 def describe_preprocessing(processor: Mapping[str, Any] | None) -> str:
-    """Return the image processor's steps, by its saved settings."""
+    """Describe the image processor's steps, according to its saved settings."""
     if processor is None:
         return "not recorded; the backbone's own image processor"
     steps = ["RGB"] if processor.get("do_convert_rgb") else []
@@ -91,7 +91,7 @@ def _channels(values: Any) -> str:
 
 
 def describe_evaluation(scenario: Scenario, mask: str | None, num_classes: int) -> str:
-    """Return the rule by which a test image is classified.
+    """Describe the rule by which a test image is classified.
 
     Raises:
         ValueError: an unknown `mask`.
@@ -104,7 +104,7 @@ def describe_evaluation(scenario: Scenario, mask: str | None, num_classes: int) 
 
 
 def describe_time(results: Mapping[str, Any]) -> str:
-    """Return the wall time of each activity, as far as it was recorded."""
+    """Describe the wall time of each activity that was recorded."""
     speed = f"{as_number(results.get('train_images_per_second'), 1)} images per second"
     seconds = {name: value for name, value in (results.get("seconds") or {}).items() if is_number(value) and value}
     if not seconds:
@@ -126,6 +126,6 @@ def describe_versions(results: Mapping[str, Any]) -> str:
 
 
 def tasks_without_drift(results: Mapping[str, Any]) -> str | None:
-    """Return which tasks' images drift leaves out, as "1 and 2"; None for a run that measured all."""
+    """Return the tasks whose images drift leaves out, such as "1 and 2"; None if it leaves out none."""
     lacking = [str(task + 1) for task in results.get("drift_lacks") or []]
     return " and ".join(filter(None, [", ".join(lacking[:-1]), lacking[-1]])) if lacking else None

@@ -1,4 +1,4 @@
-"""The code in a model card, which runs as it stands in a folder with a `photo.jpg`."""
+"""Write the code in a model card, which runs unchanged in a folder with a `photo.jpg`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .names import is_hub_id, public_name
 
 
 class Source(NamedTuple):
-    """Where a card's code finds the backbone and the adapter.
+    """The places from which a card's code loads the backbone and the adapter.
 
     Attributes:
         backbone: its name, or a path to fill in.
         inside: whether the package holds it.
-        found: whether it is found by its name, inside the package or on the Hub.
+        found: whether its name is enough to find it, inside the package or on the Hub.
         pinned: the backbone's revision on the Hub, None for the newest.
         adapter: its repository, or a path to fill in.
         tag: the adapter's revision in its repository, None for a folder.
@@ -32,7 +32,7 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, config: Mapping[str, Any], repo_id: str | None, trained: int) -> Source:
-        """Return where the revision after `trained` tasks is found.
+        """Return the places for the revision after `trained` tasks.
 
         Args:
             config: content of `adapter_config.json`.
@@ -66,13 +66,13 @@ print(classifier.predict("photo.jpg", top_k=3))"""
 
 
 def peft_code(source: Source, adapter: AdapterCard, num_classes: int, own_processor: bool) -> str:
-    """Return the code that scores a photo with PEFT alone; the adapter brings the size of its head.
+    """Return the code that scores a photo with PEFT alone; the size of the head comes with the adapter.
 
     Args:
         source: where the backbone and the adapter are.
         adapter: how the backbone is loaded, and where the scores are.
         num_classes: number of scores.
-        own_processor: whether the run saved its image processor; otherwise the backbone's is taken.
+        own_processor: whether the run saved its image processor; otherwise the backbone's is used.
     """
     name = f"embedded.resolve({_quoted(source.backbone)})" if source.inside else _quoted(source.backbone)
     base = f"{name}{_revision(source.pinned)}"

@@ -1,4 +1,4 @@
-"""Tables of text, as Markdown and for a terminal."""
+"""Lay out tables of text, as Markdown and for a terminal."""
 
 from __future__ import annotations
 
