@@ -1,4 +1,4 @@
-"""Orthonormal bases of the protected directions, and the energy rule that extends them from task to task."""
+"""Hold orthonormal bases of the protected directions, and extend them from task to task by the energy rule."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _extended(
         moment: of the whole batch.
         index: position of the basis in the flattened batch.
         missing: energy that the new directions must hold.
-        noise: energy below which a direction is rounding.
+        noise: energy below which a direction is rounding error.
     """
     if missing <= noise:
         return m

@@ -1,4 +1,4 @@
-"""The conditions that a projection can hold: each says along which rows a parameter must not move.
+"""Define the conditions that a projection can hold, each by the rows along which a parameter must not move.
 
 A condition is a function of a model, a batch of inputs and a context that yields `Observation`s. It knows the model
 only as a `Protectable`, so that projections and tuners stay independent of each other.
@@ -35,7 +35,7 @@ class Observation(NamedTuple):
 
 
 class ConditionSettings(Protocol):
-    """The settings that a condition reads; `ProjectionConfig` has them."""
+    """The settings that a condition reads, a part of `ProjectionConfig`."""
 
     probes: int
     probe_space: str
@@ -43,7 +43,7 @@ class ConditionSettings(Protocol):
 
 @dataclass
 class Context:
-    """Everything a condition may know besides a model and its inputs.
+    """The information that a condition may use besides a model and its inputs.
 
     Attributes:
         config: the projection's settings.
@@ -68,7 +68,7 @@ def pgp(model: Protectable, inputs: Mapping[str, Tensor], context: Context) -> I
 
     The attention of an old input is preserved when every token row x_t and every prompt row p_t of the old task is
     orthogonal to the prompt's change (Eqs. 5 to 9). Both conditions hold for the stacked rows, never for their sum.
-    Keys are likewise held against the old queries, `q_t dk^T = 0`.
+    Keys likewise move orthogonally to the old queries, `q_t dk^T = 0`.
     """
     return starmap(Observation, model.protected_rows(**inputs))
 

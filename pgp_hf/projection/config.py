@@ -1,4 +1,4 @@
-"""Settings of a projection."""
+"""Configure a projection."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class ProjectionConfig:
         default=0.99,
         metadata={
             "help": "share of the second moment of what old images show to the prompts (tokens, queries or gradients) "
-            "that the prompts' basis must hold, in (0, 1]; 'functional' works with less, such as 0.95, and may leave no "
-            "room to move with more"
+            "that the prompts' basis must hold, in (0, 1]; 'functional' works with less, such as 0.95: with more, it may "
+            "leave no direction to move in"
         },
     )
     key_energy: float | None = field(
@@ -148,7 +148,7 @@ class ProjectionConfig:
         return (self.method, self.probe_space) == ("functional", "statistics")
 
     def to_dict(self) -> dict[str, object]:
-        """Return the settings as JSON has them."""
+        """Return the settings, ready for JSON."""
         return asdict(self)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Second moments of a stream of rows: in full, or as a sketch of bounded size."""
+"""Accumulate second moments of a stream of rows: in full, or as a sketch of bounded size."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ class FrequentDirections:
         return s.square(), v.mT
 
     def _append(self, index: int, rows: Tensor) -> None:
-        """Append rows to those held; zeros, which stem from padding and unselected entries, take no room."""
+        """Append rows to those held, except zeros, which stem from padding and unselected entries."""
         held = torch.cat([self.held[index], rows[rows.any(-1)]])
         while len(held) > 2 * self.size:
             held = torch.cat([self._shrunk(held[: 2 * self.size]), held[2 * self.size :]])
@@ -213,7 +213,7 @@ class FrequentDirections:
 def second_moment(
     dim: int, batch_shape: tuple[int, ...] = (), device: torch.device | str | None = None
 ) -> SecondMoment | FrequentDirections:
-    """Return whichever takes less memory, the dense moment if they are equal: a sketch for n above `2 * SKETCH`."""
+    """Return whichever takes less memory: a sketch for n above `2 * SKETCH`, otherwise the full moment."""
     return (FrequentDirections if dim > 2 * SKETCH else SecondMoment)(dim, batch_shape, device)
 
 

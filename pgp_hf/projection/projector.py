@@ -1,4 +1,4 @@
-"""The projector, which keeps parameters in the null space of their bases under any optimizer."""
+"""Keep parameters in the null space of their bases, under any optimizer."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class NullSpaceProjector:
         found: dict[str, dict[str, Basis]] = {}
         for key, basis in self.bases.items():
             name = key if key in parameters else key.removesuffix(TRANSPOSED)
-            if name not in parameters:  # else a wrapper's prefix, say, would leave it unprotected
+            if name not in parameters:  # otherwise a wrapper's prefix, for example, would leave it unprotected
                 raise ValueError(
                     f"no parameter is named {name!r}, which has a basis: the parameters given are "
                     f"{', '.join(sorted(parameters)) or 'none'}."
@@ -181,7 +181,7 @@ def _project_all(bases: dict[str, Basis], name: str, tensor: Tensor) -> Tensor:
     for key, basis in bases.items():
         oriented = _transposed(tensor, key != name)
         rows = basis.project(oriented.reshape(*basis.batch_shape, -1, basis.dim))
-        full = basis.ranks == basis.dim  # exactly zero there, which rounding would miss
+        full = basis.ranks == basis.dim  # exactly zero there, but for rounding
         tensor = _transposed(rows.masked_fill(full[..., None, None], 0).reshape(oriented.shape), key != name)
     return tensor
 

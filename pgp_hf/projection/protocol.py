@@ -1,4 +1,4 @@
-"""The protocol by which conditions and projections meet a model, and the records that a model hands them."""
+"""Define the protocol by which conditions and projections use a model, and the records that it gives them."""
 
 from __future__ import annotations
 

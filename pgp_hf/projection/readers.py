@@ -1,4 +1,4 @@
-"""Readers of saved projections, handed in from outside: this folder neither opens files nor knows the Hub."""
+"""Hold the readers of saved projections, which come from outside: this folder neither opens files nor uses the Hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Reader(Protocol[ReadOut]):
 
 
 class HandedIn(Generic[Read]):
-    """The reader behind a `from_pretrained`, once somebody has handed it in.
+    """The reader behind a `from_pretrained`, once it has been handed in.
 
     Attributes:
         reader: called with `(repo_or_dir, revision, **hub)`; None before.
@@ -26,14 +26,14 @@ class HandedIn(Generic[Read]):
         self.reader: Reader[Read] | None = None
 
     def __call__(self, repo_or_dir: str | Path, revision: str | None, **hub: object) -> Read:
-        """Read what is asked for.
+        """Call the reader.
 
         Raises:
             RuntimeError: no reader was handed in.
         """
         if self.reader is None:
             raise RuntimeError(
-                "from_pretrained has no reader, since the projection folder is used without the package around it: import "
-                "it as pgp_hf.projection, or hand in functions of your own with set_readers(config=..., projection=...)."
+                "from_pretrained has no reader, because this folder is used outside the pgp_hf package: import it as "
+                "pgp_hf.projection, or provide your own functions with set_readers(config=..., projection=...)."
             )
         return self.reader(repo_or_dir, revision, **hub)

@@ -1,4 +1,4 @@
-"""A projection over a stream: statistics when a task ends, bases while the next one trains."""
+"""Run a projection over a stream: statistics when a task ends, bases while the next one trains."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Projection:
     dimensions swapped, `(*batch, columns, rows)`: method "attention" protects a prompt along both of its axes.
 
     Args:
-        config: the settings, those of `ProjectionConfig()` by default.
+        config: the settings; `ProjectionConfig()` by default.
 
     Attributes:
         projector: applies the bases of all finished tasks.
@@ -243,10 +243,10 @@ class Projection:
         self.projector.hold_norm = keys if self.config.hold_key_norm else set()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
-        """Return the bases by name (contiguous, on the CPU), and the settings and descriptions as JSON has them.
+        """Return the bases by name (contiguous, on the CPU), and the settings and descriptions, ready for JSON.
 
         Large bases are float32: parameters have no more digits, and the files of a stream would otherwise be many
-        times as large as the adapter. They hold the very values that the projector uses.
+        times as large as the adapter. They hold exactly the values that the projector uses.
         """
         tensors = {
             name: basis.columns.to("cpu", torch.float32 if _is_large(basis.columns) else torch.float64).contiguous()
@@ -322,7 +322,7 @@ def _as_saved(columns: Tensor) -> Tensor:
 
 
 def _from_main_process(columns: Tensor, broadcast: Collective) -> Tensor:
-    """Return the main process's columns, whose number may differ from that of this process's."""
+    """Return the main process's columns, of which there may be more or fewer than on this process."""
     rank = int(broadcast(torch.tensor(columns.shape[-1], device=columns.device)))
     buffer = columns.new_zeros(*columns.shape[:-1], rank)
     keep = min(rank, columns.shape[-1])
