@@ -13,90 +13,45 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, pipeline
+from transformers import pipeline
 
-from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig
+from pgp_hf import L2PConfig
 from pgp_hf.training.results import changed_share
 
 NAMES = {label: f"LABEL_{label}" for label in range(6)}
+PIXELS = tiny.images(6)
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
 # ---- inside an adapter -----------------------------------------------------------------------------------------------
 
-METHODS = ("l2p", "dualprompt", "clip")
 
-
-def clip_backbone():
-    torch.manual_seed(7)
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 30}
-    tokens = {"vocab_size": 40, "max_position_embeddings": 9, "bos_token_id": 38, "eos_token_id": 39}
-    text = {"hidden_size": 24, "pad_token_id": 39, **tokens, **sizes}
-    vision = {"hidden_size": 36, "image_size": tiny.SIDE, "patch_size": 5, **sizes}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16, initializer_factor=4.0)
-    return CLIPModel(config)
-
-
-def backbone(method):
-    return clip_backbone() if method == "clip" else tiny.backbone()
-
-
-def config(method, head="statistics", **kwargs):
-    if method == "l2p":
-        return L2PConfig(pool_size=5, prompt_length=2, top_k=2, head=head, **kwargs)
-    if method == "dualprompt":
-        return DualPromptConfig(general_layers=[0], expert_layers=[1], pool_size=3, head=head, **kwargs)
-    names = {c: f"class {c}" for c in range(6)}
-    tokens = [[38, c, 5 + c, 39] for c in range(6)]
-    return ClipPromptConfig(
-        pool_size=3, text_length=2, image_length=2, class_tokens=tokens, id2label=names, head=head, **kwargs
-    )
-
-
-def make(method, head="statistics", **kwargs):
-    base = backbone(method)
-    torch.manual_seed(11)
-    return get_peft_model(base, config(method, head, **kwargs)).eval()
-
-
-def images(n=6, seed=0):
-    return torch.randn(n, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model, pixels=None, **kwargs):
+def logits(model, pixels=PIXELS, **kwargs):
     with torch.no_grad():
-        output = model(pixel_values=images() if pixels is None else pixels, **kwargs)
+        output = model(pixel_values=pixels, **kwargs)
     return model.base_model.class_logits(output)
-
-
-def features(model, pixels=None):
-    seen = []
-    watch = model.base_model.watch_features(lambda tensor: seen.append(tensor.detach()))
-    logits(model, pixels)
-    watch.remove()
-    return seen[0]
 
 
 def taught(method, classes=4, **kwargs):
     """A model whose statistics hold four of six classes."""
-    model = make(method, **kwargs)
+    model = tiny.model(method, head="statistics", **kwargs)
     tuner = model.base_model
     tuner.prepare_stream([[0, 1], [2, 3], [4, 5]], NAMES)
     tuner.begin_task(0)
-    pixels = images(24, seed=1)
-    statistics = tuner.statistics.fresh().update(features(model, pixels), torch.arange(24) % classes)
+    pixels = tiny.images(24, seed=1)
+    statistics = tuner.statistics.fresh().update(tiny.features(model, pixels), torch.arange(24) % classes)
     tuner.end_task(0)
     tuner.learn_statistics(statistics)
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_who_speaks(method):
-    model, linear = make(method), make(method, "linear")
+    model, linear = tiny.model(method, head="statistics"), tiny.model(method)
     for one in (model, linear):
         one.base_model.prepare_stream([[0, 1], [2, 3], [4, 5]], NAMES)
     tuner = model.base_model
@@ -110,44 +65,44 @@ def test_who_speaks(method):
     assert torch.equal(logits(model), trained)
     for one in (model, linear):
         one.base_model.end_task(0)
-    x = features(model)
+    x = tiny.features(model, PIXELS)
     tuner.learn_statistics(tuner.statistics.fresh().update(x, torch.tensor([0, 0, 1, 1, 2, 2])))
     assert torch.equal(logits(model), tuner.statistics(x))
     assert torch.isneginf(logits(model)[:, 3:]).all()
     assert torch.allclose(tuner.linear_logits(x), logits(linear), atol=1e-5)
-    assert torch.equal(features(model), x)  # one call back a pass, with what the head reads
+    assert torch.equal(tiny.features(model, PIXELS), x)  # one call back a pass, with what the head reads
     for one in (model, linear):
         one.base_model.begin_task(1)
     assert torch.equal(logits(model), logits(linear))  # evaluation within a task
     tuner.resume_after(1)
-    assert torch.equal(logits(model), tuner.statistics(features(model)))
+    assert torch.equal(logits(model), tuner.statistics(tiny.features(model, PIXELS)))
 
 
 @pytest.mark.parametrize("method", ["l2p", "dualprompt"])
 def test_without_the_adapter_the_backbone_speaks(method):
-    model, base = taught(method), backbone(method).eval()
+    model, base = taught(method), tiny.backbone(tiny.ADAPTERS[method]).eval()
     with model.disable_adapter():
-        assert torch.equal(logits(model), base(images()).logits)
-    assert torch.equal(model.unload()(images()).logits, base(images()).logits)
+        assert torch.equal(logits(model), base(PIXELS).logits)
+    assert torch.equal(model.unload()(PIXELS).logits, base(PIXELS).logits)
 
 
 def test_the_loss_is_that_of_the_logits_and_gradients_reach_the_head():
     model = taught("l2p")
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
     with torch.no_grad():
-        output = model(pixel_values=images(), labels=labels)
+        output = model(pixel_values=PIXELS, labels=labels)
     assert torch.allclose(output.loss, F.cross_entropy(output.logits, labels))
-    assert torch.equal(model(images(), return_dict=False)[0], output.logits)
-    model.train()(pixel_values=images(), labels=labels).loss.backward()
+    assert torch.equal(model(PIXELS, return_dict=False)[0], output.logits)
+    model.train()(pixel_values=PIXELS, labels=labels).loss.backward()
     assert model.base_model.model.classifier.modules_to_save["default"].weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_a_failed_pass_leaves_nothing_behind(method):
     model = taught(method)
     expected = logits(model)
     with pytest.raises(ValueError):
-        logits(model, images()[:, :, :-1])  # stops in the embeddings
+        logits(model, PIXELS[:, :, :-1])  # stops in the embeddings
     model.base_model.begin_task(1)
     assert torch.isfinite(logits(model)).all()  # the linear head's
     model.base_model.resume_after(1)
@@ -156,13 +111,13 @@ def test_a_failed_pass_leaves_nothing_behind(method):
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 @pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}])
 def test_saved_and_loaded_alike(tmp_path, method, options):
     model = taught(method)
     expected = logits(model)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    loaded = PeftModel.from_pretrained(backbone(method), tmp_path, **options)
+    loaded = PeftModel.from_pretrained(tiny.backbone(tiny.ADAPTERS[method]), tmp_path, **options)
     assert torch.equal(logits(loaded), expected)
     assert loaded.base_model.adapter_config.head == "statistics"
     file = load_file(tmp_path / "adapter_model.safetensors")
@@ -172,7 +127,7 @@ def test_saved_and_loaded_alike(tmp_path, method, options):
         "means": torch.float64,
         "scatter": torch.float64,
     }
-    linear = make(method, "linear")
+    linear = tiny.model(method)
     linear.save_pretrained(tmp_path / "linear", save_embedding_layers=False)
     plain = set(load_file(tmp_path / "linear" / "adapter_model.safetensors"))
     assert {name for name in file if "_statistics." not in name} == plain
@@ -182,12 +137,12 @@ def test_saved_and_loaded_alike(tmp_path, method, options):
 def test_through_the_pipeline(tmp_path, method):
     model = taught(method)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    loaded = PeftModel.from_pretrained(backbone(method), tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.backbone(tiny.ADAPTERS[method]), tmp_path)
     classify = pipeline("image-classification", model=loaded, image_processor=tiny.processor(), top_k=6)
     picture = tiny.stream().test(0)[0]["image"]
     scores = {found["label"]: found["score"] for found in classify(picture)}
     pixels = tiny.processor()(picture, return_tensors="pt")["pixel_values"]
-    expected = model.base_model.statistics(features(model, pixels)).softmax(-1)[0]
+    expected = model.base_model.statistics(tiny.features(model, pixels)).softmax(-1)[0]
     names = model.base_model.adapter_config.id2label
     assert scores == pytest.approx({names[c]: float(p) for c, p in enumerate(expected)}, abs=1e-6)
 
@@ -195,7 +150,7 @@ def test_through_the_pipeline(tmp_path, method):
 @pytest.mark.parametrize("first", ["linear", "statistics"])
 def test_adapters_with_other_heads_side_by_side(tmp_path, first):
     second = {"linear": "statistics", "statistics": "linear"}[first]
-    alone = {"linear": make("l2p", "linear"), "statistics": taught("l2p")}
+    alone = {"linear": tiny.model(), "statistics": taught("l2p")}
     expected = {head: logits(model) for head, model in alone.items()}
     for head, model in alone.items():
         model.save_pretrained(tmp_path / head, save_embedding_layers=False)
@@ -209,7 +164,7 @@ def test_adapters_with_other_heads_side_by_side(tmp_path, first):
     assert again.keys() == load_file(tmp_path / second / "adapter_model.safetensors").keys()
     model.delete_adapter("default")
     assert torch.equal(logits(model), expected[second])
-    model.add_adapter("third", config("l2p"))
+    model.add_adapter("third", tiny.config(head="statistics"))
     model.set_adapter("third")
     with pytest.raises(ValueError, match="knows no class yet"):
         logits(model.eval())
@@ -221,7 +176,7 @@ def test_adapters_with_other_heads_side_by_side(tmp_path, first):
 def test_a_head_that_is_not_saved_speaks_through_statistics(tmp_path):
     model = taught("l2p", modules_to_save=[])
     expected = logits(model)
-    model.add_adapter("other", config("l2p", "linear"))  # wraps the classifier
+    model.add_adapter("other", tiny.config())  # wraps the classifier
     assert torch.equal(logits(model), expected)
     model.set_adapter("other")
     assert torch.isfinite(logits(model)).all()
@@ -232,38 +187,38 @@ def test_adapters_from_transformers_have_the_head_too(tmp_path):
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     base = tiny.backbone()
     base.load_adapter(tmp_path)
-    assert torch.equal(base.eval()(images()).logits, logits(model))
+    assert torch.equal(base.eval()(PIXELS).logits, logits(model))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
 def test_half_precision(method):
     model = taught(method)
     expected = logits(model)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(logits(model), model.base_model.statistics(features(model)))
+        assert torch.equal(logits(model), model.base_model.statistics(tiny.features(model, PIXELS)))
     cast = copy.deepcopy(model).to(torch.bfloat16)
-    found = logits(cast, images().to(torch.bfloat16))
+    found = logits(cast, PIXELS.to(torch.bfloat16))
     assert found.dtype == torch.float32 and torch.equal(torch.isneginf(found), torch.isneginf(expected))
     assert torch.equal(cast.base_model.statistics.scatter, model.base_model.statistics.scatter)
 
 
-def test_configuration_refuses(make_vit):
+def test_configuration_refuses():
     with pytest.raises(ValueError, match="head='quadratic' is unknown: choose one of linear, statistics"):
         L2PConfig(head="quadratic")
     with pytest.raises(ValueError, match=r"shrinkage=0 is outside \(0, 1\]"):
         L2PConfig(shrinkage=0)
     with pytest.raises(ValueError, match="needs classes, which a ViTModel does not name"):
-        get_peft_model(make_vit("backbone"), L2PConfig(head="statistics"))
+        tiny.model(kind="backbone", head="statistics")
 
 
 # ---- a stream --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=tiny.ADAPTERS)
 def run(request, tmp_path_factory):
     """A finished run with a statistics head: (method, trainer, folder)."""
     folder = tmp_path_factory.mktemp(request.param)
-    trainer = tiny.trainer(folder, model=make(request.param), num_train_epochs=1)
+    trainer = tiny.trainer(folder, model=tiny.model(request.param, head="statistics"), num_train_epochs=1)
     trainer.train()
     return request.param, trainer, folder
 
@@ -276,7 +231,7 @@ def task_features(model, images, processor):
     """The head's inputs for all of a task's images, and their labels."""
     items = [images[i] for i in range(len(images))]
     pixels = processor([item["image"] for item in items], return_tensors="pt")["pixel_values"]
-    return features(model, pixels), torch.tensor([item["label"] for item in items])
+    return tiny.features(model, pixels), torch.tensor([item["label"] for item in items])
 
 
 def test_both_heads_are_measured_on_the_same_run(run, tmp_path):
@@ -294,7 +249,7 @@ def test_both_heads_are_measured_on_the_same_run(run, tmp_path):
     }
     assert all(set(head) == summary for head in results["heads"].values())
     assert {name: results[name] for name in summary} == results["heads"]["statistics"]
-    linear = tiny.trainer(tmp_path, model=make(method, "linear"), num_train_epochs=1)
+    linear = tiny.trainer(tmp_path, model=tiny.model(method), num_train_epochs=1)
     linear.train()
     plain = read(tmp_path)
     assert plain["head"] == "linear" and "heads" not in plain
@@ -308,10 +263,10 @@ def test_both_heads_are_measured_on_the_same_run(run, tmp_path):
 def test_statistics_are_those_of_each_tasks_own_model(run):
     """Class means as the adapter that ended the task gives them, with plain images; never refreshed."""
     method, trainer, folder = run
-    last = PeftModel.from_pretrained(backbone(method), folder).base_model.statistics
+    last = PeftModel.from_pretrained(tiny.backbone(tiny.ADAPTERS[method]), folder).base_model.statistics
     assert last.counts.tolist() == [8] * 6
     for t in range(3):
-        model = PeftModel.from_pretrained(backbone(method), folder / f"task-{t + 1}")
+        model = PeftModel.from_pretrained(tiny.backbone(tiny.ADAPTERS[method]), folder / f"task-{t + 1}")
         own = list(trainer.stream.tasks[t].classes)
         x, labels = task_features(model, trainer.stream.train(t), tiny.processor())
         means = torch.stack([x[labels == c].double().mean(0) for c in own])
@@ -326,7 +281,7 @@ def test_predictions_are_scikit_learns(run):
     method, trainer, folder = run
     x, y = [], []
     for t in range(3):
-        model = PeftModel.from_pretrained(backbone(method), folder / f"task-{t + 1}")
+        model = PeftModel.from_pretrained(tiny.backbone(tiny.ADAPTERS[method]), folder / f"task-{t + 1}")
         collected, labels = task_features(model, trainer.stream.train(t), tiny.processor())
         x, y = [*x, collected.double()], [*y, labels]
     reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1).fit(
@@ -347,7 +302,7 @@ def test_changed_selections_are_measured(run):
     shares = []
     for j in range(2):
         kept = load_file(folder / "features" / f"task-{j + 1}.safetensors")["selected"]
-        model = PeftModel.from_pretrained(backbone(method), folder)
+        model = PeftModel.from_pretrained(tiny.backbone(tiny.ADAPTERS[method]), folder)
         task_features(model, trainer.stream.test(j), tiny.processor())
         now = model.base_model.selected_prompts
         changed = [set(a.tolist()) != set(b.tolist()) for a, b in zip(kept, now, strict=True)]
@@ -368,7 +323,7 @@ def test_resumed_is_straight(run, tmp_path):
     shutil.rmtree(tmp_path / "task-3")
     shutil.rmtree(tmp_path / "task-2")
     torch.manual_seed(99)
-    resumed = tiny.trainer(tmp_path, model=make(method), num_train_epochs=1)
+    resumed = tiny.trainer(tmp_path, model=tiny.model(method, head="statistics"), num_train_epochs=1)
     resumed.train(resume_from_checkpoint=True)
     assert tiny.same_results(read(folder), read(tmp_path))
     weights, expected = (load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path))
@@ -380,9 +335,11 @@ def test_resumed_is_straight(run, tmp_path):
 def test_a_run_with_another_head_is_not_continued(run):
     method, _, folder = run
     with pytest.raises(ValueError, match="head='statistics', this one 'linear'"):
-        tiny.trainer(folder, model=make(method, "linear"), num_train_epochs=1).train(resume_from_checkpoint=True)
+        tiny.trainer(folder, model=tiny.model(method), num_train_epochs=1).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match=r"shrinkage=0.1, this one 0.5"):
-        tiny.trainer(folder, model=make(method, shrinkage=0.5), num_train_epochs=1).train(resume_from_checkpoint=True)
+        tiny.trainer(folder, model=tiny.model(method, head="statistics", shrinkage=0.5), num_train_epochs=1).train(
+            resume_from_checkpoint=True
+        )
 
 
 def test_the_trainers_own_evaluation_takes_the_same_head(run):
@@ -407,7 +364,11 @@ def test_the_card_shows_both_heads(run):
 def test_scenarios(tmp_path, scenario, run):
     method, reference, _ = run
     trainer = tiny.trainer(
-        tmp_path, model=make(method), stream=tiny.stream(scenario=scenario), num_train_epochs=1, eval_mask="none"
+        tmp_path,
+        model=tiny.model(method, head="statistics"),
+        stream=tiny.stream(scenario=scenario),
+        num_train_epochs=1,
+        eval_mask="none",
     )
     trainer.train()
     if scenario == "online":  # unseen classes have no statistics: they cannot be predicted in any case
@@ -418,7 +379,7 @@ def test_scenarios(tmp_path, scenario, run):
 
 
 def test_the_statistics_take_no_random_number_and_every_image(tmp_path):
-    trainer = tiny.trainer(tmp_path, model=make("l2p"), bf16=True, num_train_epochs=1)
+    trainer = tiny.trainer(tmp_path, model=tiny.model(head="statistics"), bf16=True, num_train_epochs=1)
     trainer.projection.config.max_images = 5
     trainer.train_task(0)
     assert trainer.results.matrix[0][0] > 60

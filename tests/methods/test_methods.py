@@ -72,22 +72,6 @@ class Anchor(ContinualMethod):
         self.anchors, self.images = dict(state.tensors), state.values["images"]
 
 
-def trainer(folder, method, **kwargs):
-    settings = {
-        "use_cpu": True,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "augmentation": "flip",
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    given = {name: kwargs.pop(name) for name in ("callbacks", "compute_loss_func") if name in kwargs}
-    model, stream = kwargs.pop("model", None) or tiny.model(), kwargs.pop("stream", None) or tiny.stream()
-    args = PGPTrainingArguments(str(folder), **{**settings, **kwargs})
-    return StreamTrainer(model, args, stream, method=method, processing_class=tiny.processor(), **given)
-
-
 def weights(folder):
     return load_file(folder / "adapter_model.safetensors")
 
@@ -99,7 +83,7 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def anchored(tmp_path_factory, without_figures):
     folder = tmp_path_factory.mktemp("anchored")
-    run = trainer(folder, Anchor())
+    run = tiny.trainer(folder, method=Anchor())
     run.train()
     return run, folder
 
@@ -109,14 +93,14 @@ def anchored(tmp_path_factory, without_figures):
 
 @pytest.mark.parametrize("adapter", tiny.ADAPTERS)
 def test_fine_tuning_is_what_is_left_without_projection(tmp_path, adapter):
-    trainer(tmp_path / "ft", None, model=tiny.model(adapter)).train()
+    tiny.trainer(tmp_path / "ft", method=None, model=tiny.model(adapter)).train()
     unprojected = ProjectedPrompts(ProjectionConfig(method="none"))
-    trainer(tmp_path / "none", unprojected, model=tiny.model(adapter)).train()
+    tiny.trainer(tmp_path / "none", method=unprojected, model=tiny.model(adapter)).train()
     assert same(weights(tmp_path / "ft"), weights(tmp_path / "none"))
 
 
 def test_what_is_recorded_of_fine_tuning(tmp_path):
-    trainer(tmp_path, FineTuning()).train_task(0)
+    tiny.trainer(tmp_path, method=FineTuning()).train_task(0)
     results, method = (json.loads((tmp_path / name).read_text()) for name in ("results.json", "method.json"))
     assert (results["method"], results["projection"], results["projection_rank"]) == ("fine_tuning", "none", [0])
     assert (method["name"], method["settings"], method["state"]) == ("fine_tuning", {}, {})
@@ -129,7 +113,7 @@ def test_pgp_trainer_is_the_stream_trainer_with_projected_prompts(tmp_path):
     projection = ProjectionConfig(energy=0.9, key_energy=0.9)
     own = tiny.trainer(tmp_path / "own", projection=projection)
     own.train()
-    trainer(tmp_path / "general", ProjectedPrompts(projection)).train()
+    tiny.trainer(tmp_path / "general", method=ProjectedPrompts(projection)).train()
     assert isinstance(own, PGPTrainer) and isinstance(own, StreamTrainer) and own.projection is own.method.projection
     assert same(weights(tmp_path / "own"), weights(tmp_path / "general"))
     content = json.loads((tmp_path / "own" / "method.json").read_text())
@@ -142,8 +126,8 @@ def test_pgp_trainer_is_the_stream_trainer_with_projected_prompts(tmp_path):
 
 def test_a_method_changes_what_is_learned_and_neutral_it_does_not(anchored, tmp_path):
     _, folder = anchored
-    trainer(tmp_path / "ft", None).train()
-    trainer(tmp_path / "neutral", Anchor(AnchorConfig(strength=0.0))).train()
+    tiny.trainer(tmp_path / "ft", method=None).train()
+    tiny.trainer(tmp_path / "neutral", method=Anchor(AnchorConfig(strength=0.0))).train()
     plain = weights(tmp_path / "ft")
     assert same(weights(tmp_path / "neutral"), plain) and not same(weights(folder), plain)
     assert same(weights(folder / "task-1"), weights(tmp_path / "ft" / "task-1"))  # nothing to draw to yet
@@ -180,12 +164,12 @@ class StopAt(TrainerCallback):
 @pytest.mark.parametrize("again", ["in a new process", "in the same trainer"])
 def test_resumed_within_a_task_a_method_remembers_what_it_did(anchored, tmp_path, task, again):
     stop = StopAt(task, 6)  # two steps behind the checkpoint: what the method counted there is counted once
-    stop.trainer = resumed = trainer(tmp_path, Anchor(), callbacks=[stop])
+    stop.trainer = resumed = tiny.trainer(tmp_path, method=Anchor(), callbacks=[stop])
     with pytest.raises(KeyboardInterrupt):
         resumed.train()
     assert resumed.method.images == task * 32 + 24
     if again == "in a new process":
-        resumed = trainer(tmp_path, Anchor())
+        resumed = tiny.trainer(tmp_path, method=Anchor())
     else:
         stop.task = None
     resumed.train(resume_from_checkpoint=True)
@@ -205,30 +189,30 @@ def test_resumed_within_a_task_a_method_remembers_what_it_did(anchored, tmp_path
 )
 def test_a_run_of_another_method_is_not_continued(anchored, tmp_path, method, message):
     with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, method()).train(resume_from_checkpoint=str(anchored[1]))
+        tiny.trainer(tmp_path, method=method()).train(resume_from_checkpoint=str(anchored[1]))
     assert not (tmp_path / "task-1").exists()
 
 
 def test_a_run_that_does_not_name_its_method_is_one_of_projected_prompts(tmp_path):
     """As it was written before there were others."""
     for name, method in (("old", ProjectedPrompts(ProjectionConfig())), ("other", Anchor())):
-        trainer(tmp_path / name, method).train_task(0)
+        tiny.trainer(tmp_path / name, method=method).train_task(0)
         for folder in (tmp_path / name, tmp_path / name / "task-1"):
             (folder / "method.json").unlink()
             (folder / "method.safetensors").unlink()
             results = json.loads((folder / "results.json").read_text())
             del results["sha256"]["method.safetensors"]
             (folder / "results.json").write_text(json.dumps(results))
-    old = trainer(tmp_path / "old", ProjectedPrompts(ProjectionConfig()))
+    old = tiny.trainer(tmp_path / "old", method=ProjectedPrompts(ProjectionConfig()))
     old.train(resume_from_checkpoint=True)
     assert len(old.results.matrix) == 3
     with pytest.raises(ValueError, match="does not say by which method"):
-        trainer(tmp_path / "other", Anchor()).train(resume_from_checkpoint=True)
+        tiny.trainer(tmp_path / "other", method=Anchor()).train(resume_from_checkpoint=True)
 
 
 def test_a_scenario_that_a_method_does_not_have(tmp_path):
     with pytest.raises(ValueError, match="'anchor_for_tests' is not defined for scenario='online': it has class_incr"):
-        trainer(tmp_path, Anchor(), stream=tiny.stream(scenario="online"))
+        tiny.trainer(tmp_path, method=Anchor(), stream=tiny.stream(scenario="online"))
 
 
 # ---- labels, images of other tasks, a loss of the user's -------------------------------------------------------------
@@ -251,7 +235,7 @@ class Replay(ContinualMethod):
 
 
 def test_an_image_outside_the_classes_of_the_loss_is_an_error(tmp_path):
-    run = trainer(tmp_path, Replay())
+    run = tiny.trainer(tmp_path, method=Replay())
     run.train_task(0)
     with pytest.raises(ValueError, match=r"labels outside the classes of the loss.*train_mask='seen'"):
         run.train_task(1)
@@ -259,7 +243,7 @@ def test_an_image_outside_the_classes_of_the_loss_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("head", ["linear", "statistics"])
 def test_images_of_older_tasks_are_trained_on(tmp_path, head):
-    run = trainer(tmp_path, Replay(), model=tiny.model(head=head), train_mask="seen")
+    run = tiny.trainer(tmp_path, method=Replay(), model=tiny.model(head=head), train_mask="seen")
     run.train_task(0)
     run.train_task(1)
     old = [(index, loss) for task, index, loss in run.method.seen if task == 0]
@@ -285,7 +269,7 @@ def test_a_loss_function_of_ones_own_is_used(tmp_path):
         calls.append(len(labels))
         return torch.nn.functional.cross_entropy(outputs.logits, labels)
 
-    trainer(tmp_path, None, compute_loss_func=own, num_train_epochs=1).train_task(0)
+    tiny.trainer(tmp_path, method=None, compute_loss_func=own, num_train_epochs=1).train_task(0)
     assert calls == [4] * 4
 
 
@@ -331,7 +315,7 @@ def test_every_method_describes_itself(name):
 def test_an_adapter_without_shared_prompts_says_so_and_trains(tmp_path, adapter, without, condition):
     model = tiny.model(adapter, **without)
     with pytest.warns(UserWarning, match=f"'{condition}' has nothing to protect.*No update will be projected"):
-        run = trainer(tmp_path, ProjectedPrompts(ProjectionConfig(method=condition)), model=model)
+        run = tiny.trainer(tmp_path, method=ProjectedPrompts(ProjectionConfig(method=condition)), model=model)
     run.train()
     assert run.results.rank == [0, 0, 0] and load_file(tmp_path / "projection.safetensors") == {}
     card = (tmp_path / "README.md").read_text()
