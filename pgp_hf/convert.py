@@ -2,8 +2,8 @@
 
     python -m pgp_hf.convert model.safetensors vit-base-sam
 
-The "SAM" backbone of the PGP poster needs this. It is a ViT trained with sharpness-aware minimisation (not Segment
-Anything), whose weights exist in timm's layout, `timm/vit_base_patch16_224.sam_in1k` on the Hub. The poster's
+The "SAM" backbone of the PGP paper needs this. It is a ViT trained with sharpness-aware minimisation (not Segment
+Anything), whose weights exist in timm's layout, `timm/vit_base_patch16_224.sam_in1k` on the Hub. The paper's
 "DINO" backbone needs no conversion: `facebook/dino-vitb16` loads as a `ViTModel` as it is.
 
 Only the plain ViT is converted: CLS token, learned absolute positions including one for CLS, pre-norm blocks, one

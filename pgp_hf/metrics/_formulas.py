@@ -2,7 +2,8 @@
 
 Everywhere `A[i][j]` is the accuracy on task `j` after training task `i` (0-based), in percent or as a fraction, and
 `t` is the last row that holds values, so a run in progress has metrics too. `None` and NaN mean "not evaluated";
-entries above the diagonal (tasks not yet trained) may be missing, entries on and below it may not.
+entries above the diagonal (tasks not yet trained) may be missing, entries on and below it may not. PGP is Qiao et al.,
+ICLR 2024.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Matrix = Sequence[Sequence["float | None"]] | np.ndarray
 
 
 def average_accuracy(matrix: Matrix) -> float:
-    """Average the current model's accuracy over the tasks seen so far (poster, Eq. 35).
+    """Average the current model's accuracy over the tasks seen so far (PGP, Eq. 35).
 
         ACC = 1/(t+1) * sum_{j <= t} A[t][j]
 
@@ -36,7 +37,7 @@ def average_accuracy(matrix: Matrix) -> float:
 
 
 def forgetting(matrix: Matrix) -> float:
-    """Average the drop from each earlier task's best accuracy so far to its accuracy now (poster, Eq. 36).
+    """Average the drop from each earlier task's best accuracy so far to its accuracy now (PGP, Eq. 36).
 
         FOR = 1/t * sum_{i < t} ( max_{i <= j <= t-1} A[j][i] - A[t][i] )
 
@@ -128,7 +129,7 @@ def learning_accuracy(matrix: Matrix) -> float:
 
 
 def per_task_average_accuracy(matrix: Matrix) -> list[float]:
-    """Return [`average_accuracy`] as it was after each task: entry `i` is the mean of `A[i][0..i]` (poster, Eq. 35).
+    """Return [`average_accuracy`] as it was after each task: entry `i` is the mean of `A[i][0..i]` (PGP, Eq. 35).
 
     Args and Raises: as for [`average_accuracy`].
 

@@ -74,7 +74,7 @@ class ProjectionConfig:
         metadata={
             "help": "'update': the displacement from the task's start is projected after each optimizer step, so that "
             "no optimizer can leave the null space; 'gradient': the gradient is projected before the step (the "
-            "poster's algorithm; Adam leaves the null space); 'both': as 'update', and the optimizer sees only gradients "
+            "paper's algorithm; Adam leaves the null space); 'both': as 'update', and the optimizer sees only gradients "
             "inside the null space"
         },
     )

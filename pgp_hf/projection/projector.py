@@ -31,7 +31,7 @@ class NullSpaceProjector:
 
     `apply_to="update"` projects the displacement `p - p_anchor` from the value at the task's start after each step.
     Momentum, Adam's scaling, weight decay and clipping cannot leave the null space then, and rounding does not
-    accumulate over steps. `apply_to="gradient"` projects the gradient before the step, as the poster's algorithm does;
+    accumulate over steps. `apply_to="gradient"` projects the gradient before the step, as the paper's algorithm does;
     under an optimizer that is not linear in the gradient (Adam) the step leaves the null space all the same.
     `apply_to="both"` guarantees what "update" does, and the optimizer scales and accumulates only gradients inside the
     null space: under "update" alone, directions that may not move influence the size of Adam's steps in those that
