@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..data.scenarios import SCENARIOS
 from .arguments import Arguments
 
 _TRAINING = (
@@ -65,7 +66,7 @@ def describe(method: str, preset: dict[str, Any] | None, arguments: Arguments) -
         "projection": {**run.config().to_dict(), "unprojected twin": run.projection != "none" and not run.no_compare},
         "training": {
             **{key: _plain(getattr(training, key)) for key in _TRAINING},
-            "num_train_epochs": 1.0 if data.scenario == "online" else training.num_train_epochs,  # per task
+            "num_train_epochs": 1.0 if SCENARIOS[data.scenario].one_epoch else training.num_train_epochs,  # per task
             "images_per_step": per_step,
             "learning_rate_per_256_images": round(training.learning_rate * 256 / per_step, 12),
         },

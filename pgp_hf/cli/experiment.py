@@ -72,7 +72,7 @@ def run(name: str, arguments: Arguments, make_model: Callable[[TaskStream], Peft
     compare = not arguments.run.no_compare
     twin = compare and projection.method != "none"
     if twin:
-        unprojected = replace(projection, method="none", ln_penalty=0.0)
+        unprojected = replace(projection, method="none", ln_penalty=0.0)  # a penalty needs a projection
         train(unprojected, output_dir / "baseline", _twin_of(resume))
     trainer = train(projection, output_dir, resume)
     if trainer.is_world_process_zero():
@@ -140,8 +140,7 @@ def _zero_shot_matrix(stream: TaskStream, test: list[np.ndarray], names: np.ndar
     for i in range(stream.num_tasks):
         row: list[float | None] = [None] * stream.num_tasks
         for j in range(i + 1):
-            own = stream.scenario == "task_incremental"
-            classes = list(stream.tasks[j].classes) if own else stream.seen_classes(i)
+            classes = stream.allowed_classes(i, j)
             predicted = np.array([classes[best] for best in (test[j] @ names[classes].T).argmax(1)])
             row[j] = float(100 * np.mean(predicted == stream.test(j).labels))
         rows.append(row)

@@ -69,6 +69,7 @@ class NearestClassMean(_FromStatistics):
     def predict(self, x: np.ndarray) -> np.ndarray:
         """Return the labels `(N,)` of features `(N, d)`."""
         features = torch.from_numpy(x).to(torch.float64)
+        # not by matrix products, in which distances between close points lose digits
         distances = torch.cdist(features, self.statistics.means, compute_mode="donot_use_mm_for_euclid_dist")
         return self.classes[distances.argmin(1).numpy()]
 

@@ -196,7 +196,7 @@ def _difference(tree: dict[str, RepoFile], wanted: dict[str, Path]) -> str | Non
         there, data = tree[path], wanted[path].read_bytes()
         if there.lfs is not None:
             same = there.lfs.sha256 == hashlib.sha256(data).hexdigest()
-        else:
+        else:  # git names a file by this digest
             same = there.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         if not same:
             return path

@@ -94,6 +94,7 @@ class RunFolder:
     def clear(self) -> None:
         """Delete an earlier run's files, and nothing else."""
         for task in self.root.glob("task-*"):
+            # the copies at the top level; whatever else lies there is the user's
             for file in task.rglob("*"):
                 if file.is_file():
                     (self.root / file.relative_to(task)).unlink(missing_ok=True)

@@ -142,21 +142,14 @@ class Revision:
         Raises:
             ValueError: a file is missing, damaged or was altered, or lacks the method's name or settings.
         """
-        state, description = self.folder / METHOD_STATE, self.folder / METHOD
-        there = [path.name for path in (state, description) if path.exists()]
-        if not there and self._noted_digest(METHOD_STATE) is None:
-            return None
-        for path in (state, description):
-            if not path.exists():
-                raise ValueError(
-                    f"{self.folder} has {there[0] if there else f'a digest of {METHOD_STATE}'}, but no {path.name}: the "
-                    "download or copy is incomplete."
-                )
-        content = reading.read_json(description)
-        check_method_file(content, description)
-        tensors = reading.read_tensors(state)
-        self._check_digest(state)
-        return tensors, content
+        found = read_method(self.folder)
+        if found is None and self._noted_digest(METHOD_STATE) is not None:
+            raise ValueError(
+                f"{self.folder} has a digest of {METHOD_STATE}, but no {METHOD_STATE}: the download or copy is incomplete."
+            )
+        if found is not None:
+            self._check_digest(self.folder / METHOD_STATE)
+        return found
 
     def projection_config(self) -> ProjectionConfig:
         """Read the settings in `projection.json`.
@@ -205,3 +198,21 @@ class Revision:
                 f"{path} is not the file that the run wrote (its digest differs from the one in {RESULTS}): it is "
                 "damaged or was altered. Fetch it again."
             )
+
+
+def read_method(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Read a method's tensors and the content of `method.json` in a revision or a checkpoint; None where neither is.
+
+    Raises:
+        ValueError: one without the other, a damaged file, or one that lacks the method's name or settings.
+    """
+    state, description = folder / METHOD_STATE, folder / METHOD
+    there = [path.name for path in (state, description) if path.exists()]
+    if not there:
+        return None
+    for path in (state, description):
+        if not path.exists():
+            raise ValueError(f"{folder} has {there[0]}, but no {path.name}: the download or copy is incomplete.")
+    content = reading.read_json(description)
+    check_method_file(content, description)
+    return reading.read_tensors(state), content
