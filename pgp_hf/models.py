@@ -1,4 +1,4 @@
-"""How everything else meets a model: what a trainer asks of all of them, and what only some have."""
+"""The protocols by which everything else meets a model: one that all of them follow, and others that some do."""
 
 from __future__ import annotations
 

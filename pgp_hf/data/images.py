@@ -138,7 +138,7 @@ class ImageCollator:
             "labels": torch.tensor([item["label"] for item in items]),
         }
         for name in ("task", "index"):
-            if all(name in item for item in items):
+            if all(isinstance(item.get(name), int) for item in items):  # a column of the user's may have the name
                 batch[name] = torch.tensor([item[name] for item in items])
         if all("prompt_query" in item for item in items):
             batch["prompt_query"] = torch.stack([item["prompt_query"] for item in items])

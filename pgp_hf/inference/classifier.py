@@ -25,9 +25,10 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .. import tuners  # noqa: F401 (registers the adapters)
 from ..data.rgb import array_to_rgb, open_rgb, to_rgb
 from ..heads import keep_classes
+from ..methods import ContinualMethod, MethodState, create
 from ..models import SelectsPrompts
 from ..projection import Projection
-from ..runs.folder import ADAPTER_CONFIG
+from ..runs.folder import ADAPTER_CONFIG, METHOD
 from ..runs.revision import Revision
 from ..runs.sources import locate
 from ..tuners.base.config import PromptConfig
@@ -199,8 +200,8 @@ def load_pretrained(
     processor = processor or load_processor(found, source, hub)
     weights = found.weights(_expected(base, config))
     if found.results is not None:
-        found.bases()  # read only to be checked, as are the method's files: prediction needs neither
-    found.method()
+        found.bases()  # read only to be checked: prediction does not need them
+    method = _adjusting_method(found)
     found.check_backbone(base)
 
     with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are soon replaced
@@ -209,7 +210,7 @@ def load_pretrained(
     if found.tasks:
         _tuner(model).resume_after(found.tasks - 1)
     classes = None if eval_mask == "none" else found.seen_classes
-    _make_classifier(model, classes)
+    _make_classifier(model, classes, method)
     return PromptClassifier(model.to(device=device, dtype=dtype).eval(), processor, found, classes)
 
 
@@ -289,9 +290,42 @@ def _wrap(base: PreTrainedModel, config: PromptConfig) -> PeftModel:
         return PeftModel(base, config)
 
 
-def _make_classifier(model: PeftModel, classes: list[int] | None) -> None:
-    """Add `logits` with unseen classes masked to the model's output, and the class names to its configuration."""
-    tuner = _tuner(model)
+def _adjusting_method(revision: Revision) -> ContinualMethod | None:
+    """Return the method of a run, if it adjusts the model's logits; most do not.
+
+    Raises:
+        ValueError: damaged files, or a method that is not registered here.
+    """
+    found = revision.method()
+    if found is None or not found[1].get("adjusts_logits"):
+        return None
+    tensors, content = found
+    try:
+        method = create(content["name"], **content["settings"])
+        method.load_state(MethodState(tensors, content.get("state", {})))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{revision.folder / METHOD} names the method {content['name']!r}, which predictions need and which cannot be "
+            f"made ({error}): import the package that registers it."
+        ) from error
+    return method
+
+
+def _make_classifier(model: PeftModel, classes: list[int] | None, method: ContinualMethod | None) -> None:
+    """Add `logits` with unseen classes masked to the model's output, and the class names to its configuration.
+
+    Args:
+        method: adjusts the logits before they are masked.
+    """
+    tuner, features = _tuner(model), list[Tensor]()
+    if method is not None:
+        tuner.watch_features(lambda seen: features.__setitem__(slice(None), [seen]))
+
+    def kept(logits: Tensor) -> Tensor:
+        return keep_classes(
+            logits if method is None else method.adjust_logits(logits.float(), features.pop()), classes
+        )
+
     base, names = cast(PreTrainedModel, model.get_base_model()), tuner.class_names or {}
     base.config.id2label, base.config.label2id = dict(names), {name: index for index, name in names.items()}
 
@@ -300,8 +334,8 @@ def _make_classifier(model: PeftModel, classes: list[int] | None) -> None:
             return output
         if isinstance(output, tuple):
             at = 1 if kwargs.get("labels") is not None else 0  # the loss comes first
-            return *output[:at], keep_classes(output[at], classes), *output[at + 1 :]
-        logits = keep_classes(tuner.class_logits(output), classes)
+            return *output[:at], kept(output[at]), *output[at + 1 :]
+        logits = kept(tuner.class_logits(output))
         if "logits" not in output:
             return ImageClassifierOutput(logits=logits)
         output.logits = logits

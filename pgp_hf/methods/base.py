@@ -1,7 +1,8 @@
-"""What every way of learning a stream is: fine-tuning, until a method overrides what it does otherwise."""
+"""The base of all methods: fine-tuning, of which a method overrides the parts that it does differently."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -48,7 +49,7 @@ class Batch(NamedTuple):
 
 
 class Collectives(NamedTuple):
-    """What the processes of a data-parallel run do together; each is None in a single process.
+    """The operations that the processes of a data-parallel run do together; each is None in a single process.
 
     Attributes:
         reduce: the sum of a tensor over the processes.
@@ -87,7 +88,7 @@ class TaskContext:
 
 
 class MethodState(NamedTuple):
-    """What a method remembers from task to task, in a form that files can hold.
+    """The memory of a method from task to task, in a form that files can hold.
 
     Attributes:
         tensors: by name; in `method.safetensors`.
@@ -100,7 +101,7 @@ class MethodState(NamedTuple):
 
 @dataclass(frozen=True)
 class MethodCard:
-    """What a model card says of a method.
+    """The description of a method on a model card.
 
     Args:
         title: its name, such as "Elastic weight consolidation (EWC)".
@@ -131,8 +132,11 @@ class ContinualMethod:
         begin_task, attach      before its first step
         classes, loss           at each step
         end_task                after its last step: statistics, bases, Fisher information
-        adjust_logits           in every evaluation
-        state, load_state       when a task's files are written, and when a run is resumed
+        adjust_logits           in every evaluation, and by `load_pretrained`
+        state                   when the trainer is made, at every checkpoint, and when a task's files are written
+        load_state              when a run is resumed
+
+    An instance keeps what it has learned, so each trainer takes a new one.
 
     Args:
         config: an instance of `config_class`; its defaults when not given.
@@ -152,6 +156,7 @@ class ContinualMethod:
     config_class: ClassVar[type[DataclassInstance]] = NoSettings
     scenarios: ClassVar[frozenset[str]] = frozenset(SCENARIOS)
     projection: Projection | None = None
+    begun = False  # whether a trainer has used this instance
 
     def __init__(self, config: DataclassInstance | None = None) -> None:
         if config is not None and not isinstance(config, self.config_class):
@@ -164,7 +169,8 @@ class ContinualMethod:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as JSON has them; a run is continued only with the same."""
-        return asdict(self.config)
+        settings: dict[str, Any] = json.loads(json.dumps(asdict(self.config)))
+        return settings
 
     def describe(self) -> MethodCard:
         """Return what the model card says of the method."""
@@ -180,7 +186,7 @@ class ContinualMethod:
         return images
 
     def begin_task(self, context: TaskContext) -> None:
-        """Prepare for a task; the model is as the task before has left it."""
+        """Prepare for a task; the model has prepared itself, but has not been trained on it."""
 
     def attach(self, context: TaskContext, optimizer: Optimizer) -> Iterable[RemovableHandle]:
         """Add the method's rules for gradients and updates to the task's optimizer; return their handles."""
@@ -206,7 +212,10 @@ class ContinualMethod:
         return losses
 
     def end_task(self, context: TaskContext) -> None:
-        """Take from the trained task what later tasks need of it."""
+        """Take from the trained task what later tasks need of it.
+
+        Gradients are on. The model is in training mode until `context.views` is read.
+        """
 
     def adjust_logits(self, logits: Tensor, features: Tensor) -> Tensor:
         """Return the scores `(B, C)` that count, given the model's own and what its head has read, `(B, d)`."""

@@ -16,6 +16,11 @@ from ..projection import Projection, ProjectionConfig
 from .base import Batch, ContinualMethod, MethodCard, TaskContext
 from .registry import register
 
+CITATIONS = {
+    "pgp": "Qiao et al., Prompt Gradient Projection for Continual Learning, ICLR 2024",
+    "attention": "Lu et al., Visual Prompt Tuning in Null Space for Continual Learning, NeurIPS 2024",
+}
+
 
 @register
 class ProjectedPrompts(ContinualMethod):
@@ -40,10 +45,13 @@ class ProjectedPrompts(ContinualMethod):
         self.projection = Projection(self.config)
 
     def describe(self) -> MethodCard:
+        condition = self.config.method
+        if condition == "none":
+            return MethodCard("Prompts without projection", "updates of the prompts were not projected")
         return MethodCard(
-            title="Prompt gradient projection",
-            sentence="updates of the prompts that tasks share were projected as the projection's files say",
-            citation="Qiao et al., Prompt Gradient Projection for Continual Learning, ICLR 2024",
+            title=f"Projected prompts ({condition})",
+            sentence=f"updates of the prompts that have a basis were projected, by the condition `{condition}`",
+            citation=CITATIONS.get(condition),
         )
 
     def settings(self) -> dict[str, Any]:
@@ -55,7 +63,7 @@ class ProjectedPrompts(ContinualMethod):
             warnings.warn(
                 f"projection method {self.config.method!r} has nothing to protect: this {model.name} adapter has no prompt "
                 "that tasks share. No update will be projected; give it shared prompts, or choose method='none'.",
-                stacklevel=2,
+                stacklevel=5,  # the line that makes a PGPTrainer
             )
 
     def begin_task(self, context: TaskContext) -> None:

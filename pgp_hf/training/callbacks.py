@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.stream import TaskStream
 from ..models import StreamModel
@@ -148,8 +148,8 @@ class FollowTraining(TrainerCallback):
         self.start_epoch(int((state.epoch or 0) + 1e-6))
 
 
-def fire(trainer: Trainer, event: str, **kwargs: Any) -> None:
-    """Call an event of a stream on all of a trainer's callbacks that listen to it."""
-    for callback in trainer.callback_handler.callbacks:
+def fire(callbacks: Iterable[TrainerCallback], event: str, *arguments: Any, **kwargs: Any) -> None:
+    """Call an event of a stream on all callbacks that listen to it."""
+    for callback in callbacks:
         if hasattr(callback, event):
-            getattr(callback, event)(trainer.args, trainer.state, trainer.control, model=trainer.model, **kwargs)
+            getattr(callback, event)(*arguments, **kwargs)

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import EvalPrediction
 from transformers.utils.generic import ModelOutput
 
+from ..data.images import CachedQueries
 from ..data.scenarios import SCENARIOS
-from ..data.stream import TaskStream
+from ..data.stream import TaskImages, TaskStream
 from ..heads import keep_classes
 from ..methods import ContinualMethod
 from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel
@@ -27,7 +28,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class Recorded(NamedTuple):
-    """How a task's test images are seen.
+    """The model's view of a task's test images.
 
     Attributes:
         labels: `(N,)`.
@@ -46,7 +47,7 @@ class Recorded(NamedTuple):
 
 @dataclass
 class References:
-    """How the test images of finished tasks were seen when their task ended: what drift is measured against.
+    """The model's view of each finished task's test images as its task ended, against which drift is measured.
 
     Attributes:
         features: by task, `(N, d)`.
@@ -79,40 +80,74 @@ def allowed_classes(
         after: the last task trained, 0-based; None before the first.
         mask: `eval_mask`: "seen", or "none" for all classes.
         tasks: 0-based task of each image, `(B,)`, where it is known.
+
+    Raises:
+        ValueError: a task that the stream does not have.
     """
     if SCENARIOS[stream.scenario].task_known and tasks is not None:
+        if not 0 <= int(tasks.min()) <= int(tasks.max()) < stream.num_tasks:
+            raise ValueError(
+                f"images of tasks {sorted(set(tasks.tolist()))}: expected 0..{stream.num_tasks - 1}, each image's task in "
+                "the stream, by which its classes are chosen."
+            )
         own = torch.zeros(stream.num_tasks, stream.num_classes, dtype=torch.bool, device=tasks.device)
         for task in stream.tasks:
-            own[task.index, list(task.classes)] = True
+            own[task.index, stream.allowed_classes(task.index, task.index)] = True
         return own[tasks]
     return None if mask == "none" or after is None else stream.seen_classes(after)
 
 
-@torch.no_grad()
-def score(
-    model: StreamModel,
-    method: ContinualMethod,
-    output: ModelOutput,
-    features: Tensor,
-    allowed: list[int] | Tensor | None,
-    autocast: Callable[[], AbstractContextManager[None]],
-) -> dict[str, Tensor]:
-    """Return the logits of one batch, and what [`Recorded`] has besides them.
+class Scorer:
+    """Turn a model's outputs on test images into logits under the evaluation rules.
 
-    Args:
-        output: of the model.
-        features: what the head has read, `(B, d)`.
-        allowed: from `allowed_classes`.
-        autocast: the precision that the model runs in.
+    Attributes:
+        task: 0-based task of the images in evaluation, by their dataset; None where they are not a stream's.
+        recording: True while a stream is evaluated: scores then come with what [`Recorded`] has besides.
     """
-    logits = method.adjust_logits(model.class_logits(output).float(), features)
-    found = {"logits": keep_classes(logits, allowed), "features": features.float()}
-    if isinstance(model, KeepsClassStatistics) and model.uses_statistics_head:
-        with autocast():
-            found["linear"] = keep_classes(model.linear_logits(features).float(), allowed)
-    if isinstance(model, SelectsPrompts) and model.selected_prompts is not None:
-        found["selected"] = model.selected_prompts
-    return found
+
+    def __init__(self, stream: TaskStream, method: ContinualMethod, mask: str) -> None:
+        self.stream, self.method, self.mask = stream, method, mask
+        self.task: int | None = None
+        self.recording = False
+
+    def expect(self, images: object) -> None:
+        """Note whose images come next: a collator of the user's own may not tell."""
+        images = images.images if isinstance(images, CachedQueries) else images
+        self.task = images.task if isinstance(images, TaskImages) else None
+
+    @torch.no_grad()
+    def score(
+        self,
+        model: StreamModel,
+        output: ModelOutput,
+        features: Tensor,
+        tasks: Tensor | None,
+        after: int | None,
+        autocast: Callable[[], AbstractContextManager[None]],
+    ) -> dict[str, Tensor]:
+        """Return the logits of one batch, and while recording the rest of [`Recorded`].
+
+        Args:
+            output: of the model.
+            features: what the head has read, `(B, d)`.
+            tasks: 0-based task of each image, `(B,)`; None where the batch does not tell.
+            after: the last task trained, 0-based; None before the first.
+            autocast: the precision that the model runs in.
+        """
+        if tasks is None and self.task is not None:
+            tasks = torch.full((len(features),), self.task, device=features.device)
+        allowed = allowed_classes(self.stream, after, self.mask, tasks)
+        logits = self.method.adjust_logits(model.class_logits(output).float(), features)
+        found = {"logits": keep_classes(logits, allowed)}
+        if not self.recording:
+            return found
+        found["features"] = features.float()
+        if isinstance(model, KeepsClassStatistics) and model.uses_statistics_head:
+            with autocast():
+                found["linear"] = keep_classes(model.linear_logits(features).float(), allowed)
+        if isinstance(model, SelectsPrompts) and model.selected_prompts is not None:
+            found["selected"] = model.selected_prompts
+        return found
 
 
 def measure(

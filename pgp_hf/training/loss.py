@@ -52,9 +52,19 @@ def mean_over_step(losses: Tensor, labels: Tensor, num_items_in_batch: Tensor | 
 def image_losses(
     method: ContinualMethod, context: TaskContext, batch: Batch, output: ModelOutput, smoothing: float
 ) -> Tensor:
-    """Return each image's loss, `(B,)`: cross-entropy, what the model adds to it, and what the method makes of both."""
+    """Return each image's loss, `(B,)`: cross-entropy, what the model adds to it, and what the method makes of both.
+
+    Raises:
+        ValueError: a method that returns another shape, such as a mean.
+    """
     logits = context.model.class_logits(output)
     losses = cross_entropy(logits, batch.labels, method.classes(context), smoothing)
     if (own := context.model.auxiliary_loss(output)) is not None:
         losses = losses + own
-    return method.loss(context, batch, output, losses)
+    losses = method.loss(context, batch, output, losses)
+    if losses.shape != batch.labels.shape:
+        raise ValueError(
+            f"method {method.name!r} returned a loss of shape {tuple(losses.shape)}: expected {tuple(batch.labels.shape)}, "
+            "one for each image; the trainer averages over the images of the whole step."
+        )
+    return losses

@@ -1,4 +1,4 @@
-"""How far a run has come: what a trainer carries from task to task, beside the model and the method."""
+"""The progress of a run: all that a trainer carries from task to task besides the model and the method."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from ..runs.folder import RunFolder
 from .evaluation import References
 from .results import StreamResults
@@ -15,7 +17,7 @@ from .results import StreamResults
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
         results: what has been measured.
@@ -73,3 +75,8 @@ class Progress:
         started = time.perf_counter()
         yield
         self.results.seconds[activity] += time.perf_counter() - started
+
+
+def task_seed(seed: int, t: int) -> int:
+    """Return the seed of the 0-based task t in a run with this seed."""
+    return int(np.random.SeedSequence([seed, t]).generate_state(1)[0])

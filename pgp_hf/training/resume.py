@@ -1,4 +1,4 @@
-"""How a run goes on: what its files hold is checked as a whole before a trainer takes anything over."""
+"""Resuming: an earlier run's files are checked as a whole before a trainer takes anything over."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..runs.atomic import write_json, write_tensors
 from ..runs.folder import ADAPTER_CONFIG, CONTINUED, DESCRIPTION, MANIFEST, RESULTS, RunFolder
 from ..runs.open import open_run
 from ..runs.reading import read_json, read_tensors
-from ..runs.revision import Revision
+from ..runs.revision import Revision, read_method
 from .arguments import PGPTrainingArguments
 from .evaluation import Recorded, References
 from .progress import Progress
@@ -114,10 +114,8 @@ class EarlierRun:
                     f"{revision.folder} does not say by which method it was trained: only projected prompts can be continued."
                 )
             return None
-        tensors, content = found
-        _compare("method", revision.folder, content, {"name": self.method.name})
-        _compare("method", revision.folder, content["settings"], self.method.settings())
-        return MethodState(tensors, content.get("state", {}))
+        check_method(self.method, found[1], revision.folder)
+        return MethodState(found[0], found[1].get("state", {}))
 
     # ---- what drift is measured against --------------------------------------------------------------------------
 
@@ -232,10 +230,12 @@ class Resumer:
         """
         source = self._find(where)
         finished, progress = source.finished_tasks(), self.progress
+        checkpoint = source.last_checkpoint(finished) if finished < self.stream.num_tasks else None
+        if checkpoint is not None and (found := read_method(checkpoint)) is not None:
+            check_method(self.method, found[1], checkpoint)
         earlier = EarlierRun(source, self.stream, self.model, self.learner, self.method, progress.results)
         if finished:
             self._take_over(earlier, finished - 1)
-        checkpoint = source.last_checkpoint(finished) if finished < self.stream.num_tasks else None
         if not finished and progress.interrupted:
             if checkpoint is None:
                 raise ValueError(
@@ -274,10 +274,11 @@ class Resumer:
     def _take_over(self, earlier: EarlierRun, t: int) -> None:
         """Take over the state that the run had when the 0-based task t ended; all of it is checked before."""
         loaded = earlier.load(t)
+        if loaded.method is not None:
+            self.method.load_state(loaded.method)  # the one part that may still refuse
+        self.method.begun = True
         if self.method.projection is not None:
             self.method.projection.load_state(*loaded.bases)
-        if loaded.method is not None:
-            self.method.load_state(loaded.method)
         self.progress.results, self.progress.references = loaded.results, References()
 
         def record(weights: dict[str, Tensor], j: int) -> Recorded:
@@ -298,7 +299,7 @@ class Resumer:
         """Go back to before the first task, which this very trainer has begun; a checkpoint has the parameters."""
         if self.method.projection is not None:
             self.method.projection.load_state({}, self.method.projection.config.to_dict())
-        self.method.load_state(self.blank)
+        self.method.load_state(copy.deepcopy(self.blank))
         self.progress.forget()
 
     def _prepare_folder(self, earlier: EarlierRun, finished: int) -> None:
@@ -313,6 +314,12 @@ class Resumer:
                 write_tensors(self.folder.features(t), references.tensors(t))
         if finished:
             self.folder.promote(finished - 1)  # a run may have died before it came to that
+
+
+def check_method(method: ContinualMethod, saved: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError unless `method.json` names this method with these settings."""
+    _compare("method", folder, saved, {"name": method.name})
+    _compare("method", folder, saved["settings"], method.settings())
 
 
 def _compare(what: str, folder: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:

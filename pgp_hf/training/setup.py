@@ -1,4 +1,4 @@
-"""What a trainer checks and arranges before it trains."""
+"""Checks and arrangements before a trainer trains."""
 
 from __future__ import annotations
 
@@ -34,8 +34,13 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 def check_model(model: nn.Module, stream: TaskStream) -> None:
     """Raise TypeError or ValueError unless the model learns streams and has a head for this one's classes."""
     names = stream_model(model).class_names
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}: pass the PeftModel around it, which can be saved "
+            "(peft.get_peft_model(model, pgp_hf.L2PConfig(...)))."
+        )
     if names is None:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = model.get_base_model()
         raise TypeError(
             f"{type(base).__name__} has no classifier: use a model with a head, for example "
             "AutoModelForImageClassification (a CLIPModel takes its class names from ClipPromptConfig.for_classes)."
@@ -53,6 +58,11 @@ def check_settings(
     args: PGPTrainingArguments, stream: TaskStream, method: ContinualMethod, learner: StreamModel
 ) -> None:
     """Raise ValueError for arguments, stream, method and model that do not go together."""
+    if method.begun:
+        raise ValueError(
+            f"this {type(method).__name__} has learned tasks in another trainer: make a new one for each trainer, with the "
+            "same settings to continue the run (train(resume_from_checkpoint=...))."
+        )
     if stream.scenario not in method.scenarios:
         raise ValueError(
             f"method {method.name!r} is not defined for scenario={stream.scenario!r}: it has "
@@ -77,7 +87,7 @@ def new_results(
     """Return the results of a run that has not begun."""
     settings, projection = learner.settings(), method.projection
     return StreamResults(
-        method=learner.name if isinstance(method, ProjectedPrompts) else method.name,
+        method=learner.name if method.name == ProjectedPrompts.name else method.name,
         projection="none" if projection is None else projection.config.method,
         head=settings.get("head", "linear"),
         scenario=stream.scenario,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -13,30 +14,31 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.hooks import RemovableHandle
 from transformers import ProgressCallback, Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .. import hub
 from ..data.images import AugmentedImages, CachedQueries, ImageCollator
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
-from ..methods import Batch, ContinualMethod, FineTuning, TaskContext
+from ..methods import Batch, ContinualMethod, FineTuning, MethodState, TaskContext
 from ..models import Protectable, SelectsPrompts, StreamModel, stream_model
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
+from ..runs.revision import read_method
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress, fire
-from .evaluation import Recorded, accuracy, allowed_classes, measure, score, summary_logs
+from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
 from .loss import image_losses, mean_over_step
-from .progress import Progress
+from .progress import Progress, task_seed
 from .pushing import PushTasks, check_push, push_now
 from .results import StreamResults
 from .resume import Resumer, start_new
 from .setup import check_arguments, check_model, check_settings, new_results, separate_learning_rate
 from .views import Passes, head_inputs
-from .writing import read_method, write_method, write_task
+from .writing import write_method, write_task
 
 
 class StreamTrainer(Trainer):
@@ -51,7 +53,7 @@ class StreamTrainer(Trainer):
         stream: the tasks.
         method: how the stream is learned; fine-tuning by default.
         processing_class: the backbone's image processor, for training, evaluation and the saved folder.
-        kwargs: any other argument of `Trainer`.
+        kwargs: any other argument of `Trainer`. A `compute_loss_func` replaces the method's own loss.
 
     Attributes:
         method: how the stream is learned.
@@ -81,6 +83,7 @@ class StreamTrainer(Trainer):
         check_arguments({**kwargs, "processing_class": processing_class})
         self.stream = stream
         self.method = FineTuning() if method is None else method
+        # a `Trainer` counts the images of a step only for such a function; `compute_loss` calls it with more than that
         kwargs.setdefault("compute_loss_func", mean_over_step)
         kwargs.setdefault("compute_metrics", accuracy)
         kwargs.setdefault("eval_dataset", {"task_1": stream.test(0)})  # grows with the tasks
@@ -92,8 +95,8 @@ class StreamTrainer(Trainer):
                 "data parallelism (accelerate launch --multi_gpu); prompts are too small to gain from sharding."
             )
         learner = self.stream_model
-        learner.prepare_stream([list(task.classes) for task in stream.tasks], stream.id2label)
         check_settings(self.args, stream, self.method, learner)
+        learner.prepare_stream([list(task.classes) for task in stream.tasks], stream.id2label)
         if SCENARIOS[stream.scenario].one_epoch:
             self.args.num_train_epochs = 1
         self.folder = RunFolder(str(self.args.output_dir))
@@ -102,8 +105,8 @@ class StreamTrainer(Trainer):
         self._images: AugmentedImages | None = None  # and its images
         self._handles: list[RemovableHandle] = []  # of hooks on the optimizer
         self._test_queries: dict[int, Tensor | None] = {}
-        self._recording = False
-        self._blank = self.method.state()
+        self._scorer = Scorer(stream, self.method, self.args.eval_mask)
+        self._blank = copy.deepcopy(self.method.state())
         self.add_callback(FollowTraining(learner, self._start_epoch))
         if self.args.push_to_hub:
             self.args.check_hub()  # set_push_to_hub() comes after the arguments' own checks
@@ -159,13 +162,13 @@ class StreamTrainer(Trainer):
             if self.is_world_process_zero():
                 self.stream.verify(progress=not self.args.disable_tqdm)
             self.accelerator.wait_for_everyone()
-        fire(self, "on_stream_begin", stream=self.stream, first_task=first)
+        self._fire("on_stream_begin", first_task=first)
         steps, loss = 0, 0.0
         for t in range(first, self.stream.num_tasks):
             output = self.train_task(t, resume_from_checkpoint=checkpoint, **kwargs)
             steps, loss, checkpoint = steps + output.global_step, loss + output.training_loss, None
         results = self.results.to_dict()
-        fire(self, "on_stream_end", stream=self.stream, results=results)
+        self._fire("on_stream_end", results=results)
         return TrainOutput(steps, loss / max(self.stream.num_tasks - first, 1), results)
 
     def train_task(self, t: int, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
@@ -175,24 +178,25 @@ class StreamTrainer(Trainer):
             ValueError: a task out of turn, or one that was begun and broke off.
         """
         self.progress.begin(t)
-        learner, context = self.stream_model, self._make_context(t)
+        self.method.begun = True
+        learner, seed = self.stream_model, self.args.seed
         with self.progress.timed("train"):
-            self._images = images = AugmentedImages(
-                self.stream.train(t), self.args.augmentation, self.args.crop_min_scale, self.args.seed, t
-            )
+            images = AugmentedImages(self.stream.train(t), self.args.augmentation, self.args.crop_min_scale, seed, t)
+            self._images = images
+            context = self._make_context(t)
             self._passes().keep_training_queries(images, self.method.projection)
             self.train_dataset = self.method.train_images(context, images)
         with self.progress.timed("statistics"):
             before = self._passes().head_features(t) if self.args.compensate_drift and t > 0 else None
         # a function of (seed, task) alone: paired runs and resumed runs see the same random numbers
-        set_seed(_task_seed(self.args.seed, t))
+        set_seed(task_seed(seed, t))
         self.eval_dataset = self._test_sets(t)
         if self.args.reinit_optimizer:
             self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         learner.begin_task(t)
         self.method.begin_task(context)
-        fire(self, "on_task_begin", stream=self.stream, task=t)
+        self._fire("on_task_begin", task=t)
         with self.progress.timed("train"):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         learner.end_task(t)
@@ -203,9 +207,7 @@ class StreamTrainer(Trainer):
         self.evaluate_stream()
         self._write_task(t)
         self.progress.interrupted = False
-        fire(
-            self, "on_task_end", stream=self.stream, task=t, results=self.results.to_dict(), folder=self.folder.task(t)
-        )
+        self._fire("on_task_end", task=t, results=self.results.to_dict(), folder=self.folder.task(t))
         return output
 
     def evaluate_stream(self) -> dict[str, Any]:
@@ -226,15 +228,20 @@ class StreamTrainer(Trainer):
         self.log(summary_logs(self.results))
         return self.results.to_dict()
 
+    def _fire(self, event: str, **kwargs: Any) -> None:
+        given = {"model": self.model, "stream": self.stream, **kwargs}
+        fire(self.callback_handler.callbacks, event, self.args, self.state, self.control, **given)
+
     def _make_context(self, t: int) -> TaskContext:
+        passes = self._passes()
         self._context = TaskContext(
             task=t,
             stream=self.stream,
             model=self.stream_model,
             seed=self.args.seed,
             train_mask=self.args.train_mask,
-            views=lambda limit: self._passes().views_for_method(t, limit),
-            collectives=self._passes().collectives,
+            views=lambda limit: passes.views_for_method(t, limit),
+            collectives=passes.collectives,
         )
         return self._context
 
@@ -263,10 +270,10 @@ class StreamTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the method's losses, one for each image, averaged over the whole step's images."""
-        batch = Batch.split(inputs)
         if self.compute_loss_func is not mean_over_step:  # the user's own
-            inputs = {**batch.inputs, "labels": batch.labels}
+            inputs = {name: value for name, value in inputs.items() if name not in ("task", "index")}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = Batch.split(inputs)
         if self._context is None:
             raise ValueError("no task has begun: train by train() or train_task(t).")
         output = model(**batch.inputs)
@@ -312,6 +319,11 @@ class StreamTrainer(Trainer):
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As a `Trainer`'s; notes whose test images these are, by their dataset."""
+        self._scorer.expect(dataloader.dataset)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -319,20 +331,16 @@ class StreamTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Return loss, logits and labels of one evaluation batch; classes that may not win are masked.
-
-        While a stream is evaluated, the logits come with what `Recorded` has besides.
-        """
+        """Return loss, logits and labels of one evaluation batch; classes that may not win are masked."""
         inputs, learner = self._prepare_inputs(inputs), self.stream_model
         labels, tasks, _ = (inputs.pop(name, None) for name in ("labels", "task", "index"))
         with torch.no_grad(), head_inputs(learner) as features:
             output = model(**inputs)
-        allowed = allowed_classes(self.stream, self.task, self.args.eval_mask, tasks)
-        found = score(learner, self.method, output, features[0], allowed, self.accelerator.autocast)
+        found = self._scorer.score(learner, output, features[0], tasks, self.task, self.accelerator.autocast)
         loss = None if labels is None else F.cross_entropy(found["logits"], labels)
         if prediction_loss_only:
             return loss, None, None
-        return loss, found if self._recording else found["logits"], labels
+        return loss, found if self._scorer.recording else found["logits"], labels
 
     def _record(self, j: int) -> Recorded:
         """Predict the test images of the 0-based task j."""
@@ -341,11 +349,11 @@ class StreamTrainer(Trainer):
             self._test_queries[j] = self._passes().queries(images)
         queries = self._test_queries[j]
         seen: Dataset[Any] = images if queries is None else CachedQueries(images, queries)
-        compute_metrics, self.compute_metrics, self._recording = self.compute_metrics, None, True
+        compute_metrics, self.compute_metrics, self._scorer.recording = self.compute_metrics, None, True
         try:
             output = self.predict(seen, metric_key_prefix=f"eval_task_{j + 1}")
         finally:
-            self.compute_metrics, self._recording = compute_metrics, False
+            self.compute_metrics, self._scorer.recording = compute_metrics, False
         found: Any = output.predictions  # the dict that prediction_step has returned
         return Recorded(labels=np.asarray(output.label_ids), **found)
 
@@ -381,8 +389,17 @@ class StreamTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if (state := read_method(Path(resume_from_checkpoint))) is not None:
-            self.method.load_state(state)
+        self._load_method(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            self._load_method(self.state.best_model_checkpoint)
+
+    def _load_method(self, checkpoint: str) -> None:
+        """Give the method what it remembered at a checkpoint; one from before methods had files holds nothing."""
+        if (found := read_method(Path(checkpoint))) is not None:
+            self.method.load_state(MethodState(found[0], found[1].get("state", {})))
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
@@ -447,7 +464,3 @@ class StreamTrainer(Trainer):
         """
         check_push(blocking, revision)
         return push_now(self.args, self.folder, token, private) if self.is_world_process_zero() else None
-
-
-def _task_seed(seed: int, t: int) -> int:
-    return int(np.random.SeedSequence([seed, t]).generate_state(1)[0])

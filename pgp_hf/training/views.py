@@ -28,7 +28,7 @@ Views = Iterator[tuple[Batch, list[int]]]
 
 @dataclass(frozen=True)
 class Passes:
-    """What a pass over images needs of a trainer, which hands it over.
+    """Go over images with a trainer's model; the trainer hands over what that takes.
 
     Attributes:
         model, learner: the whole model, and the `StreamModel` inside it.
@@ -167,7 +167,7 @@ class Passes:
 
     @property
     def collectives(self) -> Collectives:
-        """What the processes do together; nothing where there is one."""
+        """Operations that the processes do together; none where there is one process."""
         if self.args.world_size == 1:
             return Collectives()
         return Collectives(

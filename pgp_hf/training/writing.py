@@ -1,4 +1,4 @@
-"""What a trainer writes when a task ends: the files of the contract, from what it hands over."""
+"""Writing the files of a task that has ended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..methods import ContinualMethod, MethodState
+from ..methods import ContinualMethod
 from ..projection import Projection, ProjectionConfig
 from ..report import card, figures
 from ..runs.atomic import write_json, write_tensors
@@ -23,7 +23,7 @@ from ..runs.folder import (
     METHOD_STATE,
     RESULTS,
 )
-from ..runs.reading import read_json, read_tensors, sha256
+from ..runs.reading import read_json, sha256
 
 
 def write_task(
@@ -74,12 +74,7 @@ def write_method(folder: Path, method: ContinualMethod) -> None:
         "settings": method.settings(),
         "state": state.values,
         "card": asdict(method.describe()),
+        # prediction needs such a method, any other does without
+        "adjusts_logits": type(method).adjust_logits is not ContinualMethod.adjust_logits,
     }
     write_json(folder / METHOD, content)
-
-
-def read_method(folder: Path) -> MethodState | None:
-    """Read what a method remembered when `write_method` was called; None where it was not."""
-    if not (folder / METHOD).is_file():
-        return None
-    return MethodState(read_tensors(folder / METHOD_STATE), read_json(folder / METHOD)["state"])
