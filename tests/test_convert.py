@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -78,8 +79,8 @@ def plain_forward(state, images):
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
 @torch.no_grad()
-def test_outputs_are_those_of_the_plain_forward(make_images, qkv_bias):
-    state, images = weights(qkv_bias), make_images(size=IMAGE)
+def test_outputs_are_those_of_the_plain_forward(qkv_bias):
+    state, images = weights(qkv_bias), tiny.images(size=IMAGE)
     expected = plain_forward(state, images)
     model = timm_vit_to_vit(state, num_heads=HEADS)
     assert isinstance(model, ViTForImageClassification) and not model.training
@@ -121,7 +122,7 @@ def test_weights_are_copies_and_no_random_numbers_are_drawn():
     assert state["cls_token"].abs().sum() > 0
 
 
-def test_rectangles_need_a_config(make_images):
+def test_rectangles_need_a_config():
     state = weights()
     state["pos_embed"] = torch.randn(1, 1 + 2 * 4, WIDTH)
     with pytest.raises(ValueError, match="9 positions, not 1 \\+ a square number"):
@@ -129,7 +130,7 @@ def test_rectangles_need_a_config(make_images):
     config = ViTConfig(
         **{**timm_config(weights(), num_heads=HEADS).to_dict(), "image_size": [10, 20], "layer_norm_eps": 1e-6}
     )
-    images = make_images(size=(10, 20))
+    images = tiny.images(size=(10, 20))
     with torch.no_grad():
         tokens = timm_vit_to_vit(state, config).vit(images).last_hidden_state
         torch.testing.assert_close(tokens, plain_forward(state, images), rtol=1e-4, atol=1e-5)
@@ -178,14 +179,14 @@ def test_heads_and_config_are_not_given_together():
 
 @pytest.mark.parametrize("head", [True, False])
 @torch.no_grad()
-def test_command_line_writes_a_folder_that_loads(tmp_path, make_images, capsys, head):
+def test_command_line_writes_a_folder_that_loads(tmp_path, capsys, head):
     source, out = tmp_path / "timm.safetensors", tmp_path / "made" / "vit"
     save_file(weights(head=head), source)
     main([*map(str, (source, out)), "--num_heads", "3", "--image_mean", "0.4", "0.5", "0.6", "--image_std", "0.25"])
     assert "width 24, 2 layers of 3 heads, 20 px in patches of 5" in capsys.readouterr().out
     assert [path.name for path in out.parent.iterdir()] == ["vit"]
     model = (ViTForImageClassification if head else ViTModel).from_pretrained(out)
-    images = make_images(size=IMAGE)
+    images = tiny.images(size=IMAGE)
     expected = plain_forward(weights(head=head), images)
     tokens = (model.vit if head else model)(images).last_hidden_state
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 
 BLOCKED = """
 import sys
@@ -93,9 +94,10 @@ def test_projection_needs_torch_alone():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_adapters_register_in_every_order_of_imports(make_l2p, tmp_path):
+def test_adapters_register_in_every_order_of_imports(tmp_path):
     sizes = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "image_size": 4, "patch_size": 2}
-    make_l2p(num_labels=2, num_hidden_layers=1, **sizes).save_pretrained(tmp_path, save_embedding_layers=False)
+    base = tiny.backbone(num_labels=2, num_hidden_layers=1, **sizes)
+    tiny.model(base=base).save_pretrained(tmp_path, save_embedding_layers=False)
     done = python(FORK.replace("{orders!r}", repr(ORDERS)), str(tmp_path))
     assert done.returncode == 0, f"not registered: {done.stdout}\n{done.stderr}"
 

@@ -24,7 +24,7 @@ LAYERS = [
     {"arguments"},  # an alias
 ]
 APART = {"convert", "__init__"}
-LONGEST = 460  # lines: about 400
+LONGEST = 450  # lines: about 400, and the trainer, most of which are methods that transformers calls
 
 
 @cache

@@ -18,15 +18,12 @@ from unittest.mock import MagicMock
 
 import pytest
 import tiny
-import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
-from peft import get_peft_model
 from PIL import ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from pgp_hf import L2PConfig, PGPTrainer, PGPTrainingArguments, TaskStream, embedded, load_pretrained
-from pgp_hf.report import figures as plots
+from pgp_hf import ProjectionConfig, TaskStream, embedded, load_pretrained
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "demo.py"
 
@@ -254,18 +251,20 @@ def digits_run(tmp_path_factory):
     stream = TaskStream.from_dataset(
         embedded.digits(), num_tasks=5, max_train_samples_per_class=10, max_eval_samples_per_class=2
     )
-    torch.manual_seed(0)
     names = {"id2label": stream.id2label, "label2id": {name: i for i, name in stream.id2label.items()}}
-    base = AutoModelForImageClassification.from_pretrained(embedded.vit_path(), num_labels=10, **names)
+    with tiny.seeded(0):
+        base = AutoModelForImageClassification.from_pretrained(embedded.vit_path(), num_labels=10, **names)
     folder = tmp_path_factory.mktemp("digits") / "run"
-    arguments = {"use_cpu": True, "num_train_epochs": 1, "per_device_train_batch_size": 5, "learning_rate": 0.03}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save_figures", lambda results, folder: [])
-        PGPTrainer(
-            get_peft_model(base, L2PConfig(pool_size=10, prompt_length=2, top_k=3)),
-            PGPTrainingArguments(str(folder), augmentation="none", disable_tqdm=True, seed=3, **arguments),
-            stream,
+    arguments = {"num_train_epochs": 1, "per_device_train_batch_size": 5, "learning_rate": 0.03}
+    with tiny.without_figures():
+        tiny.trainer(
+            folder,
+            model=tiny.model(base=base, pool_size=10, top_k=3),
+            stream=stream,
+            projection=ProjectionConfig(),
             processing_class=AutoImageProcessor.from_pretrained(embedded.vit_path(), backend="pil"),
+            augmentation="none",
+            **arguments,
         ).train()
     return folder
 

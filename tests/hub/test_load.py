@@ -13,7 +13,6 @@ from loopback import STRANGER, TOKEN
 
 from pgp_hf import hub as package
 from pgp_hf import load_pretrained
-from pgp_hf.report import figures as plots
 
 LOAD = """
 import torch, tiny
@@ -30,8 +29,7 @@ with torch.no_grad():
 def run(tmp_path_factory) -> Path:
     """A finished run, pushed by nobody yet."""
     folder = tmp_path_factory.mktemp("plain") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save_figures", lambda results, folder: [])
+    with tiny.without_figures():
         tiny.trainer(folder, num_train_epochs=1).train()
     return folder
 

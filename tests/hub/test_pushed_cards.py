@@ -11,7 +11,6 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from pgp_hf import load_pretrained
-from pgp_hf.report import figures as plots
 
 UPLOAD = """
 from huggingface_hub import HfApi
@@ -26,13 +25,7 @@ hub.push(run, "me/run", base_model="me/tiny-vit")
 def trained(tmp_path_factory):
     """A run and its backbone, both in local folders."""
     root = tmp_path_factory.mktemp("card")
-    tiny.model().unload().save_pretrained(root / "backbone")
-    model = tiny.model()
-    model.base_model.adapter_config.base_model_name_or_path = str(root / "backbone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save_figures", lambda results, folder: [])
-        tiny.trainer(root / "run", model=model, num_train_epochs=1).train()
-    return root / "run", root / "backbone"
+    return tiny.finished_run(root), root / "backbone"
 
 
 def test_each_revision_loads_by_the_code_of_its_own_card(hub, python, trained, tmp_path):

@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import ModelCard
-from peft import AutoPeftModel, PeftConfig, get_peft_model
+from peft import AutoPeftModel, PeftConfig
 
-from pgp_hf import L2PConfig, embedded, hub
+from pgp_hf import embedded, hub
 from pgp_hf.runs.atomic import write_tensors
 
 
@@ -173,7 +173,7 @@ def test_embedded_backbones_are_found_by_name_on_any_machine(tmp_path):
     from transformers import AutoModelForImageClassification
 
     base = AutoModelForImageClassification.from_pretrained(str(embedded.vit_path()), num_labels=3)
-    get_peft_model(base, L2PConfig(pool_size=2, top_k=1)).save_pretrained(tmp_path, save_embedding_layers=False)
+    tiny.model(base=base).save_pretrained(tmp_path, save_embedding_layers=False)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "pgp_hf:embedded-vit"
     assert PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == str(embedded.vit_path())
@@ -186,7 +186,7 @@ def test_a_local_backbone_is_recorded_by_its_absolute_path(tmp_path, monkeypatch
     base = tiny.backbone()
     base.save_pretrained("models/vit")
     base = type(base).from_pretrained("models/vit")
-    run = tiny.trainer("run", model=get_peft_model(base, L2PConfig(pool_size=2, top_k=1)), num_train_epochs=1)
+    run = tiny.trainer("run", model=tiny.model(base=base), num_train_epochs=1)
     run.train_task(0)
     saved = json.loads(Path("run/task-1/adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(tmp_path / "models" / "vit")

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification, pipeline
 
-from pgp_hf import L2PConfig, ProjectionConfig, load_pretrained
+from pgp_hf import ProjectionConfig, load_pretrained
 from pgp_hf.inference.classifier import PromptClassifier, to_image
 from pgp_hf.projection import Projection
 from pgp_hf.training.callbacks import StreamCallback
@@ -49,8 +49,7 @@ def train(folder, method, attention="sdpa", head="linear", **kwargs):
     """A finished run on a backbone that is saved beside it: (logits per task, folder, trainer)."""
     model = tiny.model(method, attention=attention, head=head)
     backbone = folder.parent / f"{folder.name}-backbone"
-    frozen = tiny.model(method, attention=attention).unload()
-    frozen.save_pretrained(backbone)
+    tiny.backbone(tiny.ADAPTERS[method], attention).save_pretrained(backbone)
     model.base_model.adapter_config.base_model_name_or_path = str(backbone)
     watch = Watch(tiny.processor()(images(), return_tensors="pt")["pixel_values"])
     trainer = tiny.trainer(folder, model=model, callbacks=[watch], num_train_epochs=1, **kwargs)
@@ -334,7 +333,7 @@ def test_the_embedded_backbone_is_found_by_its_name(tmp_path):
     from pgp_hf import embedded
 
     base = AutoModelForImageClassification.from_pretrained(embedded.vit_path(), num_labels=3)
-    get_peft_model(base, L2PConfig(pool_size=2, top_k=1)).save_pretrained(tmp_path, save_embedding_layers=False)
+    tiny.model(base=base).save_pretrained(tmp_path, save_embedding_layers=False)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "pgp_hf:embedded-vit"
     assert load_pretrained(tmp_path).model.config.hidden_size == base.config.hidden_size
@@ -343,7 +342,7 @@ def test_the_embedded_backbone_is_found_by_its_name(tmp_path):
 def test_an_adapter_without_a_run(run, tmp_path, pixels):
     saved = run[1].parent / "l2p-backbone"
     base = ViTForImageClassification.from_pretrained(saved)
-    model = get_peft_model(base, L2PConfig(pool_size=5, prompt_length=2, top_k=2)).eval()
+    model = tiny.model(base=base)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ValueError, match="no image processor can be loaded"):
         load_pretrained(tmp_path)

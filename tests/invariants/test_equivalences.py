@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from pgp_hf import DualPromptConfig, L2PConfig, ProjectionConfig
+from pgp_hf import ProjectionConfig
 from pgp_hf.data.images import ImageCollator
 from pgp_hf.runs.folder import RunFolder
 
@@ -79,12 +78,9 @@ def test_the_same_trainer_goes_on_after_an_interruption(tmp_path, monkeypatch, t
     """Behind a task's last step: what its statistics had taken in is not counted twice, and projection goes on."""
     settings = {"augmentation": "flip", "num_train_epochs": 1, "reinit_optimizer": reinit}
 
-    def model():
-        return tiny.model(head="statistics")
-
-    straight = tiny.trainer(tmp_path / "straight", model=model(), **settings)
+    straight = tiny.trainer(tmp_path / "straight", model=tiny.model(head="statistics"), **settings)
     straight.train()
-    trainer = tiny.trainer(tmp_path / "stopped", model=model(), **settings)
+    trainer = tiny.trainer(tmp_path / "stopped", model=tiny.model(head="statistics"), **settings)
     owner, name = (trainer.method, "end_task") if phase == "method.end_task" else (trainer, phase)
     finish = getattr(owner, name)
 
@@ -122,20 +118,12 @@ def test_a_first_task_that_broke_off_without_a_checkpoint_needs_a_new_trainer(tm
 
 @pytest.mark.parametrize("method", ["l2p", "dualprompt"])
 def test_resumed_in_the_first_task_by_a_process_that_was_seeded_otherwise(tmp_path, method):
-    def model(seed):
-        base = tiny.backbone()
-        torch.manual_seed(seed)
-        dual = DualPromptConfig(general_layers=[0], expert_layers=[1], pool_size=3)
-        return get_peft_model(
-            base, dual if method == "dualprompt" else L2PConfig(pool_size=5, prompt_length=2, top_k=2)
-        )
-
-    tiny.trainer(tmp_path / "straight", model=model(1)).train()
+    tiny.trainer(tmp_path / "straight", model=tiny.model(method, seed=1)).train()
     stop = StopAt(0, 6)
-    stop.trainer = trainer = tiny.trainer(tmp_path / "stopped", model=model(1), callbacks=[stop])
+    stop.trainer = trainer = tiny.trainer(tmp_path / "stopped", model=tiny.model(method, seed=1), callbacks=[stop])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    tiny.trainer(tmp_path / "stopped", model=model(2)).train(resume_from_checkpoint=True)
+    tiny.trainer(tmp_path / "stopped", model=tiny.model(method, seed=2)).train(resume_from_checkpoint=True)
     assert equal(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
 
 

@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 import pytest
 import tiny
-from transformers import CLIPConfig, CLIPModel
 
 from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, PGPTrainingArguments, embedded, presets
 from pgp_hf.cli import arguments, parsing
@@ -341,8 +340,8 @@ def save_backbone(method, preset, target):
         for file in own.glob("tokenizer*"):
             (target / file.name).write_bytes(file.read_bytes())
         settings = json.loads((own / "config.json").read_text())
-        vision = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1, "intermediate_size": 48, **size}
-        CLIPModel(CLIPConfig(text_config=settings["text_config"], vision_config=vision)).save_pretrained(target)
+        vision = {"num_hidden_layers": 1, **size}
+        tiny.backbone("clip", text_config=settings["text_config"], vision_config=vision).save_pretrained(target)
     else:
         layers = 1 if method == "l2p" else 1 + max(preset["prompts"]["expert_layers"])
         tiny.backbone(num_hidden_layers=layers, **size).save_pretrained(target)

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from pgp_hf import load_pretrained
-from pgp_hf.report import figures as plots
 
 CASES = {"l2p": "statistics", "clip": "linear"}
 
@@ -26,32 +25,22 @@ CASES = {"l2p": "statistics", "clip": "linear"}
 def place(request, tmp_path_factory) -> Path:
     """A folder in which `path/to/this/folder` is the second task of a run, beside its backbone and a photo."""
     method, root = request.param, tmp_path_factory.mktemp(request.param)
-    backbone = root / "trained" / "tiny-backbone"
-    frozen = tiny.model(method).unload()
-    if method == "l2p":
-        frozen.classifier, frozen.config.num_labels = (
-            torch.nn.Linear(frozen.config.hidden_size, 3),
-            3,
-        )  # a head in the way
-    frozen.save_pretrained(backbone)
-    model = tiny.model(method, head=CASES[method])
-    model.base_model.adapter_config.base_model_name_or_path = str(backbone)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save_figures", lambda results, folder: [])
-        tiny.trainer(root / "trained" / "run", model=model, num_train_epochs=1).train()
+    run, backbone = tiny.finished_run(root / "trained", method, head=CASES[method]), root / "trained" / "backbone"
+    if method == "l2p":  # a head in the way
+        tiny.backbone(num_labels=3).save_pretrained(backbone)
     place = root / "elsewhere"
-    shutil.copytree(root / "trained" / "run" / "task-2", place / "path" / "to" / "this" / "folder")
-    backbone.rename(place / "path" / "to" / "tiny-backbone")
+    shutil.copytree(run / "task-2", place / "path" / "to" / "this" / "folder")
+    backbone.rename(place / "path" / "to" / "backbone")
     Image.effect_noise((40, 30), 90).convert("RGB").save(place / "photo.jpg")
     return place
 
 
 def test_it_predicts_and_scores_like_the_run(place):
-    folder, backbone = (place / "path" / "to" / name for name in ("this/folder", "tiny-backbone"))
+    folder, backbone = (place / "path" / "to" / name for name in ("this/folder", "backbone"))
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert str(place.parent) not in text
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
-    assert code.count("path/to/tiny-backbone") == 2 and "revision=" not in code
+    assert code.count("path/to/backbone") == 2 and "revision=" not in code
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"{code}\nimport json\nprint(json.dumps(scores.tolist()))"],

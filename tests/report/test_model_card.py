@@ -792,14 +792,14 @@ def test_template_of_the_wheel_comes_first_and_a_missing_one_is_named(tmp_path, 
 
 def test_the_code_for_an_embedded_backbone_runs_as_it_stands(tmp_path, monkeypatch):
     """The others are in `test_card_code.py`."""
+    import tiny
     import torch
-    from peft import get_peft_model
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    from pgp_hf import L2PConfig, embedded
+    from pgp_hf import embedded
 
     base = AutoModelForImageClassification.from_pretrained(embedded.vit_path(), num_labels=6)
-    model = get_peft_model(base, L2PConfig(pool_size=4, prompt_length=2, top_k=2)).eval()
+    model = tiny.model(base=base)
     folder = tmp_path / "path" / "to" / "this" / "folder"
     model.save_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(embedded.vit_path(), backend="pil")

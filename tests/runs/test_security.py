@@ -20,12 +20,11 @@ import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, ViTForImageClassification
+from transformers import ViTForImageClassification
 
 from pgp_hf import ProjectionConfig, load_pretrained
 from pgp_hf.inference import classifier
 from pgp_hf.projection import Projection
-from pgp_hf.report import figures as plots
 from pgp_hf.runs import reading
 from pgp_hf.tuners.base.config import PromptConfig
 
@@ -38,8 +37,7 @@ PROMPT, KEY = "base_model.model.vit.embeddings.l2p_prompt", "base_model.model.vi
 def sound(tmp_path_factory):
     """A revision with two finished tasks of three."""
     folder = tmp_path_factory.mktemp("sound")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save_figures", lambda results, folder: [])
+    with tiny.without_figures():
         trainer = tiny.trainer(folder, num_train_epochs=1)
         trainer.train_task(0)
         trainer.train_task(1)
@@ -492,18 +490,12 @@ def other_weights():
     return backbone
 
 
-def clip():
-    tower = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 8}
-    vision = {**tower, "image_size": tiny.SIDE, "patch_size": 5}
-    return CLIPModel(CLIPConfig(text_config={**tower, "vocab_size": 9}, vision_config=vision, projection_dim=4))
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: tiny.backbone(hidden_size=36), "hidden size 24, this one has 36"),
         (lambda: tiny.backbone().vit, "does not fit this ViTModel: .*made for the modules.*vit.embeddings"),
-        (lambda: clip(), "does not fit this CLIPModel"),
+        (lambda: tiny.backbone("clip"), "does not fit this CLIPModel"),
         (other_weights, "weights are not those that .* was trained on"),
         (lambda: torch.nn.Linear(2, 2), "backbone is a Linear"),
         (lambda: tiny.model(), "backbone is a PeftModel: pass a transformers model without an adapter"),
@@ -535,13 +527,7 @@ def test_peft_too_refuses_a_bare_backbone(folder):
 
 
 def test_another_backbone_is_not_continued_on(folder, tmp_path):
-    base = other_weights()
-    from peft import get_peft_model
-
-    from pgp_hf import L2PConfig
-
-    model = get_peft_model(base, L2PConfig(pool_size=5, prompt_length=2, top_k=2))
-    trainer = tiny.trainer(tmp_path / "out", model=model)
+    trainer = tiny.trainer(tmp_path / "out", model=tiny.model(base=other_weights()))
     with pytest.raises(ValueError, match="weights are not those"):
         trainer.train(resume_from_checkpoint=str(folder))
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import ViTForImageClassification
 
-from pgp_hf import L2PConfig, PGPTrainer, PGPTrainingArguments, ProjectionConfig
+from pgp_hf import PGPTrainer, PGPTrainingArguments, ProjectionConfig
 from pgp_hf.report import figures as plots
 from pgp_hf.training.callbacks import StreamCallback
 
@@ -300,12 +299,8 @@ def test_batchwise_prompt_is_recorded(tmp_path):
 def test_another_image_size_by_interpolated_positions(tmp_path, size):
     processor = tiny.processor()
     processor.size = {"height": size, "width": size}
-    trainer = PGPTrainer(
-        tiny.model(interpolate_pos_encoding=size != tiny.SIDE),
-        PGPTrainingArguments(str(tmp_path), use_cpu=True, num_train_epochs=1, disable_tqdm=True),
-        tiny.stream(),
-        processing_class=processor,
-    )
+    model = tiny.model(interpolate_pos_encoding=size != tiny.SIDE)
+    trainer = tiny.trainer(tmp_path, model=model, processing_class=processor, num_train_epochs=1)
     trainer.train_task(0)
     tokens = 1 + 2 * 2 + (size // 5) ** 2
     name = next(name for name in trainer.projection.info if name.endswith("l2p_prompt"))
@@ -404,7 +399,7 @@ def test_tasks_come_in_turn(tmp_path):
             ValueError,
             "5 outputs, the stream 6 classes.*num_labels=6",
         ),
-        (lambda: get_peft_model(tiny.backbone().vit, L2PConfig()), TypeError, "no classifier"),
+        (lambda: tiny.model(kind="backbone"), TypeError, "no classifier"),
     ],
 )
 def test_models_that_do_not_fit(tmp_path, make, error, message):
@@ -453,11 +448,10 @@ def test_broken_images_are_found_before_training(tmp_path):
 
 def test_missing_image_processor(tmp_path):
     with pytest.raises(ValueError, match="processing_class is missing"):
-        PGPTrainer(tiny.model(), PGPTrainingArguments(str(tmp_path), use_cpu=True), tiny.stream())
+        tiny.trainer(tmp_path, processing_class=None)
 
 
 def test_a_backbone_of_another_width_is_refused(run):
     _, folder = run
-    wide = ViTForImageClassification(tiny.backbone(hidden_size=36).config)
     with pytest.raises(ValueError, match="hidden size 24, this one has 36"):
-        PeftModel.from_pretrained(wide, folder)
+        PeftModel.from_pretrained(tiny.backbone(hidden_size=36), folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft import mapping as registry
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -100,9 +100,7 @@ def registered():
 
 
 def model(**settings) -> PeftModel:
-    base = tiny.backbone()
-    torch.manual_seed(11)
-    return get_peft_model(base, SharedTokenConfig(**{"head": "statistics", **settings}))
+    return tiny.model(SharedTokenConfig(**{"head": "statistics", **settings}))
 
 
 def trainer(folder, **kwargs):

@@ -29,11 +29,7 @@ NAMES = {
 
 def make(method, adapter, **settings):
     """A tiny model whose adapter is called `adapter`."""
-    model = tiny.model(method, **settings)
-    if adapter == "default":
-        return model
-    config = copy.deepcopy(model.peft_config["default"])
-    return get_peft_model(model.unload(), config, adapter_name=adapter)
+    return get_peft_model(tiny.backbone(tiny.ADAPTERS[method]), tiny.config(method, **settings), adapter_name=adapter)
 
 
 def check(tuner, method):
