@@ -54,6 +54,15 @@ def check_model(model: nn.Module, stream: TaskStream) -> None:
         )
 
 
+def refuse_sharding(sharded: bool) -> None:
+    """Raise ValueError where DeepSpeed or FSDP is enabled."""
+    if sharded:
+        raise ValueError(
+            "DeepSpeed and FSDP shard parameters, while queries and protected directions need them whole: use plain data "
+            "parallelism (accelerate launch --multi_gpu); prompts are too small to gain from sharding."
+        )
+
+
 def check_settings(
     args: PGPTrainingArguments, stream: TaskStream, method: ContinualMethod, learner: StreamModel
 ) -> None:

@@ -36,7 +36,7 @@ from .progress import Progress, task_seed
 from .pushing import PushTasks, check_push, push_now
 from .results import StreamResults
 from .resume import Resumer, start_new
-from .setup import check_arguments, check_model, check_settings, new_results, separate_learning_rate
+from .setup import check_arguments, check_model, check_settings, new_results, refuse_sharding, separate_learning_rate
 from .views import Passes, head_inputs
 from .writing import write_method, write_task
 
@@ -89,11 +89,7 @@ class StreamTrainer(Trainer):
         kwargs.setdefault("eval_dataset", {"task_1": stream.test(0)})  # grows with the tasks
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "DeepSpeed and FSDP shard parameters, while queries and protected directions need them whole: use plain "
-                "data parallelism (accelerate launch --multi_gpu); prompts are too small to gain from sharding."
-            )
+        refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
         learner.prepare_stream([list(task.classes) for task in stream.tasks], stream.id2label)
@@ -211,13 +207,9 @@ class StreamTrainer(Trainer):
         return output
 
     def evaluate_stream(self) -> dict[str, Any]:
-        """Evaluate every task trained so far, and take the figures into `results`.
+        """Evaluate every task trained so far, take the figures into `results`, and return the results file's content.
 
-        Class-incremental and online: a prediction may be any class seen so far, and no task id enters.
-        Task-incremental: a prediction is one of its own task's classes.
-
-        Returns:
-            The content of `results.json`.
+        A prediction may be any class seen so far; in the task-incremental scenario, any class of its own task.
         """
         if self.task is None:
             raise ValueError("no task has been trained yet: call train() or train_task(0) first.")
@@ -454,13 +446,7 @@ class StreamTrainer(Trainer):
     ) -> hub.Pushed | None:
         """Upload the finished tasks that are not on the Hub yet, as `hub.push` does; None on all but the main process.
 
-        Args:
-            token, private: instead of those in `args`.
-            commit_message, kwargs: not used: each task has its own message and card.
-
-        Raises:
-            ValueError: no task is finished, `blocking=False`, another revision than main.
-            hub.PushError: tasks that could not be uploaded, with the command that finishes it.
+        `token` and `private` replace those in `args`. Each task has its own message and card, so no others are used.
         """
         check_push(blocking, revision)
         return push_now(self.args, self.folder, token, private) if self.is_world_process_zero() else None
