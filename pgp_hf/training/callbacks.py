@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data.images import AugmentedImages
 from ..data.stream import TaskStream
 from ..models import StreamModel
 from .arguments import PGPTrainingArguments
@@ -131,11 +132,11 @@ class FollowTraining(TrainerCallback):
 
     Args:
         model: the `StreamModel` in training.
-        start_epoch: called with the 0-based epoch as it begins.
+        images: returns the training images of the task.
     """
 
-    def __init__(self, model: StreamModel, start_epoch: Callable[[int], object]) -> None:
-        self.model, self.start_epoch = model, start_epoch
+    def __init__(self, model: StreamModel, images: Callable[[], AugmentedImages | None]) -> None:
+        self.model, self.images = model, images
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -145,7 +146,9 @@ class FollowTraining(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.start_epoch(int((state.epoch or 0) + 1e-6))
+        images = self.images()
+        if images is not None:
+            images.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 def fire(callbacks: Iterable[TrainerCallback], event: str, *arguments: Any, **kwargs: Any) -> None:

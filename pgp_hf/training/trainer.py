@@ -103,7 +103,7 @@ class StreamTrainer(Trainer):
         self._test_queries: dict[int, Tensor | None] = {}
         self._scorer = Scorer(stream, self.method, self.args.eval_mask)
         self._blank = copy.deepcopy(self.method.state())
-        self.add_callback(FollowTraining(learner, self._start_epoch))
+        self.add_callback(FollowTraining(learner, lambda: self._images))
         if self.args.push_to_hub:
             self.args.check_hub()  # set_push_to_hub() comes after the arguments' own checks
             self.add_callback(PushTasks())
@@ -291,10 +291,6 @@ class StreamTrainer(Trainer):
                 "Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16."
             )
         return loss
-
-    def _start_epoch(self, epoch: int) -> None:
-        if self._images is not None:
-            self._images.set_epoch(epoch)
 
     def _passes(self) -> Passes:
         return Passes(
