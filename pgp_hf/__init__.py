@@ -67,7 +67,7 @@ def _register_tuners() -> None:
 
 
 def _hand_in_readers() -> None:
-    """Give `projection`, which knows no file and no Hub, the functions behind its `from_pretrained`."""
+    """Give `projection`, which neither opens files nor uses the Hub, the functions behind its `from_pretrained`."""
 
     def reader(name: str) -> Any:
         # imported when called: reading a revision takes more than torch
@@ -80,8 +80,8 @@ def _hand_in_readers() -> None:
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Call a function right after a module is imported, whoever imports it.
 
-    Neither PEFT nor `projection` has a place to register at that does not have to be imported first, and `import pgp_hf`
-    alone must import neither: it would cost seconds.
+    Registering with PEFT or `projection` requires that they be imported, but `import pgp_hf` alone must import neither: it
+    would take seconds. So registration waits until somebody else imports them.
     """
 
     def __init__(self, module: str, then: Callable[[], None]) -> None:
@@ -96,7 +96,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             run = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                if self in sys.meta_path:  # only now: a mere look for the module must not use the finder up
+                if self in sys.meta_path:  # not in `find_spec`: looking for the module does not import it
                     sys.meta_path.remove(self)
                 run(module)
                 self.then()

@@ -23,17 +23,17 @@ class StreamModel(Protocol):
 
     @property
     def name(self) -> str:
-        """The kind of model as `results.json` has it, such as "l2p"."""
+        """Return the kind of model under which `results.json` lists it, such as "l2p"."""
 
     @property
     def class_names(self) -> Mapping[int, str] | None:
         """Name of each class by its label id; None for a model without a classifier."""
 
     def settings(self) -> dict[str, Any]:
-        """Return what must agree for a run to be continued, as JSON has it."""
+        """Return the settings that must agree for a run to be continued, ready for JSON."""
 
     def digest(self) -> dict[str, str]:
-        """Return the SHA-256 of the frozen weights by the name that `results.json` keeps it under."""
+        """Return the SHA-256 of the frozen weights by its key in `results.json`."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that learn, by their names in the checkpoint."""
@@ -42,28 +42,28 @@ class StreamModel(Protocol):
         """Return the scores `(B, C)` in an output of the model."""
 
     def watch_features(self, callback: Callable[[Tensor], object]) -> RemovableHandle:
-        """Call back with what the head reads, `(B, d)`, at each forward pass until the handle is removed."""
+        """Call `callback` with the head's input, `(B, d)`, at each forward pass until the handle is removed."""
 
     def auxiliary_loss(self, output: ModelOutput) -> Tensor | None:
         """Return a loss of the model's own for each image, `(B,)`, such as L2P's pull term."""
 
     def prepare_stream(self, tasks: list[list[int]], names: Mapping[int, str]) -> None:
-        """Prepare for a stream of tasks with these classes, named so."""
+        """Prepare for a stream of tasks with these classes and class names."""
 
     def begin_task(self, task: int) -> None:
         """Prepare for the training of the 0-based task."""
 
     def training_starts(self) -> None:
-        """Note that the task's first step is next: a checkpoint, if there is one, has been loaded."""
+        """Prepare for the task's first step, after a checkpoint, if any, has been loaded."""
 
     def after_step(self) -> None:
-        """Mend after each optimizer step what must not have moved."""
+        """Restore after each optimizer step whatever must not move."""
 
     def end_task(self, task: int) -> None:
         """Finish the 0-based task, which has been trained."""
 
     def resume_after(self, task: int) -> None:
-        """Take note that the state after the 0-based task has been loaded."""
+        """Continue from the state after the 0-based task, which has been loaded."""
 
 
 @runtime_checkable
@@ -92,7 +92,7 @@ class KeepsClassStatistics(StreamModel, Protocol):
 
     @property
     def uses_statistics_head(self) -> bool:
-        """True when logits come from the statistics now."""
+        """Return True while logits come from the statistics."""
 
     def learn_statistics(self, statistics: ClassStatistics) -> None:
         """Take in the statistics of a task that has just been trained."""
@@ -110,11 +110,11 @@ def stream_model(model: nn.Module) -> StreamModel:
     Raises:
         TypeError: there is none.
     """
-    # a PeftModel has all attributes of its tuner, and so would pass for one
+    # the PeftModel forwards attribute access to its tuner, so that it would pass the check itself
     inside = model.base_model if isinstance(model, PeftModel) else model
     if isinstance(inside, StreamModel):
         return inside
     raise TypeError(
-        f"model is a {type(model).__name__} without a prompt adapter: wrap it by "
+        f"model is a {type(model).__name__} without a prompt adapter: wrap it with "
         "peft.get_peft_model(model, pgp_hf.L2PConfig(...))."
     )

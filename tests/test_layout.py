@@ -67,7 +67,7 @@ def folder(name: str) -> str:
 
 
 def test_the_reader_of_imports_sees_them():
-    assert "data.stream" in imports("methods.base") and "runs" not in imports("methods.base")
+    assert "data.stream" in imports("training.trainer") and "data.stream" not in imports("methods.base")
     assert "version" in imports("__init__")
     assert any(target.startswith("projection") for target in imports("runs.revision"))
     assert {"training.trainer", "projection.basis", "cli", "metrics.forgetting.forgetting"} <= modules().keys()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import PIL.Image
@@ -25,7 +25,6 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .. import tuners  # noqa: F401 (registers the adapters)
 from ..data.rgb import array_to_rgb, open_rgb, to_rgb
 from ..heads import keep_classes
-from ..methods import ContinualMethod, MethodState, create
 from ..models import SelectsPrompts
 from ..projection import Projection
 from ..runs.folder import ADAPTER_CONFIG, METHOD
@@ -34,6 +33,9 @@ from ..runs.sources import locate
 from ..tuners.base.config import PromptConfig
 from ..tuners.base.model import PromptTuner
 from .backbone import find_backbone, load_backbone, load_processor
+
+if TYPE_CHECKING:
+    from ..methods import ContinualMethod
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | np.ndarray[Any, Any] | Tensor"
 
@@ -299,6 +301,8 @@ def _adjusting_method(revision: Revision) -> ContinualMethod | None:
     found = revision.method()
     if found is None or not found[1].get("adjusts_logits"):
         return None
+    from ..methods import MethodState, create  # only here: other predictions need no code for training
+
     tensors, content = found
     try:
         method = create(content["name"], **content["settings"])

@@ -1,4 +1,4 @@
-"""Every way of learning a stream, one file each; by name from `create`.
+"""Collect the methods of learning a stream, one file each; `create` makes one by its name.
 
     StreamTrainer(model, args, stream, method=pgp_hf.methods.create("fine_tuning"), processing_class=processor)
 

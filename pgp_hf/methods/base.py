@@ -14,12 +14,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from ..data.scenarios import SCENARIOS
-from ..data.stream import TaskStream
 from ..models import StreamModel
 from ..projection import Projection
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    from ..data.stream import TaskStream  # loads `datasets`, which prediction does without
 
 Item = Mapping[str, object]  # of a dataset: "image", "label", "task", "index"
 Collective = Callable[[Tensor], Tensor]
@@ -31,8 +32,8 @@ class Batch(NamedTuple):
     Attributes:
         inputs: what the model is given, `pixel_values` among it.
         labels: `(B,)`.
-        tasks: 0-based task of each image, `(B,)`; None where a collator of the user's own does not tell.
-        indices: position of each image within its task, `(B,)`; None likewise.
+        tasks: 0-based task of each image, `(B,)`; None if the user's own collator does not provide it.
+        indices: position of each image within its task, `(B,)`; None in the same case.
     """
 
     inputs: dict[str, Tensor]
@@ -42,7 +43,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def split(cls, inputs: dict[str, Tensor]) -> Batch:
-        """Take apart what a collator has put together."""
+        """Split a collated batch into the model's inputs and what only a method reads."""
         rest = dict(inputs)
         labels, tasks, indices = rest.pop("labels"), rest.pop("task", None), rest.pop("index", None)
         return cls(rest, labels, tasks, indices)
@@ -69,9 +70,9 @@ class TaskContext:
     Attributes:
         task: 0-based.
         stream: all tasks.
-        model: what learns.
+        model: the model in training.
         seed: of the run.
-        train_mask: "task" or "seen": classes in the loss unless the method says otherwise.
+        train_mask: "task" or "seen": the default classes in the loss.
         views: the task's training images without augmentation, this process's share of them, in batches: the batch, and
             the images' positions within the task. Called with the largest number of images to take, None for all. The
             model is in eval mode, and no random number is consumed.
@@ -177,7 +178,7 @@ class ContinualMethod:
         return MethodCard(self.name.replace("_", " ").capitalize(), "")
 
     def check(self, model: StreamModel) -> None:
-        """Raise TypeError or ValueError, with the fix, when the method cannot be had on this model."""
+        """Raise TypeError or ValueError, with the fix, if the method does not work on this model."""
 
     # ---- a task --------------------------------------------------------------------------------------------------
 
@@ -212,26 +213,26 @@ class ContinualMethod:
         return losses
 
     def end_task(self, context: TaskContext) -> None:
-        """Take from the trained task what later tasks need of it.
+        """Keep whatever later tasks need from the trained task.
 
         Gradients are on. The model is in training mode until `context.views` is read.
         """
 
     def adjust_logits(self, logits: Tensor, features: Tensor) -> Tensor:
-        """Return the scores `(B, C)` that count, given the model's own and what its head has read, `(B, d)`."""
+        """Return the final scores `(B, C)`, given the model's own and the head's input, `(B, d)`."""
         return logits
 
     # ---- what lasts ----------------------------------------------------------------------------------------------
 
     def state(self) -> MethodState:
-        """Return what the method remembers; a projection's bases are kept without being named here."""
+        """Return the method's memory, without the bases of its projection, which have files of their own."""
         return MethodState({}, {})
 
     def load_state(self, state: MethodState) -> None:
         """Take over what `state` returned.
 
         Raises:
-            ValueError: a state that is not this method's.
+            ValueError: a state of another method.
         """
         if state.tensors or state.values:
             found = ", ".join(sorted([*state.tensors, *state.values]))

@@ -16,5 +16,5 @@ class FineTuning(ContinualMethod):
         return MethodCard(
             title="Sequential fine-tuning",
             sentence="each task was learned by cross-entropy alone; nothing was done to keep what older tasks had taught",
-            limits=("Nothing protects older tasks: the figures above are what was left of them.",),
+            limits=("Nothing protects older tasks: the figures above show what remains of them.",),
         )

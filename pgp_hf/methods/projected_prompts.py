@@ -81,7 +81,7 @@ class ProjectedPrompts(ContinualMethod):
         return losses + self.projection.penalty(_protectable(context.model))
 
     def end_task(self, context: TaskContext) -> None:
-        """Show the task's training images to the projection, whose bases grow."""
+        """Extend the projection's bases by what the task's training images show."""
         if not self.projection.active:
             return
         self.projection.update_bases(

@@ -32,7 +32,7 @@ class PGPTrainingArguments(TrainingArguments):
         cache_queries: keep the queries of images, which never change, instead of computing them again.
         verify_images: decode every image once before training starts.
         overwrite_output_dir: delete an earlier run in `output_dir`.
-        push_to_hub: upload each finished task to the Hub beside the training.
+        push_to_hub: upload each finished task to the Hub in the background.
         hub_strategy: "every_save" uploads a task as soon as it is finished, "end" all tasks after the last.
         hub_base_model: Hub id of the backbone, named in uploads of a run on a local folder.
         hub_wait: longest wait, in seconds, for uploads that are under way when the last task ends.
@@ -99,7 +99,7 @@ class PGPTrainingArguments(TrainingArguments):
     push_to_hub: bool = field(
         default=False,
         metadata={
-            "help": "upload each finished task to the Hub beside the training, as one commit on main and a tag task-1, "
+            "help": "upload each finished task to the Hub in the background, as one commit on main and a tag task-1, "
             "task-2, ...; checkpoints are never uploaded, and a failed upload never stops the training"
         },
     )
@@ -110,8 +110,8 @@ class PGPTrainingArguments(TrainingArguments):
     hub_private_repo: bool | None = field(
         default=None,
         metadata={
-            "help": "make a new repository private; the owner's default by default. With an existing public one nothing "
-            "is uploaded"
+            "help": "make a new repository private; by default, as its owner's settings say. Nothing is uploaded to an "
+            "existing public one"
         },
     )
     hub_strategy: HubStrategy | str = field(
@@ -136,8 +136,8 @@ class PGPTrainingArguments(TrainingArguments):
         self._check_own()
 
     def _refuse_what_breaks_streams(self) -> None:
-        """Raise ValueError for settings of a `Trainer` that a stream of tasks cannot have."""
-        casts = "would cast the prompts for good, and rounding undoes the projection: use bf16=True, which keeps them in float32."
+        """Raise ValueError for settings of a `Trainer` that do not work with a stream of tasks."""
+        casts = "would cast the prompts permanently, and rounding would undo the projection: use bf16=True, which keeps them in float32."
         for name, value, refused, why in (
             ("bf16_full_eval", self.bf16_full_eval, True, casts),
             ("fp16_full_eval", self.fp16_full_eval, True, casts),

@@ -1,4 +1,4 @@
-"""Events of a stream, beside those of a Trainer."""
+"""Define events of a stream, in addition to those of a Trainer."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class StreamProgress(ProgressCallback, StreamCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if "train_runtime" not in (logs or {}):  # the task's line says it
+        if "train_runtime" not in (logs or {}):  # the line at the end of the task has it
             super().on_log(args, state, control, logs=logs, **kwargs)
 
     def on_task_end(
@@ -141,7 +141,7 @@ class FollowTraining(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.model.training_starts()  # a checkpoint has been loaded, processes agree
+        self.model.training_starts()  # by now a checkpoint has been loaded, and the processes agree
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,4 +1,4 @@
-"""Measuring a stream under the evaluation rules: accuracies, drift, changed selections."""
+"""Measure a stream under the evaluation rules: accuracies, drift, changed selections."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Recorded(NamedTuple):
     Attributes:
         labels: `(N,)`.
         logits: `(N, C)`, those of classes that may not win at minus infinity.
-        features: what the head has read, `(N, d)`.
-        linear: the linear head's logits beside those of a statistics head; else None.
+        features: the head's inputs, `(N, d)`.
+        linear: the linear head's logits, where a statistics head classifies; else None.
         selected: pool entries, `(N, k)`; None where nothing is selected.
     """
 
@@ -64,7 +64,7 @@ class References:
             self.selected[j] = selected
 
     def tensors(self, j: int) -> dict[str, Tensor]:
-        """Return what is kept of task j, as its file has it."""
+        """Return the content of task j's features file."""
         kept = {"features": self.features, "selected": self.selected}
         return {name: torch.from_numpy(np.ascontiguousarray(of[j])) for name, of in kept.items() if j in of}
 
@@ -111,7 +111,7 @@ class Scorer:
         self.recording = False
 
     def expect(self, images: object) -> None:
-        """Note whose images come next: a collator of the user's own may not tell."""
+        """Note the task of the next images, which the user's own collator may not provide."""
         images = images.images if isinstance(images, CachedQueries) else images
         self.task = images.task if isinstance(images, TaskImages) else None
 

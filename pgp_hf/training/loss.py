@@ -1,4 +1,4 @@
-"""The loss of a step: per image until the very end, so that accumulation and the number of processes change nothing."""
+"""Compute the loss of a step, per image until the very end, so that accumulation and processes change nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, classes: Sequence[int], smooth
         smoothing: label smoothing, in [0, 1].
 
     Raises:
-        ValueError: a label outside `classes`, whose image would count for nothing.
+        ValueError: a label outside `classes`, whose image would otherwise be ignored.
     """
     index = torch.tensor(list(classes), device=labels.device)
     position = labels.new_full((logits.shape[1],), -100)
@@ -39,7 +39,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, classes: Sequence[int], smooth
 
 
 def mean_over_step(losses: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Return the sum of each image's loss over the images of the whole step.
+    """Return this batch's share of the mean loss over all images of the step.
 
     Args:
         losses: `(B,)`, of one process and one micro-batch.
@@ -52,7 +52,7 @@ def mean_over_step(losses: Tensor, labels: Tensor, num_items_in_batch: Tensor | 
 def image_losses(
     method: ContinualMethod, context: TaskContext, batch: Batch, output: ModelOutput, smoothing: float
 ) -> Tensor:
-    """Return each image's loss, `(B,)`: cross-entropy, what the model adds to it, and what the method makes of both.
+    """Return each image's loss, `(B,)`: cross-entropy and the model's auxiliary loss, as the method changes them.
 
     Raises:
         ValueError: a method that returns another shape, such as a mean.

@@ -20,7 +20,7 @@ class PGPTrainer(StreamTrainer):
         model: a `PeftModel` with a prompt adapter of this package and a classification head.
         args: training arguments; each task is trained with them.
         stream: the tasks.
-        projection: what is protected; `ProjectionConfig()` by default, `method="none"` for none.
+        projection: settings of the projection; `ProjectionConfig()` by default, `method="none"` for no projection.
         processing_class: the backbone's image processor, for training, evaluation and the saved folder.
         kwargs: any other argument of `Trainer`.
 

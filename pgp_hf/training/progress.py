@@ -23,7 +23,7 @@ class Progress:
         results: what has been measured.
         references: what drift is measured against.
         task: 0-based index of the task that is in training or was trained last; None before the first.
-        interrupted: True from a task's begin to its end, so that it stays True where a task breaks off.
+        interrupted: True from a task's start to its end, hence still True after a task has failed.
     """
 
     results: StreamResults
@@ -35,7 +35,7 @@ class Progress:
         """Begin the 0-based task t.
 
         Raises:
-            ValueError: another task broke off, or another comes next.
+            ValueError: an earlier task that has failed, or a task out of turn.
         """
         if self.interrupted:
             raise ValueError(
@@ -51,7 +51,7 @@ class Progress:
         self.task, self.interrupted = t, True
 
     def check_new(self) -> None:
-        """Raise ValueError when a task has been begun already."""
+        """Raise ValueError if a task has been begun already."""
         if self.task is None:
             return
         if self.interrupted:
@@ -66,7 +66,7 @@ class Progress:
         self.results, self.task = replace(self.results, usage=None, **blank), None
 
     def kept(self, folder: RunFolder) -> str:
-        """Say what is kept of the run in its folder when the task in training fails."""
+        """Describe for an error message what is kept of the run if the current task fails."""
         return f"task {self.task} is kept in {folder.task(self.task - 1)}" if self.task else "no task was finished"
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Uploading finished tasks while the next one trains."""
+"""Upload finished tasks while the next one trains."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .callbacks import StreamCallback
 
 
 class PushTasks(StreamCallback):
-    """Upload finished tasks beside the training, in order and with retries, on the main process alone.
+    """Upload finished tasks in the background, in order and with retries, on the main process alone.
 
     What the Hub still lacks `args.hub_wait` seconds after the stream has ended is reported with the command that uploads
-    it. A training that breaks off reports it when the program ends.
+    it. If training fails, that is reported when the program ends.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ def _add(uploads: Uploads, args: PGPTrainingArguments, tasks: int) -> None:
 
 
 def check_push(blocking: bool, revision: str | None) -> None:
-    """Raise ValueError for what a `Trainer`'s `push_to_hub` takes and a stream of tasks cannot have."""
+    """Raise ValueError for arguments of a `Trainer`'s `push_to_hub` that do not work with a stream of tasks."""
     if not blocking or revision not in (None, "main"):
         raise ValueError(
             f"blocking={blocking}, revision={revision!r}: tasks go to main and to tags, and in the background by "
@@ -106,7 +106,7 @@ def check_push(blocking: bool, revision: str | None) -> None:
 def push_now(
     args: PGPTrainingArguments, folder: RunFolder, token: str | None = None, private: bool | None = None
 ) -> hub.Pushed:
-    """Upload the finished tasks that are not on the Hub yet, with a token and privacy instead of those in `args`."""
+    """Upload the finished tasks that are not on the Hub yet, with the given token and privacy instead of those in `args`."""
     repo = args.hub_repo()
     token, private = token or repo.token, repo.private if private is None else private
     return hub.push(folder.root, repo.repo_id, token=token, private=private, base_model=repo.base_model)

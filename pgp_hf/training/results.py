@@ -1,4 +1,4 @@
-"""The figures of a run: the measures of one evaluation, and the content of the results file."""
+"""Hold the figures of a run: the measures of an evaluation, and the content of the results file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..version import __version__
 
 
 def relative_drift(before: np.ndarray, after: np.ndarray) -> float:
-    """Return the mean over images of `|f_i(x) - f_j(x)| / |f_j(x)|` for features `(N, d)` (the poster's Eq. 2)."""
+    """Return the mean over images of `|f_i(x) - f_j(x)| / |f_j(x)|` for features `(N, d)` (PGP, ICLR 2024, Eq. 2)."""
     before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     norms = np.linalg.norm(before, axis=-1)
     return float(np.mean(np.linalg.norm(after - before, axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)))
@@ -46,9 +46,9 @@ class StreamResults:
 
     Attributes:
         matrix: accuracies in percent of the chosen head, a row per finished task; row i has i + 1 entries.
-        linear_matrix: the same of the linear head beside a statistics head, else empty.
+        linear_matrix: the same for the linear head, where a statistics head classifies; else empty.
         drift, rank: one value per finished task.
-        changed: share of old test images with other pool entries than when their task ended, one value per finished
+        changed: share of old test images that select other pool entries than when their task ended, one value per finished
             task; empty where nothing is selected.
         usage: per seen task, how often its test images selected each pool entry, after the last finished task.
         drift_lacks: tasks that drift and changed selections leave out, because the run was continued from a single
@@ -146,11 +146,11 @@ class StreamResults:
 
 
 def _rows(matrix: list[list[float | None]]) -> list[list[float]]:
-    """Return the rows of finished tasks, without the entries that are not there yet."""
+    """Return the rows of finished tasks, without the entries of later tasks."""
     return [[a for a in row if a is not None] for row in matrix if row[0] is not None]
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a number depends on."""
+    """Return the versions of the packages that results depend on."""
     packages = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
     return {"pgp_hf": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}

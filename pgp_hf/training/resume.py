@@ -49,7 +49,7 @@ class LoadedTask(NamedTuple):
 
 
 class EarlierRun:
-    """A run to go on from, held against the stream, the model and the method that are to continue it.
+    """An earlier run, compared with the stream, the model and the method that are to continue it.
 
     Args:
         source: its folder, or a single revision of it.
@@ -125,7 +125,7 @@ class EarlierRun:
         references: References,
         record: Callable[[dict[str, Tensor], int], Recorded],
     ) -> list[int]:
-        """Fill in how the test images of finished tasks were seen when their task ended.
+        """Restore the model's view of each finished task's test images as its task ended.
 
         They are read from `features/`. Where that is missing, as for a revision from the Hub, they are computed again
         with the adapter of that time.
@@ -134,7 +134,7 @@ class EarlierRun:
             record: predicts a task's test images with an adapter's weights of that time.
 
         Returns:
-            Tasks for which there is neither, which drift leaves out.
+            Tasks for which neither is available, which drift leaves out.
         """
         lost, last = [], loaded.revision
         for j in range(last.tasks):
@@ -154,7 +154,7 @@ class EarlierRun:
             warnings.warn(
                 f"{self.source.root}: of tasks {', '.join(str(j + 1) for j in new)} neither features/ nor the revision is "
                 'there, so drift and changed selections leave them out from now on. Continue from "owner/name@task-k" on '
-                "the Hub, or from a folder beside task-1, task-2, ... to have them measured.",
+                "the Hub, or from a folder next to task-1, task-2, ... to have them measured.",
                 stacklevel=6,
             )
         return lost
@@ -170,7 +170,7 @@ class EarlierRun:
     # ---- its files -----------------------------------------------------------------------------------------------
 
     def copy_to(self, folder: RunFolder, finished: int) -> None:
-        """Copy the finished tasks that are there to another run's folder, each whole or not at all."""
+        """Copy the finished tasks that can be found to another run's folder, each whole or not at all."""
         last, first = Revision.read(self.source.task(finished - 1)), finished - 1
         while first > self.source.first:
             try:
@@ -200,7 +200,7 @@ def start_new(args: PGPTrainingArguments, progress: Progress, folder: RunFolder)
 
 @dataclass(frozen=True)
 class Resumer:
-    """Take an earlier run over into a trainer, which hands over what that changes.
+    """Load an earlier run into a trainer, which hands over whatever that changes.
 
     Attributes:
         model, learner: the `PeftModel`, and the `StreamModel` inside it.
@@ -296,14 +296,14 @@ class Resumer:
         self.learner.resume_after(t)
 
     def _forget_first_task(self) -> None:
-        """Go back to before the first task, which this very trainer has begun; a checkpoint has the parameters."""
+        """Reset to before the first task, which this trainer has begun; the checkpoint has the parameters."""
         if self.method.projection is not None:
             self.method.projection.load_state({}, self.method.projection.config.to_dict())
         self.method.load_state(copy.deepcopy(self.blank))
         self.progress.forget()
 
     def _prepare_folder(self, earlier: EarlierRun, finished: int) -> None:
-        """Bring what there is of the finished tasks into this folder."""
+        """Copy the finished tasks that can be found into this folder."""
         elsewhere = self._elsewhere(earlier.source)
         if elsewhere and self.args.overwrite_output_dir:
             self.folder.clear()
@@ -313,7 +313,7 @@ class Resumer:
             for t in references.features:
                 write_tensors(self.folder.features(t), references.tensors(t))
         if finished:
-            self.folder.promote(finished - 1)  # a run may have died before it came to that
+            self.folder.promote(finished - 1)  # the run may have died before doing so
 
 
 def check_method(method: ContinualMethod, saved: dict[str, Any], folder: Path) -> None:
@@ -342,13 +342,15 @@ def _copy_task(source: Path, folder: Path) -> None:
     """Copy the files of the contract; card and figures are made anew where they are missing.
 
     Raises:
-        ValueError: a link out of the folder, which would draw a file of this machine into the run.
+        ValueError: a link that leaves the folder, which would copy an unrelated local file into the run.
     """
     cache = source.resolve().parent.parent / "blobs"  # the Hub's cache is made of links
     for path in hub.listed(source):
         file = (source / path).resolve()
         if not file.is_relative_to(source.resolve()) and file.parent != cache:
-            raise ValueError(f"{source / path} is a link to {file}, out of its folder: put the file itself there.")
+            raise ValueError(
+                f"{source / path} is a link to {file}, outside its folder: replace it by the file itself."
+            )
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / path)
     if not (folder / "README.md").exists():

@@ -18,7 +18,7 @@ from .results import StreamResults
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError for arguments of a `Trainer` that a stream cannot do without, or cannot have."""
+    """Raise ValueError for arguments of a `Trainer` that a stream requires or rules out."""
     if arguments.get("processing_class") is None and arguments.get("data_collator") is None:
         raise ValueError(
             "processing_class is missing: pass the backbone's image processor, for example "
@@ -26,7 +26,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         )
     if any(part is not None for part in arguments.get("optimizers", ())):
         raise ValueError(
-            "optimizers=(...) would be used for one task, and without projection: name it by args.optim, or pass "
+            "optimizers=(...) would be used for one task, and without projection: choose it with args.optim, or pass "
             "optimizer_cls_and_kwargs=(torch.optim.SGD, {...}), from which each task makes its own."
         )
 
@@ -66,7 +66,7 @@ def refuse_sharding(sharded: bool) -> None:
 def check_settings(
     args: PGPTrainingArguments, stream: TaskStream, method: ContinualMethod, learner: StreamModel
 ) -> None:
-    """Raise ValueError for arguments, stream, method and model that do not go together."""
+    """Raise ValueError for arguments, stream, method and model that do not fit together."""
     if method.begun:
         raise ValueError(
             f"this {type(method).__name__} has learned tasks in another trainer: make a new one for each trainer, with the "

@@ -1,4 +1,4 @@
-"""The trainer of a stream: a `transformers.Trainer` that learns one task after another, by any method on any model."""
+"""Train on a stream: a `transformers.Trainer` that learns one task after another, by any method on any model."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ from .writing import write_method, write_task
 class StreamTrainer(Trainer):
     """Learn a `TaskStream` task by task.
 
-    After each task the method takes from it what it needs (deterministic views of the training images, no random number
-    consumed), the test images of all tasks so far are evaluated, and the task's folder is written.
+    After each task the method keeps what it needs from it (from deterministic views of the training images, without
+    consuming random numbers), the test images of all tasks so far are evaluated, and the task's folder is written.
 
     Args:
         model: a `PeftModel` with a prompt adapter of this package and a classification head.
@@ -113,7 +113,7 @@ class StreamTrainer(Trainer):
 
     @property
     def stream_model(self) -> StreamModel:
-        """Return what learns: the prompt tuner inside the `PeftModel`."""
+        """Return the prompt tuner inside the `PeftModel`, which learns."""
         return stream_model(self._whole_model())
 
     @property
@@ -171,7 +171,7 @@ class StreamTrainer(Trainer):
         """Learn the task with 0-based index t, then gather statistics, evaluate, and write its folder.
 
         Raises:
-            ValueError: a task out of turn, or one that was begun and broke off.
+            ValueError: a task out of turn, or an earlier one that has failed.
         """
         self.progress.begin(t)
         self.method.begun = True
@@ -240,14 +240,14 @@ class StreamTrainer(Trainer):
     # ---- training ------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As a `Trainer`'s, with the rules of the model and of the method attached to it."""
+        """Create the optimizer, with the rules of the model and of the method attached to it."""
         new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         plain, context, learner = getattr(optimizer, "optimizer", optimizer), self._context, self.stream_model
         later = self.args.later_prompt_learning_rate
         if new and self.task and later is not None and isinstance(learner, Protectable):
             separate_learning_rate(plain, learner.prompt_parameters().values(), later)
-        for handle in self._handles:  # an optimizer that is kept has those of the task before
+        for handle in self._handles:  # an optimizer that is kept still has those of the task before
             handle.remove()
         self._handles = [plain.register_step_post_hook(lambda *_: learner.after_step())]
         if context is not None:
@@ -276,7 +276,7 @@ class StreamTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As a `Trainer`'s; stops at a loss that is not finite.
+        """Train on one batch as a `Trainer` does, and stop at a loss that is not finite.
 
         Raises:
             FloatingPointError: such a loss.
@@ -308,7 +308,7 @@ class StreamTrainer(Trainer):
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As a `Trainer`'s; notes whose test images these are, by their dataset."""
+        """Evaluate as a `Trainer` does, after noting the task of the test images by their dataset."""
         self._scorer.expect(dataloader.dataset)
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
@@ -416,22 +416,22 @@ class StreamTrainer(Trainer):
             digest=self._digest,
         )
 
-    # A `Trainer` would upload checkpoints, optimizer state and whatever else lies in `output_dir`; these replace it.
+    # A `Trainer` would upload checkpoints, optimizer state and everything else in `output_dir`; these methods prevent it.
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Take the repository's id. It is made by the first upload: a Hub out of reach must not stop a training."""
+        """Set the repository's id; the first upload creates it, since a Hub out of reach must not stop the training."""
         self.hub_model_id = self.args.hub_repo().repo_id
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Leave checkpoints where they are: `PushTasks` uploads finished tasks."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As a `Trainer`'s, with what the method remembers beside the model; nothing is uploaded."""
+        """Save the model as a `Trainer` does, together with the method's state; nothing is uploaded."""
         super().save_model(output_dir, _internal_call=True)
         if output_dir is not None and self.args.should_save:
             write_method(Path(output_dir), self.method)
 
-    def push_to_hub(  # type: ignore[override]  # there is more than one commit to tell of
+    def push_to_hub(  # type: ignore[override]  # it makes several commits
         self,
         commit_message: str | None = None,
         blocking: bool = True,

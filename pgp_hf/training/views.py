@@ -1,4 +1,4 @@
-"""Passes over images beside the training: without augmentation, and without drawing a random number."""
+"""Pass over images outside training, without augmentation and without consuming random numbers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Passes:
 
     @property
     def hidden(self) -> bool:
-        """Tell whether progress bars are off on this process."""
+        """Return True if progress bars are off on this process."""
         return self.args.disable_tqdm or not self.accelerator.is_main_process
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class Passes:
         return torch.cat(queries)
 
     def keep_training_queries(self, images: AugmentedImages, projection: Projection | None) -> None:
-        """Compute the queries of a task's training images once, where they would be computed more often.
+        """Compute the queries of a task's training images once, where they would otherwise be computed repeatedly.
 
         Training goes over the images, and so do the statistics of a projection or of a head.
         """
@@ -118,8 +118,8 @@ class Passes:
 
     @torch.no_grad()
     def views_for_method(self, t: int, limit: int | None) -> Views:
-        """Yield the training images as a method wants them: with the queries of a model that selects prompts by them."""
-        # a batch that fits training also fits the backward passes that a method may need
+        """Yield the training images for a method, with queries where the model selects prompts by them."""
+        # the batch size of training, which also leaves memory for the backward passes of a method
         for batch, positions in self.training_views(t, self.args.train_batch_size, limit):
             if "prompt_query" not in batch.inputs and isinstance(self.learner, SelectsPrompts):
                 with self.accelerator.autocast():  # as training and evaluation see them; the rest is in full precision
@@ -136,12 +136,12 @@ class Passes:
             yield features[0].float().cpu(), batch.labels
 
     def head_features(self, t: int) -> Tensor:
-        """Return what the head reads of this process's share of a task's training images, `(N, d)`, on the CPU."""
+        """Return the head's inputs for this process's share of a task's training images, `(N, d)`, on the CPU."""
         return torch.cat([features for features, _ in self._head_views(t)])
 
     @torch.no_grad()
     def learn_class_statistics(self, t: int, before: Tensor | None) -> None:
-        """Show a trained task's images to a statistics head, if there is one.
+        """Add a trained task's images to the statistics head, if there is one.
 
         Args:
             before: what the head read of them before the task was trained; None without drift compensation.

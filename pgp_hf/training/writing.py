@@ -44,7 +44,9 @@ def write_task(
         manifest: content of `stream.json`.
         digest: of the frozen weights, by the names that `results.json` has.
     """
-    model.save_pretrained(str(folder), save_embedding_layers=False)  # else it asks the Hub for the base's config
+    model.save_pretrained(
+        str(folder), save_embedding_layers=False
+    )  # otherwise PEFT asks the Hub for the base model's configuration
     if hasattr(processor, "save_pretrained"):
         processor.save_pretrained(folder)
     projection = method.projection or Projection(ProjectionConfig(method="none"))
@@ -59,14 +61,14 @@ def write_task(
     figures.save_figures(results, folder / "figures")
     adapter = read_json(folder / ADAPTER_CONFIG)
     base = adapter.get("base_model_name_or_path")
-    if base and os.path.isdir(base):  # from here on it is read elsewhere: a relative path may look like a Hub id
+    if base and os.path.isdir(base):  # absolute, since a relative path read elsewhere may look like a Hub id
         adapter["base_model_name_or_path"] = os.path.abspath(base)
         write_json(folder / ADAPTER_CONFIG, adapter)
     card.save_card(folder / "README.md", results, manifest, adapter, description)
 
 
 def write_method(folder: Path, method: ContinualMethod) -> None:
-    """Write a method's name, settings and card, and what it remembers, as they are now."""
+    """Write a method's name, settings, card and current state."""
     state = method.state()
     write_tensors(folder / METHOD_STATE, state.tensors)
     content = {

@@ -79,7 +79,7 @@ def install(attention: nn.Module) -> None:
     """Let an attention module take prefixes."""
     own = cast(_Prefixed, attention)
     # a copy, since all modules share one configuration: there the name would reach layers without prefixes, and the
-    # functions that make the masks, which go by it too
+    # functions that make the masks, which depend on it too
     own.model_config, own.config = own.config, copy.copy(own.config)
     # not by the property `_attn_implementation`: it would set sub-configurations as well, which the copy still shares
     own.config._attn_implementation_internal = NAME

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class AdapterCard(NamedTuple):
-    """Phrases about an adapter from which a model card is written; the defaults hold for any adapter.
+    """Phrases about an adapter for its model card; the defaults hold for any adapter.
 
     Attributes:
         parts: what was added to the backbone, such as "10 prompts of 5 tokens".
@@ -17,7 +17,7 @@ class AdapterCard(NamedTuple):
         head: what classifies when no statistics head does.
         trained_head: what was trained in order to classify.
         linear_head: True where that is a linear layer, which all tasks share and no projection protects.
-        finished: a sentence about what never moves once its task is over; empty where all of it keeps learning.
+        finished: a sentence about parts that never move once their task is over; empty if all parts keep learning.
         base_class: the class of transformers that loads the backbone.
         scores: the attribute of the model's output that holds a score for each class.
     """

@@ -94,7 +94,7 @@ class PromptConfig(PeftConfig):
             self.base_model_name_or_path = str(folder)  # so that AutoPeftModel finds it on any machine
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON has them; an embedded backbone by its name, not by its folder on this machine."""
+        """Return the fields, ready for JSON; an embedded backbone by its name, not by its local folder."""
         content = super().to_dict()
         content["base_model_name_or_path"] = (
             embedded.name_of(self.base_model_name_or_path) or self.base_model_name_or_path
@@ -108,13 +108,13 @@ class PromptConfig(PeftConfig):
                 raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be at least {value}.")
 
     def settings(self) -> dict[str, Any]:
-        """Return the adapter's own settings, as JSON has them: what must agree for a run to be continued."""
+        """Return the adapter's own settings, ready for JSON, which must agree for a run to be continued."""
         others = {one.name for one in fields(PeftConfig)} | set(self.filled_in)
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in others}
 
     @classmethod
     def card(cls, settings: Mapping[str, Any]) -> AdapterCard:
-        """Return what a model card says of such an adapter.
+        """Describe such an adapter for its model card.
 
         Args:
             settings: the content of `adapter_config.json`, which may lack entries.

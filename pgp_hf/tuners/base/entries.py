@@ -46,7 +46,7 @@ class TaskEntryTuner(PromptTuner):
         return cast(EntryConfig, self.adapter_config)
 
     def prepare_stream(self, tasks: list[list[int]], names: Mapping[int, str]) -> None:
-        """Check that every task has an entry, or make room.
+        """Check that every task has an entry, or enlarge the pool.
 
         Raises:
             ValueError: more tasks than entries, without `grow_pool`.
@@ -64,7 +64,7 @@ class TaskEntryTuner(PromptTuner):
 
     @torch.no_grad()
     def grow(self, pool_size: int) -> None:
-        """Enlarge the pool to `pool_size` entries; the entries that it has keep their values."""
+        """Enlarge the pool to `pool_size` entries; existing entries keep their values."""
         name, config = self.adapter, self._entry_config
         extra = pool_size - config.pool_size
         for container, axis in self._entries():
@@ -103,15 +103,15 @@ class TaskEntryTuner(PromptTuner):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Put back whatever momentum or weight decay moved in the entries of other tasks.
+        """Restore the entries of other tasks, which momentum or weight decay may have moved.
 
         Raises:
             RuntimeError: `begin_task` or `training_starts` has not been called.
         """
         if self._kept is None or self._task is None:
             raise RuntimeError(
-                "begin_task() and training_starts() come before the first step: they note which entry learns, and what "
-                "the others are."
+                "begin_task() and training_starts() come before the first step: they note which entry learns, and the "
+                "values of the others."
             )
         name = self.adapter
         for (container, axis), kept in zip(self._entries(), self._kept, strict=True):

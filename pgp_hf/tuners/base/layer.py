@@ -1,4 +1,4 @@
-"""Wrap a module of the backbone, hold the adapters' parameters there, and take prompts out of outputs again."""
+"""Wrap a module of the backbone, hold the adapters' parameters there, and remove prompts from outputs."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":  # not there yet, or no longer: without this, it would be looked up in itself
+            if name == "base_layer":  # not set yet, or deleted: without this, the lookup would recurse
                 raise
             return getattr(self.base_layer, name)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        # PEFT looks for the weight of a linear layer or the like; the modules wrapped here have it further inside
+        # PEFT looks for a `weight`, as linear layers have it; here the parameters lie deeper inside the module
         parameter = next(base_layer.parameters())
         return parameter.device, parameter.dtype
 
@@ -66,7 +66,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     def expand_to_batch(self, name: str, batch: int) -> Tensor:
         """Return the active adapter's parameter in the container `name` for each image, `(B, *shape)`.
 
-        They are all the same, but in a traced pass, see `capture_per_sample`.
+        They are all the same, except in a traced pass, see `capture_per_sample`.
         """
         parameter = getattr(self, name)[self.adapter]
         return self.capture_per_sample(name, parameter.expand(batch, *parameter.shape))
@@ -89,7 +89,7 @@ def uniform(*shape: int) -> Tensor:
 
 
 def strip_prompts(output: BaseModelOutputWithPooling, n: int) -> None:
-    """Take tokens 1 to n, the prompts behind CLS, out of a backbone's output, which gets its unprompted shapes."""
+    """Remove tokens 1 to n, the prompts after CLS, from a backbone's output, which gets its unprompted shapes."""
 
     def without(tensor: Tensor, dim: int) -> Tensor:
         rest = tensor.narrow(dim, 1 + n, tensor.shape[dim] - 1 - n)

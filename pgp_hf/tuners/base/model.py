@@ -1,4 +1,4 @@
-"""The tuner that every prompt method builds on: how it enters and leaves a model, and what a trainer asks of it."""
+"""Provide the base of all prompt tuners: injection into a model and removal, and the interface of a trainer."""
 
 from __future__ import annotations
 
@@ -145,19 +145,19 @@ class PromptTuner(BaseTuner):
         """Prepare for the task's first step, after a checkpoint has been loaded, if there is one."""
 
     def after_step(self) -> None:
-        """Mend after an optimizer step what must not have moved."""
+        """Restore after an optimizer step whatever must not move."""
 
     def end_task(self, task: int) -> None:
         """Finish the 0-based task, which has been trained."""
 
     def resume_after(self, task: int) -> None:
-        """Go on from the state after the 0-based task, which has been loaded."""
+        """Continue from the state after the 0-based task, which has been loaded."""
         self._in_task = False
 
     # ---- injection -----------------------------------------------------------------------------------------------
 
     def _check_width(self, config: PromptConfig, width: int) -> None:
-        """Note the backbone's width in a new configuration, hold a loaded one against it."""
+        """Set the backbone's width in a new configuration, or compare it with that of a loaded one."""
         if config.hidden_size not in (None, width):
             raise ValueError(
                 f"the adapter was made for a backbone of hidden size {config.hidden_size}, this one has {width}: "
@@ -171,7 +171,7 @@ class PromptTuner(BaseTuner):
         if given is not None and sorted([given] if isinstance(given, str) else given) != sorted(targets):
             raise ValueError(
                 f"the adapter was made for the modules {given}, in this {type(self.model).__name__} they are {targets}: "
-                "its parameters would find no place. Load it on the kind of model it was made on, for example a "
+                "its parameters have no counterpart here. Load it on the kind of model it was made on, for example a "
                 "ViTForImageClassification instead of a bare ViTModel."
             )
 
@@ -210,7 +210,7 @@ class PromptTuner(BaseTuner):
         return self.model
 
     def _install_hooks(self, hooks: list[RemovableHandle]) -> None:
-        """Take over from the hooks of a tuner that has added an adapter to the same model before."""
+        """Replace the hooks of an earlier tuner on the same model."""
         # transformers' own `load_adapter` makes a new tuner for each adapter: with the hooks of all of them, every
         # forward pass would select prompts several times. They are kept on the model, the one thing the tuners share
         self._remove_hooks()
@@ -238,7 +238,7 @@ class PromptTuner(BaseTuner):
     @property
     def adapter(self) -> str:
         """Return the name of the active adapter."""
-        # asked of a wrapped module: PEFT and transformers both set it there, only PEFT sets the tuner's
+        # from a wrapped module: both PEFT and transformers set it there, but only PEFT sets the tuner's
         return next(name for name in self.layer.active_adapters if name in self.peft_config)
 
     @property
@@ -287,7 +287,7 @@ class PromptTuner(BaseTuner):
         return self.statistics is not None and not self.model.training and not self._in_task
 
     def learn_statistics(self, statistics: ClassStatistics) -> None:
-        """Take in what a finished task's training images show to the head, which classifies by it from now on.
+        """Merge the statistics of a finished task into the head, which classifies by them from now on.
 
         Raises:
             ValueError: the adapter has another head, or is disabled.
@@ -310,9 +310,11 @@ class PromptTuner(BaseTuner):
         return self.model.classifier(features)
 
     def watch_features(self, callback: Callable[[Tensor], object]) -> RemovableHandle:
-        """Call back with what the head reads, `(B, d)`, at each forward pass until the handle is removed."""
+        """Call `callback` with the head's input, `(B, d)`, at each forward pass until the handle is removed."""
 
-        def show(classifier: nn.Module, args: tuple[Any, ...]) -> None:  # what a hook returns would replace the input
+        def show(
+            classifier: nn.Module, args: tuple[Any, ...]
+        ) -> None:  # returns None: any other value would replace the input
             callback(args[0])
 
         return self.model.classifier.register_forward_pre_hook(show)

@@ -13,8 +13,8 @@ from .peft_type import extend_peft_type
 def register(config_cls: type[PromptConfig], model_cls: type[PromptTuner]) -> None:
     """Make a tuner known to PEFT, and with it to everything that trains, saves, loads and describes adapters.
 
-    Its name is the `method_name` of the configuration in lower case; its parameters are told from the backbone's by
-    the `prefix` of the model. To register the same classes again changes nothing.
+    Its name is the `method_name` of the configuration in lower case; its parameters are distinguished from the
+    backbone's by the `prefix` of the model. Registering the same classes again changes nothing.
 
     Args:
         config_cls: class of the adapter's configuration.

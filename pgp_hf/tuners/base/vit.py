@@ -105,7 +105,7 @@ class ViTPromptTuner(PromptTuner):
         try:
             for layer in layers:
                 layer.bypass = True
-            for module in training:  # one by one: those in eval mode already must not be in training mode afterwards
+            for module in training:  # one by one, so that modules that are in eval mode already stay in it
                 module.training = False
             return backbone(pixel_values, return_dict=True, **kwargs).last_hidden_state[:, 0]
         finally:
@@ -165,7 +165,7 @@ class ViTPromptTuner(PromptTuner):
             self._head_hook.remove()
             self._head_hook = None
         statistics = self.statistics
-        # float32 in any case: half precision has too few digits to rank classes
+        # always float32, since half precision has too few digits to rank classes
         return None if statistics is None else statistics(args[0])
 
     def _after_model(

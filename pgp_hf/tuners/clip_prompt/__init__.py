@@ -1,4 +1,4 @@
-"""CLIP prompts (CLIP-PGP): a text context per task and one shared image prompt."""
+"""Add CLIP prompts: a text context for each task and one shared image prompt (CLIP-PGP)."""
 
 from .config import ClipPromptConfig
 from .layer import ClipImagePrompt, ClipTextContext

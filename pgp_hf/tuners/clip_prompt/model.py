@@ -28,7 +28,7 @@ class ClipPromptModel(TaskEntryTuner):
 
     `model(pixel_values)` without text classifies: `logits_per_image` `(B, C)` holds the cosine of the image with every
     class name times the model's logit scale. The text features of classes whose task has ended are read from a table,
-    those of classes that no task has brought yet are zero-shot; the running task's are computed with its context. With
+    those of classes that no task has introduced yet are zero-shot; the running task's are computed with its context. With
     `input_ids` the model is CLIP with image prompts. No task id enters a prediction.
     """
 
@@ -108,7 +108,7 @@ class ClipPromptModel(TaskEntryTuner):
         return output["logits_per_image"]
 
     def watch_features(self, callback: Callable[[Tensor], object]) -> RemovableHandle:
-        """Call back with the image embeddings `(B, P)` that the class names are compared with."""
+        """Call `callback` with the image embeddings `(B, P)` that the class names are compared with."""
 
         def show(projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             callback(output)
@@ -216,7 +216,7 @@ class ClipPromptModel(TaskEntryTuner):
         if self.uses_statistics_head:
             self._head_hook = self.watch_features(self._score)
         self.text_layer.entry = self._task if self._live else None
-        # `CLIPModel` has no pass without text: when no task is running, the text tower gets one class for nothing
+        # `CLIPModel` has no pass without text: when no task is running, the text tower gets one class whose result is not used
         texts = self._texts(self._live or [0], config.text_length if self._live else 0, config)
         return args, {**kwargs, **texts, "return_dict": True}
 
@@ -266,7 +266,7 @@ class ClipPromptModel(TaskEntryTuner):
 
     @torch.no_grad()
     def protected_rows(self, pixel_values: Tensor) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield what the image prompt meets: CLS, prompts and patches before the pre-norm, `(B * S, d)`."""
+        """Yield the tokens that the image prompt meets: CLS, prompts and patches before the pre-norm, `(B * S, d)`."""
         pixel_values = pixel_values.to(self.layer.class_embedding.dtype)
         tokens = self.layer(pixel_values, interpolate_pos_encoding=self.adapter_config.interpolate_pos_encoding)
         for name in self.prompt_parameters():

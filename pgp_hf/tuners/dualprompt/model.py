@@ -1,4 +1,4 @@
-"""Train and use DualPrompt: an expert entry goes by the task in training, by key in prediction."""
+"""Train and use DualPrompt: an expert entry is selected by the task in training, by its key in prediction."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class L2PModel(ViTPromptTuner):
     """Add an L2P prompt pool to a `ViTModel` or `ViTForImageClassification` of any size.
 
-    Each image gets the `top_k` prompts whose keys are nearest to its query. Behind the backbone the prompt tokens are
-    taken out again, so that outputs have the shapes that they have without prompts, and the token at index 0 becomes
+    Each image gets the `top_k` prompts whose keys are nearest to its query. After the backbone the prompt tokens are
+    removed again, so that outputs have the shapes that they have without prompts, and the token at index 0 becomes
     what the head is to read (`head_type`).
     """
 
