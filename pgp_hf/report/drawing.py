@@ -154,6 +154,8 @@ def add_legend(fig: Figure, grid: Sequence[Axes], columns: int) -> None:
     for axes in grid:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
+    if not found:  # panels of what both heads share, whose line needs no name
+        return
     fit = int(fig.get_figwidth() / (0.95 + 0.085 * max(map(len, found))))  # inches: line and gaps, then letters
     fig.legend(
         list(found.values()), list(found), loc="outside upper center", ncols=max(1, min(len(found), columns, fit)),

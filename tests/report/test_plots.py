@@ -383,3 +383,10 @@ def test_nothing_to_draw_is_named(tmp_path, draw, message):
     with pytest.raises(ValueError, match=message):
         draw({}, tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_heads_of_long_names_need_no_legend_where_they_share_a_line(tmp_path):
+    results = with_heads(make_results(3))
+    results["heads"]["nearest mean of the classes' features"] = results["heads"].pop("statistics")
+    for path in plots.save_figures(results, tmp_path):
+        assert Image.open(path).size[0] > 100
