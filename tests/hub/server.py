@@ -69,7 +69,8 @@ class Repo:
         self.commit("initial commit", {".gitattributes": File(ATTRIBUTES, lfs=False)})
 
     def commit(self, title: str, tree: Mapping[str, File]) -> Commit:
-        oid = hashlib.sha1(f"{self.name} {len(self.commits)} {title}".encode()).hexdigest()
+        content = sorted((path, file.etag) for path, file in tree.items())  # caches go by commit
+        oid = hashlib.sha1(f"{self.name} {len(self.commits)} {title} {content}".encode()).hexdigest()
         self.commits[oid] = Commit(oid, title, self.main or None, dict(tree))
         self.main = oid
         return self.commits[oid]
