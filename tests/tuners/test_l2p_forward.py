@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from torch.nn import functional as F
 
@@ -63,9 +64,9 @@ def reference(base, prompts, keys, images, top_k, head_type):
 @EVERY_ATTENTION
 @EVERY_MODEL
 @pytest.mark.parametrize("head_type", ["prompt", "token"])
-def test_is_the_reference(make_vit, make_l2p, make_images, kind, attention, head_type):
-    base, images = make_vit(kind, attention), make_images(6)
-    model = make_l2p(kind, attention, l2p={"head_type": head_type})
+def test_is_the_reference(kind, attention, head_type):
+    base, images = tiny.backbone(kind, attention), tiny.images(6)
+    model = tiny.model(kind=kind, attention=attention, head_type=head_type)
     layer = model.base_model.layer
     prompts, keys = layer.l2p_prompt["default"], layer.l2p_key["default"]
     selected, hidden = reference(base, prompts, keys, images, 2, head_type)
@@ -81,8 +82,8 @@ def test_is_the_reference(make_vit, make_l2p, make_images, kind, attention, head
     assert (hidden - backbone_of(base)(images).last_hidden_state).abs().max() > 1e-2  # the prompts do something
 
 
-def test_prompts_and_keys_start_uniform(make_l2p):
-    layer = make_l2p(l2p={"pool_size": 40, "prompt_length": 5}).base_model.layer
+def test_prompts_and_keys_start_uniform():
+    layer = tiny.model(pool_size=40, prompt_length=5).base_model.layer
     for parameter, shape in ((layer.l2p_prompt["default"], (40, 5, 24)), (layer.l2p_key["default"], (40, 24))):
         assert parameter.shape == shape and -1 <= parameter.min() < -0.9 and 0.9 < parameter.max() <= 1
 
@@ -93,10 +94,10 @@ def test_prompts_and_keys_start_uniform(make_l2p):
 @EVERY_ATTENTION
 @EVERY_MODEL
 @pytest.mark.parametrize("none", ["prompt_length", "top_k", "disabled", "unloaded"])
-def test_without_prompts_it_is_the_base_model_to_the_bit(make_vit, make_l2p, make_images, kind, attention, none):
-    base, images = make_vit(kind, attention), make_images()
+def test_without_prompts_it_is_the_base_model_to_the_bit(kind, attention, none):
+    base, images = tiny.backbone(kind, attention), tiny.images()
     what = EVERYTHING if attention == "eager" else {"output_hidden_states": True}
-    model = make_l2p(kind, attention, l2p={none: 0} if none in ("prompt_length", "top_k") else {})
+    model = tiny.model(kind=kind, attention=attention, **({none: 0} if none in ("prompt_length", "top_k") else {}))
     with torch.no_grad():
         expected = base(images, **what)
         if none == "disabled":
@@ -117,9 +118,9 @@ def test_without_prompts_it_is_the_base_model_to_the_bit(make_vit, make_l2p, mak
 
 @EVERY_MODEL
 @pytest.mark.parametrize("head_type", ["prompt", "token"])
-def test_outputs_keep_their_unprompted_shapes(make_vit, make_l2p, make_images, kind, head_type):
-    base, images = make_vit(kind, "eager"), make_images(3)
-    model = make_l2p(kind, "eager", l2p={"head_type": head_type})
+def test_outputs_keep_their_unprompted_shapes(kind, head_type):
+    base, images = tiny.backbone(kind, "eager"), tiny.images(3)
+    model = tiny.model(kind=kind, attention="eager", head_type=head_type)
     with torch.no_grad():
         output, expected = model(images, **EVERYTHING), base(images, **EVERYTHING)
         assert shapes(output) == shapes(expected) and type(output) is type(expected)
@@ -132,18 +133,18 @@ def test_outputs_keep_their_unprompted_shapes(make_vit, make_l2p, make_images, k
     assert not torch.equal(output.hidden_states[1], expected.hidden_states[1])
 
 
-def test_config_may_ask_for_tuples(make_l2p, make_images):
-    model = make_l2p("backbone")
-    assert not isinstance(model(make_images(2), return_dict=None), tuple)
+def test_config_may_ask_for_tuples():
+    model = tiny.model(kind="backbone")
+    assert not isinstance(model(tiny.images(2), return_dict=None), tuple)
     model.get_base_model().config.return_dict = False
-    assert isinstance(model(make_images(2)), tuple) and isinstance(model(make_images(2), return_dict=None), tuple)
-    assert model(make_images(2), return_dict=True).last_hidden_state.shape == (2, 17, 24)
+    assert isinstance(model(tiny.images(2)), tuple) and isinstance(model(tiny.images(2), return_dict=None), tuple)
+    assert model(tiny.images(2), return_dict=True).last_hidden_state.shape == (2, 17, 24)
 
 
 @EVERY_MODEL
-def test_every_way_in_passes_through_the_adapter(make_l2p, make_images, kind):
+def test_every_way_in_passes_through_the_adapter(kind):
     """PeftModel, tuner, base model; pixels by name or by position."""
-    model, images = make_l2p(kind), make_images()
+    model, images = tiny.model(kind=kind), tiny.images()
     with torch.no_grad():
         outputs = [
             model(images),
@@ -157,9 +158,9 @@ def test_every_way_in_passes_through_the_adapter(make_l2p, make_images, kind):
 # ---- selection -------------------------------------------------------------------------------------------------------
 
 
-def test_predictions_do_not_depend_on_the_batch(make_l2p, make_images):
+def test_predictions_do_not_depend_on_the_batch():
     """Batch size, order and neighbours change nothing."""
-    model, images = make_l2p(), make_images(12)
+    model, images = tiny.model(), tiny.images(12)
     with torch.no_grad():
         logits, selected = model(images).logits, model.base_model.selected_prompts
         assert len({tuple(sorted(row)) for row in selected.tolist()}) > 2
@@ -171,10 +172,10 @@ def test_predictions_do_not_depend_on_the_batch(make_l2p, make_images):
                 assert torch.allclose(alone, logits[part], atol=1e-5)
 
 
-def test_batchwise_selection_warns_and_depends_on_the_batch(make_l2p, make_images):
+def test_batchwise_selection_warns_and_depends_on_the_batch():
     with pytest.warns(UserWarning, match="batchwise_prompt=True.*depend on batch size and order"):
-        model = make_l2p(l2p={"batchwise_prompt": True})
-    per_image, images = make_l2p(), make_images(12)
+        model = tiny.model(batchwise_prompt=True)
+    per_image, images = tiny.model(), tiny.images(12)
     with torch.no_grad():
         together = model(images).logits
         assert len({tuple(row) for row in model.base_model.selected_prompts.tolist()}) == 1
@@ -184,17 +185,17 @@ def test_batchwise_selection_warns_and_depends_on_the_batch(make_l2p, make_image
 
 
 @EVERY_MODEL
-def test_given_queries_are_the_computed_ones(make_vit, make_l2p, make_images, kind):
-    model, images = make_l2p(kind), make_images()
+def test_given_queries_are_the_computed_ones(kind):
+    model, images = tiny.model(kind=kind), tiny.images()
     with torch.no_grad():
         query = model.base_model.query(images)
-        assert torch.equal(query, backbone_of(make_vit(kind))(images).last_hidden_state[:, 0])
+        assert torch.equal(query, backbone_of(tiny.backbone(kind))(images).last_hidden_state[:, 0])
         live = model(images)
         assert equal(model(images, prompt_query=query), live)
         other = model(images, prompt_query=query.flip(0))  # it is used, not recomputed
         assert not equal(other, live)
         with model.disable_adapter():
-            assert equal(model(images, prompt_query=query), make_vit(kind)(images))
+            assert equal(model(images, prompt_query=query), tiny.backbone(kind)(images))
             assert model.base_model.selected_prompts is None
     for wrong in (query[:-1], query[:, :-1]):
         with pytest.raises(ValueError, match=r"prompt_query of shape .*expected \(5, 24\)"):
@@ -202,17 +203,17 @@ def test_given_queries_are_the_computed_ones(make_vit, make_l2p, make_images, ki
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_does_not_reach_the_query(make_vit, make_l2p, make_images, training):
+def test_dropout_does_not_reach_the_query(training):
     """The query is deterministic in training, leaves every module's mode alone and draws no random number."""
     dropout = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
-    model, images = make_l2p(**dropout), make_images()
+    model, images = tiny.model(base=tiny.backbone(**dropout), prompt_length=3), tiny.images()
     model.train(training)
     model.base_model.backbone.layers[0].train(not training)  # a mixture, as users make it
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
     query = model.base_model.query(images)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(query, make_vit(**dropout).vit(images).last_hidden_state[:, 0])
+    assert torch.equal(query, tiny.backbone(**dropout).vit(images).last_hidden_state[:, 0])
     first, second = (model(images).logits for _ in range(2))
     assert not torch.equal(first, second)  # there was dropout in the prompted pass
     assert [module.training for module in model.modules()] == modes
@@ -220,8 +221,8 @@ def test_dropout_does_not_reach_the_query(make_vit, make_l2p, make_images, train
     assert (0.3 < float((prompts == 0).float().mean()) < 0.7) == training  # prompts are dropped like other tokens
 
 
-def test_modes_survive_an_error_in_the_query(make_l2p):
-    model = make_l2p().train()
+def test_modes_survive_an_error_in_the_query():
+    model = tiny.model().train()
     with pytest.raises(ValueError, match="image size"):
         model(torch.zeros(1, 3, 30, 30))
     assert all(module.training for module in model.modules()) and not model.base_model.layer.bypass
@@ -232,10 +233,10 @@ def test_modes_survive_an_error_in_the_query(make_l2p):
 
 @EVERY_MODEL
 @pytest.mark.parametrize("by", ["config", "call"])
-def test_another_image_size(make_vit, make_l2p, make_images, kind, by):
+def test_another_image_size(kind, by):
     """20 -> 30 pixels, by the adapter's config or by the model's own argument; the query is interpolated too."""
-    base, images = make_vit(kind), make_images(4, size=30)
-    model = make_l2p(kind, l2p={"interpolate_pos_encoding": by == "config"})
+    base, images = tiny.backbone(kind), tiny.images(4, size=30)
+    model = tiny.model(kind=kind, interpolate_pos_encoding=by == "config")
     argument = {} if by == "config" else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         expected = base(images, interpolate_pos_encoding=True)
@@ -243,10 +244,10 @@ def test_another_image_size(make_vit, make_l2p, make_images, kind, by):
         assert shapes(output) == shapes(expected)
         query = backbone_of(base)(images, interpolate_pos_encoding=True).last_hidden_state[:, 0]
         assert equal(output, model(images, prompt_query=query, **argument))
-        nothing = make_l2p(kind, l2p={"interpolate_pos_encoding": by == "config", "prompt_length": 0})
+        nothing = tiny.model(kind=kind, interpolate_pos_encoding=by == "config", prompt_length=0)
         assert equal(nothing(images, **argument), expected)
-        native = make_images(4)
-        assert equal(model(native, **argument), make_l2p(kind)(native))
+        native = tiny.images(4)
+        assert equal(model(native, **argument), tiny.model(kind=kind)(native))
         with pytest.raises(ValueError, match="doesn't match model"):
             model(images, interpolate_pos_encoding=False)
 
@@ -259,9 +260,10 @@ def test_another_image_size(make_vit, make_l2p, make_images, kind, by):
         {"image_size": (10, 25), "num_channels": 4, "qkv_bias": False},
     ],
 )
-def test_any_vit(make_vit, make_l2p, make_images, sizes):
-    base, model = make_vit(**sizes), make_l2p(l2p={"pool_size": 3, "top_k": 3}, **sizes)
-    images = make_images(4, base.config.image_size, base.config.num_channels)
+def test_any_vit(sizes):
+    base = tiny.backbone(**sizes)
+    model = tiny.model(base=tiny.backbone(**sizes), pool_size=3, prompt_length=3, top_k=3)
+    images = tiny.images(4, base.config.image_size, base.config.num_channels)
     layer = model.base_model.layer
     _, hidden = reference(base, layer.l2p_prompt["default"], layer.l2p_key["default"], images, 3, "prompt")
     with torch.no_grad():
@@ -274,11 +276,11 @@ def test_any_vit(make_vit, make_l2p, make_images, sizes):
 
 @EVERY_MODEL
 @pytest.mark.parametrize("size", [20, 30])
-def test_protected_rows(make_vit, make_l2p, make_images, kind, size):
+def test_protected_rows(kind, size):
     """For the prompts: CLS, selected prompts and patches with their positions; for the keys: unit queries."""
-    base, images = make_vit(kind), make_images(5, size)
+    base, images = tiny.backbone(kind), tiny.images(5, size)
     interpolate = size != 20
-    model = make_l2p(kind, l2p={"interpolate_pos_encoding": interpolate})
+    model = tiny.model(kind=kind, prompt_length=3, interpolate_pos_encoding=interpolate)
     tuner, vit = model.base_model, backbone_of(base)
     with torch.no_grad():
         before = model(images)
@@ -304,14 +306,14 @@ def test_protected_rows(make_vit, make_l2p, make_images, kind, size):
     assert not tokens.requires_grad and F.normalize(queries).allclose(queries)
 
 
-def test_protected_rows_without_prompts_are_the_tokens(make_vit, make_l2p, make_images):
-    images = make_images(2)
-    rows = dict((role, rows) for _, role, rows in make_l2p(l2p={"top_k": 0}).base_model.protected_rows(images))
-    assert torch.equal(rows["prompt"], make_vit().vit.embeddings(images).flatten(0, 1)) and len(rows["key"]) == 2
+def test_protected_rows_without_prompts_are_the_tokens():
+    images = tiny.images(2)
+    rows = dict((role, rows) for _, role, rows in tiny.model(top_k=0).base_model.protected_rows(images))
+    assert torch.equal(rows["prompt"], tiny.backbone().vit.embeddings(images).flatten(0, 1)) and len(rows["key"]) == 2
 
 
-def test_protected_rows_of_a_bfloat16_backbone(make_vit, make_l2p, make_images):
+def test_protected_rows_of_a_bfloat16_backbone():
     """Pixels arrive in float32, as every image processor makes them."""
-    model = make_l2p(base=make_vit().bfloat16())
-    rows = [rows for _, _, rows in model.base_model.protected_rows(make_images(2))]
+    model = tiny.model(base=tiny.backbone().bfloat16(), prompt_length=3)
+    rows = [rows for _, _, rows in model.base_model.protected_rows(tiny.images(2))]
     assert [tuple(r.shape) for r in rows] == [(2 * 23, 24), (2, 24)] and all(r.isfinite().all() for r in rows)

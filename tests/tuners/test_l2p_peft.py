@@ -9,6 +9,7 @@ import warnings
 from importlib import metadata
 
 import pytest
+import tiny
 import torch
 import transformers
 from packaging.version import Version
@@ -51,11 +52,12 @@ def save(model, folder, **kwargs):
 
 
 @pytest.fixture
-def saved(make_l2p, make_images, tmp_path):
+def saved(tmp_path):
     """A trained adapter with four named classes: (model, folder, predictions)."""
     names = {0: "ant", 1: "bee", 2: "cat", 3: "dog"}
-    model = train(make_l2p(id2label=names, label2id={v: k for k, v in names.items()}), make_images())
-    return model, save(model, tmp_path / "adapter"), predict(model, make_images())
+    base = tiny.backbone(num_labels=4, id2label=names, label2id={v: k for k, v in names.items()})
+    model = train(tiny.model(base=base), tiny.images())
+    return model, save(model, tmp_path / "adapter"), predict(model, tiny.images())
 
 
 # ---- saving and loading ----------------------------------------------------------------------------------------------
@@ -78,39 +80,39 @@ def test_files_are_safetensors_and_json(saved):
 
 @pytest.mark.parametrize("num_labels", [4, 7, 2, 0])
 @pytest.mark.parametrize("options", [{}, {"is_trainable": True}, {"low_cpu_mem_usage": True}], ids=str)
-def test_loads_on_a_fresh_backbone_of_any_head(saved, make_vit, make_images, num_labels, options):
+def test_loads_on_a_fresh_backbone_of_any_head(saved, num_labels, options):
     model, folder, expected = saved
-    loaded = PeftModel.from_pretrained(make_vit(num_labels=num_labels), folder, **options).eval()
-    assert torch.equal(predict(loaded, make_images()), expected)
+    loaded = PeftModel.from_pretrained(tiny.backbone(num_labels=num_labels), folder, **options).eval()
+    assert torch.equal(predict(loaded, tiny.images()), expected)
     assert loaded.get_base_model().config.id2label == {0: "ant", 1: "bee", 2: "cat", 3: "dog"}
     assert loaded.get_base_model().config.label2id["cat"] == 2 and loaded.get_base_model().num_labels == 4
     assert not any(p.is_meta for p in loaded.parameters())
     assert learning(loaded) == (learning(model) if options == {"is_trainable": True} else set())
     if options == {"is_trainable": True}:
-        train(loaded, make_images())
-        assert not torch.equal(predict(loaded, make_images()), expected)
+        train(loaded, tiny.images())
+        assert not torch.equal(predict(loaded, tiny.images()), expected)
 
 
-def test_loads_as_a_backbone(make_l2p, make_vit, make_images, tmp_path):
-    model = train(make_l2p("backbone"), make_images())
+def test_loads_as_a_backbone(tmp_path):
+    model = train(tiny.model(kind="backbone"), tiny.images())
     assert model.base_model.adapter_config.id2label is None and model.base_model.adapter_config.modules_to_save is None
     assert list(load_file(save(model, tmp_path) / "adapter_model.safetensors")) == [
         "base_model.model.embeddings.l2p_key",
         "base_model.model.embeddings.l2p_prompt",
     ]
-    loaded = PeftModel.from_pretrained(make_vit("backbone"), tmp_path)
-    assert torch.equal(predict(loaded, make_images()), predict(model, make_images()))
+    loaded = PeftModel.from_pretrained(tiny.backbone("backbone"), tmp_path)
+    assert torch.equal(predict(loaded, tiny.images()), predict(model, tiny.images()))
 
 
-def test_auto_classes_find_the_base(saved, make_vit, make_images, tmp_path):
+def test_auto_classes_find_the_base(saved, tmp_path):
     """AutoPeftModel, and transformers' own loader given the adapter's folder, on a base of another head."""
     _, folder, expected = saved
-    make_vit(num_labels=9).save_pretrained(tmp_path / "base")
+    tiny.backbone(num_labels=9).save_pretrained(tmp_path / "base")
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "base")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     for cls in (AutoPeftModel, AutoModelForImageClassification):
-        assert torch.equal(predict(cls.from_pretrained(folder).eval(), make_images()), expected)
+        assert torch.equal(predict(cls.from_pretrained(folder).eval(), tiny.images()), expected)
 
 
 def _refusal() -> str:
@@ -121,12 +123,12 @@ def _refusal() -> str:
 
 
 @pytest.mark.skipif(bool(_refusal()), reason=_refusal())
-def test_transformers_adapters_side_by_side(saved, make_l2p, make_vit, make_images, tmp_path):
+def test_transformers_adapters_side_by_side(saved, tmp_path):
     """`PreTrainedModel.load_adapter`: two adapters, switched and disabled, without a PeftModel around."""
     _, first, expected = saved
-    images = make_images()
-    second = train(make_l2p(seed=0, l2p=OTHER), images)
-    model = make_vit(num_labels=9)
+    images = tiny.images()
+    second = train(tiny.model(base=tiny.backbone(num_labels=4), **OTHER), images)
+    model = tiny.backbone(num_labels=9)
     model.load_adapter(str(first), adapter_name="first")
     assert torch.equal(predict(model.eval(), images), expected)
     with warnings.catch_warnings():
@@ -138,17 +140,17 @@ def test_transformers_adapters_side_by_side(saved, make_l2p, make_vit, make_imag
     model.eval().set_adapter("first")
     assert torch.equal(predict(model, images), expected)
     model.disable_adapters()
-    assert torch.equal(model.vit(images).last_hidden_state, make_vit().vit(images).last_hidden_state)
+    assert torch.equal(model.vit(images).last_hidden_state, tiny.backbone().vit(images).last_hidden_state)
 
 
 # ---- several adapters ------------------------------------------------------------------------------------------------
 
 
-def test_named_adapters(saved, make_l2p, make_vit, make_images, tmp_path):
+def test_named_adapters(saved, tmp_path):
     """Pools of different sizes on one backbone: each predicts and learns as it does alone."""
     first, _, expected = saved
-    images = make_images()
-    other = train(make_l2p(l2p=OTHER), images)
+    images = tiny.images()
+    other = train(tiny.model(base=tiny.backbone(num_labels=4), **OTHER), images)
     first.load_adapter(save(other, tmp_path / "other"), adapter_name="other", is_trainable=True)
     assert torch.equal(predict(first, images), expected)  # not yet active
     first.set_adapter("other")
@@ -165,7 +167,7 @@ def test_named_adapters(saved, make_l2p, make_vit, make_images, tmp_path):
 
     folder = save(first, tmp_path / "both")  # adapters of another name go into folders of their own
     assert (folder / "other" / "adapter_model.safetensors").exists()
-    loaded = PeftModel.from_pretrained(make_vit(), folder / "other", adapter_name="other")
+    loaded = PeftModel.from_pretrained(tiny.backbone(), folder / "other", adapter_name="other")
     first.set_adapter("other")
     assert torch.equal(predict(loaded, images), predict(first, images))
 
@@ -175,75 +177,76 @@ def test_named_adapters(saved, make_l2p, make_vit, make_images, tmp_path):
     assert not any("other" in name for name, _ in first.named_parameters())
 
 
-def test_added_adapters_start_afresh(make_l2p, make_images):
-    model = make_l2p()
+def test_added_adapters_start_afresh():
+    model = tiny.model(base=tiny.backbone(num_labels=4), pool_size=6)
     model.add_adapter("new", L2PConfig(pool_size=8, prompt_length=2, top_k=5))
     assert "new" in model.peft_config and model.base_model.adapter_config.pool_size == 6
     model.set_adapter("new")
-    assert predict(model, make_images()).shape == (5, 4)
+    assert predict(model, tiny.images()).shape == (5, 4)
     assert model.base_model.layer.inserted == 10 and model.base_model.selected_prompts.shape == (5, 5)
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_head_is_saved_by_default_and_left_alone_on_request(make_l2p, make_vit, make_images, tmp_path):
-    images = make_images()
-    assert make_l2p().base_model.adapter_config.modules_to_save == ["classifier"]
-    model = train(make_l2p(l2p={"modules_to_save": []}), images)
+def test_the_head_is_saved_by_default_and_left_alone_on_request(tmp_path):
+    images = tiny.images()
+    assert tiny.model().base_model.adapter_config.modules_to_save == ["classifier"]
+    model = train(tiny.model(modules_to_save=[]), images)
     assert not any("classifier" in name for name in learning(model))
     folder = save(model, tmp_path)
     assert not any("classifier" in name for name in load_file(folder / "adapter_model.safetensors"))
-    loaded = PeftModel.from_pretrained(make_vit(), folder)
+    loaded = PeftModel.from_pretrained(tiny.backbone(), folder)
     assert torch.equal(predict(loaded, images), predict(model, images))
-    other = make_vit(num_labels=7)  # a head of its own, which the adapter must not replace
+    other = tiny.backbone(num_labels=7)  # a head of its own, which the adapter must not replace
     head = other.classifier
     loaded = PeftModel.from_pretrained(other, folder)
     assert loaded.get_base_model().classifier is head and other.config.num_labels == 7
     assert predict(loaded, images).shape == (5, 7)
 
 
-def test_modules_of_the_backbone_stay_frozen(make_l2p):
+def test_modules_of_the_backbone_stay_frozen():
     """A backbone that learned would move the queries of old images."""
     with pytest.raises(ValueError, match="'layernorm' is in the backbone, which must stay frozen"):
-        make_l2p(l2p={"modules_to_save": ["classifier", "layernorm"]})
+        tiny.model(modules_to_save=["classifier", "layernorm"])
 
 
 # ---- taking it off, copying it ---------------------------------------------------------------------------------------
 
 
-def test_unloaded_model_takes_a_new_adapter(make_l2p, make_vit, make_images):
-    images = make_images()
-    base = train(make_l2p(), images).unload()
+def test_unloaded_model_takes_a_new_adapter():
+    images = tiny.images()
+    base = train(tiny.model(), images).unload()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Already found a `peft_config`")
-        again = make_l2p(l2p=OTHER, base=base)
+        again = tiny.model(base=base, **OTHER)
     assert list(again.peft_config) == ["default"]
-    assert torch.equal(predict(again, images), predict(make_l2p(l2p=OTHER), images))
+    assert torch.equal(predict(again, images), predict(tiny.model(**OTHER), images))
 
 
 @pytest.mark.parametrize("call", ["merge_and_unload", "merge_adapter"])
-def test_merging_is_refused(make_l2p, call):
+def test_merging_is_refused(call):
     with pytest.raises(ValueError, match=r"cannot be merged.*unload\(\)"):
-        getattr(make_l2p(), call)()
+        getattr(tiny.model(), call)()
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_independent(saved, make_vit, make_images, duplicate):
+def test_copies_are_independent(saved, duplicate):
     """Also after a training step, whose graph must not stay on the model."""
     model, _, expected = saved
-    images = make_images()
+    images = tiny.images()
     model.train()(images, labels=torch.tensor([0, 1, 2, 3, 0]))
     twin = duplicate(model.eval())
     assert torch.equal(predict(twin, images), expected)
     train(twin, images)
     assert torch.equal(predict(model, images), expected) and not torch.equal(predict(twin, images), expected)
-    assert torch.equal(predict(twin.unload(), images), predict(make_vit(), images))
+    assert torch.equal(predict(twin.unload(), images), predict(tiny.backbone(num_labels=4), images))
     assert torch.equal(predict(model, images), expected)
 
 
-def test_status(make_l2p):
-    status = make_l2p().get_model_status()
+def test_status():
+    model = tiny.model(base=tiny.backbone(num_labels=4), pool_size=6, prompt_length=3)
+    status = model.get_model_status()
     assert status.peft_types == {"default": "L2P"} and status.adapter_model_type == "L2PModel"
     assert status.trainable_params == 6 * 3 * 24 + 6 * 24 + 4 * 24 + 4 and status.enabled
 
@@ -278,25 +281,25 @@ def bert():
     return BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
 
 
-def test_refuses_an_adapter_for_another_width(saved, make_vit):
+def test_refuses_an_adapter_for_another_width(saved):
     with pytest.raises(ValueError, match="hidden size 24, this one has 32"):
-        PeftModel.from_pretrained(make_vit(hidden_size=32, num_attention_heads=4), saved[1])
+        PeftModel.from_pretrained(tiny.backbone(hidden_size=32, num_attention_heads=4), saved[1])
 
 
-def test_refuses_a_second_adapter_of_other_classes_and_stays_usable(saved, make_l2p, make_images, tmp_path):
+def test_refuses_a_second_adapter_of_other_classes_and_stays_usable(saved, tmp_path):
     model, _, expected = saved
-    folder = save(make_l2p(num_labels=7), tmp_path / "seven")
+    folder = save(tiny.model(base=tiny.backbone(num_labels=7)), tmp_path / "seven")
     with pytest.raises(ValueError, match="adapter has 7 classes, the model's head 4.*fresh backbone"):
         model.load_adapter(folder, adapter_name="seven")
-    assert list(model.peft_config) == ["default"] and torch.equal(predict(model, make_images()), expected)
+    assert list(model.peft_config) == ["default"] and torch.equal(predict(model, tiny.images()), expected)
 
 
-def test_refuses_an_attention_mask_only_with_prompts(make_l2p, make_vit, make_images):
-    images, mask = make_images(2), torch.ones(2, 17, dtype=torch.bool)
+def test_refuses_an_attention_mask_only_with_prompts():
+    images, mask = tiny.images(2), torch.ones(2, 17, dtype=torch.bool)
     with pytest.raises(ValueError, match="attention_mask does not fit.*leave it out"):
-        make_l2p()(images, attention_mask=mask)
-    expected = make_vit()(images, attention_mask=mask).logits
-    assert torch.equal(make_l2p(l2p={"top_k": 0})(images, attention_mask=mask).logits, expected)
-    model = make_l2p()
+        tiny.model()(images, attention_mask=mask)
+    expected = tiny.backbone()(images, attention_mask=mask).logits
+    assert torch.equal(tiny.model(top_k=0)(images, attention_mask=mask).logits, expected)
+    model = tiny.model()
     with model.disable_adapter():
         assert torch.equal(model(images, attention_mask=mask).logits, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from torch.nn import functional as F
 
@@ -26,8 +27,8 @@ def parameter(grads, name):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_only_selected_prompts_keys_and_the_head_learn(make_l2p, make_images, attention):
-    model, images = make_l2p(attention=attention, l2p={"pool_size": 12, "top_k": 1}), make_images(8)
+def test_only_selected_prompts_keys_and_the_head_learn(attention):
+    model, images = tiny.model(attention=attention, pool_size=12, top_k=1), tiny.images(8)
     _, grads = step(model, images)
     assert {name.split("default")[0].split(".")[-2] for name in grads} == {"l2p_prompt", "l2p_key", "modules_to_save"}
     assert set(grads) == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -38,11 +39,11 @@ def test_only_selected_prompts_keys_and_the_head_learn(make_l2p, make_images, at
     assert grads["base_model.model.classifier.modules_to_save.default.weight"].any()
 
 
-def test_keys_learn_from_the_pull_term_alone(make_l2p, make_images):
-    images = make_images(8)
-    _, without = step(make_l2p(l2p={"pull_constraint_coeff": 0}), images)
+def test_keys_learn_from_the_pull_term_alone():
+    images = tiny.images(8)
+    _, without = step(tiny.model(pull_constraint_coeff=0), images)
     assert not parameter(without, "key").any()
-    model = make_l2p(l2p={"pull_constraint_coeff": 0.7})
+    model = tiny.model(pull_constraint_coeff=0.7)
     _, with_pull = step(model, images)
     key = model.base_model.layer.l2p_key["default"].detach().clone().requires_grad_()
     cosine = F.cosine_similarity(model.base_model.query(images)[:, None], key[None], dim=-1)
@@ -53,8 +54,8 @@ def test_keys_learn_from_the_pull_term_alone(make_l2p, make_images):
 
 
 @pytest.mark.parametrize("coeff", [0.0, 0.1, 1.5])
-def test_loss_is_cross_entropy_minus_the_pull(make_l2p, make_images, coeff):
-    model, images = make_l2p(l2p={"pull_constraint_coeff": coeff}), make_images(8)
+def test_loss_is_cross_entropy_minus_the_pull(coeff):
+    model, images = tiny.model(pull_constraint_coeff=coeff), tiny.images(8)
     key = model.base_model.layer.l2p_key["default"]
     cosine = F.cosine_similarity(model.base_model.query(images)[:, None], key[None], dim=-1)
     for items in (None, 8, torch.tensor(20)):
@@ -66,9 +67,9 @@ def test_loss_is_cross_entropy_minus_the_pull(make_l2p, make_images, coeff):
         assert torch.allclose(output.loss, expected / (8 if items is None else items), atol=1e-6)
 
 
-def test_evaluation_has_neither_pull_nor_similarity(make_l2p, make_images):
+def test_evaluation_has_neither_pull_nor_similarity():
     """It would be gathered as a prediction; and a loss is comparable between methods only without it."""
-    model, images = make_l2p(l2p={"pull_constraint_coeff": 5.0}), make_images(8)
+    model, images = tiny.model(pull_constraint_coeff=5.0), tiny.images(8)
     output = model(images, labels=LABELS)
     assert list(output) == ["loss", "logits"]
     assert torch.allclose(output.loss, F.cross_entropy(output.logits, LABELS), atol=1e-6)
@@ -80,8 +81,8 @@ def test_evaluation_has_neither_pull_nor_similarity(make_l2p, make_images):
         assert list(model(images)) == ["logits"]
 
 
-def test_accumulated_batches_are_the_whole_batch(make_l2p, make_images):
-    model, images = make_l2p(), make_images(8)
+def test_accumulated_batches_are_the_whole_batch():
+    model, images = tiny.model(), tiny.images(8)
     _, whole = step(model, images, num_items_in_batch=8)
     whole = {name: grad.clone() for name, grad in whole.items()}
     model.zero_grad()
@@ -93,10 +94,10 @@ def test_accumulated_batches_are_the_whole_batch(make_l2p, make_images):
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")  # transformers renames it
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(make_l2p, make_images, reentrant):
-    images = make_images(8)
-    _, expected = step(make_l2p(), images)
-    model = make_l2p()
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    images = tiny.images(8)
+    _, expected = step(tiny.model(), images)
+    model = tiny.model()
     calls = []
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.base_model.backbone.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -106,8 +107,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_l2p, make_images, 
     assert all(torch.allclose(grads[name], expected[name], atol=1e-6) for name in grads)
 
 
-def test_bfloat16_autocast(make_l2p, make_images):
-    model, images = make_l2p(), make_images(8)
+def test_bfloat16_autocast():
+    model, images = tiny.model(), tiny.images(8)
     with torch.autocast("cpu", torch.bfloat16):
         output, grads = step(model, images)
     assert output.logits.dtype == torch.bfloat16 and output.prompt_similarity.dtype == torch.float32
@@ -120,9 +121,9 @@ def test_bfloat16_autocast(make_l2p, make_images):
 
 
 @pytest.mark.parametrize("kind", ["classification", "backbone"])
-def test_bfloat16_backbone(make_vit, make_l2p, make_images, kind):
+def test_bfloat16_backbone(kind):
     """The prompts stay float32, so that small steps are not rounded away."""
-    model, images = make_l2p(kind, base=make_vit(kind).bfloat16()), make_images(8)
+    model, images = tiny.model(base=tiny.backbone(kind).bfloat16()), tiny.images(8)
     layer = model.base_model.layer
     assert layer.l2p_prompt["default"].dtype == layer.l2p_key["default"].dtype == torch.float32
     assert layer.position_embeddings.dtype == torch.bfloat16
@@ -133,19 +134,19 @@ def test_bfloat16_backbone(make_vit, make_l2p, make_images, kind):
     assert all(p[a].grad.isfinite().all() and p[a].grad.any() for p in (layer.l2p_prompt, layer.l2p_key) for a in p)
 
 
-def test_prompts_in_the_backbones_precision_on_request(make_vit, make_images):
+def test_prompts_in_the_backbones_precision_on_request():
     from peft import get_peft_model
 
     from pgp_hf import L2PConfig
 
-    model = get_peft_model(make_vit().bfloat16(), L2PConfig(), autocast_adapter_dtype=False)
+    model = get_peft_model(tiny.backbone().bfloat16(), L2PConfig(), autocast_adapter_dtype=False)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model.eval()(make_images(2)).logits.isfinite().all()
+    assert model.eval()(tiny.images(2)).logits.isfinite().all()
 
 
-def test_it_learns(make_l2p, make_images):
+def test_it_learns():
     """On ten images the loss falls, and keys approach their queries."""
-    model, images = make_l2p(), make_images(8)
+    model, images = tiny.model(), tiny.images(8)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     losses, pulls = [], []
     for _ in range(30):
