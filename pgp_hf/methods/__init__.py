@@ -6,15 +6,21 @@ A method of your own is a subclass of `ContinualMethod`, registered by `register
 """
 
 from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, TaskContext
+from .derpp import DERpp, DERppConfig
+from .ewc import EWC, EWCConfig
 from .fine_tuning import FineTuning
 from .projected_prompts import ProjectedPrompts
 from .registry import METHODS, create, register
 
 __all__ = [
+    "EWC",
     "METHODS",
     "Batch",
     "Collectives",
     "ContinualMethod",
+    "DERpp",
+    "DERppConfig",
+    "EWCConfig",
     "FineTuning",
     "MethodCard",
     "MethodState",

@@ -76,6 +76,11 @@ class TaskContext:
         views: the task's training images without augmentation, this process's share of them, in batches: the batch, and
             the images' positions within the task. Called with the largest number of images to take, None for all. The
             model is in eval mode, and no random number is consumed.
+        old_images: training images of this task or older ones by task and position within it, as a batch: augmented as
+            in training, by numbers that are a function of the run's seed, the image and the integer given. No random
+            number is consumed.
+        forward: the model's output for a batch as in prediction: in eval mode, each image selecting its own prompts, in
+            the precision of training. Gradients are recorded as they are outside.
         collectives: see [`Collectives`].
     """
 
@@ -85,6 +90,8 @@ class TaskContext:
     seed: int
     train_mask: str
     views: Callable[[int | None], Iterator[tuple[Batch, list[int]]]]
+    old_images: Callable[[Sequence[Sequence[int]], int], Batch]
+    forward: Callable[[Batch], ModelOutput]
     collectives: Collectives = field(default_factory=Collectives)
 
 

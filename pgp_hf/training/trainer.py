@@ -177,8 +177,7 @@ class StreamTrainer(Trainer):
         self.method.begun = True
         learner, seed = self.stream_model, self.args.seed
         with self.progress.timed("train"):
-            images = AugmentedImages(self.stream.train(t), self.args.augmentation, self.args.crop_min_scale, seed, t)
-            self._images = images
+            self._images = images = self._passes().augmented(t)
             context = self._make_context(t)
             self._passes().keep_training_queries(images, self.method.projection)
             self.train_dataset = self.method.train_images(context, images)
@@ -233,6 +232,8 @@ class StreamTrainer(Trainer):
             seed=self.args.seed,
             train_mask=self.args.train_mask,
             views=lambda limit: passes.views_for_method(t, limit),
+            old_images=passes.old_images,
+            forward=passes.forward,
             collectives=passes.collectives,
         )
         return self._context

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
+from transformers.utils.generic import ModelOutput
 
 from ..data.images import AugmentedImages, CachedQueries, ImageCollator
 from ..data.stream import TaskStream
@@ -125,6 +126,37 @@ class Passes:
                 with self.accelerator.autocast():  # as training and evaluation see them; the rest is in full precision
                     batch.inputs["prompt_query"] = self.learner.query(batch.inputs["pixel_values"])
             yield batch, positions
+
+    # ---- what a method asks for ----------------------------------------------------------------------------------
+
+    def old_images(self, places: Sequence[Sequence[int]], view: int) -> Batch:
+        """Return training images as a batch.
+
+        Args:
+            places: 0-based task of each, and its position within the task.
+            view: what the augmentation is a function of, besides the run's seed and the image.
+        """
+        tasks = {task: self.augmented(task) for task, _ in places}
+        for images in tasks.values():
+            images.set_epoch(view)
+        return Batch.split(self.prepare(self.collate([dict(tasks[task][index]) for task, index in places])))
+
+    def augmented(self, t: int) -> AugmentedImages:
+        """Return a task's training images as the arguments augment them."""
+        return AugmentedImages(
+            self.stream.train(t), self.args.augmentation, self.args.crop_min_scale, self.args.seed, t
+        )
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        """Return the model's output for a batch as in prediction, whatever mode the model is in."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with self.accelerator.autocast():
+                return self.model(**batch.inputs)
+        finally:
+            for module in training:  # one by one: those in eval mode before stay in it
+                module.training = True
 
     # ---- what the head reads -------------------------------------------------------------------------------------
 
