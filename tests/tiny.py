@@ -1,8 +1,8 @@
 """Tiny models, streams and trainers for all tests.
 
-A run takes about a second. Sizes are odd, so that two of them are not mistaken for each other, and weights are drawn
-wide enough to tell images apart. Random numbers come from seeds of their own: a call gives the same each time, and the
-caller's generators stay where they were.
+A run takes about a second. Sizes differ from each other as far as small numbers allow, so that mixing two of them up
+shows, and weights are drawn wide enough to tell images apart. Models draw from seeds of their own: a call gives the
+same weights each time and leaves the caller's random numbers as they were.
 """
 
 from __future__ import annotations
@@ -50,10 +50,12 @@ from pgp_hf.tuners.base import PromptConfig
 SIDE = 20  # pixels
 CLASSES = 6
 
-ADAPTERS = {"l2p": "classification", "dualprompt": "classification", "clip": "clip"}  # by name: the kind of backbone
+ADAPTERS = {"l2p": "classification", "dualprompt": "classification", "clip": "clip"}  # and their kinds of backbone
+
+_TOWER = {"num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
 
 # several prompts that images share, and class names of one to three tokens
-SETTINGS: dict[str, tuple[type[PromptConfig], dict[str, Any]]] = {
+_SETTINGS: dict[str, tuple[type[PromptConfig], dict[str, Any]]] = {
     "l2p": (L2PConfig, {"pool_size": 5, "prompt_length": 2, "top_k": 2}),
     "dualprompt": (
         DualPromptConfig,
@@ -138,9 +140,6 @@ def backbone(kind: str = "classification", attention: str = "sdpa", seed: int = 
         return cls(ViTConfig(attn_implementation=attention, **{**_TOWER, **wide, **labels, **sizes})).eval()
 
 
-_TOWER = {"num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
-
-
 def _clip_config(text_config: dict | None = None, vision_config: dict | None = None, **sizes: Any) -> CLIPConfig:
     ends = {"bos_token_id": 38, "eos_token_id": 39, "pad_token_id": 39}
     text = {"hidden_size": 24, "vocab_size": 40, "max_position_embeddings": 18, **ends}
@@ -154,7 +153,7 @@ def _clip_config(text_config: dict | None = None, vision_config: dict | None = N
 
 def config(adapter: str = "l2p", **settings: Any) -> PromptConfig:
     """Return an adapter's configuration."""
-    cls, own = SETTINGS[adapter]
+    cls, own = _SETTINGS[adapter]
     return cls(**copy.deepcopy({**own, **settings}))
 
 
@@ -173,7 +172,8 @@ def model(
     """
     if isinstance(adapter, str):
         kind = kind or ADAPTERS[adapter]
-        adapter = config(adapter, **settings)
+        adapter, settings = config(adapter, **settings), {}
+    assert not settings, "a configuration has its settings"
     base = backbone(kind or "classification", attention) if base is None else base
     with seeded(seed):
         return get_peft_model(base, adapter).eval()
@@ -197,7 +197,7 @@ def trainer(folder: Path | str, **settings: Any) -> StreamTrainer:
 
     Of `settings`, the fields of `PGPTrainingArguments` go there and the others to the trainer.
     """
-    arguments = {
+    arguments: dict[str, Any] = {
         "use_cpu": True,
         "num_train_epochs": 2,
         "per_device_train_batch_size": 4,

@@ -8,49 +8,14 @@ import json
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import CLIPConfig, CLIPModel
 
 from pgp_hf import ClipPromptConfig, L2PConfig, ProjectionConfig
-
-NAMES = {label: f"class {label}" for label in range(6)}
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
 NAMES = [f"class_{c}" for c in "abcdef"]
-
-
-def clip(attention="sdpa", **text):
-    """A CLIPModel whose towers differ in every size; image features that tell images apart."""
-    torch.manual_seed(7)
-    config = CLIPConfig(
-        text_config={
-            "hidden_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "intermediate_size": 48,
-            "vocab_size": 40,
-            "max_position_embeddings": 18,
-            "bos_token_id": 38,
-            "eos_token_id": 39,
-            "pad_token_id": 39,
-            **text,
-        },
-        vision_config={
-            "hidden_size": 36,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "intermediate_size": 48,
-            "image_size": tiny.SIDE,
-            "patch_size": 5,
-        },
-        projection_dim=16,
-        initializer_factor=4.0,
-    )
-    model = CLIPModel(config)
-    model.set_attn_implementation(attention)
-    return model
 
 
 class Tokenizer:
@@ -71,15 +36,12 @@ def config(**kwargs):
 
 
 def make(attention="sdpa", **kwargs):
-    base = clip(attention)
-    torch.manual_seed(11)
-    return get_peft_model(base, config(**kwargs)).eval()
+    return tiny.model(config(**kwargs), kind="clip", attention=attention)
 
 
 @pytest.fixture
 def images():
-    torch.manual_seed(0)
-    return torch.randn(5, 3, tiny.SIDE, tiny.SIDE)
+    return tiny.images()
 
 
 def texts():
@@ -93,12 +55,12 @@ def texts():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("how", ["empty", "disabled", "unloaded"])
 def test_without_prompts_it_is_zero_shot_clip_to_the_bit(images, attention, how):
-    base = clip(attention).eval()
+    base = tiny.backbone("clip", attention)
     expected = base(pixel_values=images, **texts())
     if how == "empty":
-        output = get_peft_model(copy.deepcopy(base), config(text_length=0, image_length=0)).eval()(pixel_values=images)
+        output = tiny.model(config(text_length=0, image_length=0), copy.deepcopy(base))(pixel_values=images)
     else:
-        model = get_peft_model(copy.deepcopy(base), config()).eval()
+        model = tiny.model(config(), copy.deepcopy(base))
         assert not torch.equal(model(pixel_values=images).logits_per_image, expected.logits_per_image)
         with model.disable_adapter():
             output = (model.unload() if how == "unloaded" else model)(pixel_values=images, **texts())
@@ -113,7 +75,7 @@ def test_prompts_equal_a_forward_pass_written_out(images):
     tuner.prepare_stream([[0, 3], [1, 2], [4, 5]], NAMES)
     tuner.begin_task(1)
     logits = model(pixel_values=images).logits_per_image
-    plain = clip("eager").eval()
+    plain = tiny.backbone("clip", "eager")
     vision, text = plain.vision_model, plain.text_model
     tokens = vision.embeddings(images)
     prompt = tuner.layer.clip_prompt_image["default"].expand(5, -1, -1)
@@ -174,7 +136,7 @@ def test_gradients_reach_the_running_context_and_the_image_prompt(images):
 
 def test_outputs_keep_their_shapes_and_text_can_still_be_given(images):
     model = make("eager")
-    base = clip("eager").eval()
+    base = tiny.backbone("clip", "eager")
     plain, prompted = (
         m.vision_model(images, output_hidden_states=True, output_attentions=True)
         for m in (base, model.base_model.model)
@@ -210,7 +172,7 @@ def test_a_stream_is_learned_and_loads_as_it_was(run, images):
     card = (folder / "README.md").read_text()
     assert "CLIPModel.from_pretrained" in card and "4 context tokens per task" in card and "linear head" not in card
     trained = trainer.model.eval()
-    loaded = PeftModel.from_pretrained(clip(), folder).eval()
+    loaded = PeftModel.from_pretrained(tiny.backbone("clip"), folder).eval()
     assert torch.equal(loaded(pixel_values=images).logits_per_image, trained(pixel_values=images).logits_per_image)
     assert set(load_file(folder / "adapter_model.safetensors")) == {
         "base_model.model.text_model.embeddings.clip_prompt_context",
@@ -245,7 +207,7 @@ def test_the_image_prompt_moves_outside_its_basis(run):
 def test_protected_rows_are_the_tokens_before_the_pre_norm(images):
     model = make()
     ((name, role, rows),) = model.base_model.protected_rows(images)
-    tokens = clip().vision_model.embeddings(images)
+    tokens = tiny.backbone("clip").vision_model.embeddings(images)
     prompt = model.base_model.layer.clip_prompt_image["default"].expand(5, -1, -1)
     assert role == "prompt" and name in model.base_model.prompt_parameters()
     assert torch.allclose(rows, torch.cat([tokens[:, :1], prompt, tokens[:, 1:]], 1).flatten(0, 1))
@@ -287,22 +249,22 @@ def test_more_tasks_than_contexts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("base", "settings", "message"),
+    ("kind", "settings", "message"),
     [
-        (lambda: tiny.backbone(), config, "ViTForImageClassification has no vision and text towers"),
-        (clip, lambda: config(text_length=10), r"takes 19 tokens .*18 positions: shorten text_length to at most 9"),
-        (clip, lambda: L2PConfig(), "CLIPModel has no patch embeddings"),
-        (clip, lambda: config(image_length=-1), "image_length=-1"),
-        (clip, lambda: ClipPromptConfig(id2label={0: "a"}), "1 class names, but class_tokens for 0"),
+        ("classification", config, "ViTForImageClassification has no vision and text towers"),
+        ("clip", lambda: config(text_length=10), r"takes 19 tokens .*18 positions: shorten text_length to at most 9"),
+        ("clip", lambda: L2PConfig(), "CLIPModel has no patch embeddings"),
+        ("clip", lambda: config(image_length=-1), "image_length=-1"),
+        ("clip", lambda: ClipPromptConfig(id2label={0: "a"}), "1 class names, but class_tokens for 0"),
     ],
 )
-def test_what_does_not_fit(base, settings, message):
+def test_what_does_not_fit(kind, settings, message):
     with pytest.raises(ValueError, match=message):
-        get_peft_model(base(), settings())
+        tiny.model(settings(), kind=kind)
 
 
 def test_without_class_names_there_is_nothing_to_classify(images):
-    model = get_peft_model(clip(), ClipPromptConfig()).eval()
+    model = tiny.model(ClipPromptConfig(), kind="clip")
     assert model(pixel_values=images, **texts()).logits_per_image.shape == (5, 6)
     with pytest.raises(ValueError, match="no class names"):
         model(pixel_values=images)

@@ -8,28 +8,25 @@ import json
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from pgp_hf import DualPromptConfig, ProjectionConfig
+from pgp_hf import ProjectionConfig
 from pgp_hf.projection import Basis, SecondMoment
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
-LAYERS = {"general_layers": [0], "expert_layers": [1], "pool_size": 3}
+LAYERS = {"general_layers": [0], "expert_layers": [1], "general_length": 5}
 
 
 def make(attention="eager", **kwargs):
-    base = tiny.backbone(attention=attention)
-    torch.manual_seed(11)
-    return get_peft_model(base, DualPromptConfig(**{**LAYERS, **kwargs})).eval()
+    return tiny.model("dualprompt", attention=attention, **{**LAYERS, **kwargs})
 
 
 @pytest.fixture
 def images():
-    torch.manual_seed(0)
-    return torch.randn(4, 3, tiny.SIDE, tiny.SIDE)
+    return tiny.images(4)
 
 
 def plain_forward(base, tuner, images, entries):
@@ -73,7 +70,7 @@ def test_prefixes_equal_attention_written_out(images, attention, layers):
     with torch.no_grad():
         logits = model(images).logits
         entries = model.base_model.selected_prompts[:, 0]
-        features = plain_forward(tiny.backbone().eval(), model.base_model, images, entries)
+        features = plain_forward(tiny.backbone(), model.base_model, images, entries)
         expected = features @ model.base_model.model.classifier.weight.T + model.base_model.model.classifier.bias
     assert torch.allclose(logits, expected, atol=1e-4)
 
@@ -83,9 +80,9 @@ def test_without_prefixes_the_model_is_as_it_was(images, attention):
     base = tiny.backbone(attention=attention)
     expected = base(images, output_hidden_states=True)
     config = copy.deepcopy(base.config.to_dict())
-    empty = get_peft_model(copy.deepcopy(base), DualPromptConfig(**LAYERS, general_length=0, expert_length=0)).eval()
+    empty = tiny.model("dualprompt", copy.deepcopy(base), general_length=0, expert_length=0)
     assert torch.equal(empty(images).logits, expected.logits)
-    model = get_peft_model(base, DualPromptConfig(**LAYERS)).eval()
+    model = tiny.model("dualprompt", base, **LAYERS)
     prompted = model(images, output_hidden_states=True)
     assert not torch.equal(prompted.logits, expected.logits)
     assert [h.shape for h in prompted.hidden_states] == [h.shape for h in expected.hidden_states]
@@ -224,7 +221,7 @@ def test_protected_rows_are_the_old_queries_and_the_weights_they_give(images):
     model = make("sdpa", general_length=2)
     tuner = model.base_model
     rows = {name.rpartition("_")[2]: (role, r) for name, role, r in tuner.protected_rows(images)}
-    base = tiny.backbone().eval()
+    base = tiny.backbone()
     attention = base.vit.layers[0].attention
     h = base.vit.layers[0].layernorm_before(base.vit.embeddings(images))
     q = attention.q_proj(h).unflatten(-1, (3, 8)).permute(2, 0, 1, 3).flatten(1, 2)
@@ -285,7 +282,7 @@ def test_save_load_predict_and_several_adapters(tmp_path, images):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.backbone(), tmp_path).eval()
     assert torch.equal(loaded(images).logits, expected)
-    loaded.add_adapter("other", DualPromptConfig(**{**LAYERS, "pool_size": 5, "general_length": 1}))
+    loaded.add_adapter("other", tiny.config("dualprompt", **{**LAYERS, "pool_size": 5, "general_length": 1}))
     loaded.set_adapter("other")
     assert not torch.equal(loaded(images).logits, expected)
     loaded.set_adapter("default")
@@ -314,8 +311,7 @@ def test_bfloat16(images):
     model = make("sdpa")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.isfinite(model(images).logits).all()
-    base = tiny.backbone().to(torch.bfloat16)
-    pure = get_peft_model(base, DualPromptConfig(**LAYERS)).eval()
+    pure = tiny.model("dualprompt", tiny.backbone().to(torch.bfloat16), **LAYERS)
     assert torch.isfinite(pure(images.to(torch.bfloat16)).logits).all()
     assert pure.base_model.backbone.layers[0].attention.dualprompt_general_key["default"].dtype == torch.float32
 
