@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import prompted
 import pytest
 import tiny
 import torch
@@ -148,7 +147,7 @@ def test_resumed_within_a_task(run, tmp_path, task, again):
 @pytest.mark.parametrize("scenario", ["task_incremental", "online"])
 @pytest.mark.parametrize(("adapter", "head"), [("dualprompt", "linear"), ("clip", "statistics")])
 def test_other_adapters_and_scenarios(tmp_path, adapter, head, scenario):
-    own = trainer(tmp_path, replay(), model=prompted.make(adapter, head=head), stream=tiny.stream(scenario=scenario))
+    own = trainer(tmp_path, replay(), model=tiny.model(adapter, head=head), stream=tiny.stream(scenario=scenario))
     own.train()
     epochs = 1 if scenario == "online" else 2
     assert own.method.memory.presented == 48 * epochs and len(own.method.memory) == 7
@@ -183,7 +182,7 @@ def test_old_images_are_augmented_by_counters_and_in_order(tmp_path):
 
 
 def test_old_images_select_their_own_prompts(tmp_path):
-    own = trainer(tmp_path, Lent(), model=prompted.make("dualprompt"), num_train_epochs=1)
+    own = trainer(tmp_path, Lent(), model=tiny.model("dualprompt"), num_train_epochs=1)
     own.train_task(0)
     own.train_task(1)
     context, model, tuner = own.method.context, own.model, own.stream_model

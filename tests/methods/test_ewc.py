@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import prompted
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from pgp_hf import PGPTrainingArguments, StreamTrainer
 from pgp_hf.methods import EWC, EWCConfig, MethodState, create
 from pgp_hf.methods.ewc import Quadratic, label_weights, squared_gradients
 from pgp_hf.runs.revision import Revision
@@ -19,20 +17,7 @@ PROMPT = "base_model.model.vit.embeddings.l2p_prompt"
 
 
 def trainer(folder, method, **settings):
-    callbacks, model = settings.pop("callbacks", None), settings.pop("model", None)
-    stream = settings.pop("stream", None) or tiny.stream()
-    usual = {
-        "use_cpu": True,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "augmentation": "flip",
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    args = PGPTrainingArguments(str(folder), **{**usual, **settings})
-    model = tiny.model() if model is None else model
-    return StreamTrainer(model, args, stream, method, tiny.processor(), callbacks=callbacks)
+    return tiny.trainer(folder, method=method, **settings)
 
 
 def weights(folder):
@@ -224,7 +209,7 @@ def test_resumed_within_a_task(run, tmp_path, mode):
 
 @pytest.mark.parametrize("adapter", ["dualprompt", "clip"])
 def test_other_adapters(tmp_path, adapter):
-    own = trainer(tmp_path, create("ewc", max_images=5), model=prompted.make(adapter), num_train_epochs=1)
+    own = trainer(tmp_path, create("ewc", max_images=5), model=tiny.model(adapter), num_train_epochs=1)
     own.train()
     (term,) = own.method.terms
     assert set(term.fisher) >= set(own.stream_model.prompt_parameters())
@@ -232,7 +217,7 @@ def test_other_adapters(tmp_path, adapter):
 
 
 def test_a_model_that_shares_nothing_says_so(tmp_path):
-    own = trainer(tmp_path, create("ewc"), model=prompted.make("clip", image_length=0), num_train_epochs=1)
+    own = trainer(tmp_path, create("ewc"), model=tiny.model("clip", image_length=0), num_train_epochs=1)
     with pytest.warns(UserWarning, match="EWC has nothing to hold"):
         own.train_task(0)
     assert own.method.terms == []

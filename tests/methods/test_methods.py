@@ -281,7 +281,9 @@ def test_methods_by_name():
     made = create("projected_prompts", method="functional", energy=0.5)
     assert isinstance(made, ProjectedPrompts) and made.projection.config.energy == 0.5
     assert isinstance(create("fine_tuning"), FineTuning)
-    with pytest.raises(ValueError, match="method 'ewk' is unknown: choose one of derpp, ewc, fine_tuning, projected_prompts"):
+    with pytest.raises(
+        ValueError, match="method 'ewk' is unknown: choose one of derpp, ewc, fine_tuning, projected_prompts"
+    ):
         create("ewk")
     with pytest.raises(ValueError, match="method 'fine_tuning' has no setting 'strength': it has none"):
         create("fine_tuning", strength=1.0)
