@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
+SCRIPT = Path(__file__).with_name("in_two_processes.py")
 
 
 def launch(folder, processes, method):

@@ -1,4 +1,4 @@
-"""Started by test_two_processes.py under accelerate: the same tiny run of a method, and what each process remembers."""
+"""Started by test_in_two_processes.py under accelerate: the same tiny run of a method, and what each process remembers."""
 
 import sys
 from pathlib import Path
