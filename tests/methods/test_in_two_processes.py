@@ -30,6 +30,7 @@ def launch(folder, processes, method):
     return [load_file(folder / f"rank-{rank}-of-{processes}.safetensors") for rank in range(processes)]
 
 
+@pytest.mark.slow  # projected prompts in two processes are in the default tests
 @pytest.mark.parametrize("method", ["derpp", "ewc"])
 def test_one_process_is_two_processes(tmp_path, method):
     (one,), two = launch(tmp_path / "one", 1, method), launch(tmp_path / "two", 2, method)
