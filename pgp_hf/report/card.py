@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -18,7 +18,6 @@ from ..data.scenarios import SCENARIOS, Scenario
 from ..runs.atomic import replacing
 from ..runs.folder import METHOD, PROCESSOR
 from ..runs.reading import read_json
-from ..tuners.base.card import AdapterCard
 from .figures import figure_names
 from .formatting import as_text
 from .learning import Learning, describe_adapter, describe_learning
@@ -36,6 +35,9 @@ from .sentences import (
 )
 from .snippets import Source, peft_code, predict_code
 from .table import markdown
+
+if TYPE_CHECKING:
+    from ..tuners.base.card import AdapterCard
 
 
 class _Run(NamedTuple):

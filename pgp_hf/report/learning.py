@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-from ..tuners.base.card import AdapterCard
-from ..tuners.base.config import PromptConfig
 from .formatting import as_number, as_sentence, as_settings, as_text, one_line
 from .table import markdown
+
+if TYPE_CHECKING:
+    from ..tuners.base.card import AdapterCard
 
 PROJECTED_PROMPTS = "projected_prompts"  # the method whose cards are written from `projection.json`
 _KEPT = {  # by projection: what the update rule keeps, and what it does not
@@ -75,6 +74,11 @@ def describe_adapter(config: Mapping[str, Any], batchwise: bool) -> AdapterCard:
         config: content of `adapter_config.json`.
         batchwise: whether prompts were chosen for whole batches, according to the results.
     """
+    # only here: `python -m pgp_hf.hub --help` does without PEFT, which takes seconds to import
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from ..tuners.base import AdapterCard, PromptConfig
+
     kind = str(config["peft_type"])
     found = next((config_class for name, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items() if name == kind), None)
     if found is not None and issubclass(found, PromptConfig):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Resampling
 
 from ..data.scenarios import Scenario
-from ..tuners.base.card import AdapterCard
 from .formatting import MISSING, as_number, as_text, is_number
+
+if TYPE_CHECKING:
+    from ..tuners.base.card import AdapterCard
 
 _EVAL_MASKS = {
     "seen": 'no task id is given; logits of classes not yet seen are masked (`eval_mask="seen"`)',

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import embedded
-from ..tuners.base.card import AdapterCard
 from .names import is_hub_id, public_name
+
+if TYPE_CHECKING:
+    from ..tuners.base.card import AdapterCard
 
 
 class Source(NamedTuple):
