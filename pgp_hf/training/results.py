@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -150,7 +151,11 @@ def _rows(matrix: list[list[float | None]]) -> list[list[float]]:
     return [[a for a in row if a is not None] for row in matrix if row[0] is not None]
 
 
+@cache
+def _installed() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")}
+
+
 def versions() -> dict[str, str]:
     """Return the versions of the packages that results depend on."""
-    packages = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
-    return {"pgp_hf": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"pgp_hf": __version__, "python": platform.python_version(), **_installed()}
