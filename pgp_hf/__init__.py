@@ -18,6 +18,7 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .data.stream import TaskStream
     from .inference.classifier import load_pretrained
+    from .models import set_trainable
     from .projection import ProjectionConfig
     from .training.arguments import PGPTrainingArguments
     from .training.callbacks import StreamCallback
@@ -37,6 +38,7 @@ _HOME = {
     "StreamTrainer": "training.trainer",
     "TaskStream": "data.stream",
     "load_pretrained": "inference",
+    "set_trainable": "models",
 }
 __all__ = [
     "ClipPromptConfig",
@@ -49,6 +51,7 @@ __all__ = [
     "StreamTrainer",
     "TaskStream",
     "load_pretrained",
+    "set_trainable",
 ]
 
 

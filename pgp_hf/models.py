@@ -1,25 +1,38 @@
-"""The protocols by which everything else meets a model: one that all of them follow, and others that some do."""
+"""The protocols by which everything else meets a model, and the adapter that makes plain models follow them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from .heads import ClassStatistics
 from .projection import Protectable
+from .runs.digest import backbone_key, backbone_sha256
 
-__all__ = ["KeepsClassStatistics", "Protectable", "SelectsPrompts", "StreamModel", "stream_model"]
+__all__ = [
+    "KeepsClassStatistics",
+    "PlainModel",
+    "Protectable",
+    "SelectsPrompts",
+    "StreamModel",
+    "load_weights",
+    "set_trainable",
+    "stream_model",
+    "weights",
+]
 
 
 @runtime_checkable
 class StreamModel(Protocol):
-    """A model that learns a stream of tasks; the prompt tuners are such models."""
+    """A model that learns a stream of tasks: a prompt tuner, or a [`PlainModel`]."""
 
     @property
     def name(self) -> str:
@@ -104,17 +117,236 @@ class KeepsClassStatistics(StreamModel, Protocol):
         """Return a block in which images cannot select the entry of this last task; None where tasks have no entries."""
 
 
-def stream_model(model: nn.Module) -> StreamModel:
-    """Find the `StreamModel` inside what a trainer was given.
+# ---- plain models ----------------------------------------------------------------------------------------------------
+
+LORA_TARGETS = (("q_proj", "v_proj"), ("query", "value"))  # by the names that vision models give them
+
+
+class PlainModel:
+    """A model of transformers without prompts, trained whole, in part, or through PEFT's LoRA, as a [`StreamModel`].
+
+    It keeps nothing of its own: another one around the same model is the same.
+
+    Args:
+        model: a model for image classification whose head is its `classifier`, or a `PeftModel` with LoRA around one.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        self.model = model
+        self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """Return the active adapter's configuration; None without one."""
+        config = self.model.peft_config[self.model.active_adapter] if isinstance(self.model, PeftModel) else None
+        return config if isinstance(config, LoraConfig) else None
+
+    @property
+    def name(self) -> str:
+        """Return what learns: "full", "last:2", "head" or "lora:8"."""
+        if self.lora is not None:
+            return f"lora:{self.lora.r}"
+        learning = [name for name, parameter in self.base.named_parameters() if parameter.requires_grad]
+        for name in ("full", "head"):
+            if learning == _learning(self.base, name):
+                return name
+        for count in range(1, len(_blocks(self.base)[1]) + 1):
+            if learning == _learning(self.base, f"last:{count}"):
+                return f"last:{count}"
+        raise ValueError(
+            f"{len(learning)} parameters of the {type(self.base).__name__} have requires_grad=True, which are neither all "
+            "of them, nor the head's, nor those of its last blocks: choose what learns by "
+            'pgp_hf.set_trainable(model, "all"), "last:N", "head" or "lora:R".'
+        )
+
+    def check(self) -> None:
+        """Raise ValueError unless what learns has a name, and the head is part of it."""
+        if self.lora is not None and not self._head_learns():
+            raise ValueError(
+                "the head of this LoRA model does not learn, so that new classes never get scores: make it with "
+                'LoraConfig(modules_to_save=["classifier"], ...), or by pgp_hf.set_trainable(model, "lora:8").'
+            )
+        _ = self.name
+
+    def _head_learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in _head(self.base).parameters())
+
+    @property
+    def class_names(self) -> dict[int, str] | None:
+        """Return the name of each class; None without a classifier."""
+        return dict(self.base.config.id2label) if hasattr(self.base, "classifier") else None
+
+    def settings(self) -> dict[str, Any]:
+        """Return LoRA's settings, which must agree for a run to be continued; nothing for other models."""
+        names = ("peft_type", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")
+        return {} if self.lora is None else {name: getattr(self.lora, name) for name in names}
+
+    def digest(self) -> dict[str, str]:
+        """Return the SHA-256 of the weights beneath LoRA; nothing for a model whose weights are all in its folder."""
+        if self.lora is None:
+            return {}
+        found = backbone_sha256(self.base, self.lora.modules_to_save)
+        return {} if found is None else {backbone_key(self.base): found}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that learn, by their names in the model."""
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def class_logits(self, output: ModelOutput) -> Tensor:
+        """Return the scores `(B, C)`."""
+        logits: Tensor = output["logits"]
+        return logits
+
+    def watch_features(self, callback: Callable[[Tensor], object]) -> RemovableHandle:
+        """Call `callback` with the classifier's input, `(B, d)`, at each forward pass until the handle is removed."""
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            callback(inputs[0].flatten(1))
+
+        return _head(self.base).register_forward_pre_hook(hook)
+
+    def auxiliary_loss(self, output: ModelOutput) -> Tensor | None:
+        """Return None: the model has no loss of its own."""
+        return None
+
+    def prepare_stream(self, tasks: list[list[int]], names: Mapping[int, str]) -> None:
+        """Take the classes' names from a stream, unless the model had names for them."""
+        config = self.base.config
+        if config.id2label == {label: f"LABEL_{label}" for label in config.id2label}:
+            config.id2label, config.label2id = dict(names), {name: label for label, name in names.items()}
+
+    def begin_task(self, task: int) -> None:
+        """Do nothing: tasks share all parameters."""
+
+    def training_starts(self) -> None:
+        """Do nothing: see `begin_task`."""
+
+    def after_step(self) -> None:
+        """Do nothing: what must not move has no gradient."""
+
+    def end_task(self, task: int) -> None:
+        """Do nothing: see `begin_task`."""
+
+    def resume_after(self, task: int) -> None:
+        """Do nothing: see `begin_task`."""
+
+
+def set_trainable(model: PreTrainedModel, what: str) -> PreTrainedModel | PeftModel:
+    """Choose what of a model for image classification learns.
+
+    Args:
+        model: such as `ViTForImageClassification`; its parameters' `requires_grad` is set.
+        what: "all"; "last:N" for its last N blocks and whatever follows them, such as a LayerNorm and the head; "head";
+            or "lora:R" for PEFT's LoRA of rank R on queries and values, and the head.
+
+    Returns:
+        The model, with "lora:R" inside a `PeftModel`.
 
     Raises:
-        TypeError: there is none.
+        ValueError: something else, more blocks than there are, or a model without queries and values of known names.
+    """
+    kind, _, number = what.partition(":")
+    if what not in ("all", "head") and not (kind in ("last", "lora") and re.fullmatch(r"[1-9]\d{0,5}", number)):
+        raise ValueError(f"trainable={what!r} is unknown: choose all, last:N, head or lora:R, with N and R from 1.")
+    if kind == "lora":
+        return _with_lora(model, int(number))
+    learning = set(_learning(model, "full" if what == "all" else what))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learning)
+    return model
+
+
+def _with_lora(model: PreTrainedModel, rank: int) -> PeftModel:
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets = next((names for names in LORA_TARGETS if linear.issuperset(names)), None)
+    if targets is None:
+        raise ValueError(
+            f"the linear layers of this {type(model).__name__} are called {', '.join(sorted(linear))}, among which queries "
+            "and values cannot be told: wrap it yourself, by "
+            'peft.get_peft_model(model, LoraConfig(target_modules=[...], modules_to_save=["classifier"])).'
+        )
+    _head(model)
+    made = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), modules_to_save=["classifier"])
+    )
+    assert isinstance(made, PeftModel)  # PEFT's mixed models come from another argument
+    return made
+
+
+def _head(model: nn.Module) -> nn.Module:
+    head = getattr(model, "classifier", None)
+    if not isinstance(head, nn.Module):
+        raise TypeError(
+            f"{type(model).__name__} has no classifier: use a model with a head, for example one from "
+            "AutoModelForImageClassification."
+        )
+    return head
+
+
+def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the list of blocks of a vision model, and its name."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    if len(outer) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(outer)} lists of blocks where one is expected, so that its last blocks cannot "
+            'be told: choose "all", "head" or "lora:R".'
+        )
+    return outer[0]
+
+
+def _learning(model: nn.Module, name: str) -> list[str]:
+    """Return the names of the parameters that learn in a model of this name, in their order."""
+    names = [parameter for parameter, _ in model.named_parameters()]
+    if name == "full":
+        return names
+    if name == "head":
+        own = {id(parameter) for parameter in _head(model).parameters()}
+        return [parameter for parameter, value in model.named_parameters() if id(value) in own]
+    list_name, blocks = _blocks(model)
+    count = int(name.removeprefix("last:"))
+    if count > len(blocks):
+        raise ValueError(f"trainable='last:{count}' is more than the {len(blocks)} blocks of {type(model).__name__}.")
+    first = f"{list_name}.{len(blocks) - count}."
+    return names[next(i for i, parameter in enumerate(names) if parameter.startswith(first)) :]
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+
+def stream_model(model: nn.Module) -> StreamModel:
+    """Find the [`StreamModel`] inside what a trainer was given, or make one of it.
+
+    Raises:
+        TypeError: it is neither a prompt adapter in a `PeftModel`, nor a model of transformers, nor LoRA on one.
     """
     # the PeftModel forwards attribute access to its tuner, so that it would pass the check itself
     inside = model.base_model if isinstance(model, PeftModel) else model
     if isinstance(inside, StreamModel):
         return inside
+    if isinstance(model, PreTrainedModel | PeftModel):
+        plain = PlainModel(model)
+        if isinstance(plain.base, PreTrainedModel) and (plain.model is plain.base or plain.lora is not None):
+            return plain
     raise TypeError(
-        f"model is a {type(model).__name__} without a prompt adapter: wrap it with "
-        "peft.get_peft_model(model, pgp_hf.L2PConfig(...))."
+        f"model is a {type(model).__name__} that cannot learn a stream: pass a model of transformers with a classifier "
+        "(see pgp_hf.set_trainable), or one with a prompt adapter, peft.get_peft_model(model, pgp_hf.L2PConfig(...))."
     )
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a finished task keeps of a model: its adapter's tensors, or else all of them."""
+    if isinstance(model, PeftModel):
+        found: dict[str, Tensor] = get_peft_model_state_dict(
+            model, adapter_name=model.active_adapter, save_embedding_layers=False
+        )
+        return found
+    return model.state_dict()
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model what [`weights`] returned."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, dict(tensors), adapter_name=model.active_adapter)
+    else:
+        model.load_state_dict(tensors)

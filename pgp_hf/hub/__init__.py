@@ -3,11 +3,12 @@
 python -m pgp_hf.hub push OUTPUT_DIR --repo_id OWNER/NAME
 """
 
-from .push import Pushed, PushError, TaskRepo, command, main, missing, push
+from .push import Outcome, Pushed, PushError, TaskRepo, command, main, missing, push
 from .snapshot import UPLOADED_FILES, listed, snapshot
 
 __all__ = [
     "UPLOADED_FILES",
+    "Outcome",
     "PushError",
     "Pushed",
     "TaskRepo",

@@ -14,8 +14,9 @@ import hashlib
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
-from ..runs.folder import RESULTS, RunFolder
+from ..runs.folder import MODEL, MODEL_CONFIG, RESULTS, RunFolder
 from ..runs.reading import read_json
 from .queue import Refused, Uploads, explain
 from .snapshot import CARD, UPLOADED_FILES, is_ours, listed, snapshot
@@ -47,11 +48,21 @@ class Pushed:
         repo_id: the repository, with its owner.
         uploaded: tags that are new.
         present: tags that were there before.
+        left_out: tags of tasks whose weights the run has not kept, see `save_full_weights` of the training arguments.
     """
 
     repo_id: str
     uploaded: list[str]
     present: list[str]
+    left_out: list[str] = field(default_factory=list)
+
+
+class Outcome(Enum):
+    """The outcome for one task; the value completes a sentence about it."""
+
+    UPLOADED = "uploaded"
+    PRESENT = "is there already"
+    LEFT_OUT = "left out, since the run has not kept its weights"
 
 
 # ---- one repository ---------------------------------------------------------------------------------------------------
@@ -107,8 +118,8 @@ class TaskRepo:
                 f"delete the old tags first (hf repos tag delete {self.repo_id} task-1, and so on)."
             )
 
-    def put(self, t: int, folder: Path) -> bool:
-        """Upload the task with 0-based index t from `folder` unless it is there; return whether it was missing.
+    def put(self, t: int, folder: Path) -> Outcome:
+        """Upload the task with 0-based index t from `folder` unless it is there, or its weights are gone.
 
         Afterwards `main` holds exactly this task's files, and files of other kinds as before. A commit whose answer was
         lost is not made twice, and `main` is not overwritten if somebody else has moved it in the meantime.
@@ -122,7 +133,9 @@ class TaskRepo:
             wanted = {path: Path(copy) / path for path in files}
             if tag in tags:
                 self._check_same(tag, wanted)
-                return False
+                return Outcome.PRESENT
+            if MODEL_CONFIG in wanted and MODEL not in wanted:
+                return Outcome.LEFT_OUT
             later = sorted(name for name in tags if re.fullmatch(r"task-\d+", name) and int(name[5:]) > t + 1)
             commit = self._find(t, wanted) if later else self._head(t, wanted)
             if commit is None:
@@ -132,7 +145,7 @@ class TaskRepo:
                     f"(hf repos tag delete {self.repo_id} {later[0]}, and so on)."
                 )
             self._api.create_tag(self.repo_id, tag=tag, revision=commit)
-        return True
+        return Outcome.UPLOADED
 
     def _tags(self) -> dict[str, str]:
         return {tag.name: tag.target_commit for tag in self._api.list_repo_refs(self.repo_id).tags}
@@ -156,7 +169,9 @@ class TaskRepo:
             if tensors:
                 # one by one: several go through a thread pool, which Python waits for at exit even if it hangs
                 self._api.preupload_lfs_files(self.repo_id, additions[-1:])
-        deletions = [CommitOperationDelete(path) for path in tree if path not in wanted]
+        deletions = [
+            CommitOperationDelete(path) for path in tree if path not in wanted and path not in _foreign(wanted)
+        ]
         title = _title(t, read_json(wanted[RESULTS]))
         commit = self._api.create_commit(
             self.repo_id, [*additions, *deletions], commit_message=title, revision="main", parent_commit=head
@@ -188,9 +203,14 @@ def _title(t: int, results: dict[str, Any]) -> str:
     )
 
 
+def _foreign(wanted: Mapping[str, Path]) -> set[str]:
+    """Return files that only a whole model's run has: in another's repository, or without weights, they do not count."""
+    return {MODEL, MODEL_CONFIG} - wanted.keys()
+
+
 def _difference(tree: dict[str, RepoFile], wanted: dict[str, Path]) -> str | None:
     """Return a path at which a revision and the wanted files differ, except the card, which people may edit."""
-    for path in sorted({*tree, *wanted} - {CARD}):
+    for path in sorted({*tree, *wanted} - {CARD} - _foreign(wanted)):
         if path not in tree or path not in wanted:
             return path
         there, data = tree[path], wanted[path].read_bytes()
@@ -235,13 +255,13 @@ def push(
     if not tasks:
         raise ValueError(f"{folder.root} holds no finished task (task-1): give the output_dir of a run.")
     repo = TaskRepo(repo_id, token, private, base_model)
-    uploaded: list[str] = []
-    present: list[str] = []
+    tags: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
 
     def put(t: int) -> None:
-        new = repo.put(t, folder.task(t))
-        (uploaded if new else present).append(f"task-{t + 1}")
-        say(f"task-{t + 1} {'uploaded' if new else 'is there already'}: {repo.url}/tree/task-{t + 1}")
+        outcome = repo.put(t, folder.task(t))
+        tags[outcome].append(f"task-{t + 1}")
+        where = "" if outcome == Outcome.LEFT_OUT else f": {repo.url}/tree/task-{t + 1}"
+        say(f"task-{t + 1} {outcome.value}{where}")
 
     # silent on the way, since the error below reports everything
     uploads = Uploads(repo.create, put, notify=lambda message: None, token=token, first=folder.first)
@@ -252,7 +272,7 @@ def push(
     uploads.close()
     if uploads.done < tasks:
         raise PushError(missing(uploads, tasks, command(folder.root, repo)))
-    return Pushed(repo.repo_id, uploaded, present)
+    return Pushed(repo.repo_id, tags[Outcome.UPLOADED], tags[Outcome.PRESENT], tags[Outcome.LEFT_OUT])
 
 
 def command(output_dir: str | Path, repo: TaskRepo) -> str:

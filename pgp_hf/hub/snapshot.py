@@ -22,8 +22,11 @@ from ..runs.folder import (
     MANIFEST,
     METHOD,
     METHOD_STATE,
+    MODEL,
+    MODEL_CONFIG,
     PROCESSOR,
     RESULTS,
+    config_name,
 )
 from ..runs.reading import read_json
 
@@ -31,6 +34,8 @@ CARD = "README.md"
 UPLOADED_FILES = (
     ADAPTER_CONFIG,
     ADAPTER,
+    MODEL_CONFIG,
+    MODEL,
     BASES,
     DESCRIPTION,
     METHOD_STATE,
@@ -51,7 +56,8 @@ _CLASS_NAMES = ("id2label", "label2id", "label_names", "class_names")  # may beg
 def listed(folder: Path) -> list[str]:
     """Return the files of `folder` that may be uploaded, by their POSIX path inside it."""
     paths = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    return [path for path in paths if is_ours(path)]
+    others = (MODEL, MODEL_CONFIG) if config_name(folder) == ADAPTER_CONFIG else ()
+    return [path for path in paths if is_ours(path) and path not in others]
 
 
 def is_ours(path: str) -> bool:
@@ -79,20 +85,21 @@ def snapshot(folder: Path, target: Path, *, repo_id: str, base_model: str | None
     Raises:
         ValueError: a folder that is not a finished task.
     """
-    contents = {name: read_json(folder / name) for name in (RESULTS, MANIFEST, ADAPTER_CONFIG, DESCRIPTION)}
-    base = contents[ADAPTER_CONFIG].get("base_model_name_or_path")
+    config = config_name(folder)
+    contents = {name: read_json(folder / name) for name in (RESULTS, MANIFEST, config, DESCRIPTION)}
+    base = contents[config].get("base_model_name_or_path")
     named = embedded.name_of(base) or (base_model if base is None or _is_local(base) else base)
     for path in listed(folder):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         content = read_json(folder / path) if path.endswith(".json") else None
         public = _without_paths(content)
-        if path == ADAPTER_CONFIG:
+        if path == config and (config == ADAPTER_CONFIG or base is not None):
             public["base_model_name_or_path"] = named
         if public == content:
             shutil.copyfile(folder / path, target / path)
         else:
             write_json(target / path, public)
-    contents[ADAPTER_CONFIG]["base_model_name_or_path"] = named or base  # a card shows the last part of a local path
+    contents[config]["base_model_name_or_path"] = named or base  # a card shows the last part of a local path
     model_card.save_card(target / CARD, *contents.values(), repo_id=repo_id)
     return listed(target)
 

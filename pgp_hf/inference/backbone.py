@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .. import embedded
 from ..runs.folder import ADAPTER_CONFIG, PROCESSOR
 from ..runs.revision import Revision
-from ..tuners.base.config import PromptConfig
+from .adapters import Adapter
 
 
 def find_backbone(
@@ -36,7 +36,7 @@ def find_backbone(
     """
     if given is not None:
         return (given if isinstance(given, Path) else str(given)), None
-    name, path = revision.adapter.get("base_model_name_or_path"), revision.folder / ADAPTER_CONFIG
+    name, path = revision.config.get("base_model_name_or_path"), revision.folder / ADAPTER_CONFIG
     ask = "pass the backbone the adapter was trained on, as backbone=<model, folder or Hub id>"
     if not name:
         raise ValueError(f"{path} names no backbone: {ask}.")
@@ -50,30 +50,30 @@ def find_backbone(
         validate_repo_id(name)
     except HFValidationError as error:
         raise ValueError(f"{path} names the backbone {name!r}, which is not on this machine: {ask}.") from error
-    pinned = revision.adapter.get("revision")
+    pinned = revision.config.get("revision")
     if pinned is not None and not isinstance(pinned, str):
         raise ValueError(f"{path} has revision={pinned!r}: expected a branch, tag or commit of the backbone.")
     return name, pinned
 
 
-def load_backbone(source: str | Path, config: PromptConfig, options: dict[str, Any]) -> PreTrainedModel:
+def load_backbone(source: str | Path, adapter: Adapter, options: dict[str, Any]) -> PreTrainedModel:
     """Load the backbone of an adapter.
 
     Args:
         source: its Hub id or folder.
-        config: of the adapter; a backbone with a classifier gets a new one for its classes, to be filled by the adapter.
+        adapter: its settings; a backbone with a classifier gets a new one for its classes, to be filled by the adapter.
         options: for `from_pretrained`.
 
     Raises:
         ValueError: it cannot be loaded, or only from a format that can run code.
     """
-    kind: Any = getattr(transformers, config.base_class)
+    kind: Any = getattr(transformers, adapter.base_class)
     if kind is AutoModelForImageClassification:
-        names = dict(config.id2label or {})
+        names = dict(adapter.class_names)
         head = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
         options = {**options, **head, "ignore_mismatched_sizes": True}
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):  # a new head, soon replaced, draws random numbers
+        with quiet(), torch.random.fork_rng(devices=[]):  # a new head, soon replaced, draws random numbers
             return kind.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -108,7 +108,7 @@ def load_processor(revision: Revision, source: str | Path | None, hub: dict[str,
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence all but errors of transformers, which would warn about the new head that is intended here."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
@@ -15,32 +13,26 @@ import numpy as np
 import PIL.Image
 import torch
 import transformers.pipelines.base
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .. import tuners  # noqa: F401 (registers the adapters)
 from ..data.rgb import array_to_rgb, open_rgb, to_rgb
 from ..heads import keep_classes
-from ..models import SelectsPrompts
+from ..models import SelectsPrompts, StreamModel, load_weights, stream_model
 from ..projection import Projection
-from ..runs.folder import ADAPTER_CONFIG, METHOD
+from ..runs.folder import METHOD
 from ..runs.revision import Revision
 from ..runs.sources import locate
-from ..tuners.base.config import PromptConfig
-from ..tuners.base.model import PromptTuner
+from .adapters import expected_weights, plain_backbone, read_adapter, wrap
 from .backbone import find_backbone, load_backbone, load_processor
+from .whole import load_whole
 
 if TYPE_CHECKING:
     from ..methods import ContinualMethod
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | np.ndarray[Any, Any] | Tensor"
-
-# what PEFT and the tuners raise for impossible settings
-_UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, OverflowError, StopIteration)
 
 
 class Prediction(NamedTuple):
@@ -56,10 +48,10 @@ class Prediction(NamedTuple):
 
 
 class PromptClassifier:
-    """Predict with the backbone, prompts, head and class names of one revision; made by `load_pretrained`.
+    """Predict with the model and the class names of one revision; made by `load_pretrained`.
 
     Attributes:
-        model: the `PeftModel`, in eval mode. Its output has `logits` `(B, C)`, at minus infinity for classes that no
+        model: in eval mode; a `PeftModel` unless a whole model has learned. Its output has `logits` `(B, C)`, at minus infinity for classes that no
             finished task introduced; it works in `transformers.pipeline("image-classification", ...)`, CLIP included.
         processor: the backbone's image processor, for the same pipeline.
         manifest, results: content of `stream.json` and `results.json`; None for an adapter that was saved without a run.
@@ -67,7 +59,11 @@ class PromptClassifier:
     """
 
     def __init__(
-        self, model: PeftModel, processor: BaseImageProcessor, revision: Revision, classes: list[int] | None
+        self,
+        model: PreTrainedModel | PeftModel,
+        processor: BaseImageProcessor,
+        revision: Revision,
+        classes: list[int] | None,
     ) -> None:
         self.model, self.processor, self.classes = model, processor, classes
         self.manifest, self.results = revision.manifest, revision.results
@@ -75,20 +71,22 @@ class PromptClassifier:
 
     def __repr__(self) -> str:
         known = self.id2label if self.classes is None else self.classes
-        return (
-            f"PromptClassifier({type(self.model.base_model).__name__}, {len(known)} of {len(self.id2label)} classes)"
-        )
+        inside = self.model.base_model if isinstance(self.model, PeftModel) else self.model
+        return f"PromptClassifier({type(inside).__name__}, {len(known)} of {len(self.id2label)} classes)"
+
+    @property
+    def _learner(self) -> StreamModel:
+        return stream_model(self.model)
 
     @property
     def id2label(self) -> dict[int, str]:
         """Return the name of each class by its label id, those of later tasks included."""
-        return _tuner(self.model).class_names or {}
+        return dict(self._learner.class_names or {})
 
     @property
     def pool_size(self) -> int | None:
-        """Return the number of pool entries that images select from; None where nothing is selected (CLIP)."""
-        tuner = _tuner(self.model)
-        return tuner.pool_size if isinstance(tuner, SelectsPrompts) else None
+        """Return the number of pool entries that images select from; None where nothing is selected, as with CLIP."""
+        return self._learner.pool_size if isinstance(self._learner, SelectsPrompts) else None
 
     @cached_property
     def projection(self) -> Projection:
@@ -146,7 +144,8 @@ class PromptClassifier:
         reference = next(self.model.parameters())
         pixels = self.processor(images, return_tensors="pt")["pixel_values"].to(reference.device, reference.dtype)
         logits = self.model(pixel_values=pixels).logits
-        return logits.float().softmax(-1).cpu(), _tuner(self.model).selected_prompts
+        selected = self._learner.selected_prompts if isinstance(self._learner, SelectsPrompts) else None
+        return logits.float().softmax(-1).cpu(), selected
 
 
 def load_pretrained(
@@ -191,26 +190,22 @@ def load_pretrained(
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = locate(repo_or_dir, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     found = Revision.read(folder, revision)
-    config = _adapter_config(found)
-    source: str | Path | None = None
-    if isinstance(backbone, nn.Module):
-        base = _plain(backbone)
-    else:
-        source, revision_of = find_backbone(backbone, found, local=Path(repo_or_dir).is_dir())
-        options = {"attn_implementation": attn_implementation, "revision": revision_of or "main", **hub}
-        base = load_backbone(source, config, options)
-    processor = processor or load_processor(found, source, hub)
-    weights = found.weights(_expected(base, config))
     if found.results is not None:
         found.bases()  # read only to be checked: prediction does not need them
     method = _adjusting_method(found)
-    found.check_backbone(base)
-
-    with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are soon replaced
-        model = _wrap(base, config)
-    set_peft_model_state_dict(model, weights)
+    model: Any  # a PreTrainedModel, or a PeftModel
+    if found.whole:
+        if backbone is not None:
+            raise ValueError(
+                f"{folder} holds a whole model, which needs no backbone: leave out backbone={backbone!r:.80}."
+            )
+        processor = processor or load_processor(found, None, hub)
+        model = load_whole(found, attn_implementation)
+    else:
+        local = Path(repo_or_dir).is_dir()
+        model, processor = _load_adapter(found, backbone, processor, local, hub, attn_implementation)
     if found.tasks:
-        _tuner(model).resume_after(found.tasks - 1)
+        stream_model(model).resume_after(found.tasks - 1)
     classes = None if eval_mask == "none" else found.seen_classes
     _make_classifier(model, classes, method)
     return PromptClassifier(model.to(device=device, dtype=dtype).eval(), processor, found, classes)
@@ -235,61 +230,32 @@ def to_image(image: ImageLike) -> PIL.Image.Image:
     raise TypeError(f"an image cannot be of type {type(image).__name__}: pass paths, PIL images or arrays.")
 
 
-def _tuner(model: PeftModel) -> PromptTuner:
-    return cast(PromptTuner, model.base_model)
+def _load_adapter(
+    found: Revision,
+    backbone: str | os.PathLike[str] | PreTrainedModel | None,
+    processor: BaseImageProcessor | None,
+    local: bool,
+    hub: dict[str, Any],
+    attn_implementation: str | None,
+) -> tuple[PeftModel, BaseImageProcessor]:
+    """Load an adapter on its backbone, and the image processor."""
+    adapter = read_adapter(found)
+    source: str | Path | None = None
+    if isinstance(backbone, nn.Module):
+        base = plain_backbone(backbone)
+    else:
+        source, revision_of = find_backbone(backbone, found, local)
+        options = {"attn_implementation": attn_implementation, "revision": revision_of or "main", **hub}
+        base = load_backbone(source, adapter, options)
+    processor = processor or load_processor(found, source, hub)
+    weights = found.weights(expected_weights(base, adapter.config))
+    found.check_backbone(base)
 
-
-def _plain(backbone: nn.Module) -> PreTrainedModel:
-    """Return a backbone that was passed; raise ValueError for another kind of model, or one with an adapter."""
-    if not isinstance(backbone, PreTrainedModel) or any(isinstance(m, BaseTunerLayer) for m in backbone.modules()):
-        raise ValueError(
-            f"backbone is a {type(backbone).__name__}: pass a transformers model without an adapter, its Hub id or "
-            "folder."
-        )
-    return backbone
-
-
-def _adapter_config(revision: Revision) -> PromptConfig:
-    """Return the adapter's configuration; raise ValueError for an unknown type or impossible settings."""
-    path = revision.folder / ADAPTER_CONFIG
-    fields = {**revision.adapter, "inference_mode": True}
-    known = {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, PromptConfig)}
-    if fields["peft_type"] not in known:
-        raise ValueError(
-            f"{path} has peft_type={fields['peft_type']!r}: expected one of {', '.join(known)}, the prompt adapters that "
-            "are registered."
-        )
-    try:
-        config = known[fields["peft_type"]](**fields)
-        names = config.id2label or {}
-        if list(names) != list(range(len(names))) or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"id2label={str(names)[:80]} does not name the classes 0, 1, ... in turn")
-    except _UNFIT as error:
-        raise ValueError(f"{path} is not a valid adapter configuration ({error}).") from error
-    if revision.manifest and names == {index: f"LABEL_{index}" for index in names}:  # placeholders of transformers
-        config.id2label = dict(enumerate(revision.manifest["label_names"]))
-    if not names:
-        raise ValueError(
-            f"{path} names no classes (id2label): the adapter was saved from a model without a classifier."
-        )
-    return config
-
-
-def _expected(base: PreTrainedModel, config: PromptConfig) -> dict[str, Tensor]:
-    """Return the adapter's tensors on this backbone, on the meta device; the backbone is not touched."""
-    try:
-        with torch.device("meta"):
-            skeleton = _wrap(type(base)(copy.deepcopy(base.config)), copy.deepcopy(config))
-        return get_peft_model_state_dict(skeleton, save_embedding_layers=False)
-    except _UNFIT as error:
-        raise ValueError(f"the adapter does not fit this {type(base).__name__}: {error}") from error
-
-
-def _wrap(base: PreTrainedModel, config: PromptConfig) -> PeftModel:
-    with warnings.catch_warnings():
-        # raised inside PEFT itself
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return PeftModel(base, config)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are soon replaced
+        model = wrap(base, adapter.config)
+    load_weights(model, weights)
+    base.config.id2label = dict(adapter.class_names)
+    return model, processor
 
 
 def _adjusting_method(revision: Revision) -> ContinualMethod | None:
@@ -315,31 +281,34 @@ def _adjusting_method(revision: Revision) -> ContinualMethod | None:
     return method
 
 
-def _make_classifier(model: PeftModel, classes: list[int] | None, method: ContinualMethod | None) -> None:
+def _make_classifier(
+    model: PreTrainedModel | PeftModel, classes: list[int] | None, method: ContinualMethod | None
+) -> None:
     """Add `logits` with unseen classes masked to the model's output, and the class names to its configuration.
 
     Args:
         method: adjusts the logits before they are masked.
     """
-    tuner, features = _tuner(model), list[Tensor]()
+    learner, features = stream_model(model), list[Tensor]()
     if method is not None:
-        tuner.watch_features(lambda seen: features.__setitem__(slice(None), [seen]))
+        learner.watch_features(lambda seen: features.__setitem__(slice(None), [seen]))
 
     def kept(logits: Tensor) -> Tensor:
         return keep_classes(
             logits if method is None else method.adjust_logits(logits.float(), features.pop()), classes
         )
 
-    base, names = cast(PreTrainedModel, model.get_base_model()), tuner.class_names or {}
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = learner.class_names or {}
     base.config.id2label, base.config.label2id = dict(names), {name: index for index, name in names.items()}
 
-    def mask(module: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if kwargs.get("input_ids") is not None:  # CLIP with the caller's own texts
             return output
         if isinstance(output, tuple):
             at = 1 if kwargs.get("labels") is not None else 0  # the loss comes first
             return *output[:at], kept(output[at]), *output[at + 1 :]
-        logits = kept(tuner.class_logits(output))
+        logits = kept(learner.class_logits(output))
         if "logits" not in output:
             return ImageClassifierOutput(logits=logits)
         output.logits = logits

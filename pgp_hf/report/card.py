@@ -53,6 +53,7 @@ class _Run(NamedTuple):
     batchwise: bool
     base: str  # the backbone's name or path, empty for a model that was never saved
     dataset: str | None
+    kind: str  # the adapter's PEFT type, or what of a whole model has learned
     adapter: AdapterCard
     learning: Learning
 
@@ -92,7 +93,7 @@ def render_card(
     run = _read(results, manifest, adapter_config, projection, method)
     name = name_model(
         repo_id,
-        str(adapter_config["peft_type"]),
+        run.kind,
         run.learning.name,
         public_name(run.dataset).split("/")[-1] if run.dataset else None,
     )
@@ -181,7 +182,7 @@ def _read(
         raise ValueError(f"results['scenario'] is {scenario!r}; expected one of {', '.join(SCENARIOS)}.")
     num_tasks = int(_need(results, "num_tasks", "results"))
     num_classes = int(_need(manifest, "num_classes", "manifest"))
-    _need(config, "peft_type", "adapter_config")
+    kind = str(config.get("peft_type") or _need(results, "model", "results"))
     batchwise = bool(results.get("batchwise_prompt"))
     adapter = describe_adapter(config, batchwise)
     return _Run(
@@ -195,6 +196,7 @@ def _read(
         batchwise=batchwise,
         base=config.get("base_model_name_or_path") or "",
         dataset=(manifest.get("dataset") or {}).get("name"),
+        kind=kind,
         adapter=adapter,
         learning=describe_learning(config, adapter, projection, method),
     )
@@ -217,7 +219,7 @@ def _metadata(run: _Run, name: str) -> ModelCardData:
             "continual-learning",
             *kind,
             "pgp_hf",
-            str(run.config["peft_type"]).lower(),
+            run.kind.lower().replace(":", "-"),
             run.scenario.name.replace("_", "-"),
         ],
         datasets=[run.dataset] if is_owned(run.dataset) else None,

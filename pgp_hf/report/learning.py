@@ -79,7 +79,7 @@ def describe_adapter(config: Mapping[str, Any], batchwise: bool) -> AdapterCard:
 
     from ..tuners.base import AdapterCard, PromptConfig
 
-    kind = str(config["peft_type"])
+    kind = str(config.get("peft_type"))
     found = next((config_class for name, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items() if name == kind), None)
     if found is not None and issubclass(found, PromptConfig):
         return found.card({**config, "batchwise_prompt": batchwise})

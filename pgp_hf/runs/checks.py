@@ -6,11 +6,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .folder import ADAPTER, ADAPTER_CONFIG, DESCRIPTION, MANIFEST
+from .folder import ADAPTER_CONFIG, DESCRIPTION, MANIFEST, MODEL_CONFIG
 
 
-def check_stream_file(manifest: dict[str, Any], adapter: dict[str, Any], path: Path) -> None:
-    """Raise ValueError unless `stream.json` divides the adapter's classes into tasks and names them."""
+def check_stream_file(manifest: dict[str, Any], config: dict[str, Any], path: Path) -> None:
+    """Raise ValueError unless `stream.json` divides the classes of the model into tasks and names them.
+
+    Args:
+        config: content of `adapter_config.json` or, where a whole model has learned, `config.json`.
+    """
     names, count = manifest.get("label_names"), manifest.get("num_classes")
     try:
         tasks = [task["classes"] for task in manifest["tasks"]]
@@ -26,8 +30,9 @@ def check_stream_file(manifest: dict[str, Any], adapter: dict[str, Any], path: P
         )
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: label_names are not {count} strings, one per class.")
-    if (own := adapter.get("id2label")) is not None and (not isinstance(own, dict) or len(own) != count):
-        raise ValueError(f"{path} has {count} classes, but id2label in {ADAPTER_CONFIG} has another number.")
+    if (own := config.get("id2label")) is not None and (not isinstance(own, dict) or len(own) != count):
+        name = ADAPTER_CONFIG if "peft_type" in config else MODEL_CONFIG
+        raise ValueError(f"{path} has {count} classes, but id2label in {name} has another number.")
 
 
 def check_results_file(results: dict[str, Any], manifest: dict[str, Any], path: Path) -> int:
@@ -56,7 +61,7 @@ def finished_tasks(matrix: list[list[float | None]]) -> int:
 def check_basis(name: str, shape: tuple[int, ...], parameter: tuple[int, ...] | None, info: Any, path: Path) -> None:
     """Raise ValueError unless a basis `(*batch, n, r)` fits its parameter and its description."""
     if parameter is None:
-        raise ValueError(f"{path}: {name!r} has a basis, but is not a parameter in {ADAPTER}.")
+        raise ValueError(f"{path}: {name!r} has a basis, but is not a parameter of the model beside it.")
     if not isinstance(info, dict):
         raise ValueError(f"{path}: {name!r} is not described in {DESCRIPTION}.")
     seen, batch = info.get("shape"), info.get("batch_dims")

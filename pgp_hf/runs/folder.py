@@ -1,6 +1,6 @@
 """Lay out the files of a run, which are written whole or not at all.
 
-output_dir/  the last finished task's files, and
+output_dir/  the last finished task's files (a whole model's weights as a hard link), and
   task-1/ ... task-T/   the same files as they were when each task ended
   features/task-1.safetensors ...   head inputs and pool entries of each task's test images when it ended
   checkpoints/task-t/checkpoint-N/  Trainer checkpoints of the task in training, removed when it ends
@@ -18,8 +18,9 @@ from pathlib import Path
 from .atomic import replacing
 from .reading import read_json
 
-ADAPTER_CONFIG, PROCESSOR = "adapter_config.json", "preprocessor_config.json"
-ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+MODEL_CONFIG, MODEL = "config.json", "model.safetensors"  # in place of an adapter's, where a whole model has learned
+PROCESSOR = "preprocessor_config.json"
 BASES, DESCRIPTION = "projection.safetensors", "projection.json"
 METHOD_STATE, METHOD = "method.safetensors", "method.json"
 MANIFEST, RESULTS = "stream.json", "results.json"
@@ -130,4 +131,24 @@ class RunFolder:
         for file in sorted(self.task(t).rglob("*")):
             if file.is_file():
                 with replacing(self.root / file.relative_to(self.task(t))) as temporary:
-                    shutil.copyfile(file, temporary)
+                    _link(file, temporary) if file.name == MODEL else shutil.copyfile(file, temporary)
+
+    def drop_weights(self, before: int) -> None:
+        """Remove a whole model's weights from the folders of the tasks with 0-based index below `before`."""
+        for t in range(before):
+            (self.task(t) / MODEL).unlink(missing_ok=True)
+
+
+def config_name(folder: Path) -> str:
+    """Return the name of the file that describes the model in a task's folder: an adapter's, or a whole model's."""
+    whole = (folder / MODEL_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file()
+    return MODEL_CONFIG if whole else ADAPTER_CONFIG
+
+
+def _link(file: Path, target: Path) -> None:
+    """Link a large file instead of copying it, where the file system can."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..projection import Projection, ProjectionConfig
-from .folder import ADAPTER_CONFIG, RunFolder
+from .folder import RunFolder, config_name
 from .revision import Revision
 from .sources import TASK, locate
 
@@ -67,7 +67,7 @@ def open_run(where: str | Path, **hub: Any) -> RunFolder:
             lambda t: locate(repo, f"task-{t + 1}", card=True, **hub),
         )
     run = RunFolder(folder)
-    if run.is_empty() and (folder / ADAPTER_CONFIG).is_file():
+    if run.is_empty() and (folder / config_name(folder)).is_file():
         folder = locate(folder)
         named = TASK.fullmatch(folder.resolve().name)
         return RevisionRun(folder, _finished_tasks(folder), folder.resolve().parent if named else folder)

@@ -14,8 +14,20 @@ from ..projection.projector import TRANSPOSED
 from . import reading
 from .checks import check_basis, check_method_file, check_results_file, check_stream_file, finished_tasks
 from .digest import backbone_key, backbone_sha256
-from .folder import ADAPTER, ADAPTER_CONFIG, BASES, DESCRIPTION, MANIFEST, METHOD, METHOD_STATE, RESULTS
-from .sources import OTHERS, REVISION_FILES, RUN_FILES, TASK
+from .folder import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    BASES,
+    DESCRIPTION,
+    MANIFEST,
+    METHOD,
+    METHOD_STATE,
+    MODEL,
+    MODEL_CONFIG,
+    RESULTS,
+    config_name,
+)
+from .sources import OTHERS, REVISION_FILES, RUN_FILES, TASK, without_weights
 
 
 @dataclass(frozen=True)
@@ -24,12 +36,12 @@ class Revision:
 
     Args:
         folder: where the files are.
-        adapter: content of `adapter_config.json`.
+        config: content of `adapter_config.json`, or of `config.json` where a whole model has learned.
         manifest, results: content of `stream.json` and `results.json`; both None for an adapter without a run.
     """
 
     folder: Path
-    adapter: dict[str, Any]
+    config: dict[str, Any]
     manifest: dict[str, Any] | None
     results: dict[str, Any] | None
 
@@ -47,27 +59,29 @@ class Revision:
         for name in (*REVISION_FILES, *OTHERS):
             if name.endswith(".json") and (folder / name).exists():
                 reading.refuse_code(reading.read_json(folder / name), folder / name)
-        adapter = reading.read_json(folder / ADAPTER_CONFIG)
-        if not isinstance(adapter.get("peft_type"), str):
+        name = config_name(folder)
+        config = reading.read_json(folder / name)
+        if name == ADAPTER_CONFIG and not isinstance(config.get("peft_type"), str):
             raise ValueError(
-                f"{folder / ADAPTER_CONFIG} has peft_type={adapter.get('peft_type')!r}: expected the name of a kind of "
-                "adapter."
+                f"{folder / name} has peft_type={config.get('peft_type')!r}: expected the name of a kind of adapter."
             )
         there = [name for name in RUN_FILES if (folder / name).exists()]
+        if not there and name == MODEL_CONFIG:
+            raise ValueError(f"{folder} is a model without a run: load it with transformers.")
         if not there:
-            return cls(folder, adapter, None, None)
+            return cls(folder, config, None, None)
         if len(there) < len(RUN_FILES):
             lacking = next(name for name in RUN_FILES if name not in there)
             raise ValueError(f"{folder} has {there[0]}, but no {lacking}: the download or copy is incomplete.")
         manifest, results = (reading.read_json(folder / name) for name in (MANIFEST, RESULTS))
-        check_stream_file(manifest, adapter, folder / MANIFEST)
+        check_stream_file(manifest, config, folder / MANIFEST)
         tasks = check_results_file(results, manifest, folder / RESULTS)
         named = TASK.fullmatch(revision or "")
         if named and int(named[1]) != tasks:
             raise ValueError(
                 f"{folder / RESULTS} shows {tasks} finished tasks, but the revision is called {revision!r}."
             )
-        return cls(folder, adapter, manifest, results)
+        return cls(folder, config, manifest, results)
 
     @property
     def tasks(self) -> int:
@@ -80,6 +94,25 @@ class Revision:
         if self.manifest is None:
             return None
         return [label for task in self.manifest["tasks"][: self.tasks] for label in task["classes"]]
+
+    @property
+    def whole(self) -> bool:
+        """Return whether a whole model has learned, and not an adapter."""
+        return "peft_type" not in self.config
+
+    def check_whole(self) -> None:
+        """Raise ValueError unless a whole model's weights are here, undamaged, and may be read by transformers."""
+        path = self.folder / MODEL
+        if not path.exists():
+            raise ValueError(without_weights(self.folder))
+        layers, count = self.config.get("num_hidden_layers", 1), len(reading.tensor_shapes(path))
+        if type(layers) is not int or not 0 < layers <= count:  # it would be built before it is compared with the file
+            raise ValueError(
+                f"{self.folder / MODEL_CONFIG} has num_hidden_layers={layers!r}, and {MODEL} holds {count} tensors: they "
+                "do not belong together."
+            )
+        reading.read_tensors(path)
+        self._check_digest(path)
 
     def weights(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Read the adapter's tensors.
@@ -123,7 +156,8 @@ class Revision:
         self._check_run()
         path = self.folder / BASES
         description = reading.read_json(self.folder / DESCRIPTION)
-        parameters, shapes = reading.tensor_shapes(self.folder / ADAPTER), reading.tensor_shapes(path)
+        parameters = reading.tensor_shapes(self.folder / (MODEL if self.whole else ADAPTER))
+        shapes = reading.tensor_shapes(path)
         for name, shape in shapes.items():
             parameter = parameters.get(name, parameters.get(name.removesuffix(TRANSPOSED)))
             check_basis(name, shape, parameter, description.get(name), path)
@@ -176,12 +210,12 @@ class Revision:
         noted = self._noted_digest(backbone_key(model))
         if noted is None:
             return
-        found = backbone_sha256(model, self.adapter.get("modules_to_save"))
+        found = backbone_sha256(model, self.config.get("modules_to_save"))
         if found not in (None, noted):
             raise ValueError(
                 f"the backbone's weights are not those that {self.folder} was trained on (their digest differs from the "
-                f"one in {RESULTS}), although its shapes are: prompts and keys mean nothing on another backbone. Pass the "
-                f"right one; {ADAPTER_CONFIG} names {self.adapter.get('base_model_name_or_path')!r}."
+                f"one in {RESULTS}), although its shapes are: an adapter means nothing on another backbone. Pass the "
+                f"right one; {ADAPTER_CONFIG} names {self.config.get('base_model_name_or_path')!r}."
             )
 
     def _check_run(self) -> None:

@@ -29,16 +29,21 @@ from .folder import (
     MANIFEST,
     METHOD,
     METHOD_STATE,
+    MODEL,
+    MODEL_CONFIG,
     PROCESSOR,
     RESULTS,
+    config_name,
 )
 
 RUN_FILES = (MANIFEST, RESULTS, DESCRIPTION, BASES)
 """Files that every finished task has; an adapter without a run has none of them."""
 REVISION_FILES = (ADAPTER_CONFIG, ADAPTER, PROCESSOR, *RUN_FILES, METHOD_STATE, METHOD)
 """All files of a revision that are read; runs of earlier versions lack those of the method."""
+MODEL_FILES = (MODEL_CONFIG, MODEL, *REVISION_FILES[2:])
+"""The same where a whole model has learned, and not an adapter."""
 # files that other loaders read: this package only searches them for requests to run code
-OTHERS = ("config.json", "processor_config.json")
+OTHERS = (MODEL_CONFIG, "processor_config.json")
 TASK = re.compile(r"task-([1-9]\d{0,5})")
 _CARD = re.compile(r"README\.md|figures/[\w-]+\.png")
 
@@ -82,7 +87,7 @@ def locate(
             raise
         except HTTPError as error:
             unreachable = error  # the cache may know the revision
-    wanted: Iterable[str] = (*REVISION_FILES, *OTHERS) if listing is None else _choose(listing[1], where, card)
+    wanted: Iterable[str] | None = None if listing is None else _choose(listing[1], where, card)
     offline = local_files_only or unreachable is not None
     cache = None if cache_dir is None else Path(cache_dir)
 
@@ -91,7 +96,10 @@ def locate(
 
     try:
         # by the revision's name, so that the cache knows it without a network; the rest come from the same commit
-        folder = fetch(ADAPTER_CONFIG, revision).parent
+        if wanted is None:
+            folder, wanted = _fetch_description(fetch, revision)
+        else:
+            folder = fetch(ADAPTER_CONFIG if ADAPTER_CONFIG in wanted else MODEL_CONFIG, revision).parent
     except LocalEntryNotFoundError as error:
         if unreachable is None:
             raise
@@ -108,11 +116,15 @@ def _local(folder: Path, revision: str | None) -> Path:
     """Return the folder of a revision in a local folder."""
     if revision not in (None, "main"):
         folder = _task_folder(folder, revision)
-    _require((folder / ADAPTER_CONFIG).is_file(), folder)
+    name = config_name(folder)
+    _require((folder / name).is_file(), folder)
     files = (file.relative_to(folder) for file in folder.rglob("*"))
     # a run in training has a Trainer's checkpoints, which hold pickles and are never read here
     reading.refuse_pickles((str(file) for file in files if CHECKPOINTS not in file.parts), folder)
-    _require((folder / ADAPTER).is_file(), folder)
+    if name == ADAPTER_CONFIG:
+        _require((folder / ADAPTER).is_file(), folder)
+    elif not (folder / MODEL).is_file():
+        raise ValueError(without_weights(folder))
     return folder
 
 
@@ -127,12 +139,32 @@ def _task_folder(folder: Path, revision: str) -> Path:
     return chosen
 
 
+def without_weights(folder: Path) -> str:
+    """Return an error message for a task's folder that has a whole model's description, but not its weights."""
+    return (
+        f"{folder} has {MODEL_CONFIG}, but no {MODEL}: by default a run keeps a whole model's weights for its newest task "
+        "alone. Load that one, or train with --save_full_weights all, which keeps them for every task."
+    )
+
+
 def _require(there: bool, where: str | Path) -> None:
     if not there:
         raise ValueError(
-            f"{where} has no {ADAPTER_CONFIG} and {ADAPTER}: expected a run's folder, one of its task folders, or a "
-            "repository with such files."
+            f"{where} has no {ADAPTER_CONFIG} and {ADAPTER}, and no {MODEL_CONFIG} and {MODEL}: expected a run's folder, "
+            "one of its task folders, or a repository with such files."
         )
+
+
+def _fetch_description(fetch: Callable[[str, str | None], Path], revision: str | None) -> tuple[Path, Iterable[str]]:
+    """Fetch the file that describes the model, without a listing; return its folder, and the files to fetch with it."""
+    try:
+        return fetch(ADAPTER_CONFIG, revision).parent, (*REVISION_FILES, *OTHERS)
+    except EntryNotFoundError:  # it is not in the repository, or not in the cache
+        try:
+            return fetch(MODEL_CONFIG, revision).parent, (*MODEL_FILES, *OTHERS)
+        except EntryNotFoundError:
+            pass
+        raise
 
 
 def _listing(repo: str, revision: str | None, token: str | bool | None) -> tuple[str, dict[str, int]]:
@@ -153,13 +185,13 @@ def _listing(repo: str, revision: str | None, token: str | bool | None) -> tuple
 def _choose(sizes: dict[str, int], where: str, card: bool) -> list[str]:
     """Choose the files of a repository to download; raise ValueError if it has forbidden files or lacks an adapter."""
     reading.refuse_pickles(sizes, where)
-    known = (*REVISION_FILES, *OTHERS)
+    known = (*(REVISION_FILES if ADAPTER_CONFIG in sizes else MODEL_FILES), *OTHERS)
     wanted = [file for file in sizes if file in known or (card and _CARD.fullmatch(file))]
     for file in wanted:
         most = reading.MAX_TENSORS if file.endswith(".safetensors") else reading.MAX_JSON
         if sizes[file] > most:
             raise ValueError(f"{where}: {file} has {sizes[file]} bytes, at most {most} are allowed.")
-    _require(ADAPTER_CONFIG in wanted and ADAPTER in wanted, where)
+    _require({ADAPTER_CONFIG, ADAPTER} <= {*wanted} or {MODEL_CONFIG, MODEL} <= {*wanted}, where)
     return wanted
 
 
@@ -168,5 +200,5 @@ def _fetch_all(files: Iterable[str], fetch: Callable[[str], Path], where: str) -
         try:
             fetch(file)
         except EntryNotFoundError as error:  # no listing: it is not in the cache, and perhaps not in the repository
-            if file == ADAPTER:
-                raise ValueError(f"{where} has no {ADAPTER}, or it is not in the cache ({error}).") from error
+            if file in (ADAPTER, MODEL):
+                raise ValueError(f"{where} has no {file}, or it is not in the cache ({error}).") from error

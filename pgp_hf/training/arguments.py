@@ -32,6 +32,8 @@ class PGPTrainingArguments(TrainingArguments):
         cache_queries: keep the queries of images, which never change, instead of computing them again.
         verify_images: decode every image once before training starts.
         overwrite_output_dir: delete an earlier run in `output_dir`.
+        save_full_weights: for a model that is not an adapter, whose folders hold all of its weights: keep those of the
+            last finished task ("last") or of every task ("all").
         push_to_hub: upload each finished task to the Hub in the background.
         hub_strategy: "every_save" uploads a task as soon as it is finished, "end" all tasks after the last.
         hub_base_model: Hub id of the backbone, named in uploads of a run on a local folder.
@@ -94,6 +96,13 @@ class PGPTrainingArguments(TrainingArguments):
     verify_images: bool = field(default=True, metadata={"help": "decode every image once before training starts"})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "delete an earlier run in output_dir instead of refusing to touch it"}
+    )
+    save_full_weights: Literal["last", "all"] = field(
+        default="last",
+        metadata={
+            "help": "of a model that is not an adapter, keep all weights of the last finished task alone ('last') or of "
+            "every task ('all'); with push_to_hub, a task's weights stay until the Hub has them"
+        },
     )
 
     push_to_hub: bool = field(
@@ -191,6 +200,7 @@ class PGPTrainingArguments(TrainingArguments):
             ("train_mask", ("task", "seen")),
             ("eval_mask", ("seen", "none")),
             ("augmentation", ("none", "flip", "crop_flip")),
+            ("save_full_weights", ("last", "all")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")

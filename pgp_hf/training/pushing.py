@@ -28,6 +28,7 @@ class PushTasks(StreamCallback):
     def __init__(self) -> None:
         self.uploads: Uploads | None = None
         self.repo: hub.TaskRepo | None = None
+        self.left_out: list[str] = []
         self._report: Callable[[], None] = lambda: None
 
     def on_stream_begin(
@@ -49,7 +50,9 @@ class PushTasks(StreamCallback):
     ) -> None:
         if state.is_world_process_zero:
             # on_stream_begin has not run where tasks are trained one by one
-            _add(self.uploads or self._start(args, new_run=task == 0), args, task + 1)
+            uploads = self.uploads or self._start(args, new_run=task == 0)
+            _drop_weights(args, uploads)
+            _add(uploads, args, task + 1)
 
     def on_stream_end(
         self,
@@ -67,17 +70,25 @@ class PushTasks(StreamCallback):
             tqdm.write(f"Waiting up to {args.hub_wait:g} s for the upload to {url}")
         uploads.wait(args.hub_wait)
         uploads.close()
+        _drop_weights(args, uploads)
         atexit.unregister(self._report)
         self._report()
         if uploads.done == uploads.wanted and not args.disable_tqdm:
-            tqdm.write(f"All {uploads.done} tasks are on the Hub: {url}")
+            lacking = f", but {', '.join(self.left_out)}, whose weights the run has not kept" if self.left_out else ""
+            tqdm.write(f"All {uploads.done} tasks are on the Hub{lacking}: {url}")
 
     def _start(self, args: PGPTrainingArguments, new_run: bool) -> Uploads:
         """Start uploading what is finished of a run."""
         if self.uploads is not None:
             self.uploads.close()
         repo, folder = args.hub_repo(new_run), RunFolder(str(args.output_dir))
-        uploads = Uploads(repo.create, lambda t: repo.put(t, folder.task(t)), token=args.hub_token, first=folder.first)
+        self.left_out = []
+
+        def put(t: int) -> None:
+            if repo.put(t, folder.task(t)) == hub.Outcome.LEFT_OUT:
+                self.left_out.append(f"task-{t + 1}")
+
+        uploads = Uploads(repo.create, put, token=args.hub_token, first=folder.first)
 
         def report() -> None:
             finished = folder.finished_tasks()
@@ -88,6 +99,13 @@ class PushTasks(StreamCallback):
         self.uploads, self.repo, self._report = uploads, repo, report
         atexit.register(report)
         return uploads
+
+
+def _drop_weights(args: PGPTrainingArguments, uploads: Uploads) -> None:
+    """Remove what `save_full_weights` keeps for the last task alone from the tasks before, where the Hub has it."""
+    folder = RunFolder(str(args.output_dir))
+    if args.save_full_weights == "last":
+        folder.drop_weights(before=min(uploads.done, folder.finished_tasks() - 1))
 
 
 def _add(uploads: Uploads, args: PGPTrainingArguments, tasks: int) -> None:

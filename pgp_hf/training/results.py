@@ -46,6 +46,9 @@ class StreamResults:
     """Hold what a run has measured so far; `to_dict` is the content of `results.json`.
 
     Attributes:
+        method: the registered name, or the adapter's for projected prompts.
+        model: what learns: "l2p", "full", "last:2", "head", "lora:8", ...
+        method_settings: those of the method, ready for JSON.
         matrix: accuracies in percent of the chosen head, a row per finished task; row i has i + 1 entries.
         linear_matrix: the same for the linear head, where a statistics head classifies; else empty.
         drift, rank: one value per finished task.
@@ -59,6 +62,7 @@ class StreamResults:
     """
 
     method: str
+    model: str
     projection: str
     head: str
     scenario: str
@@ -67,6 +71,7 @@ class StreamResults:
     eval_mask: str
     batchwise_prompt: bool
     compensate_drift: bool = False
+    method_settings: dict[str, Any] = field(default_factory=dict)
     matrix: list[list[float]] = field(default_factory=list)
     linear_matrix: list[list[float]] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
@@ -81,6 +86,8 @@ class StreamResults:
         """Return the content of `results.json`."""
         results = {
             "method": self.method,
+            "model": self.model,
+            "method_settings": self.method_settings,
             "projection": self.projection,
             "head": self.head,
             "scenario": self.scenario,
@@ -131,6 +138,11 @@ class StreamResults:
                     f"the earlier run has {name}={results.get(name)!r}, this one {getattr(self, name)!r}: "
                     "continue with the same settings, or choose another output_dir."
                 )
+        if results.get("model", self.model) != self.model:  # runs of earlier versions do not say
+            raise ValueError(
+                f"the earlier run has model={results['model']!r}, this one {self.model!r}: continue with the same model, or "
+                "choose another output_dir."
+            )
         if results.get("compensate_drift", False) != self.compensate_drift:
             raise ValueError(
                 f"the earlier run has compensate_drift={not self.compensate_drift}, this one {self.compensate_drift}: "

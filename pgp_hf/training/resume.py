@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .. import hub
 from ..data.stream import TaskStream
+from ..inference.whole import load_whole
 from ..methods import ContinualMethod, MethodState
-from ..models import StreamModel
+from ..models import StreamModel, load_weights, weights
 from ..report import card, figures
 from ..runs.atomic import write_json, write_tensors
-from ..runs.folder import ADAPTER_CONFIG, CONTINUED, DESCRIPTION, MANIFEST, RESULTS, RunFolder
+from ..runs.folder import CONTINUED, DESCRIPTION, MANIFEST, RESULTS, RunFolder, config_name
 from ..runs.open import open_run
 from ..runs.reading import read_json, read_tensors
 from ..runs.revision import Revision, read_method
@@ -36,7 +38,7 @@ class LoadedTask(NamedTuple):
     """The state that a run had when a task ended, read and checked.
 
     Attributes:
-        weights: of the adapter, by their names in its file.
+        weights: of the adapter or the whole model, see `pgp_hf.models.weights`.
         bases: of the projection, and their description.
         method: what the method remembers; None in a run that was written before methods had files of their own.
     """
@@ -53,7 +55,7 @@ class EarlierRun:
 
     Args:
         source: its folder, or a single revision of it.
-        model: the `PeftModel`; not changed here.
+        model: the whole model; not changed here.
         learner: the `StreamModel` inside it.
         results: of the trainer that goes on.
     """
@@ -62,7 +64,7 @@ class EarlierRun:
         self,
         source: RunFolder,
         stream: TaskStream,
-        model: PeftModel,
+        model: PeftModel | PreTrainedModel,
         learner: StreamModel,
         method: ContinualMethod,
         results: StreamResults,
@@ -77,20 +79,31 @@ class EarlierRun:
             ValueError: files that are damaged, or belong to another stream, model, method or setting.
         """
         revision, results = self._revision(t), copy.deepcopy(self.results)
-        weights, bases = revision.weights(self._expected()), revision.bases()
-        revision.check_backbone(self.model.get_base_model())
+        tensors, bases = self._weights(revision), revision.bases()
+        if isinstance(self.model, PeftModel):
+            revision.check_backbone(self.model.get_base_model())
         try:
             results.load(revision.results or {})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{revision.folder / RESULTS} lacks what a run needs to go on ({type(error).__name__}: {error})."
             ) from error
-        return LoadedTask(revision, weights, bases, self._method_state(revision), results)
+        return LoadedTask(revision, tensors, bases, self._method_state(revision), results)
 
-    def _expected(self) -> dict[str, Tensor]:
-        return get_peft_model_state_dict(
-            self.model, adapter_name=self.model.active_adapter, save_embedding_layers=False
-        )
+    def _weights(self, revision: Revision) -> dict[str, Tensor]:
+        """Read what the model has kept, which must have the names and shapes that this one has."""
+        expected = weights(self.model)
+        if not revision.whole:
+            return revision.weights(expected)
+        tensors = load_whole(revision).state_dict()
+        for name in sorted(expected.keys() | tensors.keys()):
+            here, there = (found[name].shape if name in found else None for found in (expected, tensors))
+            if here != there:
+                raise ValueError(
+                    f"the model in {revision.folder} is another kind than this one: {name!r} has shape {there} there, "
+                    f"{here} here. Continue with the same backbone and head."
+                )
+        return tensors
 
     def _revision(self, t: int) -> Revision:
         """Read the revision of task t, which must have this stream, this projection and these settings."""
@@ -102,7 +115,13 @@ class EarlierRun:
         projection = self.method.projection
         if projection is not None:
             _compare("projection", folder, read_json(folder / DESCRIPTION), projection.config.to_dict())
-        _compare("adapter", folder, revision.adapter, self.learner.settings())
+        kinds = [
+            "a whole model" if whole else "an adapter"
+            for whole in (revision.whole, not isinstance(self.model, PeftModel))
+        ]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"{folder} holds {kinds[0]}, and this model is {kinds[1]}: continue with the same.")
+        _compare("adapter", folder, revision.config, self.learner.settings())
         return revision
 
     def _method_state(self, revision: Revision) -> MethodState | None:
@@ -144,7 +163,7 @@ class EarlierRun:
                 references.keep(j, tensors["features"], tensors.get("selected"))
                 continue
             try:
-                then = loaded.weights if j == last.tasks - 1 else self._earlier(last, j).weights(self._expected())
+                then = loaded.weights if j == last.tasks - 1 else self._weights(self._earlier(last, j))
             except (ValueError, EntryNotFoundError):
                 lost.append(j)
                 continue
@@ -203,7 +222,7 @@ class Resumer:
     """Load an earlier run into a trainer, which hands over whatever that changes.
 
     Attributes:
-        model, learner: the `PeftModel`, and the `StreamModel` inside it.
+        model, learner: the whole model, and the `StreamModel` inside it.
         folder: the trainer's own.
         predict: predicts the test images of a task.
         blank: what the method remembers before its first task.
@@ -211,7 +230,7 @@ class Resumer:
 
     args: PGPTrainingArguments
     stream: TaskStream
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     learner: StreamModel
     method: ContinualMethod
     progress: Progress
@@ -281,17 +300,17 @@ class Resumer:
             self.method.projection.load_state(*loaded.bases)
         self.progress.results, self.progress.references = loaded.results, References()
 
-        def record(weights: dict[str, Tensor], j: int) -> Recorded:
-            self._put(weights, j)
+        def record(tensors: dict[str, Tensor], j: int) -> Recorded:
+            self._put(tensors, j)
             return self.predict(j)
 
         lost = earlier.load_references(loaded, self.progress.references, record)
         loaded.results.drift_lacks = sorted({*loaded.results.drift_lacks, *lost})
         self._put(loaded.weights, t)
 
-    def _put(self, weights: dict[str, Tensor], t: int) -> None:
-        """Give the model the adapter that it had when the 0-based task t ended."""
-        set_peft_model_state_dict(self.model, weights, adapter_name=self.model.active_adapter)
+    def _put(self, tensors: dict[str, Tensor], t: int) -> None:
+        """Give the model what it had when the 0-based task t ended."""
+        load_weights(self.model, tensors)
         self.progress.task = t
         self.learner.resume_after(t)
 
@@ -355,7 +374,7 @@ def _copy_task(source: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / path)
     if not (folder / "README.md").exists():
         results, manifest, adapter, description = (
-            read_json(folder / name) for name in (RESULTS, MANIFEST, ADAPTER_CONFIG, DESCRIPTION)
+            read_json(folder / name) for name in (RESULTS, MANIFEST, config_name(folder), DESCRIPTION)
         )
         figures.save_figures(results, folder / "figures")
         card.save_card(folder / "README.md", results, manifest, adapter, description)

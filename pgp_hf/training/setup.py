@@ -8,11 +8,12 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
 from ..methods import ContinualMethod, ProjectedPrompts
-from ..models import StreamModel, stream_model
+from ..models import PlainModel, StreamModel, stream_model
 from .arguments import PGPTrainingArguments
 from .results import StreamResults
 
@@ -33,14 +34,15 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 def check_model(model: nn.Module, stream: TaskStream) -> None:
     """Raise TypeError or ValueError unless the model learns streams and has a head for this one's classes."""
-    names = stream_model(model).class_names
-    if not isinstance(model, PeftModel):
+    learner = stream_model(model)
+    names = learner.class_names
+    if not isinstance(model, PeftModel | PreTrainedModel):
         raise TypeError(
             f"model is a {type(model).__name__}: pass the PeftModel around it, which can be saved "
             "(peft.get_peft_model(model, pgp_hf.L2PConfig(...)))."
         )
     if names is None:
-        base = model.get_base_model()
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
         raise TypeError(
             f"{type(base).__name__} has no classifier: use a model with a head, for example "
             "AutoModelForImageClassification (a CLIPModel takes its class names from ClipPromptConfig.for_classes)."
@@ -52,6 +54,8 @@ def check_model(model: nn.Module, stream: TaskStream) -> None:
             f"the model's head has {len(names)} outputs, the stream {stream.num_classes} classes: load the backbone with "
             f"num_labels={stream.num_classes} (and ignore_mismatched_sizes=True if it had a head)."
         )
+    if isinstance(learner, PlainModel):
+        learner.check()
 
 
 def refuse_sharding(sharded: bool) -> None:
@@ -85,8 +89,8 @@ def check_settings(
     head = learner.settings().get("head")
     if args.compensate_drift and head != "statistics":
         raise ValueError(
-            f"compensate_drift=True moves the class means of a statistics head, and this adapter has head={head!r}: set "
-            "head='statistics' in its configuration, or leave compensate_drift out."
+            f"compensate_drift=True moves the class means of a statistics head, and this model has head={head!r}: use an "
+            "adapter with head='statistics' in its configuration, or leave compensate_drift out."
         )
 
 
@@ -97,6 +101,8 @@ def new_results(
     settings, projection = learner.settings(), method.projection
     return StreamResults(
         method=learner.name if method.name == ProjectedPrompts.name else method.name,
+        model=learner.name,
+        method_settings=method.settings(),
         projection="none" if projection is None else projection.config.method,
         head=settings.get("head", "linear"),
         scenario=stream.scenario,

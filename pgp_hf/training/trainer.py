@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.hooks import RemovableHandle
-from transformers import ProgressCallback, Trainer
+from transformers import PreTrainedModel, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .. import hub
 from ..data.images import AugmentedImages, CachedQueries, ImageCollator
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
+from ..inference.backbone import quiet
 from ..methods import Batch, ContinualMethod, FineTuning, MethodState, TaskContext
 from ..models import Protectable, SelectsPrompts, StreamModel, stream_model
 from ..runs.atomic import write_tensors
@@ -48,7 +49,8 @@ class StreamTrainer(Trainer):
     consuming random numbers), the test images of all tasks so far are evaluated, and the task's folder is written.
 
     Args:
-        model: a `PeftModel` with a prompt adapter of this package and a classification head.
+        model: a `PeftModel` with a prompt adapter of this package or LoRA, or a model of transformers that is trained
+            whole or in part (see `pgp_hf.set_trainable`); it has a classification head.
         args: training arguments; each task is trained with them.
         stream: the tasks.
         method: how the stream is learned; fine-tuning by default.
@@ -61,7 +63,7 @@ class StreamTrainer(Trainer):
         progress: how far the run has come: `results`, the `task`, and what drift is measured against.
 
     Raises:
-        TypeError: a model without a prompt adapter, or one without a head.
+        TypeError: a model of another kind, or one without a head.
         ValueError: a head that does not fit the stream, a missing image processor, DeepSpeed or FSDP, a method that
             the model cannot have.
     """
@@ -72,7 +74,7 @@ class StreamTrainer(Trainer):
 
     def __init__(
         self,
-        model: PeftModel,
+        model: PeftModel | PreTrainedModel,
         args: PGPTrainingArguments,
         stream: TaskStream,
         method: ContinualMethod | None = None,
@@ -113,7 +115,7 @@ class StreamTrainer(Trainer):
 
     @property
     def stream_model(self) -> StreamModel:
-        """Return the prompt tuner inside the `PeftModel`, which learns."""
+        """Return what learns: the prompt tuner inside the `PeftModel`, or the adapter around a plain model."""
         return stream_model(self._whole_model())
 
     @property
@@ -130,7 +132,7 @@ class StreamTrainer(Trainer):
     def task(self, task: int | None) -> None:
         self.progress.task = task
 
-    def _whole_model(self) -> PeftModel:
+    def _whole_model(self) -> PeftModel | PreTrainedModel:
         return self.accelerator.unwrap_model(self.model)
 
     # ---- the stream ----------------------------------------------------------------------------------------------
@@ -403,6 +405,8 @@ class StreamTrainer(Trainer):
         if self.is_world_process_zero():
             write_tensors(self.folder.features(t), self.progress.references.tensors(t))
             self.folder.publish(t, self._write_files)
+            if self.args.save_full_weights == "last" and not self.args.push_to_hub:  # `PushTasks` waits for the Hub
+                self.folder.drop_weights(before=t)
             shutil.rmtree(self.folder.checkpoints(t).parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
@@ -428,7 +432,8 @@ class StreamTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as a `Trainer` does, together with the method's state; nothing is uploaded."""
-        super().save_model(output_dir, _internal_call=True)
+        with quiet():
+            super().save_model(output_dir, _internal_call=True)
         if output_dir is not None and self.args.should_save:
             write_method(Path(output_dir), self.method)
 

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedModel
 
+from .. import embedded
+from ..inference.backbone import quiet
 from ..methods import ContinualMethod
 from ..projection import Projection, ProjectionConfig
 from ..report import card, figures
@@ -21,6 +24,8 @@ from ..runs.folder import (
     MANIFEST,
     METHOD,
     METHOD_STATE,
+    MODEL,
+    MODEL_CONFIG,
     RESULTS,
 )
 from ..runs.reading import read_json, sha256
@@ -29,7 +34,7 @@ from ..runs.reading import read_json, sha256
 def write_task(
     folder: Path,
     *,
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     method: ContinualMethod,
     processor: Any,
     results: dict[str, Any],
@@ -44,9 +49,7 @@ def write_task(
         manifest: content of `stream.json`.
         digest: of the frozen weights, by the names that `results.json` has.
     """
-    model.save_pretrained(
-        str(folder), save_embedding_layers=False
-    )  # otherwise PEFT asks the Hub for the base model's configuration
+    file, config = write_model(folder, model)
     if hasattr(processor, "save_pretrained"):
         processor.save_pretrained(folder)
     projection = method.projection or Projection(ProjectionConfig(method="none"))
@@ -55,16 +58,34 @@ def write_task(
     write_json(folder / DESCRIPTION, description)
     write_json(folder / MANIFEST, manifest)
     write_method(folder, method)
-    digests = {name: sha256(folder / name) for name in (ADAPTER, BASES, METHOD_STATE)}
+    digests = {name: sha256(folder / name) for name in (file, BASES, METHOD_STATE)}
     results = {**results, "sha256": {**digests, **digest}}
     write_json(folder / RESULTS, results)
     figures.save_figures(results, folder / "figures")
-    adapter = read_json(folder / ADAPTER_CONFIG)
-    base = adapter.get("base_model_name_or_path")
-    if base and os.path.isdir(base):  # absolute, since a relative path read elsewhere may look like a Hub id
-        adapter["base_model_name_or_path"] = os.path.abspath(base)
-        write_json(folder / ADAPTER_CONFIG, adapter)
-    card.save_card(folder / "README.md", results, manifest, adapter, description)
+    card.save_card(folder / "README.md", results, manifest, config, description)
+
+
+def write_model(folder: Path, model: PeftModel | PreTrainedModel) -> tuple[str, dict[str, Any]]:
+    """Write a model's weights and description; return the name of the file with the weights, and the description."""
+    if isinstance(model, PeftModel):
+        # otherwise PEFT asks the Hub for the base model's configuration
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        file, path = ADAPTER, folder / ADAPTER_CONFIG
+        config = read_json(path)
+        base = config.get("base_model_name_or_path")
+    else:
+        with quiet():
+            model.save_pretrained(str(folder), max_shard_size="1000GB")  # a single file
+        file, path = MODEL, folder / MODEL_CONFIG
+        config = read_json(path)
+        base = model.name_or_path
+    if base:
+        # absolute, since a relative path read elsewhere may look like a Hub id
+        named = embedded.name_of(base) or (os.path.abspath(base) if os.path.isdir(base) else base)
+        if config.get("base_model_name_or_path") != named:
+            config["base_model_name_or_path"] = named
+            write_json(path, config)
+    return file, config
 
 
 def write_method(folder: Path, method: ContinualMethod) -> None:

@@ -1,0 +1,113 @@
+"""Read an adapter's settings from an untrusted file, and put the adapter on a backbone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .. import tuners  # noqa: F401 (registers the adapters)
+from ..models import weights
+from ..runs.folder import ADAPTER_CONFIG
+from ..runs.revision import Revision
+from ..tuners.base.config import PromptConfig
+
+# what PEFT and the tuners raise for impossible settings
+UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, OverflowError, StopIteration)
+
+# settings of LoRA that a prediction depends on, or that do not matter to it; any other must be at its default, since
+# some change the backbone or name modules to import
+_LORA = {
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save", "bias", "fan_in_fan_out"),
+    *("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "lora_dropout"),
+}
+
+
+class Adapter(NamedTuple):
+    """An adapter's settings.
+
+    Attributes:
+        config: as PEFT has them.
+        class_names: by label id.
+        base_class: name of the class of transformers that loads the backbone.
+    """
+
+    config: PeftConfig
+    class_names: dict[int, str]
+    base_class: str
+
+
+def plain_backbone(backbone: nn.Module) -> PreTrainedModel:
+    """Return a backbone that was passed; raise ValueError for another kind of model, or one with an adapter."""
+    if not isinstance(backbone, PreTrainedModel) or any(isinstance(m, BaseTunerLayer) for m in backbone.modules()):
+        raise ValueError(
+            f"backbone is a {type(backbone).__name__}: pass a transformers model without an adapter, its Hub id or "
+            "folder."
+        )
+    return backbone
+
+
+def read_adapter(revision: Revision) -> Adapter:
+    """Return an adapter's settings; raise ValueError for an unknown type or impossible settings."""
+    path = revision.folder / ADAPTER_CONFIG
+    fields = {**revision.config, "inference_mode": True}
+    prompts = {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, PromptConfig)}
+    if fields["peft_type"] not in (*prompts, "LORA"):
+        raise ValueError(
+            f"{path} has peft_type={fields['peft_type']!r}: expected one of {', '.join(prompts)}, the prompt adapters "
+            "that are registered, or LORA."
+        )
+    try:
+        if fields["peft_type"] == "LORA":
+            return _read_lora(fields, revision.manifest)
+        return _read_prompts(prompts[fields["peft_type"]](**fields), revision.manifest)
+    except UNFIT as error:
+        raise ValueError(f"{path} is not a valid adapter configuration ({error}).") from error
+
+
+def _read_prompts(config: PromptConfig, manifest: dict[str, Any] | None) -> Adapter:
+    names = config.id2label or {}
+    if list(names) != list(range(len(names))) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"id2label={str(names)[:80]} does not name the classes 0, 1, ... in turn")
+    if manifest and names == {index: f"LABEL_{index}" for index in names}:  # placeholders of transformers
+        names = config.id2label = dict(enumerate(manifest["label_names"]))
+    if not names:
+        raise ValueError("it names no classes (id2label): it was saved from a model without a classifier")
+    return Adapter(config, names, config.base_class)
+
+
+def _read_lora(fields: dict[str, Any], manifest: dict[str, Any] | None) -> Adapter:
+    if manifest is None:
+        raise ValueError("a LoRA adapter names no classes, and there is no stream.json: load it with PEFT")
+    defaults = json.loads(json.dumps(LoraConfig().to_dict(), default=list))
+    for name, value in fields.items():
+        if name not in _LORA and value != defaults.get(name):
+            raise ValueError(f"{name}={str(value)[:60]} is not a setting that predictions are made with")
+    return Adapter(LoraConfig(**fields), dict(enumerate(manifest["label_names"])), "AutoModelForImageClassification")
+
+
+def expected_weights(base: PreTrainedModel, config: PeftConfig) -> dict[str, Tensor]:
+    """Return the adapter's tensors on this backbone, on the meta device; the backbone is not touched."""
+    try:
+        with torch.device("meta"):
+            return weights(wrap(type(base)(copy.deepcopy(base.config)), copy.deepcopy(config)))
+    except UNFIT as error:
+        raise ValueError(f"the adapter does not fit this {type(base).__name__}: {error}") from error
+
+
+def wrap(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Put an adapter with new values on a backbone."""
+    with warnings.catch_warnings():
+        # raised inside PEFT itself
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return PeftModel(base, config)
