@@ -190,8 +190,6 @@ def load_pretrained(
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = locate(repo_or_dir, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     found = Revision.read(folder, revision)
-    if found.results is not None:
-        found.bases()  # read only to be checked: prediction does not need them
     method = _adjusting_method(found)
     model: Any  # a PreTrainedModel, or a PeftModel
     if found.whole:
@@ -200,6 +198,7 @@ def load_pretrained(
                 f"{folder} holds a whole model, which needs no backbone: leave out backbone={backbone!r:.80}."
             )
         processor = processor or load_processor(found, None, hub)
+        found.bases()  # read only to be checked, as those of an adapter: prediction does not need them
         model = load_whole(found, attn_implementation)
     else:
         local = Path(repo_or_dir).is_dir()
@@ -249,6 +248,8 @@ def _load_adapter(
         base = load_backbone(source, adapter, options)
     processor = processor or load_processor(found, source, hub)
     weights = found.weights(expected_weights(base, adapter.config))
+    if found.results is not None:
+        found.bases()
     found.check_backbone(base)
 
     with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are soon replaced

@@ -24,8 +24,9 @@ from ..data.images import AugmentedImages, CachedQueries, ImageCollator
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
 from ..inference.backbone import quiet
+from ..inference.whole import open_whole
 from ..methods import Batch, ContinualMethod, FineTuning, MethodState, TaskContext
-from ..models import Protectable, SelectsPrompts, StreamModel, stream_model
+from ..models import Protectable, SelectsPrompts, StreamModel, load_weights, stream_model
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
 from ..runs.revision import read_method
@@ -379,13 +380,16 @@ class StreamTrainer(Trainer):
         return first, None if checkpoint is None else str(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if model is None and isinstance(whole := self._whole_model(), PreTrainedModel):
+            # a `Trainer` looks for the names in the model, and the file has those of older versions of transformers
+            load_weights(whole, open_whole(Path(resume_from_checkpoint)).state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_method(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
         if self.state.best_model_checkpoint is not None:
-            self._load_method(self.state.best_model_checkpoint)
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_method(self, checkpoint: str) -> None:
         """Give the method what it remembered at a checkpoint; one from before methods had files holds nothing."""

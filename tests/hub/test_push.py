@@ -17,7 +17,7 @@ import tiny
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from loopback import READER, STRANGER, TOKEN, environment
-from server import Repo, metadata_errors
+from loopback.server import Repo, metadata_errors
 
 from pgp_hf import PGPTrainingArguments, ProjectionConfig
 from pgp_hf.cli import experiment

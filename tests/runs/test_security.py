@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification
 
 from pgp_hf import ProjectionConfig, load_pretrained
-from pgp_hf.inference import classifier
+from pgp_hf.inference import adapters
 from pgp_hf.projection import Projection
 from pgp_hf.runs import reading
 from pgp_hf.tuners.base.config import PromptConfig
@@ -206,8 +206,8 @@ BAD = {
     "auto_map deep inside": (content("processor_config.json", x=[{"y": {"auto_map": "b.c"}}]), "asks for code"),
     # names
     "another kind of adapter": (
-        content(CONFIG, peft_type="LORA"),
-        "peft_type='LORA': expected one of .*L2P.*registered",
+        content(CONFIG, peft_type="IA3"),
+        "peft_type='IA3': expected one of .*L2P.*registered, or LORA",
     ),
     "a path as the kind": (content(CONFIG, peft_type="../../evil"), "peft_type='../../evil'"),
     "a list as the kind": (content(CONFIG, peft_type=["L2P"]), r"peft_type=\['L2P'\]"),
@@ -433,7 +433,7 @@ def test_a_revision_of_before_there_were_files_of_a_method_loads(folder):
 def test_the_kinds_of_adapters_are_those_that_are_registered(folder, monkeypatch):
     known = {kind: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value not in ("L2P", "DUALPROMPT")}
     known[enum.Enum("Kind", {"OTHER": "OTHER_PROMPT"}).OTHER] = type("OtherConfig", (PromptConfig,), {})
-    monkeypatch.setattr(classifier, "PEFT_TYPE_TO_CONFIG_MAPPING", known)
+    monkeypatch.setattr(adapters, "PEFT_TYPE_TO_CONFIG_MAPPING", known)
     with pytest.raises(ValueError, match="peft_type='L2P': expected one of CLIP_PROMPT, OTHER_PROMPT, the prompt"):
         load_pretrained(folder, backbone=tiny.backbone())
 

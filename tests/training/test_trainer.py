@@ -393,7 +393,7 @@ def test_tasks_come_in_turn(tmp_path):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: tiny.backbone(), TypeError, "without a prompt adapter.*get_peft_model"),
+        (lambda: tiny.backbone(), TypeError, "no prompts that a projection could protect.*fine_tuning"),
         (
             lambda: tiny.model(base=tiny.backbone(num_labels=5)),
             ValueError,
