@@ -112,14 +112,17 @@ def known(classifier: PromptClassifier) -> str:
     if manifest is None or results is None or classifier.classes is None:
         return f"<p class='count'>{everything} of {everything} classes known</p><p>An adapter without a run.</p>"
     matrix = results["accuracy_matrix"]
-    count = sum(row[0] is not None for row in matrix)
-    brought = manifest["tasks"][count - 1]["classes"]
+    summary = metrics.summarize(matrix)
+    count, lost = len(summary["per_task_average_accuracy"]), summary["forgetting"]
+    as_one = lost is None
+    brought = classifier.classes if as_one else manifest["tasks"][count - 1]["classes"]
     names = ", ".join(html.escape(classifier.id2label[c]) for c in brought[:NAMED])
     more = f" and {len(brought) - NAMED} more" if len(brought) > NAMED else ""
     return (
         f"<p class='count'>{len(classifier.classes)} of {everything} classes known</p>"
-        f"<p>after task {count} of {manifest['num_tasks']}, which brought: {names}{more}.<br>"
-        f"Average accuracy {metrics.average_accuracy(matrix):.1f} %, forgetting {metrics.forgetting(matrix):.1f} points.</p>"
+        f"<p>after {f'{count} tasks learned as one' if as_one else f'task {count}'} of {manifest['num_tasks']}, which "
+        f"brought: {names}{more}.<br>Average accuracy {summary['average_accuracy']:.1f} %"
+        f"{'' if as_one else f', forgetting {lost:.1f} points'}.</p>"
     )
 
 

@@ -209,8 +209,8 @@ def load_pretrained(
     with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are soon replaced
         model = _wrap(base, config)
     set_peft_model_state_dict(model, weights)
-    if found.tasks:
-        _tuner(model).resume_after(found.tasks - 1)
+    if found.learned:
+        _tuner(model).resume_after(found.learned - 1)
     classes = None if eval_mask == "none" else found.seen_classes
     _make_classifier(model, classes, method)
     return PromptClassifier(model.to(device=device, dtype=dtype).eval(), processor, found, classes)

@@ -35,7 +35,7 @@ class PushTasks(StreamCallback):
     ) -> None:
         if state.is_world_process_zero:
             first = kwargs["first_task"]
-            _add(self._start(args, new_run=first == 0), args, first)
+            _add(self._start(args, first), args, first)
 
     def on_task_end(
         self,
@@ -49,7 +49,7 @@ class PushTasks(StreamCallback):
     ) -> None:
         if state.is_world_process_zero:
             # on_stream_begin has not run where tasks are trained one by one
-            _add(self.uploads or self._start(args, new_run=task == 0), args, task + 1)
+            _add(self.uploads or self._start(args, task), args, task + 1)
 
     def on_stream_end(
         self,
@@ -72,11 +72,12 @@ class PushTasks(StreamCallback):
         if uploads.done == uploads.wanted and not args.disable_tqdm:
             tqdm.write(f"All {uploads.done} tasks are on the Hub: {url}")
 
-    def _start(self, args: PGPTrainingArguments, new_run: bool) -> Uploads:
-        """Start uploading what is finished of a run."""
+    def _start(self, args: PGPTrainingArguments, task: int) -> Uploads:
+        """Start uploading what is finished of a run, which is new if `task`, the one to train, is its first."""
         if self.uploads is not None:
             self.uploads.close()
-        repo, folder = args.hub_repo(new_run), RunFolder(str(args.output_dir))
+        folder = RunFolder(str(args.output_dir))
+        repo = args.hub_repo(new_run=task == folder.first)
         uploads = Uploads(repo.create, lambda t: repo.put(t, folder.task(t)), token=args.hub_token, first=folder.first)
 
         def report() -> None:
