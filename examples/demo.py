@@ -114,15 +114,17 @@ def known(classifier: PromptClassifier) -> str:
     matrix = results["accuracy_matrix"]
     summary = metrics.summarize(matrix)
     count, lost = len(summary["per_task_average_accuracy"]), summary["forgetting"]
-    as_one = lost is None
-    brought = classifier.classes if as_one else manifest["tasks"][count - 1]["classes"]
+    brought, after = manifest["tasks"][count - 1]["classes"], f"task {count} of {manifest['num_tasks']}"
+    accuracy = f"Average accuracy {summary['average_accuracy']:.1f} %"
+    if lost is None:
+        brought, after = classifier.classes, f"{count} tasks, learned as one"
+    else:
+        accuracy += f", forgetting {lost:.1f} points"
     names = ", ".join(html.escape(classifier.id2label[c]) for c in brought[:NAMED])
     more = f" and {len(brought) - NAMED} more" if len(brought) > NAMED else ""
     return (
         f"<p class='count'>{len(classifier.classes)} of {everything} classes known</p>"
-        f"<p>after {f'{count} tasks learned as one' if as_one else f'task {count}'} of {manifest['num_tasks']}, which "
-        f"brought: {names}{more}.<br>Average accuracy {summary['average_accuracy']:.1f} %"
-        f"{'' if as_one else f', forgetting {lost:.1f} points'}.</p>"
+        f"<p>after {after}, which brought: {names}{more}.<br>{accuracy}.</p>"
     )
 
 
