@@ -106,8 +106,7 @@ def _check_matrix(matrix: Any, size: int, path: Path) -> int:
             f"{path}: accuracy_matrix lacks entries: row i has tasks 0 to i once task i has ended, and only the first rows "
             "may be missing, each as a whole."
         )
-    tasks = rows.stop
-    return tasks
+    return rows.stop
 
 
 def _is_number(value: Any) -> bool:

@@ -172,7 +172,7 @@ class EarlierRun:
     def copy_to(self, folder: RunFolder, finished: int) -> None:
         """Copy the finished tasks that can be found to another run's folder, each whole or not at all."""
         last, first = Revision.read(self.source.task(finished - 1)), finished - 1
-        while first > max(self.source.first, self.results.first):
+        while first > self.source.first:
             try:
                 self._earlier(last, first - 1)
             except (ValueError, EntryNotFoundError):  # reported with the references

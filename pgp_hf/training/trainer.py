@@ -93,12 +93,12 @@ class StreamTrainer(Trainer):
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
-        self.training_stream = own = self.method.training_stream(stream)
-        learner.prepare_stream([list(task.classes) for task in own.tasks], own.id2label)
+        self.training_stream = trained = self.method.training_stream(stream)
+        learner.prepare_stream([list(task.classes) for task in trained.tasks], trained.id2label)
         if SCENARIOS[stream.scenario].one_epoch:
             self.args.num_train_epochs = 1
         self.folder = RunFolder(str(self.args.output_dir))
-        first = stream.num_tasks - own.num_tasks
+        first = stream.num_tasks - trained.num_tasks
         self.progress = Progress(new_results(self.args, stream, self.method, learner, first))
         self._context: TaskContext | None = None  # of the task in training
         self._images: AugmentedImages | None = None  # and its images

@@ -223,6 +223,7 @@ def test_trained_by_train_task_it_is_resumed_too(run, tmp_path):
             trainer.train_task(t)
     with pytest.raises(KeyboardInterrupt):
         trainer.train_task(2)
+    assert content(tmp_path, "continued.json") == {"first": 2}
     resumed = tiny.trainer(tmp_path, method=Joint())
     resumed.train(resume_from_checkpoint=True)
     assert same(weights(tmp_path), weights(run[1]))
@@ -249,6 +250,18 @@ def test_a_finished_run_has_nothing_left_to_do(run, tmp_path, source):
     kept, computed = (load_file(path / "features" / "task-3.safetensors") for path in (before, folder))
     assert same(kept, computed)
     assert resumed.evaluate_stream()["accuracy_matrix"] == content(before)["accuracy_matrix"]
+
+
+def test_a_copy_of_the_task_selects_as_the_run_did(tmp_path):
+    """Entries that no task has trained are not selected, by the model that a run goes on with either."""
+    trainer = tiny.trainer(tmp_path / "run", method=Joint(), model=tiny.model("dualprompt"))
+    trainer.train()
+    shutil.copytree(tmp_path / "run" / "task-3", tmp_path / "copy")
+    resumed = tiny.trainer(tmp_path / "other", method=Joint(), model=tiny.model("dualprompt"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "copy"))
+    assert resumed.evaluate_stream()["prompt_usage"] == trainer.results.usage == [[8, 0, 0]] * 3
+    kept, computed = (load_file(tmp_path / name / "features" / "task-3.safetensors") for name in ("run", "other"))
+    assert same(kept, computed)
 
 
 def test_joint_and_fine_tuning_do_not_continue_each_other(run, tmp_path):
