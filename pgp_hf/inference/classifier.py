@@ -203,8 +203,8 @@ def load_pretrained(
     else:
         local = Path(repo_or_dir).is_dir()
         model, processor = _load_adapter(found, backbone, processor, local, hub, attn_implementation)
-    if found.tasks:
-        stream_model(model).resume_after(found.tasks - 1)
+    if found.learned:
+        stream_model(model).resume_after(found.learned - 1)
     classes = None if eval_mask == "none" else found.seen_classes
     _make_classifier(model, classes, method)
     return PromptClassifier(model.to(device=device, dtype=dtype).eval(), processor, found, classes)

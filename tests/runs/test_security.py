@@ -344,6 +344,14 @@ BAD = {
         content("results.json", accuracy_matrix=lambda found: [found[0], [50.0, None, None], found[2]]),
         "accuracy_matrix lacks entries",
     ),
+    "a matrix whose first row is missing in part": (
+        content("results.json", accuracy_matrix=lambda found: [[None, 50.0, None], *found[1:]]),
+        "only the first rows may be missing, each as a whole",
+    ),
+    "a matrix that ends in a hole behind missing rows": (
+        content("results.json", accuracy_matrix=lambda found: [[None] * 3, [50.0, None, None], found[2]]),
+        "accuracy_matrix lacks entries",
+    ),
     "a matrix without rows": (content("results.json", accuracy_matrix=[[None] * 3] * 3), "lacks entries"),
     "drift that is too short": (content("results.json", drift=[0.0]), "drift=.0.0. is not 2 numbers"),
     "another number of tasks": (content("results.json", num_tasks=4), "disagree about num_tasks"),
