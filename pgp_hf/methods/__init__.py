@@ -5,7 +5,7 @@
 A method of your own is a subclass of `ContinualMethod`, registered by `register`.
 """
 
-from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, TaskContext
+from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, Observed, TaskContext
 from .derpp import DERpp, DERppConfig
 from .ewc import EWC, EWCConfig
 from .fine_tuning import FineTuning, Joint
@@ -25,6 +25,7 @@ __all__ = [
     "Joint",
     "MethodCard",
     "MethodState",
+    "Observed",
     "ProjectedPrompts",
     "TaskContext",
     "create",

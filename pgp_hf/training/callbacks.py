@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.images import AugmentedImages
+from ..data.images import set_epoch
 from ..data.stream import TaskStream
 from ..models import StreamModel
 from .arguments import PGPTrainingArguments
@@ -141,10 +141,10 @@ class FollowTraining(TrainerCallback):
 
     Args:
         model: the `StreamModel` in training.
-        images: returns the training images of the task.
+        images: returns the training images of the task, and the dataset that is trained on.
     """
 
-    def __init__(self, model: StreamModel, images: Callable[[], AugmentedImages | None]) -> None:
+    def __init__(self, model: StreamModel, images: Callable[[], Iterable[object]]) -> None:
         self.model, self.images = model, images
 
     def on_train_begin(
@@ -155,9 +155,8 @@ class FollowTraining(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        images = self.images()
-        if images is not None:
-            images.set_epoch(int((state.epoch or 0) + 1e-6))
+        for images in self.images():
+            set_epoch(images, int((state.epoch or 0) + 1e-6))
 
 
 def fire(callbacks: Iterable[TrainerCallback], event: str, *arguments: Any, **kwargs: Any) -> None:

@@ -109,7 +109,7 @@ class StreamTrainer(Trainer):
         self._test_queries: dict[int, Tensor | None] = {}
         self._scorer = Scorer(stream, self.method, self.args.eval_mask)
         self._blank = copy.deepcopy(self.method.state())
-        self.add_callback(FollowTraining(learner, lambda: self._images))
+        self.add_callback(FollowTraining(learner, lambda: (self._images, self.train_dataset)))
         if self.args.push_to_hub:
             self.args.check_hub()  # set_push_to_hub() comes after the arguments' own checks
             self.add_callback(PushTasks())

@@ -145,7 +145,8 @@ def keeps_the_contract(run: Run, python: Any) -> None:
     if run.model not in ("full", "last:1", "head"):
         loaded = PeftModel.from_pretrained(tiny.backbone(kind_of(run.model)), done)
         if run.model != "lora:2":
-            loaded.base_model.resume_after(1)
+            rows = [row for row in results["accuracy_matrix"] if row[0] is not None]
+            loaded.base_model.resume_after(len(rows) - 1)  # tasks that are learned as one are the first
         torch.testing.assert_close(scores(loaded, pixels), trained, rtol=0, atol=0)
     classifier = load_pretrained(run.folder / "straight", eval_mask="none")
     assert classifier.results == results and len(classifier.id2label) == tiny.CLASSES
