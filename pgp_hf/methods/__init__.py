@@ -8,7 +8,7 @@ A method of your own is a subclass of `ContinualMethod`, registered by `register
 from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, TaskContext
 from .derpp import DERpp, DERppConfig
 from .ewc import EWC, EWCConfig
-from .fine_tuning import FineTuning
+from .fine_tuning import FineTuning, Joint
 from .projected_prompts import ProjectedPrompts
 from .registry import METHODS, create, register
 
@@ -22,6 +22,7 @@ __all__ = [
     "DERppConfig",
     "EWCConfig",
     "FineTuning",
+    "Joint",
     "MethodCard",
     "MethodState",
     "ProjectedPrompts",

@@ -69,7 +69,7 @@ class TaskContext:
 
     Attributes:
         task: 0-based.
-        stream: all tasks.
+        stream: all tasks, as `training_stream` returned them.
         model: the model in training.
         seed: of the run.
         train_mask: "task" or "seen": the default classes in the loss.
@@ -136,6 +136,7 @@ class ContinualMethod:
     `pgp_hf.methods.register`; its trainer calls the parts in this order:
 
         check                   once, when the trainer is made
+        training_stream         then: the tasks that it trains on
         train_images            before a task: which images it trains on
         begin_task, attach      before its first step
         classes, loss           at each step
@@ -186,6 +187,14 @@ class ContinualMethod:
 
     def check(self, model: StreamModel) -> None:
         """Raise TypeError or ValueError, with the fix, if the method does not work on this model."""
+
+    def training_stream(self, stream: TaskStream) -> TaskStream:
+        """Return the stream to train on: `stream` itself, or `stream.joined()` to learn all its tasks as one.
+
+        Results, test images and files are those of `stream` in any case; tasks that are learned as one are evaluated
+        once, after the last of them.
+        """
+        return stream
 
     # ---- a task --------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .. import embedded
 from ..data.scenarios import SCENARIOS, Scenario
 from ..runs.atomic import replacing
+from ..runs.checks import first_task
 from ..runs.folder import METHOD, PROCESSOR
 from ..runs.reading import read_json
 from .figures import figure_names
@@ -51,6 +52,7 @@ class _Run(NamedTuple):
     num_tasks: int
     num_classes: int
     trained: int  # finished tasks
+    as_one: bool  # whether they were learned as one
     batchwise: bool
     base: str  # name or path of the model that the run started from, empty for one that was never saved
     dataset: str | None
@@ -189,6 +191,9 @@ def _read(
     whole = config.get("peft_type") is None and WHOLE.fullmatch(model) is not None
     kind = model if whole else str(_need(config, "peft_type", "adapter_config"))
     adapter = describe_whole() if whole else describe_adapter(config, batchwise)
+    as_one = first_task(matrix) > 0
+    if as_one:
+        adapter = adapter._replace(finished="")
     return _Run(
         results=results,
         manifest=manifest,
@@ -197,6 +202,7 @@ def _read(
         num_tasks=num_tasks,
         num_classes=num_classes,
         trained=max((i + 1 for i, row in enumerate(matrix) if any(v is not None for v in row or ())), default=0),
+        as_one=as_one,
         batchwise=batchwise,
         base=base,
         dataset=(manifest.get("dataset") or {}).get("name"),
@@ -267,13 +273,14 @@ def _opening(run: _Run) -> dict[str, Any]:
         "adapter": run.adapter,
         "made": run.made,
         "learning": run.learning,
-        "limits": [*run.made.limits, *run.learning.limits],
+        "limits": [*([] if run.as_one else run.made.shared), *run.made.limits, *run.learning.limits],
         "num_tasks": run.num_tasks,
         "num_classes": run.num_classes,
         "trained": run.trained,
+        "as_one": run.as_one,
         "known": len({label for task in tasks[: run.trained] for label in task.get("classes") or []}),
         "statistics": run.config.get("head") == "statistics",
-        "compensated": bool(run.results.get("compensate_drift")),
+        "compensated": _compensated(run),
     }
 
 
@@ -287,7 +294,7 @@ def _protocol(run: _Run, processor: Mapping[str, Any] | None) -> dict[str, Any]:
         "scenario": run.scenario,
         "class_order": describe_class_order(run.manifest),
         "preprocessing": describe_preprocessing(processor),
-        "head": describe_head(run.adapter, run.config, bool(run.results.get("compensate_drift"))),
+        "head": describe_head(run.adapter, run.config, _compensated(run)),
         "eval_mask": mask,
         "evaluation": describe_evaluation(run.scenario, mask, run.num_classes),
         "seed": as_text(run.results.get("seed")),
@@ -296,10 +303,14 @@ def _protocol(run: _Run, processor: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
+def _compensated(run: _Run) -> bool:
+    return bool(run.results.get("compensate_drift")) and not run.as_one
+
+
 def _figure_texts(run: _Run) -> dict[str, str]:
     rank = " and protected rank" if _protected(run) else ""
     return {
-        "accuracy_matrix.png": "Accuracy on each task after each task",
+        "accuracy_matrix.png": f"Accuracy on each task after {'all of them' if run.as_one else 'each task'}",
         "task_curves.png": "Average accuracy and forgetting after each task",
         "stability.png": f"Drift of old features{rank} after each task",
         "prompt_usage.png": "Pool entries that each task's test images select",

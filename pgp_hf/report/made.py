@@ -28,6 +28,7 @@ class Made(NamedTuple):
         opening: what it is, up to the word "trained" and the part that was.
         closing: the end of the same paragraph: in which form it is stored.
         alone: how it is used without this package.
+        shared: what the tasks share, where they are learned one after the other, a sentence each.
         limits: what it cannot do, whatever the method, a sentence each.
     """
 
@@ -35,6 +36,7 @@ class Made(NamedTuple):
     opening: str
     closing: str
     alone: str
+    shared: Sequence[str]
     limits: Sequence[str]
 
     @classmethod
@@ -54,11 +56,11 @@ class Made(NamedTuple):
                 f"remain. Whether the prompts help at all {_AGAINST_FROZEN}"
             )
             opening = f"Prompts for {backbone}: {adapter.parts}. They were trained"
-            return cls("peft", opening, f"are {_PEFT}", alone, [limit])
-        limits = [f"All tasks share the adapter: {_UNHELD}"] if adapter.from_peft else []
-        limits.append(f"Whether the adapter helps at all {_AGAINST_FROZEN}")
+            return cls("peft", opening, f"are {_PEFT}", alone, [], [limit])
+        shared = [f"All tasks share the adapter: {_UNHELD}"] if adapter.from_peft else []
+        limits = [f"Whether the adapter helps at all {_AGAINST_FROZEN}"]
         opening = f"An adapter for {backbone}: {adapter.parts}. It was trained"
-        return cls("peft", opening, f"is {_PEFT}", alone, limits)
+        return cls("peft", opening, f"is {_PEFT}", alone, shared, limits)
 
     @classmethod
     def of_whole(cls, what: str, base: str, config: Mapping[str, Any]) -> Made:
@@ -70,11 +72,12 @@ class Made(NamedTuple):
             config: content of `config.json`.
         """
         name = name_base(base)
-        part, closing, limits = _learned(what)
+        part, others, shared, limit = _learned(what)
+        limits = [limit]
         if name:
             limits.append(f"Its weights derive from those of {name}, whose license applies to them as well.")
         opening = f"{name or _built(config)}, trained {part}"
-        return cls("transformers", opening, f"{_TRANSFORMERS}{closing}", "With transformers alone", limits)
+        return cls("transformers", opening, f"{_TRANSFORMERS}{others}", "With transformers alone", shared, limits)
 
 
 def describe_adapter(config: Mapping[str, Any], batchwise: bool) -> AdapterCard:
@@ -125,31 +128,29 @@ def _lora_parts(config: Mapping[str, Any]) -> str | None:
     return f"PEFT's LoRA of rank {rank} on {where}, and a head"
 
 
-def _learned(what: str) -> tuple[str, str, list[str]]:
-    """Return the part of a whole model that learned, a sentence about the others, and what that limits."""
+def _learned(what: str) -> tuple[str, str, list[str], str]:
+    """Return the part of a whole model that learned, a sentence about the others, what tasks share, and a limit."""
     if what == "head":
-        return (
-            "in its head alone",
-            " All its other parameters are frozen.",
-            [
-                "Only the head learns: it can do little about what the features do not separate, and their biases remain. "
-                "Whether it learned well can only be judged against a classifier computed in closed form from the same "
-                "features, which this card does not include."
-            ],
+        limit = (
+            "Only the head learns: it can do little about what the features do not separate, and their biases remain. "
+            "Whether it learned well can only be judged against a classifier computed in closed form from the same "
+            "features, which this card does not include."
         )
-    compared = (
+        return "in its head alone", " All its other parameters are frozen.", [], limit
+    limit = (
         "Whether training it helps at all can only be judged against a classifier on the features that it started with, "
         "which this card does not include."
     )
     if what == "full":
-        return "whole", "", [f"All tasks share all parameters: {_UNHELD}", compared]
+        return "whole", "", [f"All tasks share all parameters: {_UNHELD}"], limit
     count = int(what.removeprefix("last:"))
     several = count > 1
     return (
         f"in its last {f'{count} blocks' if several else 'block'} and its head",
         f" Whatever lies between {'these blocks' if several else 'this block'} and the head learned as well; all "
         f"parameters before {'them' if several else 'it'} are frozen.",
-        [f"All tasks share the {'blocks that learn' if several else 'block that learns'}: {_UNHELD}", compared],
+        [f"All tasks share the {'blocks that learn' if several else 'block that learns'}: {_UNHELD}"],
+        limit,
     )
 
 

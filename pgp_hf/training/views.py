@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 from ..data.images import AugmentedImages, CachedQueries, ImageCollator
 from ..data.stream import TaskStream
 from ..heads.statistics import gather_task
-from ..methods import Batch, Collectives
+from ..methods import Batch, Collectives, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel
 from ..projection import Projection
 from .arguments import PGPTrainingArguments
@@ -32,6 +33,7 @@ class Passes:
     """Go over images with a trainer's model; the trainer hands over what that takes.
 
     Attributes:
+        stream: the tasks that are trained on.
         model, learner: the whole model, and the `StreamModel` inside it.
         images: those of the task in training, which may know their queries.
         collate: makes a batch of items.
@@ -128,6 +130,20 @@ class Passes:
             yield batch, positions
 
     # ---- what a method asks for ----------------------------------------------------------------------------------
+
+    def context(self, t: int) -> TaskContext:
+        """Return the context of a task in which the parts of a method are called."""
+        return TaskContext(
+            task=t,
+            stream=self.stream,
+            model=self.learner,
+            seed=self.args.seed,
+            train_mask=self.args.train_mask,
+            views=partial(self.views_for_method, t),
+            old_images=self.old_images,
+            forward=self.forward,
+            collectives=self.collectives,
+        )
 
     def old_images(self, places: Sequence[Sequence[int]], view: int) -> Batch:
         """Return training images as a batch.
