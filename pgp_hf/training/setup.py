@@ -93,8 +93,8 @@ def check_settings(
     method.check(learner)
     if args.head_learning_rate is not None and not isinstance(learner, PlainModel):
         raise ValueError(
-            f"head_learning_rate={args.head_learning_rate} is for a model that is trained itself (see "
-            f"pgp_hf.set_trainable), and this is a {learner.name} adapter: leave it out."
+            f"head_learning_rate={args.head_learning_rate} is for models without prompts (see "
+            f"pgp_hf.set_trainable), and this one has the adapter {learner.name!r}: leave it out."
         )
     head = learner.settings().get("head")
     if args.compensate_drift and head != "statistics":
