@@ -177,7 +177,9 @@ class Runs:
         check_method(method, read_json(folder / METHOD), folder)
         self.stream.check_manifest(read_json(folder / MANIFEST))
         say(f"\n{method.name}: finished earlier, in {folder.parent}")
-        return read_json(folder / RESULTS)
+        results = read_json(folder / RESULTS)
+        results.pop("sha256", None)  # of the files, which only the file has
+        return results
 
     def frozen(self, file: Path | None) -> Results:
         """Return the rows of the frozen backbone; the embedded one has rows with random weights, as a lower bound.
