@@ -112,14 +112,19 @@ def known(classifier: PromptClassifier) -> str:
     if manifest is None or results is None or classifier.classes is None:
         return f"<p class='count'>{everything} of {everything} classes known</p><p>An adapter without a run.</p>"
     matrix = results["accuracy_matrix"]
-    count = sum(row[0] is not None for row in matrix)
-    brought = manifest["tasks"][count - 1]["classes"]
+    summary = metrics.summarize(matrix)
+    count, lost = len(summary["per_task_average_accuracy"]), summary["forgetting"]
+    brought, after = manifest["tasks"][count - 1]["classes"], f"task {count} of {manifest['num_tasks']}"
+    accuracy = f"Average accuracy {summary['average_accuracy']:.1f} %"
+    if lost is None:
+        brought, after = classifier.classes, f"{count} tasks, learned as one"
+    else:
+        accuracy += f", forgetting {lost:.1f} points"
     names = ", ".join(html.escape(classifier.id2label[c]) for c in brought[:NAMED])
     more = f" and {len(brought) - NAMED} more" if len(brought) > NAMED else ""
     return (
         f"<p class='count'>{len(classifier.classes)} of {everything} classes known</p>"
-        f"<p>after task {count} of {manifest['num_tasks']}, which brought: {names}{more}.<br>"
-        f"Average accuracy {metrics.average_accuracy(matrix):.1f} %, forgetting {metrics.forgetting(matrix):.1f} points.</p>"
+        f"<p>after {after}, which brought: {names}{more}.<br>{accuracy}.</p>"
     )
 
 

@@ -43,6 +43,7 @@ from pgp_hf import (
     ProjectionConfig,
     StreamTrainer,
     TaskStream,
+    set_trainable,
 )
 from pgp_hf.report import figures
 from pgp_hf.tuners.base import PromptConfig
@@ -177,6 +178,12 @@ def model(
     base = backbone(kind or "classification", attention) if base is None else base
     with seeded(seed):
         return get_peft_model(base, adapter).eval()
+
+
+def plain(name: str = "full", base: PreTrainedModel | None = None, seed: int = 11) -> PreTrainedModel | PeftModel:
+    """Return a model without prompts, by what of it learns: "full", "last:1", "head", "lora:2"."""
+    with seeded(seed):
+        return set_trainable(backbone() if base is None else base, "all" if name == "full" else name)
 
 
 @torch.no_grad()

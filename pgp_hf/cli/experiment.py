@@ -17,6 +17,7 @@ from ..data.stream import TaskStream
 from ..methods.projected_prompts import check_projection
 from ..projection import ProjectionConfig
 from ..report import figures
+from ..report.formatting import as_number
 from ..report.table import plain
 from ..runs.atomic import write_json
 from ..runs.folder import RunFolder
@@ -113,9 +114,9 @@ def table(rows: Results) -> str:
     body = [
         [
             name,
-            *(f"{value:.2f}" for value in row["per_task_average_accuracy"]),
+            *(as_number(value, 2) for value in row["per_task_average_accuracy"]),
             f"{row['average_accuracy']:.2f}",
-            f"{row['forgetting']:.2f}",
+            as_number(row["forgetting"], 2),
             f"{row['drift'][-1]:.3f}",
         ]
         for name, row in rows.items()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from .stream import ImageItem, TaskImages
 
@@ -72,6 +72,41 @@ class AugmentedImages(Dataset[QueriedItem]):
         if self.augmentation == "crop_flip":
             return []
         return [self.images] if self.augmentation == "none" else [self.images, FlippedImages(self.images)]
+
+
+class Exemplars(Dataset[QueriedItem]):
+    """Choose training images of several tasks, each augmented as those of its task are.
+
+    Args:
+        tasks: by 0-based task.
+        places: task and position within it of each image, `(N, 2)`.
+    """
+
+    def __init__(self, tasks: Mapping[int, AugmentedImages], places: Sequence[Sequence[int]]) -> None:
+        self.tasks, self.places = tasks, [(int(task), int(index)) for task, index in places]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the augmentations of this 0-based epoch from now on."""
+        for images in self.tasks.values():
+            images.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> QueriedItem:
+        task, position = self.places[index]
+        return self.tasks[task][position]
+
+
+def set_epoch(images: object, epoch: int) -> None:
+    """Set the epoch of all augmented images that a dataset is made of."""
+    if isinstance(images, AugmentedImages | Exemplars):
+        images.set_epoch(epoch)
+    elif isinstance(images, ConcatDataset):
+        for part in images.datasets:
+            set_epoch(part, epoch)
+    elif isinstance(images, Subset):
+        set_epoch(images.dataset, epoch)
 
 
 class FlippedImages(Dataset[ImageItem]):

@@ -251,6 +251,18 @@ class TaskStream:
         classes = [own.classes for own in self.tasks]
         return SCENARIOS[self.scenario].allowed_classes(classes, self._index(after), self._index(task))
 
+    def joined(self) -> TaskStream:
+        """Return the same images as a stream of one task, with all classes in stream order; no image is decoded.
+
+        Images come in the order of the dataset's rows, as in a stream that is built with `num_tasks=1`.
+        """
+        train, test = (
+            (source, [np.sort(np.concatenate(rows))])
+            for source, rows in (self._splits[key] for key in ("train", "test"))
+        )
+        settings = {**self._settings, "num_tasks": 1}
+        return TaskStream(train, test, [Task(0, tuple(self.class_order))], self.label_names, settings)
+
     def manifest(self) -> dict[str, Any]:
         """Return the settings, the class order and the content hashes that identify this stream, ready for JSON.
 

@@ -112,10 +112,11 @@ class TaskRepo:
                 f"{self.repo_id} exists and is public, which private=True does not change: make it private in its "
                 "settings, choose another repository, or leave private out."
             )
-        if self.new_run and "task-1" in self._tags():
+        held = sorted(tag for tag in self._tags() if re.fullmatch(r"task-\d+", tag)) if self.new_run else []
+        if held:
             raise Refused(
-                f"{self.repo_id} already holds a run (tag task-1), and this is a new one: choose another repository, or "
-                f"delete the old tags first (hf repos tag delete {self.repo_id} task-1, and so on)."
+                f"{self.repo_id} already holds a run (tag {held[0]}), and this is a new one: choose another repository, or "
+                f"delete the old tags first (hf repos tag delete {self.repo_id} {held[0]}, and so on)."
             )
 
     def put(self, t: int, folder: Path) -> Outcome:
@@ -197,10 +198,8 @@ class TaskRepo:
 
 
 def _title(t: int, results: dict[str, Any]) -> str:
-    return (
-        f"Task {t + 1} of {results['num_tasks']}: average accuracy {results['average_accuracy']:.2f} %, "
-        f"forgetting {results['forgetting']:.2f}"
-    )
+    forgetting = "" if results["forgetting"] is None else f", forgetting {results['forgetting']:.2f}"
+    return f"Task {t + 1} of {results['num_tasks']}: average accuracy {results['average_accuracy']:.2f} %{forgetting}"
 
 
 def _foreign(wanted: Mapping[str, Path]) -> set[str]:

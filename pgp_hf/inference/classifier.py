@@ -190,8 +190,6 @@ def load_pretrained(
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = locate(repo_or_dir, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     found = Revision.read(folder, revision)
-    if found.results is not None:
-        found.bases()  # read only to be checked: prediction does not need them
     method = _adjusting_method(found)
     model: Any  # a PreTrainedModel, or a PeftModel
     if found.whole:
@@ -200,12 +198,13 @@ def load_pretrained(
                 f"{folder} holds a whole model, which needs no backbone: leave out backbone={backbone!r:.80}."
             )
         processor = processor or load_processor(found, None, hub)
+        found.bases()  # read only to be checked, as those of an adapter: prediction does not need them
         model = load_whole(found, attn_implementation)
     else:
         local = Path(repo_or_dir).is_dir()
         model, processor = _load_adapter(found, backbone, processor, local, hub, attn_implementation)
-    if found.tasks:
-        stream_model(model).resume_after(found.tasks - 1)
+    if found.learned:
+        stream_model(model).resume_after(found.learned - 1)
     classes = None if eval_mask == "none" else found.seen_classes
     _make_classifier(model, classes, method)
     return PromptClassifier(model.to(device=device, dtype=dtype).eval(), processor, found, classes)
@@ -249,6 +248,8 @@ def _load_adapter(
         base = load_backbone(source, adapter, options)
     processor = processor or load_processor(found, source, hub)
     weights = found.weights(expected_weights(base, adapter.config))
+    if found.results is not None:
+        found.bases()
     found.check_backbone(base)
 
     with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are soon replaced

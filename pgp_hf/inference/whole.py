@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..runs.folder import MODEL, MODEL_CONFIG
@@ -21,26 +23,34 @@ def load_whole(revision: Revision, attn_implementation: str | None = None) -> Pr
         ValueError: weights that are missing, damaged or altered, or do not fit `config.json`.
     """
     revision.check_whole()
+    model = open_whole(revision.folder, attn_implementation)
+    names = model.config.id2label or {}
+    if revision.manifest and names == {label: f"LABEL_{label}" for label in names}:  # placeholders of transformers
+        model.config.id2label = dict(enumerate(revision.manifest["label_names"]))
+    return model
+
+
+def open_whole(folder: Path, attn_implementation: str | None = None) -> PreTrainedModel:
+    """Load a model of this package's own making from a folder; raise ValueError if its files do not fit together.
+
+    It goes through transformers, whose files have other names for some tensors than its models.
+    """
     try:
         with quiet():
-            # through transformers, whose files have other names for some tensors than its models
             model, told = AutoModelForImageClassification.from_pretrained(
-                revision.folder,
+                folder,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
-                attn_implementation=attn_implementation,  # also None: the file has no say in it
+                attn_implementation=attn_implementation,
                 output_loading_info=True,
             )
     except (OSError, *UNFIT) as error:
-        raise ValueError(f"the model in {revision.folder} cannot be loaded: {error}") from error
+        raise ValueError(f"the model in {folder} cannot be loaded: {error}") from error
     for what, names in told.items():
         if names:
             raise ValueError(
-                f"{revision.folder / MODEL} does not fit {MODEL_CONFIG}: {what.replace('_', ' ')} {sorted(map(str, names))[0]} "
+                f"{folder / MODEL} does not fit {MODEL_CONFIG}: {what.replace('_', ' ')} {sorted(map(str, names))[0]} "
                 f"({len(names)} in all)."
             )
-    names = {label: f"LABEL_{label}" for label in model.config.id2label}
-    if model.config.id2label == names and revision.manifest is not None:  # placeholders of transformers
-        model.config.id2label = dict(enumerate(revision.manifest["label_names"]))
     return model

@@ -5,10 +5,10 @@
 A method of your own is a subclass of `ContinualMethod`, registered by `register`.
 """
 
-from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, TaskContext
+from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, Observed, TaskContext
 from .derpp import DERpp, DERppConfig
 from .ewc import EWC, EWCConfig
-from .fine_tuning import FineTuning
+from .fine_tuning import FineTuning, Joint
 from .projected_prompts import ProjectedPrompts
 from .registry import METHODS, create, register
 
@@ -22,8 +22,10 @@ __all__ = [
     "DERppConfig",
     "EWCConfig",
     "FineTuning",
+    "Joint",
     "MethodCard",
     "MethodState",
+    "Observed",
     "ProjectedPrompts",
     "TaskContext",
     "create",

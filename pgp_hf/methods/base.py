@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -69,7 +69,7 @@ class TaskContext:
 
     Attributes:
         task: 0-based.
-        stream: all tasks.
+        stream: all tasks, as `training_stream` returned them.
         model: the model in training.
         seed: of the run.
         train_mask: "task" or "seen": the default classes in the loss.
@@ -79,8 +79,11 @@ class TaskContext:
         old_images: training images of this task or older ones by task and position within it, as a batch: augmented as
             in training, by numbers that are a function of the run's seed, the image and the integer given. No random
             number is consumed.
+        exemplars: the same images as a dataset, which is augmented anew in each epoch, for `train_images`.
+        observe: the model's view of training images without augmentation, by task and position within it. All processes
+            get all of it. No random number is consumed.
         forward: the model's output for a batch as in prediction: in eval mode, each image selecting its own prompts, in
-            the precision of training. Gradients are recorded as they are outside.
+            the precision of training. Gradients are recorded as they are outside; see [`Forward`].
         collectives: see [`Collectives`].
     """
 
@@ -91,8 +94,35 @@ class TaskContext:
     train_mask: str
     views: Callable[[int | None], Iterator[tuple[Batch, list[int]]]]
     old_images: Callable[[Sequence[Sequence[int]], int], Batch]
-    forward: Callable[[Batch], ModelOutput]
+    exemplars: Callable[[Sequence[Sequence[int]]], Dataset[Item]]
+    observe: Callable[[Sequence[Sequence[int]]], Observed]
+    forward: Forward
     collectives: Collectives = field(default_factory=Collectives)
+
+
+class Forward(Protocol):
+    """The model's output for a batch as in prediction, for the methods of a [`TaskContext`]."""
+
+    def __call__(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> ModelOutput:
+        """Return the output.
+
+        Args:
+            batch: the images.
+            parameters: values to use instead of those of `context.model.trainable()`, by their names there, such as a
+                teacher's; no gradient is then recorded.
+        """
+
+
+class Observed(NamedTuple):
+    """What a model makes of training images, in the order asked for, on the CPU.
+
+    Attributes:
+        features: the head's inputs, float32, `(N, d)`.
+        logits: the model's scores, float32, `(N, C)`.
+    """
+
+    features: Tensor
+    logits: Tensor
 
 
 class MethodState(NamedTuple):
@@ -136,6 +166,7 @@ class ContinualMethod:
     `pgp_hf.methods.register`; its trainer calls the parts in this order:
 
         check                   once, when the trainer is made
+        training_stream         then: the tasks that it trains on
         train_images            before a task: which images it trains on
         begin_task, attach      before its first step
         classes, loss           at each step
@@ -186,6 +217,14 @@ class ContinualMethod:
 
     def check(self, model: StreamModel) -> None:
         """Raise TypeError or ValueError, with the fix, if the method does not work on this model."""
+
+    def training_stream(self, stream: TaskStream) -> TaskStream:
+        """Return the stream to train on: `stream` itself, or `stream.joined()` to learn all its tasks as one.
+
+        Results, test images and files are those of `stream` in any case; tasks that are learned as one are evaluated
+        once, after the last of them.
+        """
+        return stream
 
     # ---- a task --------------------------------------------------------------------------------------------------
 

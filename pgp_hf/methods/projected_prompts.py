@@ -26,7 +26,7 @@ CITATIONS = {
 class ProjectedPrompts(ContinualMethod):
     """Prompt gradient projection (Qiao et al., ICLR 2024), or another condition of `pgp_hf.projection`.
 
-    Works on a model that is `Protectable`, as the prompt tuners are; with `method="none"` on any.
+    Works on a model that is `Protectable`, as the prompt tuners are.
 
     Args:
         config: what is protected and how.
@@ -105,16 +105,16 @@ def _protectable(model: StreamModel) -> Protectable:
     if not isinstance(model, Protectable):
         raise TypeError(
             f"a {type(model).__name__} has no prompts that a projection could protect: use a prompt adapter "
-            "(pgp_hf.L2PConfig, ...), or method='none'."
+            "(pgp_hf.L2PConfig, ...), or another method, such as pgp_hf.methods.create('fine_tuning')."
         )
     return model
 
 
 def check_projection(config: ProjectionConfig, model: StreamModel) -> None:
-    """Raise ValueError when a projection needs something that the adapter lacks, TypeError without an adapter."""
+    """Raise ValueError when a projection needs something that the adapter lacks, TypeError without a prompt adapter."""
+    tuner, head = _protectable(model), model.settings().get("head")
     if config.method == "none":
         return
-    tuner, head = _protectable(model), model.settings().get("head")
     if config.reads_statistics and head != "statistics":
         raise ValueError(
             f"probe_space='statistics' needs an adapter with head='statistics', not {head!r}: set it in the adapter's "

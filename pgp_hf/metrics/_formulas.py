@@ -139,27 +139,31 @@ def per_task_average_accuracy(matrix: Matrix) -> list[float]:
     return _per_task(_seen(matrix))
 
 
-def summarize(matrix: Matrix) -> dict[str, float | list[float]]:
+def summarize(matrix: Matrix) -> dict[str, float | list[float | None] | None]:
     """Return all metrics that need only the matrix, under the names that `results.json` uses.
 
-    Args and Raises: as for [`average_accuracy`].
+    Here the first rows may be missing, each as a whole: several tasks were learned as one. Whatever compares with a
+    task's accuracy right after it was learned is not defined then, and None.
+
+    Args and Raises: as for [`average_accuracy`], apart from such rows.
 
     Returns:
         `average_accuracy`, `forgetting`, `forgetting_clipped`, `backward_transfer`, `learning_accuracy` (floats) and
-        `per_task_average_accuracy` (list), as plain Python numbers.
+        `per_task_average_accuracy` (list, with None for each missing row), as plain Python numbers.
     """
-    seen = _seen(matrix)
+    first = _first(_values(matrix))
+    seen = _seen(matrix, first)
     return {
         "average_accuracy": _average(seen),
-        "forgetting": _forgetting(seen),
-        "forgetting_clipped": _forgetting_clipped(seen),
-        "backward_transfer": _backward_transfer(seen),
-        "learning_accuracy": _learning_accuracy(seen),
-        "per_task_average_accuracy": _per_task(seen),
+        "forgetting": None if first else _forgetting(seen),
+        "forgetting_clipped": None if first else _forgetting_clipped(seen),
+        "backward_transfer": None if first else _backward_transfer(seen),
+        "learning_accuracy": None if first else _learning_accuracy(seen),
+        "per_task_average_accuracy": [*[None] * first, *_per_task(seen)[first:]],
     }
 
 
-# Below, `a` is a validated square array (t+1, t+1), complete on and below its diagonal.
+# Below, `a` is a validated square array (t+1, t+1), complete on and below its diagonal, or from a given row on.
 
 
 def _average(a: np.ndarray) -> float:
@@ -191,12 +195,17 @@ def _mean(terms: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(terms)) if len(terms) else 0.0
 
 
-def _seen(matrix: Matrix) -> np.ndarray:
-    """Return the square part `A[:t+1, :t+1]`, checked to be complete on and below the diagonal."""
+def _first(values: np.ndarray) -> int:
+    """Return the index of the first row that holds a value."""
+    return int(np.flatnonzero(~np.isnan(values).all(axis=1))[0])
+
+
+def _seen(matrix: Matrix, first: int = 0) -> np.ndarray:
+    """Return the square part `A[:t+1, :t+1]`, checked to be complete on and below the diagonal from row `first` on."""
     values = _values(matrix)
     last = int(np.flatnonzero(~np.isnan(values).all(axis=1))[-1])
     seen = values[: last + 1, : last + 1]
-    holes = np.argwhere(np.isnan(np.tril(seen)))
+    holes = np.argwhere(np.isnan(np.tril(seen)[first:])) + [first, 0]
     if len(holes):
         shown = ", ".join(f"[{i}][{j}]" for i, j in holes[:5]) + (", ..." if len(holes) > 5 else "")
         raise ValueError(

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .. import embedded
 from ..data.scenarios import SCENARIOS, Scenario
 from ..runs.atomic import replacing
+from ..runs.checks import first_task
 from ..runs.folder import METHOD, PROCESSOR
 from ..runs.reading import read_json
 from .figures import figure_names
@@ -50,6 +51,7 @@ class _Run(NamedTuple):
     num_tasks: int
     num_classes: int
     trained: int  # finished tasks
+    as_one: bool  # whether they were learned as one
     batchwise: bool
     base: str  # the backbone's name or path, empty for a model that was never saved
     dataset: str | None
@@ -184,7 +186,9 @@ def _read(
     num_classes = int(_need(manifest, "num_classes", "manifest"))
     kind = str(config.get("peft_type") or _need(results, "model", "results"))
     batchwise = bool(results.get("batchwise_prompt"))
-    adapter = describe_adapter(config, batchwise)
+    adapter, as_one = describe_adapter(config, batchwise), first_task(matrix) > 0
+    if as_one:
+        adapter = adapter._replace(finished="")
     return _Run(
         results=results,
         manifest=manifest,
@@ -193,6 +197,7 @@ def _read(
         num_tasks=num_tasks,
         num_classes=num_classes,
         trained=max((i + 1 for i, row in enumerate(matrix) if any(v is not None for v in row or ())), default=0),
+        as_one=as_one,
         batchwise=batchwise,
         base=config.get("base_model_name_or_path") or "",
         dataset=(manifest.get("dataset") or {}).get("name"),
@@ -242,9 +247,10 @@ def _opening(run: _Run) -> dict[str, Any]:
         "num_tasks": run.num_tasks,
         "num_classes": run.num_classes,
         "trained": run.trained,
+        "as_one": run.as_one,
         "known": len({label for task in tasks[: run.trained] for label in task.get("classes") or []}),
         "statistics": run.config.get("head") == "statistics",
-        "compensated": bool(run.results.get("compensate_drift")),
+        "compensated": _compensated(run),
     }
 
 
@@ -258,7 +264,7 @@ def _protocol(run: _Run, processor: Mapping[str, Any] | None) -> dict[str, Any]:
         "scenario": run.scenario,
         "class_order": describe_class_order(run.manifest),
         "preprocessing": describe_preprocessing(processor),
-        "head": describe_head(run.adapter, run.config, bool(run.results.get("compensate_drift"))),
+        "head": describe_head(run.adapter, run.config, _compensated(run)),
         "eval_mask": mask,
         "evaluation": describe_evaluation(run.scenario, mask, run.num_classes),
         "seed": as_text(run.results.get("seed")),
@@ -267,10 +273,14 @@ def _protocol(run: _Run, processor: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
+def _compensated(run: _Run) -> bool:
+    return bool(run.results.get("compensate_drift")) and not run.as_one
+
+
 def _figure_texts(run: _Run) -> dict[str, str]:
     rank = " and protected rank" if _protected(run) else ""
     return {
-        "accuracy_matrix.png": "Accuracy on each task after each task",
+        "accuracy_matrix.png": f"Accuracy on each task after {'all of them' if run.as_one else 'each task'}",
         "task_curves.png": "Average accuracy and forgetting after each task",
         "stability.png": f"Drift of old features{rank} after each task",
         "prompt_usage.png": "Pool entries that each task's test images select",

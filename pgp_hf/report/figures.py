@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .. import metrics
+from ..runs.checks import first_task
 from .drawing import (
     Values,
     add_legend,
@@ -90,7 +91,8 @@ def task_curves(
             by label: `{"L2P": {...}, "L2P-PGP": {...}}`, drawn on the same axes.
         path: the PNG file to write; its folder is made.
         panels: which quantities, all by default: "accuracy", "forgetting", "drift", "changed" (selections), "rank".
-            Those that no run has values for are left out; so is a rank of 0 throughout, as without projection.
+            Those that no run has values for are left out; so is a rank of 0 throughout, as without projection. A run
+            that learned all tasks as one has a point at the end, in "accuracy" alone.
 
     Returns:
         `path`.
@@ -286,8 +288,16 @@ _FIGURES: dict[str, Callable[[Mapping[str, Any], Path], Path]] = {
 
 
 def figure_names(results: Mapping[str, Any]) -> list[str]:
-    """Return the names of the files that [`save_figures`] writes; stability and prompt usage only where recorded."""
-    recorded = {"stability.png": bool(_movements(results)), "prompt_usage.png": bool(results.get("prompt_usage"))}
+    """Return the names of the files that [`save_figures`] writes.
+
+    Stability and prompt usage are written only where they are recorded, and no curves where all tasks were learned as
+    one.
+    """
+    recorded = {
+        "task_curves.png": not first_task(results.get("accuracy_matrix") or []),
+        "stability.png": bool(_movements(results)),
+        "prompt_usage.png": bool(results.get("prompt_usage")),
+    }
     return [name for name in _FIGURES if recorded.get(name, True)]
 
 
@@ -319,12 +329,16 @@ def _curves(results: Mapping[str, Any]) -> dict[str, dict[str, Values]]:
 
 
 def _accuracies(matrix: Sequence[Sequence[float | None]]) -> dict[str, Values]:
-    average = metrics.per_task_average_accuracy(matrix)
-    forgetting = [metrics.forgetting(matrix[: task + 1]) for task in range(len(average))]
-    return {"accuracy": np.array(average, dtype=float), "forgetting": np.array(forgetting, dtype=float)}
+    average: Any = metrics.summarize(matrix)["per_task_average_accuracy"]
+    found = {"accuracy": np.array(average, dtype=float)}
+    if not first_task(matrix):
+        found["forgetting"] = np.array([metrics.forgetting(matrix[: task + 1]) for task in range(len(average))])
+    return found
 
 
 def _movements(run: Mapping[str, Any]) -> dict[str, Values]:
+    if first_task(run.get("accuracy_matrix") or []):  # all tasks were learned as one: nothing came after another
+        return {}
     keys = {"drift": "drift", "changed": "changed_selections", "rank": "projection_rank"}
     found = {name: np.array(run.get(key) or [], dtype=float) for name, key in keys.items()}
     found["changed"] = 100 * found["changed"]

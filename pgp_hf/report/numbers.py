@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..runs.checks import first_task
 from .formatting import MISSING, as_number, as_text, escape, is_number, one_line
 from .names import public_name
 
@@ -27,10 +28,13 @@ def run_rows(results: Mapping[str, Any]) -> list[list[str]]:
     changed = results.get("changed_selections")
     moved = [as_number((results.get("drift") or [None])[-1], 3)]
     moved += [as_number(100 * changed[-1], 1)] if changed else []
-    header = [*_SUMMARY.values(), "Drift", *(["Changed"] if changed else [])]
+    summary, header = _SUMMARY, [*_SUMMARY.values(), "Drift", *(["Changed"] if changed else [])]
+    if first_task(results["accuracy_matrix"]):  # nothing else is defined
+        summary = {"average_accuracy": _SUMMARY["average_accuracy"]}
+        header, moved = [*summary.values()], []
 
     def row(of: Mapping[str, Any]) -> list[str]:
-        return [*(as_number(of.get(key), 2) for key in _SUMMARY), *moved]
+        return [*(as_number(of.get(key), 2) for key in summary), *moved]
 
     if not heads:
         return [header, row(results)]
@@ -40,7 +44,7 @@ def run_rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def task_rows(results: Mapping[str, Any], manifest: Mapping[str, Any], trained: int) -> list[list[str]]:
-    """Return a header and a row per finished task."""
+    """Return a header and a row per finished task; with one accuracy each if all tasks were learned as one."""
     matrix, tasks = results["accuracy_matrix"], manifest.get("tasks") or []
     names, changed = manifest.get("label_names") or [], results.get("changed_selections")
     others = {name: of for name, of in (results.get("heads") or {}).items() if name != results.get("head")}
@@ -69,6 +73,8 @@ def task_rows(results: Mapping[str, Any], manifest: Mapping[str, Any], trained: 
                 *([as_number(_at(results.get("projection_rank"), i), 0)] if protected else []),
             ]
         )
+    if first_task(matrix):
+        return [[*rows[0][:3], "Accuracy"], *([*row[:3], row[4]] for row in rows[1:])]
     return rows
 
 

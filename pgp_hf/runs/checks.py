@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,13 @@ def check_results_file(results: dict[str, Any], manifest: dict[str, Any], path: 
 
 
 def finished_tasks(matrix: list[list[float | None]]) -> int:
-    """Return the number of tasks for which an accuracy matrix has a row."""
-    return sum(row[0] is not None for row in matrix)
+    """Return the number of tasks that had ended when the last row of an accuracy matrix was measured."""
+    return max((i + 1 for i, row in enumerate(matrix) if row[0] is not None), default=0)
+
+
+def first_task(matrix: Sequence[Sequence[float | None]]) -> int:
+    """Return the 0-based index of the first task with a row, above 0 where several tasks were learned as one."""
+    return next((i for i, row in enumerate(matrix) if any(value is not None for value in row or ())), 0)
 
 
 def check_basis(name: str, shape: tuple[int, ...], parameter: tuple[int, ...] | None, info: Any, path: Path) -> None:
@@ -92,17 +98,20 @@ def check_method_file(method: dict[str, Any], path: Path) -> None:
 
 
 def _check_matrix(matrix: Any, size: int, path: Path) -> int:
-    """Return the number of rows that an accuracy matrix of `size` tasks has so far; raise ValueError if it has gaps."""
+    """Return the number of tasks that an accuracy matrix of `size` tasks has so far; raise ValueError if it has gaps."""
     if (
         not isinstance(matrix, list)
         or len(matrix) != size
         or not all(isinstance(row, list) and len(row) == size and all(map(_is_percent, row)) for row in matrix)
     ):
         raise ValueError(f"{path}: accuracy_matrix is not {size} rows of {size} numbers in 0 to 100, or null.")
-    tasks = finished_tasks(matrix)
-    if tasks == 0 or any((value is None) != (i >= tasks) for i, row in enumerate(matrix) for value in row[: i + 1]):
-        raise ValueError(f"{path}: accuracy_matrix lacks entries: row i has tasks 0 to i once task i has ended.")
-    return tasks
+    rows = range(first_task(matrix), finished_tasks(matrix))
+    if not rows or any((value is None) == (i in rows) for i, row in enumerate(matrix) for value in row[: i + 1]):
+        raise ValueError(
+            f"{path}: accuracy_matrix lacks entries: row i has tasks 0 to i once task i has ended, and only the first rows "
+            "may be missing, each as a whole."
+        )
+    return rows.stop
 
 
 def _is_number(value: Any) -> bool:

@@ -4,7 +4,8 @@ output_dir/  the last finished task's files (a whole model's weights as a hard l
   task-1/ ... task-T/   the same files as they were when each task ended
   features/task-1.safetensors ...   head inputs and pool entries of each task's test images when it ended
   checkpoints/task-t/checkpoint-N/  Trainer checkpoints of the task in training, removed when it ends
-  continued.json        in a run continued from a single revision: the number of tasks that are not here
+  continued.json        in a run continued from a single revision, or one that learns all tasks as one, the last: the
+                        number of tasks that are not here
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .atomic import replacing
+from .atomic import replacing, write_json
 from .reading import read_json
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -73,12 +74,19 @@ class RunFolder:
 
     @property
     def first(self) -> int:
-        """Return the 0-based index of the first task here, above 0 in a run continued from a single revision."""
+        """Return the 0-based index of the first task here, above 0 where `start_at` has noted that."""
         path = self.root / CONTINUED
         first = read_json(path).get("first") if path.exists() else 0
         if type(first) is not int or first < 0:
             raise ValueError(f"{path} has first={first!r}: expected the 0-based index of a task.")
         return first
+
+    def start_at(self, first: int) -> None:
+        """Note that the task with this 0-based index is the first one here."""
+        if first:
+            write_json(self.root / CONTINUED, {"first": first})
+        else:
+            (self.root / CONTINUED).unlink(missing_ok=True)
 
     def is_empty(self) -> bool:
         """Return whether the folder holds no run: neither finished tasks nor checkpoints."""

@@ -120,7 +120,7 @@ def refuse_code(content: Any, path: str | os.PathLike[str]) -> None:
     while todo:
         value = todo.pop()
         if isinstance(value, dict):
-            asked = next((name for name in _CODE if value.get(name)), None)
+            asked = next((name for name, own in value.items() if _asks_for_code(name, own)), None)
             if asked:
                 raise ValueError(
                     f"{path} asks for code to be run ({asked}): pgp_hf never runs custom code (trust_remote_code)."
@@ -128,6 +128,12 @@ def refuse_code(content: Any, path: str | os.PathLike[str]) -> None:
             todo += value.values()
         elif isinstance(value, list):
             todo += value
+
+
+def _asks_for_code(name: str, value: Any) -> bool:
+    # a repository where the name of an implementation is expected holds kernels, which transformers would fetch and run
+    kernel = name.endswith("_implementation") and isinstance(value, str) and "/" in value
+    return kernel or (name in _CODE and bool(value))
 
 
 @contextmanager

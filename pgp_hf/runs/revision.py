@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from ..projection import Basis, Projection, ProjectionConfig
 from ..projection.projector import TRANSPOSED
 from . import reading
-from .checks import check_basis, check_method_file, check_results_file, check_stream_file, finished_tasks
+from .checks import (
+    check_basis,
+    check_method_file,
+    check_results_file,
+    check_stream_file,
+    finished_tasks,
+    first_task,
+)
 from .digest import backbone_key, backbone_sha256
 from .folder import (
     ADAPTER,
@@ -87,6 +94,11 @@ class Revision:
     def tasks(self) -> int:
         """Return the number of finished tasks; 0 for an adapter without a run."""
         return 0 if self.results is None else finished_tasks(self.results["accuracy_matrix"])
+
+    @property
+    def learned(self) -> int:
+        """Return the number of tasks that the model was trained on: fewer than finished ones if several were one."""
+        return 0 if self.results is None else self.tasks - first_task(self.results["accuracy_matrix"])
 
     @property
     def seen_classes(self) -> list[int] | None:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.images import AugmentedImages
+from ..data.images import set_epoch
 from ..data.stream import TaskStream
 from ..models import StreamModel
 from .arguments import PGPTrainingArguments
@@ -19,7 +19,8 @@ from .arguments import PGPTrainingArguments
 class StreamCallback(TrainerCallback):
     """Listen to a stream as well as to a `Trainer`.
 
-    Each event receives `args, state, control` first; kwargs always hold `model` and `stream`. Tasks are counted from 0.
+    Each event receives `args, state, control` first; kwargs always hold `model`, `stream` and `training_stream`, which is
+    the same unless the method learns all tasks as one, the last. Tasks are counted from 0.
     """
 
     def on_stream_begin(
@@ -58,7 +59,7 @@ class StreamCallback(TrainerCallback):
 class StreamProgress(ProgressCallback, StreamCallback):
     """Show progress bars that say which task they belong to, and print a line when a task starts and ends."""
 
-    task = 0
+    learned = ""  # the task in training
     prediction_bar: Any  # transformers' own knows None alone
 
     def on_task_begin(
@@ -68,20 +69,27 @@ class StreamProgress(ProgressCallback, StreamCallback):
         control: TrainerControl,
         task: int,
         stream: TaskStream | None = None,
+        training_stream: TaskStream | None = None,
         **kwargs: Any,
     ) -> None:
-        self.task = task
-        if state.is_world_process_zero and stream is not None:
-            names = [stream.label_names[label] for label in stream.tasks[task].classes]
+        self.learned = f"task {task + 1}"
+        if stream is None:
+            return
+        own = training_stream or stream
+        before = stream.num_tasks - own.num_tasks  # which are learned with the last one
+        self.learned = f"tasks 1 to {task + 1}" if before else self.learned
+        if state.is_world_process_zero:
+            names = [stream.label_names[label] for label in own.tasks[task - before].classes]
             shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-            tqdm.write(f"Task {task + 1} of {stream.num_tasks}: {len(stream.train(task))} images of {shown}")
+            title = f"{self.learned} of {stream.num_tasks}{' as one' if before else ''}".capitalize()
+            tqdm.write(f"{title}: {len(own.train(task - before))} images of {shown}")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
-            self.training_bar.set_description(f"  training task {self.task + 1}")
+            self.training_bar.set_description(f"  training {self.learned}")
 
     def on_prediction_step(
         self,
@@ -119,11 +127,12 @@ class StreamProgress(ProgressCallback, StreamCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            shares = results.get("changed_selections")
+            shares, lost = results.get("changed_selections"), results["forgetting"]
             changed = f"changed selections {100 * shares[-1]:.1f} %, " if shares else ""
+            kept = "" if lost is None else f"forgetting {lost:.2f}, drift {results['drift'][-1]:.3f}, {changed}"
             tqdm.write(
-                f"  average accuracy {results['average_accuracy']:.2f} %, forgetting {results['forgetting']:.2f}, "
-                f"drift {results['drift'][-1]:.3f}, {changed}protected rank {results['projection_rank'][-1]} -> {folder}"
+                f"  average accuracy {results['average_accuracy']:.2f} %, {kept}"
+                f"protected rank {results['projection_rank'][-1]} -> {folder}"
             )
 
 
@@ -132,10 +141,10 @@ class FollowTraining(TrainerCallback):
 
     Args:
         model: the `StreamModel` in training.
-        images: returns the training images of the task.
+        images: returns the training images of the task, and the dataset that is trained on.
     """
 
-    def __init__(self, model: StreamModel, images: Callable[[], AugmentedImages | None]) -> None:
+    def __init__(self, model: StreamModel, images: Callable[[], Iterable[object]]) -> None:
         self.model, self.images = model, images
 
     def on_train_begin(
@@ -146,9 +155,8 @@ class FollowTraining(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        images = self.images()
-        if images is not None:
-            images.set_epoch(int((state.epoch or 0) + 1e-6))
+        for images in self.images():
+            set_epoch(images, int((state.epoch or 0) + 1e-6))
 
 
 def fire(callbacks: Iterable[TrainerCallback], event: str, *arguments: Any, **kwargs: Any) -> None:

@@ -164,13 +164,14 @@ def measure(
         record: predicts a task's test images.
         pool_size: number of entries that images select from, if they do.
     """
+    first, at = results.first, t - results.first
     row, linear, usage, drifts, changes = [], [], [], [], []
     for j in range(t + 1):
         found = record(j)
         row.append(percent(found.logits, found.labels))
         if found.linear is not None:
             linear.append(percent(found.linear, found.labels))
-        compared = j < t and j not in results.drift_lacks
+        compared = first <= j < t and j not in results.drift_lacks
         if j == t:
             references.keep(t, found.features, found.selected)
         elif compared:
@@ -179,10 +180,10 @@ def measure(
             usage.append(np.bincount(found.selected.ravel(), minlength=pool_size).tolist())
             if compared:
                 changes.append(changed_share(references.selected[j], found.selected))
-    results.matrix[t:] = [row]
-    results.linear_matrix[t:] = [linear] if linear else []
-    results.drift[t:] = [float(np.mean(drifts or 0))]
-    results.changed[t:] = [float(np.mean(changes or 0))] if usage else []
+    results.matrix[at:] = [row]
+    results.linear_matrix[at:] = [linear] if linear else []
+    results.drift[at:] = [float(np.mean(drifts or 0))]
+    results.changed[at:] = [float(np.mean(changes or 0))] if usage else []
     results.usage = usage or None
 
 
@@ -190,11 +191,10 @@ def summary_logs(results: StreamResults) -> dict[str, float]:
     """Return what is logged after the evaluation of a stream."""
     content = results.to_dict()
     changed = {"eval_changed_selections": results.changed[-1]} if results.changed else {}
+    kept = {"eval_forgetting": content["forgetting"], "eval_drift": results.drift[-1], **changed}
     return {
         **{f"eval_task_{j + 1}_accuracy": value for j, value in enumerate(results.matrix[-1])},
         "eval_average_accuracy": content["average_accuracy"],
-        "eval_forgetting": content["forgetting"],
-        "eval_drift": results.drift[-1],
-        **changed,
+        **({} if results.first else kept),  # nothing to compare with where all tasks were learned as one
         "eval_projection_rank": results.rank[-1] if results.rank else 0,
     }

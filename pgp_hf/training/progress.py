@@ -42,11 +42,14 @@ class Progress:
                 f"this trainer has begun task {(self.task or 0) + 1} and not finished it: continue by "
                 "train(resume_from_checkpoint=True), or make a new model and a new trainer."
             )
-        done = len(self.results.matrix)
-        if t != done:
+        first, tasks = self.results.first, self.results.num_tasks
+        following = first + len(self.results.matrix)
+        if t != following:
+            done = following if self.results.matrix else 0
+            as_one = f"; method {self.results.method!r} learns all tasks as one, t={first}" if first else ""
             raise ValueError(
-                f"t={t} is not the next task: {done} of {self.results.num_tasks} tasks are trained, so t={done} comes "
-                "next (counted from 0)."
+                f"t={t} is not the next task: {done} of {tasks} tasks are trained, so t={following} comes next (counted "
+                f"from 0{as_one})."
             )
         self.task, self.interrupted = t, True
 
@@ -67,7 +70,11 @@ class Progress:
 
     def kept(self, folder: RunFolder) -> str:
         """Describe for an error message what is kept of the run if the current task fails."""
-        return f"task {self.task} is kept in {folder.task(self.task - 1)}" if self.task else "no task was finished"
+        return (
+            f"task {self.task} is kept in {folder.task(self.task - 1)}"
+            if self.task and self.results.matrix
+            else "no task was finished"
+        )
 
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:

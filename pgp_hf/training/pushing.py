@@ -36,7 +36,7 @@ class PushTasks(StreamCallback):
     ) -> None:
         if state.is_world_process_zero:
             first = kwargs["first_task"]
-            _add(self._start(args, new_run=first == 0), args, first)
+            _add(self._start(args, first), args, first)
 
     def on_task_end(
         self,
@@ -50,7 +50,7 @@ class PushTasks(StreamCallback):
     ) -> None:
         if state.is_world_process_zero:
             # on_stream_begin has not run where tasks are trained one by one
-            uploads = self.uploads or self._start(args, new_run=task == 0)
+            uploads = self.uploads or self._start(args, task)
             _drop_weights(args, uploads)
             _add(uploads, args, task + 1)
 
@@ -77,11 +77,12 @@ class PushTasks(StreamCallback):
             lacking = f", but {', '.join(self.left_out)}, whose weights the run has not kept" if self.left_out else ""
             tqdm.write(f"All {uploads.done} tasks are on the Hub{lacking}: {url}")
 
-    def _start(self, args: PGPTrainingArguments, new_run: bool) -> Uploads:
-        """Start uploading what is finished of a run."""
+    def _start(self, args: PGPTrainingArguments, task: int) -> Uploads:
+        """Start uploading what is finished of a run, which is new if `task`, the one to train, is its first."""
         if self.uploads is not None:
             self.uploads.close()
-        repo, folder = args.hub_repo(new_run), RunFolder(str(args.output_dir))
+        folder = RunFolder(str(args.output_dir))
+        repo = args.hub_repo(new_run=task == folder.first)
         self.left_out = []
 
         def put(t: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import metrics
+from ..runs.checks import first_task
 from ..version import __version__
 
 
@@ -49,7 +50,9 @@ class StreamResults:
         method: the registered name, or the adapter's for projected prompts.
         model: what learns: "l2p", "full", "last:2", "head", "lora:8", ...
         method_settings: those of the method, ready for JSON.
-        matrix: accuracies in percent of the chosen head, a row per finished task; row i has i + 1 entries.
+        first: 0-based index of the first task that is evaluated, above 0 where the tasks up to it are learned as one. The
+            lists below begin with it; the file has empty rows, and zeros, for the tasks before.
+        matrix: accuracies in percent of the chosen head, a row per finished task; that of task i has i + 1 entries.
         linear_matrix: the same for the linear head, where a statistics head classifies; else empty.
         drift, rank: one value per finished task.
         changed: share of old test images that select other pool entries than when their task ended, one value per finished
@@ -72,6 +75,7 @@ class StreamResults:
     batchwise_prompt: bool
     compensate_drift: bool = False
     method_settings: dict[str, Any] = field(default_factory=dict)
+    first: int = 0
     matrix: list[list[float]] = field(default_factory=list)
     linear_matrix: list[list[float]] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
@@ -93,8 +97,8 @@ class StreamResults:
             "scenario": self.scenario,
             "num_tasks": self.num_tasks,
             **self._accuracies(self.matrix),
-            "drift": self.drift,
-            "projection_rank": self.rank,
+            "drift": [0.0] * self.first + self.drift,
+            "projection_rank": [0] * self.first + self.rank,
             "train_images_per_second": self.images_trained / max(self.seconds["train"], 1e-9),
             "images_trained": self.images_trained,
             "seconds": self.seconds,
@@ -104,7 +108,7 @@ class StreamResults:
             "versions": versions(),
         }
         if self.changed:
-            results["changed_selections"] = self.changed
+            results["changed_selections"] = [0.0] * self.first + self.changed
         if self.usage is not None:
             results["prompt_usage"] = self.usage
         if self.compensate_drift:
@@ -120,7 +124,8 @@ class StreamResults:
 
     def _accuracies(self, matrix: list[list[float]]) -> dict[str, Any]:
         """Return a head's accuracy matrix, and what follows from it."""
-        full = [[*row, *[None] * (self.num_tasks - len(row))] for row in matrix]
+        full: list[list[float | None]] = [[None] * self.num_tasks for _ in range(self.first)]
+        full += [[*row, *[None] * (self.num_tasks - len(row))] for row in matrix]
         full += [[None] * self.num_tasks for _ in range(self.num_tasks - len(full))]
         summary = metrics.summarize(full)
         return {"accuracy_matrix": full, **{name: summary[name] for name in SUMMARY}}
@@ -148,11 +153,16 @@ class StreamResults:
                 f"the earlier run has compensate_drift={not self.compensate_drift}, this one {self.compensate_drift}: "
                 "continue with the same settings, or choose another output_dir."
             )
+        if (first := first_task(results["accuracy_matrix"])) != self.first:
+            raise ValueError(
+                f"the earlier run has accuracies from task {first + 1} on, this one will have them from task "
+                f"{self.first + 1} on, by the same method: the earlier results.json was altered. Fetch it again."
+            )
         self.matrix = _rows(results["accuracy_matrix"])
         if self.head == "statistics":
             self.linear_matrix = _rows(results["heads"]["linear"]["accuracy_matrix"])
-        self.changed = list(results.get("changed_selections", []))
-        self.drift, self.rank = list(results["drift"]), list(results["projection_rank"])
+        self.changed = list(results.get("changed_selections", []))[self.first :]
+        self.drift, self.rank = (list(results[name])[self.first :] for name in ("drift", "projection_rank"))
         self.seconds, self.images_trained = dict(results["seconds"]), results["images_trained"]
         self.usage = results.get("prompt_usage")
         self.drift_lacks = list(results.get("drift_lacks", []))

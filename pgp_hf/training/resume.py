@@ -23,8 +23,8 @@ from ..inference.whole import load_whole
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, load_weights, weights
 from ..report import card, figures
-from ..runs.atomic import write_json, write_tensors
-from ..runs.folder import CONTINUED, DESCRIPTION, MANIFEST, RESULTS, RunFolder, config_name
+from ..runs.atomic import write_tensors
+from ..runs.folder import DESCRIPTION, MANIFEST, RESULTS, RunFolder, config_name
 from ..runs.open import open_run
 from ..runs.reading import read_json, read_tensors
 from ..runs.revision import Revision, read_method
@@ -156,7 +156,7 @@ class EarlierRun:
             Tasks for which neither is available, which drift leaves out.
         """
         lost, last = [], loaded.revision
-        for j in range(last.tasks):
+        for j in range(self.results.first, last.tasks):
             path = self.source.features(j)
             if path.is_file():
                 tensors = _read_reference(path, len(self.stream.test(j)), j)
@@ -197,8 +197,7 @@ class EarlierRun:
             except (ValueError, EntryNotFoundError):  # reported with the references
                 break
             first -= 1
-        if first:
-            write_json(folder.root / CONTINUED, {"first": first})
+        folder.start_at(first)
         for t in range(first, finished):
             folder.publish(t, partial(_copy_task, self.source.task(t)))
 
@@ -249,7 +248,8 @@ class Resumer:
         """
         source = self._find(where)
         finished, progress = source.finished_tasks(), self.progress
-        checkpoint = source.last_checkpoint(finished) if finished < self.stream.num_tasks else None
+        following = finished or source.first
+        checkpoint = source.last_checkpoint(following) if following < self.stream.num_tasks else None
         if checkpoint is not None and (found := read_method(checkpoint)) is not None:
             check_method(self.method, found[1], checkpoint)
         earlier = EarlierRun(source, self.stream, self.model, self.learner, self.method, progress.results)
@@ -267,7 +267,7 @@ class Resumer:
             self._prepare_folder(earlier, finished)
         if not finished and checkpoint is None:
             warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=4)
-        return finished, checkpoint
+        return finished or progress.results.first, checkpoint
 
     def _elsewhere(self, source: RunFolder) -> bool:
         return source.root.resolve() != self.folder.root.resolve()
@@ -312,7 +312,7 @@ class Resumer:
         """Give the model what it had when the 0-based task t ended."""
         load_weights(self.model, tensors)
         self.progress.task = t
-        self.learner.resume_after(t)
+        self.learner.resume_after(t - self.progress.results.first)
 
     def _forget_first_task(self) -> None:
         """Reset to before the first task, which this trainer has begun; the checkpoint has the parameters."""

@@ -105,9 +105,9 @@ def check_settings(
 
 
 def new_results(
-    args: PGPTrainingArguments, stream: TaskStream, method: ContinualMethod, learner: StreamModel
+    args: PGPTrainingArguments, stream: TaskStream, method: ContinualMethod, learner: StreamModel, first: int
 ) -> StreamResults:
-    """Return the results of a run that has not begun."""
+    """Return the results of a run that has not begun; `first` is the 0-based index of the first task to evaluate."""
     settings, projection = learner.settings(), method.projection
     return StreamResults(
         method=learner.name if method.name == ProjectedPrompts.name else method.name,
@@ -121,6 +121,7 @@ def new_results(
         eval_mask=args.eval_mask,
         batchwise_prompt=settings.get("batchwise_prompt", False),
         compensate_drift=args.compensate_drift,
+        first=first,
     )
 
 

@@ -24,8 +24,9 @@ from ..data.images import AugmentedImages, CachedQueries, ImageCollator
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
 from ..inference.backbone import quiet
+from ..inference.whole import open_whole
 from ..methods import Batch, ContinualMethod, FineTuning, MethodState, TaskContext
-from ..models import SelectsPrompts, StreamModel, stream_model
+from ..models import SelectsPrompts, StreamModel, load_weights, stream_model
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
 from ..runs.revision import read_method
@@ -59,6 +60,7 @@ class StreamTrainer(Trainer):
 
     Attributes:
         method: how the stream is learned.
+        training_stream: what is trained on: the stream, or all of its tasks as one; tasks count from `results.first`.
         folder: the `RunFolder` that is written to.
         progress: how far the run has come: `results`, the `task`, and what drift is measured against.
 
@@ -94,18 +96,20 @@ class StreamTrainer(Trainer):
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
-        learner.prepare_stream([list(task.classes) for task in stream.tasks], stream.id2label)
+        self.training_stream = trained = self.method.training_stream(stream)
+        learner.prepare_stream([list(task.classes) for task in trained.tasks], trained.id2label)
         if SCENARIOS[stream.scenario].one_epoch:
             self.args.num_train_epochs = 1
         self.folder = RunFolder(str(self.args.output_dir))
-        self.progress = Progress(new_results(self.args, stream, self.method, learner))
+        first = stream.num_tasks - trained.num_tasks
+        self.progress = Progress(new_results(self.args, stream, self.method, learner, first))
         self._context: TaskContext | None = None  # of the task in training
         self._images: AugmentedImages | None = None  # and its images
         self._handles: list[RemovableHandle] = []  # of hooks on the optimizer
         self._test_queries: dict[int, Tensor | None] = {}
         self._scorer = Scorer(stream, self.method, self.args.eval_mask)
         self._blank = copy.deepcopy(self.method.state())
-        self.add_callback(FollowTraining(learner, lambda: self._images))
+        self.add_callback(FollowTraining(learner, lambda: (self._images, self.train_dataset)))
         if self.args.push_to_hub:
             self.args.check_hub()  # set_push_to_hub() comes after the arguments' own checks
             self.add_callback(PushTasks())
@@ -156,6 +160,7 @@ class StreamTrainer(Trainer):
             FloatingPointError: a loss that is not finite; the tasks finished before stay as they are.
         """
         first, checkpoint = self._start(resume_from_checkpoint)
+        self._note_first(first)  # uploads, which begin with the stream, need it
         if self.args.verify_images:
             if self.is_world_process_zero():
                 self.stream.verify(progress=not self.args.disable_tqdm)
@@ -172,35 +177,38 @@ class StreamTrainer(Trainer):
     def train_task(self, t: int, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Learn the task with 0-based index t, then gather statistics, evaluate, and write its folder.
 
+        For a method that learns all tasks as one, t is the last.
+
         Raises:
             ValueError: a task out of turn, or an earlier one that has failed.
         """
         self.progress.begin(t)
+        self._note_first(t)
         self.method.begun = True
-        learner, seed = self.stream_model, self.args.seed
+        learner, own = self.stream_model, t - self.results.first  # the task's index in the training stream
         with self.progress.timed("train"):
-            self._images = images = self._passes().augmented(t)
-            context = self._make_context(t)
+            self._images = images = self._passes().augmented(own)
+            self._context = context = self._passes().context(own)
             self._passes().keep_training_queries(images, self.method.projection)
             self.train_dataset = self.method.train_images(context, images)
         with self.progress.timed("statistics"):
-            before = self._passes().head_features(t) if self.args.compensate_drift and t > 0 else None
+            before = self._passes().head_features(own) if self.args.compensate_drift and own > 0 else None
         # a function of (seed, task) alone: paired runs and resumed runs see the same random numbers
-        set_seed(task_seed(seed, t))
+        set_seed(task_seed(self.args.seed, own))
         self.eval_dataset = self._test_sets(t)
         if self.args.reinit_optimizer:
             self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
-        learner.begin_task(t)
+        learner.begin_task(own)
         self.method.begin_task(context)
         self._fire("on_task_begin", task=t)
         with self.progress.timed("train"):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        learner.end_task(t)
+        learner.end_task(own)
         with self.progress.timed("statistics"):
-            self._passes().learn_class_statistics(t, before)
+            self._passes().learn_class_statistics(own, before)
             self.method.end_task(context)
-        self.results.rank[t:] = [0 if self.method.projection is None else self.method.projection.rank]
+        self.results.rank[own:] = [0 if self.method.projection is None else self.method.projection.rank]
         self.evaluate_stream()
         self._write_task(t)
         self.progress.interrupted = False
@@ -222,23 +230,8 @@ class StreamTrainer(Trainer):
         return self.results.to_dict()
 
     def _fire(self, event: str, **kwargs: Any) -> None:
-        given = {"model": self.model, "stream": self.stream, **kwargs}
+        given = {"model": self.model, "stream": self.stream, "training_stream": self.training_stream, **kwargs}
         fire(self.callback_handler.callbacks, event, self.args, self.state, self.control, **given)
-
-    def _make_context(self, t: int) -> TaskContext:
-        passes = self._passes()
-        self._context = TaskContext(
-            task=t,
-            stream=self.stream,
-            model=self.stream_model,
-            seed=self.args.seed,
-            train_mask=self.args.train_mask,
-            views=lambda limit: passes.views_for_method(t, limit),
-            old_images=passes.old_images,
-            forward=passes.forward,
-            collectives=passes.collectives,
-        )
-        return self._context
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -248,7 +241,7 @@ class StreamTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         plain, context, learner = getattr(optimizer, "optimizer", optimizer), self._context, self.stream_model
         if new:
-            set_learning_rates(plain, self.args, learner, self.task or 0)
+            set_learning_rates(plain, self.args, learner, 0 if context is None else context.task)
         for handle in self._handles:  # an optimizer that is kept still has those of the task before
             handle.remove()
         self._handles = [plain.register_step_post_hook(lambda *_: learner.after_step())]
@@ -298,7 +291,7 @@ class StreamTrainer(Trainer):
         return Passes(
             args=self.args,
             accelerator=self.accelerator,
-            stream=self.stream,
+            stream=self.training_stream,
             model=self.model,
             learner=self.stream_model,
             images=self._images,
@@ -357,7 +350,7 @@ class StreamTrainer(Trainer):
         if not resume:
             start_new(self.args, self.progress, self.folder)
             self.accelerator.wait_for_everyone()
-            return 0, None
+            return self.results.first, None
         resumer = Resumer(
             args=self.args,
             stream=self.stream,
@@ -371,20 +364,23 @@ class StreamTrainer(Trainer):
         )
         first, checkpoint = resumer.resume(resume)
         self.accelerator.wait_for_everyone()
-        if first:
+        if first > self.results.first:
             self.eval_dataset = self._test_sets(first - 1)
         else:
             self.optimizer = self.lr_scheduler = None
         return first, None if checkpoint is None else str(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if model is None and isinstance(whole := self._whole_model(), PreTrainedModel):
+            # a `Trainer` looks for the names in the model, and the file has those of older versions of transformers
+            load_weights(whole, open_whole(Path(resume_from_checkpoint)).state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_method(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
         if self.state.best_model_checkpoint is not None:
-            self._load_method(self.state.best_model_checkpoint)
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_method(self, checkpoint: str) -> None:
         """Give the method what it remembered at a checkpoint; one from before methods had files holds nothing."""
@@ -399,6 +395,11 @@ class StreamTrainer(Trainer):
     @cached_property
     def _digest(self) -> dict[str, str]:
         return self.stream_model.digest()
+
+    def _note_first(self, t: int) -> None:
+        """Note in the folder of a new run which task is its first."""
+        if t == self.results.first and self.is_world_process_zero():
+            self.folder.start_at(t)
 
     def _write_task(self, t: int) -> None:
         if self.is_world_process_zero():

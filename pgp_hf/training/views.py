@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers.utils.generic import ModelOutput
 
-from ..data.images import AugmentedImages, CachedQueries, ImageCollator
+from ..data.images import AugmentedImages, CachedQueries, Exemplars, ImageCollator
 from ..data.stream import TaskStream
 from ..heads.statistics import gather_task
-from ..methods import Batch, Collectives
+from ..methods import Batch, Collectives, Observed, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel
 from ..projection import Projection
 from .arguments import PGPTrainingArguments
@@ -32,6 +33,7 @@ class Passes:
     """Go over images with a trainer's model; the trainer hands over what that takes.
 
     Attributes:
+        stream: the tasks that are trained on.
         model, learner: the whole model, and the `StreamModel` inside it.
         images: those of the task in training, which may know their queries.
         collate: makes a batch of items.
@@ -129,6 +131,22 @@ class Passes:
 
     # ---- what a method asks for ----------------------------------------------------------------------------------
 
+    def context(self, t: int) -> TaskContext:
+        """Return the context of a task in which the parts of a method are called."""
+        return TaskContext(
+            task=t,
+            stream=self.stream,
+            model=self.learner,
+            seed=self.args.seed,
+            train_mask=self.args.train_mask,
+            views=partial(self.views_for_method, t),
+            old_images=self.old_images,
+            exemplars=self.exemplars,
+            observe=self.observe,
+            forward=self.forward,
+            collectives=self.collectives,
+        )
+
     def old_images(self, places: Sequence[Sequence[int]], view: int) -> Batch:
         """Return training images as a batch.
 
@@ -141,19 +159,61 @@ class Passes:
             images.set_epoch(view)
         return Batch.split(self.prepare(self.collate([dict(tasks[task][index]) for task, index in places])))
 
+    def exemplars(self, places: Sequence[Sequence[int]]) -> Exemplars:
+        """Return training images of any tasks as a dataset that is augmented anew in each epoch."""
+        return Exemplars({task: self.augmented(task) for task in {int(task) for task, _ in places}}, places)
+
+    @torch.no_grad()
+    def observe(self, places: Sequence[Sequence[int]]) -> Observed:
+        """Return the model's view of training images, unaugmented, on every process.
+
+        Args:
+            places: 0-based task of each, and its position within the task.
+        """
+        world, size = self.args.world_size, self.args.eval_batch_size
+        rounds = -(-len(places) // world)
+        # all processes take as many, so that their results can be gathered: the last images stand in for missing ones
+        own = [min(i * world + self.args.process_index, len(places) - 1) for i in range(rounds)]
+        images = {task: self.stream.train(task) for task in {int(task) for task, _ in places}}
+        features, logits = [], []
+        for start in range(0, rounds, size):
+            chosen = [places[i] for i in own[start : start + size]]
+            batch = Batch.split(self.prepare(self.collate([dict(images[int(t)][int(i)]) for t, i in chosen])))
+            with head_inputs(self.learner) as seen:
+                output = self.forward(batch)
+            features.append(seen[0].float())
+            logits.append(self.learner.class_logits(output).float())
+        if not features:
+            raise ValueError("there are no images to observe: give at least one place.")
+        found = [torch.cat(parts) for parts in (features, logits)]
+        if world > 1:  # in the order of the processes, while images were dealt out in turn
+            found = [
+                self.accelerator.gather(part).unflatten(0, (world, rounds)).transpose(0, 1).flatten(0, 1)
+                for part in found
+            ]
+        return Observed(*(part[: len(places)].cpu() for part in found))
+
     def augmented(self, t: int) -> AugmentedImages:
         """Return a task's training images as the arguments augment them."""
         return AugmentedImages(
             self.stream.train(t), self.args.augmentation, self.args.crop_min_scale, self.args.seed, t
         )
 
-    def forward(self, batch: Batch) -> ModelOutput:
-        """Return the model's output for a batch as in prediction, whatever mode the model is in."""
+    def forward(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> ModelOutput:
+        """Return the model's output for a batch as in prediction, whatever mode the model is in.
+
+        Args:
+            batch: the images.
+            parameters: values of the trainable parameters to use instead, by name; no gradient is then recorded.
+        """
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
             with self.accelerator.autocast():
-                return self.model(**batch.inputs)
+                if parameters is None:
+                    return self.model(**batch.inputs)
+                with torch.no_grad(), _exchanged(self.learner.trainable(), parameters):
+                    return self.model(**batch.inputs)
         finally:
             for module in training:  # one by one: those in eval mode before stay in it
                 module.training = True
@@ -207,6 +267,21 @@ class Passes:
             gather=self.accelerator.gather,
             broadcast=broadcast,
         )
+
+
+@contextmanager
+def _exchanged(own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give parameters other values inside the block; nothing is copied."""
+    before = {name: parameter.data for name, parameter in own.items()}
+    try:
+        for name, parameter in own.items():
+            parameter.data = values[name]
+        torch.clear_autocast_cache()  # it knows parameters by identity, and not by value
+        yield
+    finally:
+        for name, parameter in own.items():
+            parameter.data = before[name]
+        torch.clear_autocast_cache()
 
 
 @contextmanager

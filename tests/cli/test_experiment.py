@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig
+from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, metrics
 from pgp_hf.cli import experiment
 from pgp_hf.cli.parsing import parse, prompt_arguments
 
@@ -102,6 +102,15 @@ def test_the_other_methods_on_the_embedded_default(tmp_path, method, label):
     assert ("frozen, zero-shot" in rows) is (method == "clip")
     assert rows[label]["accuracy_matrix"][0] == rows[f"{label}-PGP"]["accuracy_matrix"][0]
     assert "scikit-learn digits" in (out / "README.md").read_text() and (out / "task-5").is_dir()
+
+
+def test_a_table_of_tasks_learned_one_by_one_and_as_one():
+    matrices = {"L2P": [[90.0, None], [80.0, 95.0]], "joint": [[None, None], [85.0, 95.0]]}
+    rows = {name: {**metrics.summarize(matrix), "drift": [0.0, 0.125]} for name, matrix in matrices.items()}
+    header, _, own, joint = experiment.table(rows).splitlines()
+    assert header.split() == ["task", "1", "task", "2", "avg", "acc", "forgetting", "drift"]
+    assert own.split() == ["L2P", "90.00", "87.50", "87.50", "10.00", "0.125"]
+    assert joint.split() == ["joint", "–", "90.00", "90.00", "–", "0.125"]
 
 
 def arguments(*argv, method="l2p", config=L2PConfig):

@@ -140,6 +140,22 @@ def test_scenarios(splits, scenario):
 # ---- no decoding, workers -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("limit", [None, 4])
+def test_joined_it_is_the_stream_of_one_task(splits, decoded, limit):
+    settings = {"scenario": "online", "max_train_samples_per_class": limit}
+    stream, one = (TaskStream.from_dataset(splits, num_tasks=num_tasks, **settings) for num_tasks in (3, 1))
+    joined = stream.joined()
+    assert joined.manifest() == one.manifest() != stream.manifest() and stream.num_tasks == 3
+    assert joined.tasks == [Task(0, tuple(stream.class_order))] and joined.scenario == "online"
+    assert joined.label_names == stream.label_names and joined.num_classes == 6
+    for images, parts in ((joined.train(0), stream.train), (joined.test(0), stream.test)):
+        assert len(images) == sum(len(parts(t)) for t in range(3))
+        assert Counter(images.labels) == sum((Counter(parts(t).labels) for t in range(3)), Counter())
+    assert decoded == []
+    assert [(item["task"], item["index"]) for item in joined.train(0)] == [(0, i) for i in range(len(joined.train(0)))]
+    assert joined.joined().manifest() == joined.manifest()
+
+
 def test_only_indexing_decodes(splits, decoded):
     stream = TaskStream.from_dataset(splits, num_tasks=3, max_train_samples_per_class=4)
     TaskStream.from_dataset(splits["train"], num_tasks=3)

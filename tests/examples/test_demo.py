@@ -142,6 +142,16 @@ def test_names_are_text_and_many_are_counted(demo):
     assert "<b>19</b> and 5 more" in html.unescape(known) and "<b>20</b>" not in html.unescape(known)
 
 
+def test_tasks_learned_as_one_have_no_forgetting(demo):
+    names = {i: f"class {i}" for i in range(4)}
+    manifest = {"num_tasks": 2, "tasks": [{"classes": [3, 1]}, {"classes": [0, 2]}]}
+    results = {"accuracy_matrix": [[None, None], [50.0, 70.0]]}
+    fake = SimpleNamespace(id2label=names, manifest=manifest, results=results, classes=[3, 1, 0, 2])
+    known = demo.known(fake)
+    assert "after 2 tasks, learned as one, which brought: class 3, class 1, class 0, class 2." in known
+    assert "Average accuracy 60.0 %." in known and "forgetting" not in known
+
+
 def test_an_adapter_without_a_run(demo):
     fake = SimpleNamespace(id2label={0: "a", 1: "b"}, manifest=None, results=None, classes=None)
     assert "2 of 2 classes known" in demo.known(fake) and "without a run" in demo.known(fake)

@@ -212,5 +212,5 @@ def test_resumed_in_the_middle_of_a_task_is_straight(tmp_path):
 
 
 def test_a_linear_head_has_no_means(tmp_path):
-    with pytest.raises(ValueError, match="compensate_drift=True.*this adapter has head='linear'.*head='statistics'"):
+    with pytest.raises(ValueError, match="compensate_drift=True.*this model has head='linear'.*head='statistics'"):
         tiny.trainer(tmp_path, compensate_drift=True)

@@ -17,7 +17,7 @@ import tiny
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from loopback import READER, STRANGER, TOKEN, environment
-from server import Repo, metadata_errors
+from loopback.server import Repo, metadata_errors
 
 from pgp_hf import PGPTrainingArguments, ProjectionConfig
 from pgp_hf.cli import experiment
@@ -152,6 +152,40 @@ def test_tasks_trained_one_by_one_and_pushed_at_the_end(hub, python, tmp_path):
     assert answer.value == ["run", "me/run", ["task-1"], [], [], ["task-1"]]
     assert hub.repos["me/run"].private
     check_complete(hub.repos["me/run"], tmp_path / "run", tasks=1)
+
+
+JOINT = """
+import tiny
+from pgp_hf import methods
+trainer = tiny.trainer(folder, method=methods.create("joint"), num_train_epochs=1, **settings)
+trainer.train(resume_from_checkpoint=resume)
+result = trainer.results.to_dict()["accuracy_matrix"]
+"""
+
+
+def test_tasks_learned_as_one_are_one_commit_and_one_tag(hub, python, tmp_path):
+    def train(name, resume=None, push=True):
+        settings = {"push_to_hub": push, "hub_model_id": "me/run"}
+        return python(JOINT, folder=str(tmp_path / name), resume=resume, settings=settings)
+
+    row = train("run").value[2]
+    train("run", resume=True)  # all is trained and uploaded
+    assert python(PUSH, argv=[str(tmp_path / "run"), "--repo_id", "me/run"]).out.startswith("task-3 is there already")
+    repo = hub.repos["me/run"]
+    assert list(repo.tags) == ["task-3"] and repo.main == repo.tags["task-3"] and len(repo.commits) == 2
+    assert repo.history()[1].title == f"Task 3 of 3: average accuracy {sum(row) / 3:.2f} %"
+    files = repo.files("task-3")
+    assert json.loads(files["results.json"])["accuracy_matrix"] == [[None] * 3] * 2 + [row]
+    assert '"me/run", revision="task-3"' in files["README.md"].decode() and "continued.json" not in files
+    assert metadata_errors(files["README.md"].decode()) == []
+
+    before = state(repo)
+    assert "me/run already holds a run (tag task-3), and this is a new one" in train("new").out
+    assert state(repo) == before
+    assert train("continued", resume="me/run@task-3", push=False).value[2] == row
+    assert json.loads((tmp_path / "continued" / "continued.json").read_text()) == {"first": 2}
+    out = python(PUSH, argv=[str(tmp_path / "new"), "--repo_id", "me/new"]).out
+    assert out.startswith("task-3 uploaded") and list(hub.repos["me/new"].tags) == ["task-3"]
 
 
 def test_only_the_run_itself_is_pushed_not_its_twin(tmp_path, monkeypatch):

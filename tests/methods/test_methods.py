@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from foreign import Anchor, AnchorConfig
 from safetensors.torch import load_file
 from torch.utils.data import ConcatDataset, Subset
 from transformers import TrainerCallback
@@ -20,8 +20,6 @@ from pgp_hf.methods import (
     METHODS,
     ContinualMethod,
     FineTuning,
-    MethodCard,
-    MethodState,
     ProjectedPrompts,
     create,
     register,
@@ -32,44 +30,6 @@ from pgp_hf.training.loss import cross_entropy
 README = Path(__file__).parents[2] / "README.md"
 
 pytestmark = pytest.mark.usefixtures("without_figures")
-
-
-@dataclass
-class AnchorConfig:
-    strength: float = 1.0
-
-
-class Anchor(ContinualMethod):
-    """Draws the weights towards where the task before has left them; counts the images that it has been shown."""
-
-    name = "anchor_for_tests"
-    config_class = AnchorConfig
-    scenarios = frozenset({"class_incremental"})
-
-    def __init__(self, config=None):
-        super().__init__(config)
-        self.anchors, self.images = {}, 0
-
-    def describe(self):
-        return MethodCard(
-            "Anchored weights", "weights are drawn to where they were", ("It knows no old image.",), "Us"
-        )
-
-    def loss(self, context, batch, output, losses):
-        self.images += len(batch.labels)
-        assert (batch.tasks == context.task).all() and len(batch.indices) == len(batch.labels) == len(losses)
-        own = context.model.trainable()
-        penalty = sum((own[name] - anchor).square().sum() for name, anchor in self.anchors.items())
-        return losses + self.config.strength * penalty
-
-    def end_task(self, context):
-        self.anchors = {name: p.detach().clone() for name, p in context.model.trainable().items()}
-
-    def state(self):
-        return MethodState(dict(self.anchors), {"images": self.images})
-
-    def load_state(self, state):
-        self.anchors, self.images = dict(state.tensors), state.values["images"]
 
 
 def weights(folder):
@@ -282,7 +242,7 @@ def test_methods_by_name():
     assert isinstance(made, ProjectedPrompts) and made.projection.config.energy == 0.5
     assert isinstance(create("fine_tuning"), FineTuning)
     with pytest.raises(
-        ValueError, match="method 'ewk' is unknown: choose one of derpp, ewc, fine_tuning, projected_prompts"
+        ValueError, match="method 'ewk' is unknown: choose one of derpp, ewc, fine_tuning, joint, projected_prompts"
     ):
         create("ewk")
     with pytest.raises(ValueError, match="method 'fine_tuning' has no setting 'strength': it has none"):

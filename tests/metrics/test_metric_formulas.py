@@ -142,7 +142,7 @@ def test_results_are_plain_python_numbers():
         ([[90, N], [80, 95], [70, 60]], "3 rows but only 2 columns"),
         ([[N, N], [N, N]], "no value at all"),
         ([[90, N], [N, 95]], r"no value at \[1\]\[0\]"),
-        ([[N, N], [80, 95]], r"no value at \[0\]\[0\]"),
+        ([[N, 20], [80, 95]], r"no value at \[0\]\[0\]"),
         ([[90, N, N], [N, N, N], [70, 80, 90]], r"\[1\]\[0\], \[1\]\[1\]"),
         ([[90, N], [-1, 95]], r"\[1\]\[0\] is -1"),
         ([[101]], r"\[0\]\[0\] is 101"),
@@ -153,6 +153,24 @@ def test_bad_matrices_are_named(matrix, message):
     for name in ("average_accuracy", "forgetting", "per_task_average_accuracy", "summarize"):
         with pytest.raises(ValueError, match=message):
             getattr(metrics, name)(matrix)
+
+
+def test_tasks_that_were_learned_as_one_have_no_forgetting():
+    undefined = dict.fromkeys(["forgetting", "forgetting_clipped", "backward_transfer", "learning_accuracy"])
+    found = metrics.summarize([[N, N, N], [N, N, N], [70, 60, 95]])
+    assert found == {"average_accuracy": 75, **undefined, "per_task_average_accuracy": [N, N, 75]}
+    found = metrics.summarize([[N, N, N], [80, 90, N], [70, 60, 95]])  # two as one, then another
+    assert found == {"average_accuracy": 75, **undefined, "per_task_average_accuracy": [N, 85, 75]}
+    for matrix, hole in (
+        ([[N, N, N], [N, 90, N], [70, 60, 95]], r"\[1\]\[0\]"),
+        ([[N, N, N], [80, 90, N], [N, 60, 95]], r"\[2\]\[0\]"),
+        ([[N, 5, N], [80, 90, N], [70, 60, 95]], r"\[0\]\[0\]"),
+    ):
+        with pytest.raises(ValueError, match=f"no value at {hole};"):
+            metrics.summarize(matrix)
+    for name in HAND["plain"][1]:  # one metric alone is a number, or an error
+        with pytest.raises(ValueError, match=r"no value at \[0\]\[0\], \[1\]\[0\]"):
+            getattr(metrics, name)([[N, N, N], [N, N, N], [70, 60, 95]])
 
 
 def test_entries_that_are_no_numbers():

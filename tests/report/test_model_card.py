@@ -649,6 +649,33 @@ def test_null_entries_show_as_dashes_and_stay_out_of_the_index():
     assert "unnamed dataset" in card.text
 
 
+@pytest.mark.parametrize("heads", [False, True])
+def test_tasks_learned_as_one_are_compared_with_nothing(heads):
+    inputs = make_inputs([[N, N, N], [N, N, N], [85.0, 75.0, 70.0]])
+    inputs["results"] |= {"drift": [0.0] * 3, "projection_rank": [0] * 3, "compensate_drift": True}
+    inputs["adapter_config"] |= {"peft_type": "DUALPROMPT", "general_layers": [0], "expert_layers": [2]}
+    inputs["adapter_config"] |= {"general_length": 5, "expert_length": 20}
+    inputs = two_heads(inputs) if heads else inputs
+    inputs["projection"], inputs["results"]["projection"] = {"method": "none"}, "none"
+    card = render({**inputs, "method": METHOD})
+    check_as_a_reader(card)
+    run, task = tables(card)
+    assert run[0][-1] == "Average accuracy" and len(run) == 2 + heads and {len(row) for row in run} == {1 + heads}
+    assert run[1][-1] == "76.67"
+    assert task[0] == ["Task", "Classes", "Train / test images", "Accuracy"]
+    assert task[1:] == [
+        ["1", "name 5, name 4", "100 / 20", "85.0"],
+        ["2", "name 3, name 2", "101 / 21", "75.0"],
+        ["3", "name 1, name 0", "102 / 22", "70.0"],
+    ]
+    _, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert [(result.metric_type, result.metric_value) for result in found] == [("accuracy", 76.67)]
+    assert "on the 3 tasks of a stream, learned as one, and are stored" in card.text
+    assert ("Accuracies are those of the statistics head.\n" in card.text) is heads
+    for word in ("one after the other", "orgetting", "drift", "finished task", "older classes", "stay as they were"):
+        assert word not in card.text, word
+
+
 @pytest.mark.parametrize(
     ("path", "shown"),
     [

@@ -93,6 +93,36 @@ def test_figures_are_drawn_only_where_recorded(tmp_path):
     assert plots.figure_names(results) == names[:2]
 
 
+def as_one(results: dict) -> dict:
+    """The same run with its last row alone, as if all tasks had been learned as one."""
+    last = len(results["accuracy_matrix"]) - 1
+    matrix = [[None] * (last + 1)] * last + results["accuracy_matrix"][last:]
+    flat = {name: [0] * (last + 1) for name in ("drift", "changed_selections", "projection_rank")}
+    return {**results, "accuracy_matrix": matrix, **metrics.summarize(matrix), **flat}
+
+
+def test_tasks_learned_as_one_have_no_curves(tmp_path, figures):
+    results = as_one(make_results(3))
+    names = ["accuracy_matrix.png", "prompt_usage.png"]
+    assert [path.name for path in plots.save_figures(results, tmp_path)] == plots.figure_names(results) == names
+    assert cells(figures[0]) == {(2, j): f"{value:.1f}" for j, value in enumerate(results["accuracy_matrix"][2])}
+    drawn = figures[0].axes[0].images[0].get_array()
+    assert np.ma.getmaskarray(drawn).tolist() == [[True] * 3, [True] * 3, [False] * 3]
+
+
+def test_tasks_learned_as_one_are_a_point_among_the_curves_of_others(tmp_path, figures):
+    runs = {"one by one": make_results(3), "joint": as_one(make_results(3, seed=1))}
+    plots.task_curves(runs, tmp_path / "a.png")
+    drawn = lines(figures[0])
+    accuracy = drawn.pop("Average accuracy (%)")
+    assert np.isnan(accuracy["joint"][:2]).all() and accuracy["joint"][2] == runs["joint"]["average_accuracy"]
+    assert len(drawn) == 4 and all(list(panel) == ["one by one"] for panel in drawn.values())
+    plots.task_curves(with_heads(runs["joint"]), tmp_path / "b.png")
+    assert list(lines(figures[1])) == ["Average accuracy (%)"]
+    with pytest.raises(ValueError, match="no values of forgetting"):
+        plots.task_curves({"joint": runs["joint"]}, tmp_path / "c.png", panels=["forgetting"])
+
+
 def test_matrix_cells_hold_the_numbers_and_nulls_stay_blank(tmp_path, figures):
     results = make_results(4, rows=3)
     results["accuracy_matrix"][0][2] = 12.34  # evaluated before it was trained

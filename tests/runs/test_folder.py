@@ -83,6 +83,22 @@ def test_a_task_counts_only_when_those_before_it_are_there(tmp_path):
     assert run.finished_tasks() == 0
 
 
+def test_a_run_may_start_at_a_later_task(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.start_at(0)
+    assert run.first == 0 and not run.root.exists()
+    run.start_at(2)
+    assert read_json(run.root / "continued.json") == {"first": 2}
+    assert run.first == 2 and run.finished_tasks() == 0 and run.is_empty()
+    run.publish(2, write)
+    assert run.finished_tasks() == 3 and not run.is_empty()
+    run.clear()
+    assert run.first == 0
+    run.start_at(1)
+    run.start_at(0)
+    assert run.first == 0 and not (run.root / "continued.json").exists()
+
+
 def test_the_last_complete_checkpoint_is_taken(tmp_path):
     run = RunFolder(tmp_path)
     assert run.last_checkpoint(0) is None

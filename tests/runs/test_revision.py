@@ -1,4 +1,4 @@
-"""What a revision holds of the method, read from folders made by hand."""
+"""What a revision holds of the method and of its results, read from folders made by hand."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from pgp_hf.runs.atomic import write_json, write_tensors
+from pgp_hf.runs.checks import check_results_file, finished_tasks, first_task
 from pgp_hf.runs.folder import METHOD, METHOD_STATE
 from pgp_hf.runs.revision import Revision
 from pgp_hf.runs.sources import REVISION_FILES, RUN_FILES, locate
 
+N = None
 CONTENT = {"name": "ewc", "settings": {"strength": 5.0}, "state": {"tasks": 2}, "card": {"title": "EWC", "limits": []}}
 
 
@@ -48,6 +50,51 @@ def test_one_file_without_the_other_is_refused(folder, there, lacking):
     (folder / lacking).unlink()
     with pytest.raises(ValueError, match=f"has {there}, but no {lacking}"):
         Revision.read(folder).method()
+
+
+@pytest.mark.parametrize(
+    ("rows", "tasks", "first"),
+    [
+        ([[90, N, N], [N, N, N], [N, N, N]], 1, 0),
+        ([[90, N, N], [80, 95, N], [85, 75, 70]], 3, 0),
+        ([[N, N, N], [N, N, N], [85, 75, 70]], 3, 2),
+        ([[N, N, N], [80, 95, N], [N, N, N]], 2, 1),
+        ([[90, 5, N], [N, N, N], [N, N, N]], 1, 0),
+    ],
+)
+def test_a_matrix_tells_how_many_tasks_have_ended_and_how_many_were_learned_alone(folder, rows, tasks, first):
+    manifest = {"scenario": "online", "num_tasks": 3, "num_classes": 3, "label_names": ["a", "b", "c"]}
+    results = {"scenario": "online", "num_tasks": 3, "accuracy_matrix": rows}
+    results |= {"drift": [0.0] * tasks, "projection_rank": [0] * tasks}
+    assert check_results_file(results, manifest, folder / "results.json") == finished_tasks(rows) == tasks
+    assert first_task(rows) == first
+    found = Revision(folder, {}, {**manifest, "tasks": [{"classes": [label]} for label in (2, 0, 1)]}, results)
+    assert (found.tasks, found.learned, found.seen_classes) == (tasks, tasks - first, [2, 0, 1][:tasks])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[N, N, N], [N, 95, N], [85, 75, 70]],
+        [[N, N, N], [80, 95, N], [85, N, 70]],
+        [[N, 5, N], [80, 95, N], [85, 75, 70]],
+        [[N, 5, N], [N, N, N], [N, N, N]],
+        [[90, N, N], [N, N, N], [85, 75, 70]],
+        [[N, N, N], [N, N, N], [N, 75, 70]],
+    ],
+)
+def test_a_matrix_with_holes_is_refused(folder, rows):
+    results = {
+        "scenario": "online",
+        "num_tasks": 3,
+        "accuracy_matrix": rows,
+        "drift": [0] * 3,
+        "projection_rank": [0] * 3,
+    }
+    with pytest.raises(
+        ValueError, match="accuracy_matrix lacks entries: row i has .*only the first rows may be missing"
+    ):
+        check_results_file(results, {"scenario": "online", "num_tasks": 3}, folder / "results.json")
 
 
 @pytest.mark.parametrize("kind", [None, 3, ["L2P"], {"a": 1}])

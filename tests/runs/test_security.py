@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification
 
 from pgp_hf import ProjectionConfig, load_pretrained
-from pgp_hf.inference import classifier
+from pgp_hf.inference import adapters
 from pgp_hf.projection import Projection
 from pgp_hf.runs import reading
 from pgp_hf.tuners.base.config import PromptConfig
@@ -206,8 +206,8 @@ BAD = {
     "auto_map deep inside": (content("processor_config.json", x=[{"y": {"auto_map": "b.c"}}]), "asks for code"),
     # names
     "another kind of adapter": (
-        content(CONFIG, peft_type="LORA"),
-        "peft_type='LORA': expected one of .*L2P.*registered",
+        content(CONFIG, peft_type="IA3"),
+        "peft_type='IA3': expected one of .*L2P.*registered, or LORA",
     ),
     "a path as the kind": (content(CONFIG, peft_type="../../evil"), "peft_type='../../evil'"),
     "a list as the kind": (content(CONFIG, peft_type=["L2P"]), r"peft_type=\['L2P'\]"),
@@ -344,6 +344,14 @@ BAD = {
         content("results.json", accuracy_matrix=lambda found: [found[0], [50.0, None, None], found[2]]),
         "accuracy_matrix lacks entries",
     ),
+    "a matrix whose first row is missing in part": (
+        content("results.json", accuracy_matrix=lambda found: [[None, 50.0, None], *found[1:]]),
+        "only the first rows may be missing, each as a whole",
+    ),
+    "a matrix that ends in a hole behind missing rows": (
+        content("results.json", accuracy_matrix=lambda found: [[None] * 3, [50.0, None, None], found[2]]),
+        "accuracy_matrix lacks entries",
+    ),
     "a matrix without rows": (content("results.json", accuracy_matrix=[[None] * 3] * 3), "lacks entries"),
     "drift that is too short": (content("results.json", drift=[0.0]), "drift=.0.0. is not 2 numbers"),
     "another number of tasks": (content("results.json", num_tasks=4), "disagree about num_tasks"),
@@ -433,7 +441,7 @@ def test_a_revision_of_before_there_were_files_of_a_method_loads(folder):
 def test_the_kinds_of_adapters_are_those_that_are_registered(folder, monkeypatch):
     known = {kind: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value not in ("L2P", "DUALPROMPT")}
     known[enum.Enum("Kind", {"OTHER": "OTHER_PROMPT"}).OTHER] = type("OtherConfig", (PromptConfig,), {})
-    monkeypatch.setattr(classifier, "PEFT_TYPE_TO_CONFIG_MAPPING", known)
+    monkeypatch.setattr(adapters, "PEFT_TYPE_TO_CONFIG_MAPPING", known)
     with pytest.raises(ValueError, match="peft_type='L2P': expected one of CLIP_PROMPT, OTHER_PROMPT, the prompt"):
         load_pretrained(folder, backbone=tiny.backbone())
 

@@ -234,7 +234,7 @@ def test_statistics_use_no_random_number(tmp_path):
     torch.manual_seed(5)
     np.random.seed(5)
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    trainer.method.end_task(trainer._make_context(0))
+    trainer.method.end_task(trainer._passes().context(0))
     assert torch.equal(torch.get_rng_state(), state[0])
     assert np.array_equal(np.random.get_state()[1], state[1])
 
@@ -393,7 +393,7 @@ def test_tasks_come_in_turn(tmp_path):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: tiny.backbone(), TypeError, "without a prompt adapter.*get_peft_model"),
+        (lambda: tiny.backbone(), TypeError, "no prompts that a projection could protect.*fine_tuning"),
         (
             lambda: tiny.model(base=tiny.backbone(num_labels=5)),
             ValueError,

@@ -2,101 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import tiny
 import torch
+from foreign import HEAD, PROMPT, SharedTokenConfig, SharedTokenModel, registered_tuner
 from peft import PeftModel
 from peft import mapping as registry
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from pgp_hf import ProjectionConfig, load_pretrained
 from pgp_hf.models import KeepsClassStatistics, Protectable, SelectsPrompts, StreamModel, stream_model
 from pgp_hf.tuners import L2PConfig, L2PModel, register
-from pgp_hf.tuners.base import AdapterCard, PromptConfig, PromptLayer, ViTPromptTuner
-from pgp_hf.tuners.base.consistency import consistency_rows
-from pgp_hf.tuners.base.layer import strip_prompts
-
-PROMPT = "base_model.model.vit.embeddings.shared_token_prompt"
-HEAD = "base_model.model.classifier"
-
-
-@dataclass
-class SharedTokenConfig(PromptConfig):
-    """Configure one learned token that all images share."""
-
-    method_name = "SHARED_TOKEN"
-
-    scale: float = field(default=0.5, metadata={"help": "standard deviation of the token's initial values"})
-
-    @classmethod
-    def card(cls, settings):
-        return AdapterCard(parts=f"one token, drawn with a standard deviation of {settings['scale']}", selects=False)
-
-
-class SharedTokenEmbeddings(PromptLayer):
-    adapter_layer_names = ("shared_token_prompt",)
-
-    def update_layer(self, adapter_name: str, config: SharedTokenConfig) -> None:
-        token = config.scale * torch.randn(1, self.position_embeddings.shape[-1])
-        self.add_parameters(adapter_name, config.inference_mode, shared_token_prompt=token)
-
-    def forward(self, pixel_values: Tensor, *args, **kwargs) -> Tensor:
-        embeddings = self.base_layer(pixel_values, *args, **kwargs)
-        if self.adapter is None:
-            return embeddings
-        token = self.expand_to_batch("shared_token_prompt", len(embeddings))
-        return torch.cat([embeddings[:, :1], token, embeddings[:, 1:]], dim=1)
-
-
-class SharedTokenModel(ViTPromptTuner):
-    prefix = "shared_"  # not its name with an underscore, which PEFT would take by default
-    pool_size = 1
-
-    def _targets(self, config: SharedTokenConfig, stem: str, backbone: nn.Module) -> list[str]:
-        return [f"{stem}embeddings"]
-
-    def _wrap(self, config: SharedTokenConfig, adapter_name: str, target: nn.Module, name: str) -> PromptLayer:
-        layer = target if isinstance(target, SharedTokenEmbeddings) else SharedTokenEmbeddings(target)
-        layer.update_layer(adapter_name, config)
-        return layer
-
-    def _select(self, query: Tensor, config: SharedTokenConfig) -> Tensor:
-        return query.new_zeros(len(query))
-
-    def _after_backbone(self, backbone, args, output):
-        if self.layer.adapter is not None:
-            strip_prompts(output, 1)
-        return output
-
-    def prompt_parameters(self) -> dict[str, nn.Parameter]:
-        return {PROMPT: self.layer.shared_token_prompt[self.adapter]}
-
-    @torch.no_grad()
-    def protected_rows(self, pixel_values: Tensor, prompt_query=None) -> Iterator[tuple[str, str, Tensor]]:
-        yield PROMPT, "prompt", self.layer(pixel_values).flatten(0, 1)
-
-    @torch.no_grad()
-    def attention_rows(self, pixel_values: Tensor, prompt_query=None) -> Iterator[tuple[str, str, Tensor]]:
-        first = self.backbone.layers[0]
-        width, _ = consistency_rows(self.layer(pixel_values), [first.layernorm_before], first.attention, 1)
-        yield PROMPT, "prompt", width.flatten(0, 2)
+from pgp_hf.tuners.base import PromptConfig
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    """Register the tuner for these tests alone: others ask which adapters there are."""
-    register(SharedTokenConfig, SharedTokenModel)
-    yield
-    for known in (
-        registry.PEFT_TYPE_TO_CONFIG_MAPPING,
-        registry.PEFT_TYPE_TO_TUNER_MAPPING,
-        registry.PEFT_TYPE_TO_PREFIX_MAPPING,
-    ):
-        del known["SHARED_TOKEN"]
+    with registered_tuner():
+        yield
 
 
 def model(**settings) -> PeftModel:

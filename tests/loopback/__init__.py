@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server import Hub, User
+from .server import Hub, User
 
 TOKEN, READER, STRANGER = "hf_secretOfMe", "hf_secretOfReader", "hf_secretOfStranger"
 USERS = {

@@ -1,5 +1,5 @@
 """A Python process that runs snippets one after another: it imports the libraries once, under an environment that
-they read when they are imported (`HF_ENDPOINT`, `HF_HOME`, ...). Started by `conftest.py`."""
+they read when they are imported (`HF_ENDPOINT`, `HF_HOME`, ...). Started by `loopback.Python`."""
 
 from __future__ import annotations
 
