@@ -26,7 +26,7 @@ from ..training.resume import check_method
 from ..training.setup import check_scenario
 from ..training.trainer import StreamTrainer
 from ..training.views import head_inputs
-from .baseline_arguments import ALL, BaselineArguments
+from .baseline_arguments import ALL, BaselineArguments, names
 from .experiment import Results, print_comparison, resume_argument
 from .frozen import Extract, frozen_rows, random_weights
 from .settings import differences, digests, record
@@ -84,6 +84,16 @@ def _check_folder(output_dir: Path, every: bool, may_hold_run: bool) -> None:
         RunFolder(output_dir).check_unused()
 
 
+def _clear(output_dir: Path) -> None:
+    """Delete earlier runs, all of them before any begins: an interruption must not leave some of other settings."""
+    if PartialState().is_main_process:
+        for folder in (output_dir, *(output_dir / name for name in names())):
+            RunFolder(folder).clear()
+        for name in (SETTINGS, FROZEN):
+            (output_dir / name).unlink(missing_ok=True)
+    PartialState().wait_for_everyone()
+
+
 @dataclass(frozen=True)
 class Runs:
     """Runs on one stream.
@@ -130,37 +140,40 @@ class Runs:
             ValueError: runs with other settings, or none that works on the model.
         """
         model, rows, refused = self.new_model(), Results(), dict[str, str]()
-        anew = self.arguments.training.overwrite_output_dir
+        if self.arguments.training.overwrite_output_dir:
+            _clear(output_dir)
         self._check_settings(output_dir / SETTINGS, model)
         for name, method in self.arguments.methods().items():
             folder = RunFolder(output_dir / name)
             if reason := self._refusal(method, model):
                 refused[name] = reason
-            elif not anew and folder.finished_tasks() == self.stream.num_tasks:
+            elif folder.finished_tasks() == self.stream.num_tasks:
                 rows[name] = self._read(method, folder.task(self.stream.num_tasks - 1))
             else:
-                rows[name] = self.train(method, folder.root, not anew and not folder.is_empty())
+                rows[name] = self.train(method, folder.root, resume=not folder.is_empty())
         if not rows:
             raise ValueError(f"no method works on this model and stream: {'; '.join(refused.values())}")
         return rows, refused
 
     def _check_settings(self, file: Path, model: Model) -> None:
         """Write the settings that all runs share; raise ValueError if the earlier runs have others."""
-        arguments = self.arguments
+        arguments, ways = self.arguments, "choose another --output_dir, or start anew with --overwrite_output_dir true"
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         own: dict[str, dict[str, Any]] = {
             **record(arguments.model, arguments.data, arguments.training),
             "run": {"trainable": arguments.run.trainable, "seed": arguments.training.seed},
             "sha256": digests(self.stream, base),
         }
-        if file.exists() and not arguments.training.overwrite_output_dir:
+        if file.exists():
             if differ := differences(own, read_json(file)):
-                raise ValueError(
-                    f"{file} has other settings ({'; '.join(differ[:4])}): choose another --output_dir, or start anew with "
-                    "--overwrite_output_dir true."
-                )
-        elif PartialState().is_main_process:
+                raise ValueError(f"{file} has other settings ({'; '.join(differ[:4])}): {ways}.")
+            return
+        for name in names():
+            if not RunFolder(file.parent / name).is_empty():
+                raise ValueError(f"{file.parent / name} holds a run of unknown settings, without {file}: {ways}.")
+        if PartialState().is_main_process:
             write_json(file, own)
+        PartialState().wait_for_everyone()
 
     def _refusal(self, method: ContinualMethod, model: Model) -> str | None:
         """Return why the method does not work on the model or the stream; None if it does."""
@@ -188,7 +201,7 @@ class Runs:
             file: where they are kept; None to keep them nowhere.
         """
         args = self.arguments.training
-        if file is not None and file.exists() and not args.overwrite_output_dir:
+        if file is not None and file.exists():
             return read_json(file)
         model: Any = self.new_model()
         model.to(args.device).eval()

@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
@@ -244,6 +245,9 @@ def test_frozen_rows_do_not_depend_on_whether_prompts_are_added(tmp_path):
 # ---- all methods -----------------------------------------------------------------------------------------------------
 
 
+TRAINED = ("ewc", "fine_tuning", "joint")
+
+
 class Picky(FineTuning):
     name = "picky"
 
@@ -252,17 +256,17 @@ class Picky(FineTuning):
 
 
 @pytest.fixture(scope="module")
-def three():
-    """Leave three methods, two of which work on the model."""
+def few():
+    """Leave four methods, three of which work on the model."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in {*names()} - {"ewc", "fine_tuning"}:
+        for name in {*names()} - {*TRAINED}:
             patch.delitem(METHODS, name)
         patch.setitem(METHODS, "picky", Picky)
         yield
 
 
 @pytest.fixture(scope="module")
-def finished(three, script, local, tmp_path_factory):
+def finished(few, script, local, tmp_path_factory):
     """The folder that `--method all` leaves, interrupted in the second task of the second method and repeated."""
     out, interrupted = tmp_path_factory.mktemp("all") / "out", StreamTrainer.train_task
 
@@ -294,11 +298,9 @@ def untrained(monkeypatch):
 
 def test_all_methods_make_one_table(finished):
     rows = read(finished / "comparison.json")
-    assert list(rows)[3:] == ["ewc", "fine_tuning", "picky"] and all(
-        name.startswith("frozen") for name in list(rows)[:3]
-    )
+    assert list(rows)[3:] == [*TRAINED, "picky"] and all(name.startswith("frozen") for name in list(rows)[:3])
     assert rows["picky"] == {"refused": "a full model is not to its taste."}
-    for name in ("ewc", "fine_tuning"):
+    for name in TRAINED:
         results = read(finished / name / "results.json")
         del results["sha256"]
         assert results == rows[name] and results["method"] == name and (finished / name / "task-2").is_dir()
@@ -318,7 +320,7 @@ def test_finished_runs_are_not_trained_again(main, out, monkeypatch, untrained):
     (out / "comparison.json").unlink()
     monkeypatch.setattr(baselines, "frozen_rows", lambda *_: pytest.fail("features were computed again"))
     printed = main("--method", "all", "--output_dir", out)
-    assert "ewc: finished earlier" in printed and "fine_tuning: finished earlier" in printed
+    assert all(f"\n{name}: finished earlier" in printed for name in TRAINED)
     assert "no row picky: a full model is not to its taste." in printed
     assert read(out / "comparison.json") == before
 
@@ -346,19 +348,25 @@ def test_a_finished_run_of_another_method_or_stream_is_refused(main, out, untrai
         main("--method", "all", "--output_dir", out)
     with pytest.raises(ValueError, match="holds the runs of --method all: choose another --output_dir"):
         main("--method", "ewc", "--output_dir", out, "--overwrite_output_dir", "true")
+    (out / "settings.json").unlink()
+    with pytest.raises(ValueError, match="out/ewc holds a run of unknown settings, without .*settings.json: choose"):
+        main("--method", "all", "--output_dir", out)
 
 
-def test_all_runs_can_be_started_anew(main, out):
+def test_all_runs_can_be_started_anew(main, out, monkeypatch):
     before = read(out / "comparison.json")
-    options = ["--overwrite_output_dir", "true", "--head_learning_rate", "0.02", "--no_compare", "true"]
-    printed = main("--method", "all", "--output_dir", out, *options)
+    other = ["--method", "all", "--output_dir", out, "--head_learning_rate", "0.02", "--no_compare", "true"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # before the first run has ended
+        patch.setattr(StreamTrainer, "train_task", mock.Mock(side_effect=KeyboardInterrupt))
+        main(*other, "--overwrite_output_dir", "true")
+    assert not list(out.glob("*/task-*")) and not (out / "frozen.json").exists()
+    assert "finished earlier" not in main(*other)
     after = read(out / "comparison.json")
-    assert "finished earlier" not in printed and list(after) == ["ewc", "fine_tuning", "picky"]
-    assert all(after[name]["drift"] != before[name]["drift"] for name in ("ewc", "fine_tuning"))
+    assert list(after) == [*TRAINED, "picky"] and after["fine_tuning"]["drift"] != before["fine_tuning"]["drift"]
     assert read(out / "settings.json")["training"]["head_learning_rate"] == 0.02
 
 
-def test_a_table_without_any_method_is_refused(main, three, tmp_path, monkeypatch):
+def test_a_table_without_any_method_is_refused(main, few, tmp_path, monkeypatch):
     for name in names():
         monkeypatch.setattr(METHODS[name], "scenarios", frozenset({"online"}))
     with pytest.raises(
