@@ -9,6 +9,7 @@ from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, 
 from .derpp import DERpp, DERppConfig
 from .ewc import EWC, EWCConfig
 from .fine_tuning import FineTuning, Joint
+from .lwf import LwF, LwFConfig
 from .projected_prompts import ProjectedPrompts
 from .registry import METHODS, create, register
 
@@ -23,6 +24,8 @@ __all__ = [
     "EWCConfig",
     "FineTuning",
     "Joint",
+    "LwF",
+    "LwFConfig",
     "MethodCard",
     "MethodState",
     "Observed",
