@@ -33,7 +33,7 @@ from ..runs.revision import read_method
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress, fire
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
-from .loss import image_losses, mean_over_step
+from .loss import check_finite, image_losses, mean_over_step
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_push, push_now
 from .results import StreamResults
@@ -279,13 +279,9 @@ class StreamTrainer(Trainer):
         """
         self.results.images_trained += len(inputs["pixel_values"]) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            step = f"step {self.state.global_step + 1} of {self.state.max_steps}"
-            at = f"task {(self.task or 0) + 1} at {step} (learning rate {self._get_learning_rate():g})"
-            raise FloatingPointError(
-                f"the loss became {loss.item()} in {at}; {self.progress.kept(self.folder)}. "
-                "Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16."
-            )
+        step = f"step {self.state.global_step + 1} of {self.state.max_steps}"
+        at = f"task {(self.task or 0) + 1} at {step} (learning rate {self._get_learning_rate():g})"
+        check_finite(loss, at, self.progress.kept(self.folder))
         return loss
 
     def _passes(self) -> Passes:
