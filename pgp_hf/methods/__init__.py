@@ -8,7 +8,9 @@ A method of your own is a subclass of `ContinualMethod`, registered by `register
 from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, Observed, TaskContext
 from .derpp import DERpp, DERppConfig
 from .ewc import EWC, EWCConfig
+from .exemplars import ExemplarConfig
 from .fine_tuning import FineTuning, Joint
+from .icarl import ICaRL
 from .lwf import LwF, LwFConfig
 from .projected_prompts import ProjectedPrompts
 from .registry import METHODS, create, register
@@ -22,7 +24,9 @@ __all__ = [
     "DERpp",
     "DERppConfig",
     "EWCConfig",
+    "ExemplarConfig",
     "FineTuning",
+    "ICaRL",
     "Joint",
     "LwF",
     "LwFConfig",
