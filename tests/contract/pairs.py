@@ -21,14 +21,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "projected_prompts": {"energy": 0.9, "key_energy": 0.9},
     "ewc": {"strength": 10.0},
     "derpp": {"memory_size": 6},
+    "icarl": {"memory_size": 12},
 }
 NEUTRAL: dict[str, dict[str, Any]] = {  # with which a method is fine-tuning
     "projected_prompts": {"method": "none"},
     "ewc": {"strength": 0.0},
     "derpp": {"memory_size": 0},
+    "lwf": {"strength": 0.0},
     "fine_tuning": {},
 }
-NEVER_NEUTRAL = {"joint"}
+NEVER_NEUTRAL = {"joint", "icarl"}
 
 
 def kind_of(model: str) -> str:
