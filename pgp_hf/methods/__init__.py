@@ -6,6 +6,7 @@ A method of your own is a subclass of `ContinualMethod`, registered by `register
 """
 
 from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, Observed, TaskContext
+from .der_mcg import DERMCG, DERMCGConfig
 from .derpp import DERpp, DERppConfig
 from .ewc import EWC, EWCConfig
 from .exemplars import ExemplarConfig
@@ -16,11 +17,13 @@ from .projected_prompts import ProjectedPrompts
 from .registry import METHODS, create, register
 
 __all__ = [
+    "DERMCG",
     "EWC",
     "METHODS",
     "Batch",
     "Collectives",
     "ContinualMethod",
+    "DERMCGConfig",
     "DERpp",
     "DERppConfig",
     "EWCConfig",

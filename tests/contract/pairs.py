@@ -22,6 +22,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ewc": {"strength": 10.0},
     "derpp": {"memory_size": 6},
     "icarl": {"memory_size": 12},
+    "der_mcg": {
+        "memory_size": 12,
+        "tuning_epochs": 4,
+        "gate_epochs": 2,
+        "gate_learning_rate": 1e-3,
+        "gate_batch_size": 6,
+    },
 }
 NEUTRAL: dict[str, dict[str, Any]] = {  # with which a method is fine-tuning
     "projected_prompts": {"method": "none"},
@@ -30,7 +37,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {  # with which a method is fine-tuning
     "lwf": {"strength": 0.0},
     "fine_tuning": {},
 }
-NEVER_NEUTRAL = {"joint", "icarl"}
+NEVER_NEUTRAL = {"joint", "icarl", "der_mcg"}
 
 
 def kind_of(model: str) -> str:
