@@ -156,6 +156,7 @@ def measure(
     t: int,
     record: Callable[[int], Recorded],
     pool_size: int,
+    stream: TaskStream,
 ) -> None:
     """Evaluate all tasks up to the 0-based task t, which has just ended, and take the figures into `results`.
 
@@ -163,12 +164,15 @@ def measure(
         references: receives those of task t.
         record: predicts a task's test images.
         pool_size: number of entries that images select from, if they do.
+        stream: the tasks.
     """
     first, at = results.first, t - results.first
-    row, linear, usage, drifts, changes = [], [], [], [], []
+    row, within, linear, usage, drifts, changes = [], [], [], [], [], []
     for j in range(t + 1):
         found = record(j)
         row.append(percent(found.logits, found.labels))
+        own = np.asarray(stream.tasks[j].classes)
+        within.append(float(100 * np.mean(own[found.logits[:, own].argmax(-1)] == found.labels)))
         if found.linear is not None:
             linear.append(percent(found.linear, found.labels))
         compared = first <= j < t and j not in results.drift_lacks
@@ -181,6 +185,8 @@ def measure(
             if compared:
                 changes.append(changed_share(references.selected[j], found.selected))
     results.matrix[at:] = [row]
+    if results.within is not None:
+        results.within[at:] = [within]
     results.linear_matrix[at:] = [linear] if linear else []
     results.drift[at:] = [float(np.mean(drifts or 0))]
     results.changed[at:] = [float(np.mean(changes or 0))] if usage else []

@@ -65,7 +65,9 @@ class Progress:
 
     def forget(self) -> None:
         """Go back to before the first task."""
-        blank: dict[str, Any] = {name: [] for name in ("matrix", "linear_matrix", "drift", "changed", "rank")}
+        blank: dict[str, Any] = {
+            name: [] for name in ("matrix", "within", "linear_matrix", "drift", "changed", "rank")
+        }
         self.results, self.task = replace(self.results, usage=None, **blank), None
 
     def kept(self, folder: RunFolder) -> str:

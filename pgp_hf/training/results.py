@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import metrics
+from ..data.scenarios import SCENARIOS
 from ..runs.checks import first_task
 from ..version import __version__
 
@@ -50,9 +51,12 @@ class StreamResults:
         method: the registered name, or the adapter's for projected prompts.
         model: what learns: "l2p", "full", "last:2", "head", "lora:8", ...
         method_settings: those of the method, ready for JSON.
+        trainable_parameters: numbers that learn in the model.
         first: 0-based index of the first task that is evaluated, above 0 where the tasks up to it are learned as one. The
             lists below begin with it; the file has empty rows, and zeros, for the tasks before.
         matrix: accuracies in percent of the chosen head, a row per finished task; that of task i has i + 1 entries.
+        within: the same where each image's task is known, and only its classes compete: from the same predictions. None
+            for a run that was begun by a version that did not measure it.
         linear_matrix: the same for the linear head, where a statistics head classifies; else empty.
         drift, rank: one value per finished task.
         changed: share of old test images that select other pool entries than when their task ended, one value per finished
@@ -75,8 +79,10 @@ class StreamResults:
     batchwise_prompt: bool
     compensate_drift: bool = False
     method_settings: dict[str, Any] = field(default_factory=dict)
+    trainable_parameters: int = 0
     first: int = 0
     matrix: list[list[float]] = field(default_factory=list)
+    within: list[list[float]] | None = field(default_factory=list)
     linear_matrix: list[list[float]] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
     changed: list[float] = field(default_factory=list)
@@ -101,12 +107,15 @@ class StreamResults:
             "projection_rank": [0] * self.first + self.rank,
             "train_images_per_second": self.images_trained / max(self.seconds["train"], 1e-9),
             "images_trained": self.images_trained,
+            "trainable_parameters": self.trainable_parameters,
             "seconds": self.seconds,
             "eval_mask": self.eval_mask,
             "batchwise_prompt": self.batchwise_prompt,
             "seed": self.seed,
             "versions": versions(),
         }
+        if self.within and not SCENARIOS[self.scenario].task_known:
+            results["task_incremental"] = self._accuracies(self.within)
         if self.changed:
             results["changed_selections"] = [0.0] * self.first + self.changed
         if self.usage is not None:
@@ -159,6 +168,9 @@ class StreamResults:
                 f"{self.first + 1} on, by the same method: the earlier results.json was altered. Fetch it again."
             )
         self.matrix = _rows(results["accuracy_matrix"])
+        if not SCENARIOS[self.scenario].task_known:
+            known = results.get("task_incremental")
+            self.within = None if known is None else _rows(known["accuracy_matrix"])
         if self.head == "statistics":
             self.linear_matrix = _rows(results["heads"]["linear"]["accuracy_matrix"])
         self.changed = list(results.get("changed_selections", []))[self.first :]

@@ -225,7 +225,7 @@ class StreamTrainer(Trainer):
         learner = self.stream_model
         pool_size = learner.pool_size if isinstance(learner, SelectsPrompts) else 0
         with self.progress.timed("evaluation"):
-            measure(self.results, self.progress.references, self.task, self._record, pool_size)
+            measure(self.results, self.progress.references, self.task, self._record, pool_size, self.stream)
         self.log(summary_logs(self.results))
         return self.results.to_dict()
 
