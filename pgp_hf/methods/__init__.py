@@ -6,6 +6,7 @@ A method of your own is a subclass of `ContinualMethod`, registered by `register
 """
 
 from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, Observed, TaskContext
+from .bic import BiC, BiCConfig
 from .derpp import DERpp, DERppConfig
 from .ewc import EWC, EWCConfig
 from .exemplars import ExemplarConfig
@@ -19,6 +20,8 @@ __all__ = [
     "EWC",
     "METHODS",
     "Batch",
+    "BiC",
+    "BiCConfig",
     "Collectives",
     "ContinualMethod",
     "DERpp",
