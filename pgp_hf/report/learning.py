@@ -54,6 +54,7 @@ class Learning(NamedTuple):
         bases: the table of protected parameters; None where nothing was protected.
         limits: what the method does not guarantee, a sentence each.
         keeps_no_images: whether no image of an older task was kept.
+        adjusts: whether the method corrects the model's scores.
     """
 
     name: str | None
@@ -65,6 +66,7 @@ class Learning(NamedTuple):
     bases: str | None
     limits: Sequence[str]
     keeps_no_images: bool
+    adjusts: bool = False
 
 
 def describe_learning(
@@ -99,6 +101,7 @@ def describe_learning(
         bases=_bases(entries),
         limits=[as_sentence(limit) for limit in card.get("limits") or []],
         keeps_no_images=False,
+        adjusts=bool(method.get("adjusts_logits")),
     )
 
 

@@ -24,7 +24,10 @@ from transformers import TrainerCallback
 from pgp_hf import load_pretrained
 from pgp_hf.models import stream_model
 
-pytestmark = pytest.mark.usefixtures("without_figures")
+pytestmark = [
+    pytest.mark.usefixtures("without_figures"),
+    pytest.mark.filterwarnings("ignore:EWC has nothing to hold"),  # in a head alone
+]
 
 EVERY = [("linear", model, method) for model in (*TUNERS, *PLAIN) for method in METHODS]
 BRIEF = [*EVERY, *(("statistics", tuner, "projected_prompts") for tuner in TUNERS)]

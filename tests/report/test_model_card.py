@@ -540,6 +540,12 @@ def of_model(what: str, method: str | dict = "fine_tuning", base: str | None = B
     return inputs
 
 
+@pytest.mark.parametrize("adjusts", [True, False])
+def test_scores_that_lack_the_methods_correction_say_so(adjusts):
+    text = render(of_method({**METHOD, "adjusts_logits": adjusts})).text
+    assert ("These are the scores of the model alone" in text) == adjusts
+
+
 @pytest.mark.parametrize("method", ["fine_tuning", "ewc", "derpp"])
 @pytest.mark.parametrize(
     ("what", "opening", "library", "limits"),
