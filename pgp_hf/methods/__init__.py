@@ -6,9 +6,13 @@ A method of your own is a subclass of `ContinualMethod`, registered by `register
 """
 
 from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, Observed, TaskContext
+from .bic import BiC, BiCConfig
 from .derpp import DERpp, DERppConfig
 from .ewc import EWC, EWCConfig
+from .exemplars import ExemplarConfig
 from .fine_tuning import FineTuning, Joint
+from .icarl import ICaRL
+from .lwf import LwF, LwFConfig
 from .projected_prompts import ProjectedPrompts
 from .registry import METHODS, create, register
 
@@ -16,13 +20,19 @@ __all__ = [
     "EWC",
     "METHODS",
     "Batch",
+    "BiC",
+    "BiCConfig",
     "Collectives",
     "ContinualMethod",
     "DERpp",
     "DERppConfig",
     "EWCConfig",
+    "ExemplarConfig",
     "FineTuning",
+    "ICaRL",
     "Joint",
+    "LwF",
+    "LwFConfig",
     "MethodCard",
     "MethodState",
     "Observed",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Examples(NamedTuple):
@@ -105,3 +106,94 @@ class Reservoir:
                 f"this one {shapes}: it is another's."
             )
         self.examples, self.presented = Examples(**tensors), presented
+
+
+def herd(features: Tensor, count: int) -> Tensor:
+    """Return which images stand for all of these, the most important first, `(min(count, N),)` rows.
+
+    Herding without replacement (iCaRL, CVPR 2017, Algorithm 4): each next image brings the mean of those chosen so far as
+    near as possible to the mean of all, with features scaled to length 1. Of equals, the first is taken.
+
+    Args:
+        features: `(N, d)`.
+        count: how many to choose.
+    """
+    unit = F.normalize(features.double(), dim=-1)
+    mean, total, taken = unit.mean(0), torch.zeros_like(unit[0]), torch.zeros(len(unit), dtype=torch.bool)
+    order = []
+    for k in range(1, min(count, len(unit)) + 1):
+        errors = (mean - (total + unit) / k).norm(dim=-1).masked_fill(taken, float("inf"))
+        best = int(errors.argmin())
+        total, taken[best] = total + unit[best], True
+        order.append(best)
+    return torch.tensor(order, dtype=torch.int64)
+
+
+class HerdedMemory:
+    """Keep some training images of each class, the most important first.
+
+    Attributes:
+        kept: by label, in the order in which classes came: 0-based task, position within it, and bytes of the image as
+            the data set stores it, if it is kept as 8-bit RGB; int64, `(m, 3)`.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.kept.values()))
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of all images, uncompressed."""
+        return sum(int(rows[:, 2].sum()) for rows in self.kept.values())
+
+    def add(self, label: int, places: Tensor, sizes: Sequence[int]) -> None:
+        """Keep images of a new class.
+
+        Args:
+            label: of the class.
+            places: 0-based task and position within it, the most important first, `(m, 2)`.
+            sizes: bytes of each.
+        """
+        self.kept[label] = torch.cat([places, torch.tensor(sizes, dtype=torch.int64)[:, None]], 1)
+
+    def reduce(self, quota: int) -> None:
+        """Keep the first `quota` images of each class."""
+        self.kept = {label: rows[:quota] for label, rows in self.kept.items()}
+
+    def places(self) -> list[list[int]]:
+        """Return the task and the position of all images, class by class."""
+        return [place for rows in self.kept.values() for place in rows[:, :2].tolist()]
+
+    def labels(self) -> Tensor:
+        """Return the labels of all images, in the same order, `(N,)`."""
+        counts = torch.tensor([len(rows) for rows in self.kept.values()], dtype=torch.int64)
+        return torch.tensor(list(self.kept), dtype=torch.int64).repeat_interleave(counts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is kept, by name; empty before the first image."""
+        if not self.kept:
+            return {}
+        rows = torch.cat(list(self.kept.values()))
+        return {"labels": self.labels(), "places": rows[:, :2].contiguous(), "sizes": rows[:, 2].contiguous()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` returned.
+
+        Raises:
+            ValueError: tensors of other names, kinds or sizes.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        count = shapes.get("labels", (0,))[0]
+        expected = {"labels": (count,), "places": (count, 2), "sizes": (count,)} if tensors else {}
+        if shapes != expected or any(tensor.dtype != torch.int64 for tensor in tensors.values()):
+            raise ValueError(
+                "a memory of exemplars holds the integers labels (N,), places (N, 2) and sizes (N,), or nothing; this one "
+                f"has {shapes}: it is another's."
+            )
+        self.kept = {}
+        if tensors:
+            rows = torch.cat([tensors["places"], tensors["sizes"][:, None]], 1)
+            labels = dict.fromkeys(tensors["labels"].tolist())
+            self.kept = {label: rows[tensors["labels"] == label] for label in labels}

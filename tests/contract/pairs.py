@@ -21,14 +21,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "projected_prompts": {"energy": 0.9, "key_energy": 0.9},
     "ewc": {"strength": 10.0},
     "derpp": {"memory_size": 6},
+    "icarl": {"memory_size": 12},
+    "bic": {"memory_size": 12, "validation_share": 0.25},
 }
 NEUTRAL: dict[str, dict[str, Any]] = {  # with which a method is fine-tuning
     "projected_prompts": {"method": "none"},
     "ewc": {"strength": 0.0},
     "derpp": {"memory_size": 0},
+    "lwf": {"strength": 0.0},
     "fine_tuning": {},
 }
-NEVER_NEUTRAL = {"joint"}
+NEVER_NEUTRAL = {"bic", "icarl", "joint"}
 
 
 def kind_of(model: str) -> str:
@@ -55,10 +58,10 @@ def make_method(name: str) -> ContinualMethod:
     return create(name, **SETTINGS.get(name, {}))
 
 
-def refusal(model: str, method: str, folder: Path) -> str | None:
+def refusal(model: str, method: str, folder: Path, head: str = "linear") -> str | None:
     """Return what a method says to a model that it does not go with; None for one that it does."""
     try:
-        make_method(method).check(stream_model(make_model(model, folder)))
+        make_method(method).check(stream_model(make_model(model, folder, head)))
     except (TypeError, ValueError) as error:
         return str(error)
     return None

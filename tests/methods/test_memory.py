@@ -1,11 +1,11 @@
-"""The reservoir: every presented example is kept with the same probability, as a function of its key alone."""
+"""The reservoir keeps every presented example with the same probability; herding chooses those near a class's mean."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pgp_hf.methods.memory import Examples, Reservoir
+from pgp_hf.methods.memory import Examples, HerdedMemory, Reservoir, herd
 
 
 def examples(numbers):
@@ -93,3 +93,74 @@ def test_a_state_of_another_size():
         Reservoir(5).load(memory.tensors(), 9)
     with pytest.raises(ValueError, match="it is another's"):
         Reservoir(3).load({"places": torch.zeros(3, 2)}, 9)
+
+
+# ---- herding ---------------------------------------------------------------------------------------------------------
+
+
+def directions(*degrees):
+    angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def test_the_order_of_herding():
+    features = directions(0, 20, 55, 80, 110)
+    mean = features.mean(0)
+    assert mean.tolist() == pytest.approx([0.46898, 0.61713], abs=1e-5)
+    order = herd(features, 5).tolist()
+    assert order == [2, 1, 4, 0, 3]  # with replacement 2, 2, 2, 0, 4; by the released code 2, 0, 4, 1, 3
+    errors = [(mean - features[order[:k]].mean(0)).norm().item() for k in range(1, 6)]
+    assert errors == pytest.approx([0.2275, 0.2900, 0.1144, 0.1179, 0], abs=1e-4)
+    lengths = torch.tensor([3.0, 0.1, 7.0, 1.0, 20.0])[:, None]
+    assert herd((lengths * features).float(), 5).tolist() == order  # directions alone count
+
+
+@pytest.mark.parametrize("count", [1, 10, 20, 60, 90])
+def test_a_smaller_choice_is_the_beginning_of_a_larger_one(count):
+    features = torch.randn(60, 9, generator=torch.Generator().manual_seed(0))
+    order = herd(features, count).tolist()
+    assert order == herd(features, 60).tolist()[:count] and len(set(order)) == len(order) == min(count, 60)
+
+
+def test_of_equals_the_first_is_taken():
+    one, two = directions(30)[0], directions(-30)[0]
+    assert herd(torch.stack([two, one, one, two]), 4).tolist() == [0, 1, 2, 3]
+    assert herd(torch.ones(5, 3), 3).tolist() == [0, 1, 2]
+
+
+def herded(count=7):
+    memory = HerdedMemory()
+    for task, label in enumerate((4, 0, 2)):
+        places = torch.stack([torch.full((count,), task), (5 * torch.arange(count)) % 11], 1)
+        memory.add(label, places, [100 * label + i for i in range(count)])
+    return memory
+
+
+def test_exemplars_are_given_up_from_the_end():
+    memory = herded()
+    before = {label: rows.clone() for label, rows in memory.kept.items()}
+    assert len(memory) == 21 and memory.bytes == 7 * 600 + 3 * 21
+    memory.reduce(3)
+    assert list(memory.kept) == [4, 0, 2] and len(memory) == 9
+    assert all(torch.equal(rows, before[label][:3]) for label, rows in memory.kept.items())
+    assert memory.labels().tolist() == [4, 4, 4, 0, 0, 0, 2, 2, 2]
+    assert memory.places() == [[t, i] for t in range(3) for i in (0, 5, 10)]
+
+
+def test_a_memory_of_exemplars_goes_on_from_what_it_was():
+    memory, other = herded(), HerdedMemory()
+    other.load(memory.tensors())
+    assert list(other.kept) == [4, 0, 2] and all(
+        torch.equal(other.kept[label], memory.kept[label]) for label in (4, 0, 2)
+    )
+    other.load({})
+    assert len(other) == 0 and other.tensors() == {} and other.places() == [] and len(other.labels()) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"places": torch.zeros(21, 3, dtype=torch.int64)}, {"labels": torch.zeros(21)}, {"more": torch.zeros(1)}],
+)
+def test_exemplars_of_another_kind(change):
+    with pytest.raises(ValueError, match=r"holds the integers labels \(N,\), places \(N, 2\) and sizes"):
+        HerdedMemory().load({**herded().tensors(), **change})
