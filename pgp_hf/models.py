@@ -168,8 +168,13 @@ class PlainModel:
             )
         _ = self.name
 
+    @property
+    def head(self) -> nn.Module:
+        """Return the classifier."""
+        return _head(self.base)
+
     def _head_learns(self) -> bool:
-        return any(parameter.requires_grad for parameter in _head(self.base).parameters())
+        return any(parameter.requires_grad for parameter in self.head.parameters())
 
     @property
     def class_names(self) -> dict[int, str] | None:
@@ -203,7 +208,7 @@ class PlainModel:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             callback(inputs[0].flatten(1))
 
-        return _head(self.base).register_forward_pre_hook(hook)
+        return self.head.register_forward_pre_hook(hook)
 
     def auxiliary_loss(self, output: ModelOutput) -> Tensor | None:
         """Return None: the model has no loss of its own."""

@@ -9,11 +9,13 @@ from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, 
 from .derpp import DERpp, DERppConfig
 from .ewc import EWC, EWCConfig
 from .fine_tuning import FineTuning, Joint
+from .layer_inputs import GPM, GPMConfig, NullSpaceAdam, NullSpaceAdamConfig
 from .projected_prompts import ProjectedPrompts
 from .registry import METHODS, create, register
 
 __all__ = [
     "EWC",
+    "GPM",
     "METHODS",
     "Batch",
     "Collectives",
@@ -22,9 +24,12 @@ __all__ = [
     "DERppConfig",
     "EWCConfig",
     "FineTuning",
+    "GPMConfig",
     "Joint",
     "MethodCard",
     "MethodState",
+    "NullSpaceAdam",
+    "NullSpaceAdamConfig",
     "Observed",
     "ProjectedPrompts",
     "TaskContext",

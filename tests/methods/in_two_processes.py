@@ -11,7 +11,13 @@ from safetensors.torch import save_file  # noqa: E402
 from pgp_hf import PGPTrainingArguments, StreamTrainer, methods  # noqa: E402
 from pgp_hf.report import figures  # noqa: E402
 
-SETTINGS = {"ewc": {"strength": 300.0}, "derpp": {"memory_size": 9}}
+SETTINGS = {
+    "ewc": {"strength": 300.0},
+    "derpp": {"memory_size": 9},
+    "gpm": {"energy": 0.8},
+    "null_space_adam": {"energy": 0.8},
+}
+PLAIN = ("gpm", "null_space_adam")  # methods for models without prompts
 
 if __name__ == "__main__":
     folder, batch, name = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -26,7 +32,7 @@ if __name__ == "__main__":
         optim="sgd",
     )
     method = methods.create(name, **SETTINGS[name])
-    trainer = StreamTrainer(tiny.model(), args, tiny.stream(), method, tiny.processor())
+    trainer = StreamTrainer(tiny.plain() if name in PLAIN else tiny.model(), args, tiny.stream(), method, tiny.processor())
     trainer.train_task(0)
     trainer.train_task(1)
     tensors = {key: tensor.clone() for key, tensor in method.state().tensors.items()}

@@ -242,7 +242,8 @@ def test_methods_by_name():
     assert isinstance(made, ProjectedPrompts) and made.projection.config.energy == 0.5
     assert isinstance(create("fine_tuning"), FineTuning)
     with pytest.raises(
-        ValueError, match="method 'ewk' is unknown: choose one of derpp, ewc, fine_tuning, joint, projected_prompts"
+        ValueError,
+        match="method 'ewk' is unknown: choose one of derpp, ewc, fine_tuning, gpm, joint, null_space_adam, projected_prompts",
     ):
         create("ewk")
     with pytest.raises(ValueError, match="method 'fine_tuning' has no setting 'strength': it has none"):
