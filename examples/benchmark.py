@@ -37,10 +37,11 @@ from typing import Any
 
 from pgp_hf import DualPromptConfig, L2PConfig, PGPTrainingArguments
 from pgp_hf.benchmark import table
-from pgp_hf.benchmark.plans import Plan, Row, is_folder, plan
+from pgp_hf.benchmark.plans import Plan, Row, plan
 from pgp_hf.benchmark.runs import describe, execute, holder
 from pgp_hf.cli.arguments import DataArguments, ModelArguments
 from pgp_hf.cli.parsing import HELP, SOURCES, option, read
+from pgp_hf.cli.settings import is_folder
 from pgp_hf.heads.closed_form import NearestClassMean, RandomProjectionRidge, ShrinkageLDA
 from pgp_hf.tuners.base.config import PromptConfig
 

@@ -23,6 +23,7 @@ __all__ = [
     "Protectable",
     "SelectsPrompts",
     "StreamModel",
+    "check_trainable",
     "load_weights",
     "set_trainable",
     "stream_model",
@@ -161,7 +162,7 @@ class PlainModel:
 
     def check(self) -> None:
         """Raise ValueError unless what learns has a name, and the head is part of it."""
-        if self.lora is not None and not self._head_learns():
+        if self.lora is not None and not self.head_parameters():
             raise ValueError(
                 "the head of this LoRA model does not learn, so that new classes never get scores: make it with "
                 'LoraConfig(modules_to_save=["classifier"], ...), or by pgp_hf.set_trainable(model, "lora:8").'
@@ -173,8 +174,9 @@ class PlainModel:
         """Return the classifier."""
         return _head(self.base)
 
-    def _head_learns(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.head.parameters())
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Return the head's parameters that learn."""
+        return [parameter for parameter in self.head.parameters() if parameter.requires_grad]
 
     @property
     def class_names(self) -> dict[int, str] | None:
@@ -236,6 +238,13 @@ class PlainModel:
         """Do nothing: see `begin_task`."""
 
 
+def check_trainable(what: str) -> None:
+    """Raise ValueError unless `what` is something that `set_trainable` knows, on whatever model."""
+    kind, _, number = what.partition(":")
+    if what not in ("all", "head") and not (kind in ("last", "lora") and re.fullmatch(r"[1-9]\d{0,5}", number)):
+        raise ValueError(f"trainable={what!r} is unknown: choose all, last:N, head or lora:R, with N and R from 1.")
+
+
 def set_trainable(model: PreTrainedModel, what: str) -> PreTrainedModel | PeftModel:
     """Choose what of a model for image classification learns.
 
@@ -250,11 +259,9 @@ def set_trainable(model: PreTrainedModel, what: str) -> PreTrainedModel | PeftMo
     Raises:
         ValueError: something else, more blocks than there are, or a model without queries and values of known names.
     """
-    kind, _, number = what.partition(":")
-    if what not in ("all", "head") and not (kind in ("last", "lora") and re.fullmatch(r"[1-9]\d{0,5}", number)):
-        raise ValueError(f"trainable={what!r} is unknown: choose all, last:N, head or lora:R, with N and R from 1.")
-    if kind == "lora":
-        return _with_lora(model, int(number))
+    check_trainable(what)
+    if what.startswith("lora:"):
+        return _with_lora(model, int(what.removeprefix("lora:")))
     learning = set(_learning(model, "full" if what == "all" else what))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in learning)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hugging Face libraries are imported
 
+import jinja2
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# the templates of model cards, one of them PEFT's, are compiled for every task and checkpoint of every run
+jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,28 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.arguments import DataArguments, ModelArguments
+from ..cli.settings import PER_RUN, Settings, differences, record
 from ..projection import ProjectionConfig
 from ..runs.reading import read_json
 from ..training.arguments import PGPTrainingArguments
 from ..tuners.base.config import PromptConfig
 
-PER_RUN = {  # of a single run: not compared, and not to be set in a row's name
-    "output_dir",
-    "overwrite_output_dir",
-    "seed",
-    "data_seed",
-    "disable_tqdm",
-    "resume_from_checkpoint",
-}
-QUIET = {  # may differ from a finished run's, since they change no number
-    "dataloader_num_workers",
-    "dataloader_pin_memory",
-    "report_to",
-    "logging_steps",
-    "logging_strategy",
-    "run_name",
-    "verify_images",
-}
 FIXED = {"method", "head", "push_to_hub"} | PER_RUN  # cannot be set in a row's name
 FILLED_IN = {"hidden_size", "target_modules", "interpolate_pos_encoding"}  # when the adapter is added to its backbone
 
@@ -108,30 +91,20 @@ class Plan:
         """Folder of the unfinished run."""
         return self.work / self.label
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         """Return everything that the results depend on except the seed, ready for JSON and without local paths."""
-        source = {"model": _public(vars(self.model)), "data": _public(vars(self.data))}
         if self.projection is None:
-            return {**source, "classifier": {"name": type(self.classifier).__name__, **asdict(self.classifier)}}
-        plain, own = _training(PGPTrainingArguments("plain")), PGPTrainingArguments.__annotations__
-        training = {k: v for k, v in _training(self.training).items() if k in own or v != plain[k]}
-        return {
-            **source,
-            "prompt": _prompt(self.prompt),
-            "projection": self.projection.to_dict(),
-            "training": training,
-        }
+            classifier = {"name": type(self.classifier).__name__, **asdict(self.classifier)}
+            return {**record(self.model, self.data), "classifier": classifier}
+        found = record(self.model, self.data, self.training)
+        training = found.pop("training")
+        return {**found, "prompt": _prompt(self.prompt), "projection": self.projection.to_dict(), "training": training}
 
-    def _completed(self, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Add the defaults of missing settings, which were at their defaults or did not exist yet."""
-        defaults = {"model": vars(ModelArguments()), "data": vars(DataArguments())}
-        if self.classifier is None:
-            defaults["training"] = _training(PGPTrainingArguments("plain"))
-            defaults["prompt"] = _prompt(type(self.prompt)(head="statistics"))
-            defaults["projection"] = ProjectionConfig().to_dict()
-        else:
-            defaults["classifier"] = asdict(type(self.classifier)())
-        return {part: {**defaults.get(part, {}), **given} for part, given in settings.items()}
+    def _defaults(self) -> Settings:
+        """Return the defaults of the settings that are this plan's own."""
+        if self.classifier is not None:
+            return {"classifier": asdict(type(self.classifier)())}
+        return {"prompt": _prompt(type(self.prompt)(head="statistics")), "projection": ProjectionConfig().to_dict()}
 
     def finished(self) -> bool:
         """Return True if the file of the finished run exists.
@@ -145,7 +118,7 @@ class Plan:
         ):
             if file.exists():
                 found = read_json(file)
-                differ = _differences(*map(self._completed, (self.settings(), found.get("settings", found))))
+                differ = differences(self.settings(), found.get("settings", found), self._defaults())
                 if differ:
                     raise ValueError(f"{file} has other settings ({'; '.join(differ[:4])}): {remedy}.")
         return self.file.exists()
@@ -241,30 +214,5 @@ def _convert(owner: type, key: str, text: str) -> Any:
     raise ValueError(f"{key}={text!r} does not fit: expected {names.replace('NoneType', 'none')}.")
 
 
-def _public(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: os.path.basename(os.path.abspath(v)) if is_folder(v) else v for key, v in values.items()}
-
-
-def is_folder(value: Any) -> bool:
-    """Return True if an argument is a local folder, of whose path files show only the last part."""
-    return isinstance(value, str) and os.path.isdir(value)
-
-
-def _training(arguments: PGPTrainingArguments) -> dict[str, Any]:
-    return {k: v for k, v in arguments.to_dict().items() if k not in PER_RUN and "hub" not in k}
-
-
 def _prompt(config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.settings().items() if key not in FILLED_IN}
-
-
-def _differences(mine: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> list[str]:
-    """Describe the differences between two complete settings."""
-    found = []
-    for part in sorted(mine.keys() | theirs.keys()):
-        own, other = mine.get(part, {}), theirs.get(part, {})
-        for key in sorted((own.keys() | other.keys()) - QUIET):
-            here, there = own.get(key, "unknown"), other.get(key, "unknown")
-            if here != there:
-                found.append(f"{part}.{key} is {there!r} there, {here!r} here")
-    return found

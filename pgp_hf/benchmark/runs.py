@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 import os
 import platform
 import re
@@ -22,14 +20,12 @@ import torch
 from accelerate.utils import set_seed
 from filelock import FileLock, Timeout
 from peft import get_peft_model
-from transformers import PreTrainedModel
 
 from .. import metrics
+from ..cli.settings import digests
 from ..data.images import ImageCollator
-from ..data.stream import TaskStream
 from ..heads.closed_form import frozen_matrices, stream_features
 from ..runs.atomic import write_json
-from ..runs.digest import backbone_sha256
 from ..runs.folder import RunFolder
 from ..runs.reading import read_json
 from ..training.pgp_trainer import PGPTrainer
@@ -124,15 +120,6 @@ def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
     kept = {key: value for key, value in results.items() if key not in elsewhere}
     made_of = digests(stream, backbone)
     yield plan, {"num_classes": stream.num_classes, "sha256": made_of, **kept, "resumed": resumed}
-
-
-def digests(stream: TaskStream, backbone: PreTrainedModel) -> dict[str, str | None]:
-    """Return the SHA-256 of the stream's class order and images, and of the backbone's weights without its head."""
-    tasks = json.dumps(stream.manifest()["tasks"], sort_keys=True)
-    return {
-        "stream": hashlib.sha256(tasks.encode()).hexdigest(),
-        "backbone": backbone_sha256(backbone, ["classifier"]),
-    }
 
 
 @contextlib.contextmanager

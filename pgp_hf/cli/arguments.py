@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import datasets
+from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -27,6 +28,7 @@ from ..projection import CONDITIONS, ProjectionConfig
 from ..projection.config import APPLY_TO, PROBE_SPACES
 from ..training.arguments import PGPTrainingArguments
 from ..tuners.base.config import PromptConfig
+from .resize import resized
 
 
 @dataclass
@@ -253,8 +255,13 @@ class ModelArguments:
             processor.do_normalize = True
         return processor
 
-    def backbone(self, stream: TaskStream) -> PreTrainedModel:
+    def backbone(self, stream: TaskStream, resize: bool = False) -> PreTrainedModel:
         """Load the backbone with a new head for the stream's classes.
+
+        Args:
+            stream: the tasks.
+            resize: interpolate the position embeddings to `image_size` here, for a model that is trained itself; an
+                adapter does so at each forward pass.
 
         Raises:
             ValueError: an image size that is not a multiple of the patch size.
@@ -275,9 +282,13 @@ class ModelArguments:
                 f"image_size={self.image_size} is not a multiple of the backbone's patch size {patch}: "
                 f"choose, for example, {max(1, round(self.image_size / patch)) * patch}."
             )
+        if resize and self.image_size is not None:
+            model = resized(model, self.image_size)
         # a checkpoint's head with the same number of classes has been loaded: start from a new one in any case
-        model.classifier.weight.data.normal_(std=model.config.initializer_range)
-        model.classifier.bias.data.zero_()
+        for layer in model.classifier.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.data.normal_(std=getattr(model.config, "initializer_range", 0.02))
+                layer.bias.data.zero_()
         return model
 
     def clip(self) -> CLIPModel:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ..data.scenarios import SCENARIOS
-from .arguments import Arguments
+from ..training.arguments import PGPTrainingArguments
+from .arguments import Arguments, DataArguments, ModelArguments
 
 _TRAINING = (
     "output_dir",
@@ -39,13 +41,50 @@ def describe(method: str, preset: dict[str, Any] | None, arguments: Arguments) -
         arguments: of the command line.
     """
     model, data, prompts, run, training = arguments
-    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     notes: dict[str, Any] = {key: preset[key] for key in ("about", "differs", "unsure") if preset and key in preset}
-    seed = training.seed if data.class_order_seed is None else data.class_order_seed
     settings: dict[str, Any] = {
         "method": method,
         "preset": run.preset,
         **notes,
+        **_sources(model, data, training),
+        "preprocessing": {
+            **_preprocessing(model, training),
+            **({"as the preset has it": preset["preprocessing"]} if preset else {}),
+        },
+        "prompts": vars(prompts),
+        "head": run.head,
+        "projection": {**run.config().to_dict(), "unprojected twin": run.projection != "none" and not run.no_compare},
+        "training": _training(data, training),
+    }
+    return json.dumps(settings, indent=2)
+
+
+def describe_methods(
+    methods: Mapping[str, dict[str, Any]],
+    trainable: str,
+    model: ModelArguments,
+    data: DataArguments,
+    training: PGPTrainingArguments,
+) -> str:
+    """Return the settings of runs that train the model itself as JSON text, likewise.
+
+    Args:
+        methods: the settings of each method by its name.
+        trainable: what of the model learns.
+        model, data, training: of the command line.
+    """
+    settings = {
+        "methods": methods,
+        "trainable": trainable,
+        **_sources(model, data, training),
+        "preprocessing": _preprocessing(model, training),
+        "training": {**_training(data, training), "head_learning_rate": training.head_learning_rate},
+    }
+    return json.dumps(settings, indent=2)
+
+
+def _sources(model: ModelArguments, data: DataArguments, training: PGPTrainingArguments) -> dict[str, Any]:
+    return {
         "model": {
             **{key: value for key, value in vars(model).items() if key not in _PREPROCESSING},
             "model_name_or_path": model.model_name_or_path or "the small backbone inside this package",
@@ -53,25 +92,27 @@ def describe(method: str, preset: dict[str, Any] | None, arguments: Arguments) -
         "data": {
             **vars(data),
             "dataset_name": data.dataset_name or data.train_dir or "the handwritten digits of scikit-learn",
-            "class_order_seed": seed,
-        },
-        "preprocessing": {
-            **{key: _OWN if getattr(model, key) is None else getattr(model, key) for key in _PREPROCESSING},
-            "augmentation": training.augmentation,
-            "crop_min_scale": training.crop_min_scale,
-            **({"as the preset has it": preset["preprocessing"]} if preset else {}),
-        },
-        "prompts": vars(prompts),
-        "head": run.head,
-        "projection": {**run.config().to_dict(), "unprojected twin": run.projection != "none" and not run.no_compare},
-        "training": {
-            **{key: _plain(getattr(training, key)) for key in _TRAINING},
-            "num_train_epochs": 1.0 if SCENARIOS[data.scenario].one_epoch else training.num_train_epochs,  # per task
-            "images_per_step": per_step,
-            "learning_rate_per_256_images": round(training.learning_rate * 256 / per_step, 12),
+            "class_order_seed": training.seed if data.class_order_seed is None else data.class_order_seed,
         },
     }
-    return json.dumps(settings, indent=2)
+
+
+def _preprocessing(model: ModelArguments, training: PGPTrainingArguments) -> dict[str, Any]:
+    return {
+        **{key: _OWN if getattr(model, key) is None else getattr(model, key) for key in _PREPROCESSING},
+        "augmentation": training.augmentation,
+        "crop_min_scale": training.crop_min_scale,
+    }
+
+
+def _training(data: DataArguments, training: PGPTrainingArguments) -> dict[str, Any]:
+    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return {
+        **{key: _plain(getattr(training, key)) for key in _TRAINING},
+        "num_train_epochs": 1.0 if SCENARIOS[data.scenario].one_epoch else training.num_train_epochs,  # per task
+        "images_per_step": per_step,
+        "learning_rate_per_256_images": round(training.learning_rate * 256 / per_step, 12),
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
-from torch import Tensor
-from transformers import AutoModel, BaseImageProcessor
+from transformers import BaseImageProcessor
 
-from .. import metrics
-from ..data.images import ImageCollator
 from ..data.stream import TaskStream
-from ..heads.closed_form import frozen_matrices, stream_features
 from ..methods.projected_prompts import check_projection
 from ..projection import ProjectionConfig
 from ..report import figures
@@ -28,7 +22,8 @@ from ..report.table import plain
 from ..runs.atomic import write_json
 from ..runs.folder import RunFolder
 from ..training.pgp_trainer import PGPTrainer
-from .arguments import Arguments, ModelArguments
+from .arguments import Arguments
+from .frozen import Extract, frozen_rows, random_weights
 
 Results = dict[str, dict[str, Any]]  # by the name of the row
 
@@ -67,7 +62,7 @@ def run(name: str, arguments: Arguments, make_model: Callable[[TaskStream], Peft
         return trainer
 
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
-    resume = _resume(args.resume_from_checkpoint)
+    resume = resume_argument(args.resume_from_checkpoint)
     if not resume and not args.overwrite_output_dir:
         RunFolder(output_dir).check_unused()
     compare = not arguments.run.no_compare
@@ -78,14 +73,14 @@ def run(name: str, arguments: Arguments, make_model: Callable[[TaskStream], Peft
     trainer = train(projection, output_dir, resume)
     if trainer.is_world_process_zero():
         if compare:
-            rows = {**frozen_rows(trainer, stream, arguments.model, processor), **rows}
+            rows = {**without_prompts(trainer, arguments, processor), **rows}
         report(rows, output_dir, twin)
     trainer.accelerator.wait_for_everyone()
     trainer.end()
     return rows
 
 
-def _resume(given: str | bool | None) -> str | bool | None:
+def resume_argument(given: str | bool | None) -> str | bool | None:
     """Return `--resume_from_checkpoint`, with the words true and false converted."""
     words: dict[str, bool | None] = {"true": True, "false": None}
     return words.get(str(given).lower(), given)
@@ -98,54 +93,18 @@ def _twin_of(resume: str | bool | None) -> str | bool | None:
     return resume
 
 
-def frozen_rows(
-    trainer: PGPTrainer, stream: TaskStream, model_args: ModelArguments, processor: BaseImageProcessor
-) -> Results:
+def without_prompts(trainer: PGPTrainer, arguments: Arguments, processor: BaseImageProcessor) -> Results:
     """Return the results of the backbone without prompts.
 
     CLIP has a zero-shot row as well; the embedded ViT has rows with random weights, as a lower bound.
     """
-    tuner = trainer.tuner
-    extractors: dict[str, Callable[[Tensor], Tensor]] = {"frozen": tuner.frozen_features}
-    if model_args.kind == "vit" and model_args.model_name_or_path is None:
-        set_seed(trainer.args.seed)
-        random = AutoModel.from_config(tuner.model.config).to(tuner.model.device).eval()
+    tuner, args = trainer.tuner, trainer.args
+    extractors: dict[str, Extract] = {"frozen": tuner.frozen_features}
+    if arguments.model.kind == "vit" and arguments.model.model_name_or_path is None:
         position = {"interpolate_pos_encoding": tuner.adapter_config.interpolate_pos_encoding}
-        extractors = {"random": lambda pixels: random(pixels, **position).last_hidden_state[:, 0], **extractors}
-    matrices: dict[str, list[list[float | None]]] = {}
-    for label, extract in extractors.items():
-        collator = ImageCollator(processor)
-        options: dict[str, Any] = {
-            "device": tuner.model.device,
-            "batch_size": trainer.args.eval_batch_size,
-            "progress": None if trainer.args.disable_tqdm else f"  {label} features",
-        }
-        train, test = (
-            stream_features(extract, images, stream.num_tasks, collator, **options)
-            for images in (stream.train, stream.test)
-        )
-        found = frozen_matrices(stream, train, test)
-        matrices.update({f"{label}, {name}": matrix for name, matrix in found.items()})
-    if model_args.kind == "clip":
-        names = torch.nn.functional.normalize(tuner.zero_shot_features(), dim=-1).cpu().numpy()
-        matrices["frozen, zero-shot"] = _zero_shot_matrix(stream, test, names)
-    return {
-        name: {**metrics.summarize(matrix), "accuracy_matrix": matrix, "drift": [0.0] * stream.num_tasks}
-        for name, matrix in matrices.items()
-    }
-
-
-def _zero_shot_matrix(stream: TaskStream, test: list[np.ndarray], names: np.ndarray) -> list[list[float | None]]:
-    """Return the accuracy matrix (percent) of image features `(N_t, P)` compared with class names' features `(C, P)`."""
-    rows = []
-    for i in range(stream.num_tasks):
-        row: list[float | None] = [None] * stream.num_tasks
-        for j in range(i + 1):
-            classes = stream.allowed_classes(i, j)
-            predicted = np.array([classes[best] for best in (test[j] @ names[classes].T).argmax(1)])
-            row[j] = float(100 * np.mean(predicted == stream.test(j).labels))
-        rows.append(row)
-    return rows
+        extractors = {"random": random_weights(tuner.model.config, args, **position), **extractors}
+    names = tuner.zero_shot_features if arguments.model.kind == "clip" else None
+    return frozen_rows(trainer.stream, processor, args, extractors, names)
 
 
 def table(rows: Results) -> str:
@@ -165,16 +124,30 @@ def table(rows: Results) -> str:
     return plain([header, *body])
 
 
-def report(rows: Results, output_dir: Path, twin: bool) -> None:
-    """Print the table, write it and its curves, and list the files of the run."""
+def print_comparison(rows: Results, output_dir: Path, refused: Mapping[str, str] | None = None) -> None:
+    """Print the table, and write it and the curves of the runs that were trained.
+
+    Args:
+        rows: results by the name of the row.
+        output_dir: the folder to write to.
+        refused: by name, why there is no such row.
+    """
     print(
         "\nAverage accuracy over the tasks seen, after each task (%); at the end: average accuracy, forgetting, drift\n"
     )
     print(table(rows))
-    write_json(output_dir / "comparison.json", rows)
+    refused = refused or {}
+    for name, reason in refused.items():
+        print(f"\nno row {name}: {reason}")
+    write_json(output_dir / "comparison.json", {**rows, **{name: {"refused": why} for name, why in refused.items()}})
     trained = {name: row for name, row in rows.items() if "method" in row}
     figures.task_curves(trained, output_dir / "figures" / "comparison.png")
-    tasks = max(len(row["drift"]) for row in trained.values())
+
+
+def report(rows: Results, output_dir: Path, twin: bool) -> None:
+    """Print the table, write it and its curves, and list the files of the run."""
+    print_comparison(rows, output_dir)
+    tasks = max(len(row["drift"]) for row in rows.values())
     print(
         f"\nWritten to {output_dir}: the adapter after the last task, bases, results.json, README.md (model card);"
         f"\n  task-1 ... task-{tasks}: the same files after each task; figures/: accuracy matrix, curves, "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -15,6 +15,9 @@ from ..training.arguments import PGPTrainingArguments
 from ..tuners.base.config import PromptConfig
 from .arguments import Arguments, DataArguments, ModelArguments, RunArguments
 from .dry_run import describe
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # defaults for the embedded digits, used if no source is named
 EMBEDDED = {"num_tasks": 5, "num_train_epochs": 3, "augmentation": "none"}
@@ -41,13 +44,17 @@ def prompt_arguments(config: type[PromptConfig], **more: Any) -> type:
         config: the adapter's configuration.
         more: further arguments, each a `dataclasses.field` with a default of the argument's type.
     """
-    hints, known = get_type_hints(config), {one.name: one for one in fields(config)}
-    own = [
-        # the parser changes the fields it is given, so the configuration keeps its own
-        (name, hints[name], field(default=one.default, default_factory=one.default_factory, metadata=one.metadata))
-        for name, one in ((name, known[name]) for name in config.command_line)
-    ]
+    own = copied_fields(config, config.command_line)
     return make_dataclass("PromptArguments", [*own, *((name, type(one.default), one) for name, one in more.items())])
+
+
+def copied_fields(config: type[DataclassInstance], names: Iterable[str]) -> list[tuple[str, Any, Any]]:
+    """Return fields of a configuration for `make_dataclass`; the parser changes what it is given, and these are copies."""
+    hints, known = get_type_hints(config), {one.name: one for one in fields(config)}
+    return [
+        (name, hints[name], field(default=one.default, default_factory=one.default_factory, metadata=one.metadata))
+        for name, one in ((name, known[name]) for name in names)
+    ]
 
 
 def read(

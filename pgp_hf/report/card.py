@@ -21,8 +21,9 @@ from ..runs.folder import METHOD, PROCESSOR
 from ..runs.reading import read_json
 from .figures import figure_names
 from .formatting import as_text
-from .learning import Learning, describe_adapter, describe_learning
-from .names import is_hub_id, is_owned, name_backbone, name_dataset, name_model, public_name
+from .learning import Learning, describe_learning
+from .made import WHOLE, Made, describe_adapter, describe_whole
+from .names import is_hub_id, is_owned, name_dataset, name_model, public_name
 from .numbers import eval_results, run_rows, task_rows
 from .sentences import (
     describe_class_order,
@@ -34,7 +35,7 @@ from .sentences import (
     describe_versions,
     tasks_without_drift,
 )
-from .snippets import Source, peft_code, predict_code
+from .snippets import Source, peft_code, predict_code, predict_whole_code, transformers_code
 from .table import markdown
 
 if TYPE_CHECKING:
@@ -53,10 +54,12 @@ class _Run(NamedTuple):
     trained: int  # finished tasks
     as_one: bool  # whether they were learned as one
     batchwise: bool
-    base: str  # the backbone's name or path, empty for a model that was never saved
+    base: str  # name or path of the model that the run started from, empty for one that was never saved
     dataset: str | None
+    whole: bool  # whether it is a whole model, and not an adapter
     kind: str  # the adapter's PEFT type, or what of a whole model has learned
     adapter: AdapterCard
+    made: Made
     learning: Learning
 
 
@@ -77,7 +80,7 @@ def render_card(
         results: content of `results.json`; `prompt_usage`, `changed_selections`, `heads`, `eval_mask` and
             `batchwise_prompt` are read where present.
         manifest: content of `stream.json`.
-        adapter_config: content of `adapter_config.json`.
+        adapter_config: content of `adapter_config.json`, or of `config.json` where a whole model has learned.
         projection: content of `projection.json`, `None` for a run without projection.
         method: content of `method.json`, `None` for projected prompts.
         processor: content of `preprocessor_config.json`, `None` for a run that saved none.
@@ -100,17 +103,16 @@ def render_card(
         public_name(run.dataset).split("/")[-1] if run.dataset else None,
     )
     source = Source.of(adapter_config, repo_id, run.trained)
+    own_processor = processor is not None
     present = figure_names(results) if figures is None else set(figures)
     return ModelCard.from_template(
         _metadata(run, name),
         template_str=_template().read_text(encoding="utf-8"),
         title=name,
         figures={figure: about for figure, about in _figure_texts(run).items() if figure in present},
-        code={
-            "predict": predict_code(source),
-            "peft": peft_code(source, run.adapter, run.num_classes, own_processor=processor is not None),
-            "checkpoint": source.checkpoint,
-        },
+        code=_code(run, source, own_processor),
+        bring=_bring(run, source, own_processor),
+        weights_may_go=run.whole and source.tag is None,
         **_opening(run),
         **_protocol(run, processor),
         **_numbers(run),
@@ -184,9 +186,12 @@ def _read(
         raise ValueError(f"results['scenario'] is {scenario!r}; expected one of {', '.join(SCENARIOS)}.")
     num_tasks = int(_need(results, "num_tasks", "results"))
     num_classes = int(_need(manifest, "num_classes", "manifest"))
-    kind = str(config.get("peft_type") or _need(results, "model", "results"))
-    batchwise = bool(results.get("batchwise_prompt"))
-    adapter, as_one = describe_adapter(config, batchwise), first_task(matrix) > 0
+    batchwise, base = bool(results.get("batchwise_prompt")), config.get("base_model_name_or_path") or ""
+    model = str(results.get("model"))
+    whole = config.get("peft_type") is None and WHOLE.fullmatch(model) is not None
+    kind = model if whole else str(_need(config, "peft_type", "adapter_config"))
+    adapter = describe_whole() if whole else describe_adapter(config, batchwise)
+    as_one = first_task(matrix) > 0
     if as_one:
         adapter = adapter._replace(finished="")
     return _Run(
@@ -199,10 +204,12 @@ def _read(
         trained=max((i + 1 for i, row in enumerate(matrix) if any(v is not None for v in row or ())), default=0),
         as_one=as_one,
         batchwise=batchwise,
-        base=config.get("base_model_name_or_path") or "",
+        base=base,
         dataset=(manifest.get("dataset") or {}).get("name"),
+        whole=whole,
         kind=kind,
         adapter=adapter,
+        made=Made.of_whole(kind, base, config) if whole else Made.of_adapter(adapter, base),
         learning=describe_learning(config, adapter, projection, method),
     )
 
@@ -215,11 +222,13 @@ def _need(source: Mapping[str, Any], key: str, name: str) -> Any:
 
 def _metadata(run: _Run, name: str) -> ModelCardData:
     kind = ["prompt-tuning"] if run.adapter.prompts else []
+    # a whole model contains the weights that it started from, which have a license of their own
+    licensed = not run.whole or not run.base or embedded.resolve(run.base) is not None
     return ModelCardData(
-        library_name="peft",
+        library_name=run.made.library,
         base_model=run.base if is_hub_id(run.base) else None,
         pipeline_tag="image-classification",
-        license="apache-2.0",
+        license="apache-2.0" if licensed else None,
         tags=[
             "continual-learning",
             *kind,
@@ -234,16 +243,37 @@ def _metadata(run: _Run, name: str) -> ModelCardData:
     )
 
 
+def _code(run: _Run, source: Source, own_processor: bool) -> dict[str, str]:
+    if run.whole:
+        predict = predict_whole_code(source, own_processor)
+        alone = transformers_code(source, run.num_classes, own_processor)
+    else:
+        predict = predict_code(source)
+        alone = peft_code(source, run.adapter, run.num_classes, own_processor)
+    return {"predict": predict, "alone": alone, "checkpoint": source.checkpoint}
+
+
+def _bring(run: _Run, source: Source, own_processor: bool) -> str | None:
+    """Return a sentence on the path that the reader has to fill in besides the folder's, None for none."""
+    if source.found or (run.whole and own_processor):
+        return None
+    found = f"a local folder named `{public_name(run.base)}`" if run.base else "built in memory"
+    if run.whole:
+        return (
+            f"The run saved no image processor, and the model that it started from was {found}: insert the path of a "
+            "processor in the code above."
+        )
+    return f"The backbone was {found}: insert its path in the code above."
+
+
 def _opening(run: _Run) -> dict[str, Any]:
     """Return the template's values for what was trained, and how."""
-    found = embedded.resolve(run.base) is not None or is_hub_id(run.base)
-    bring = f"a local folder named `{public_name(run.base)}`" if run.base else "built in memory"
     tasks: Sequence[Mapping[str, Any]] = run.manifest.get("tasks") or []
     return {
         "adapter": run.adapter,
-        "backbone": name_backbone(run.base),
-        "bring": None if found else bring,
+        "made": run.made,
         "learning": run.learning,
+        "limits": [*([] if run.as_one else run.made.shared), *run.made.limits, *run.learning.limits],
         "num_tasks": run.num_tasks,
         "num_classes": run.num_classes,
         "trained": run.trained,

@@ -67,25 +67,6 @@ class Learning(NamedTuple):
     keeps_no_images: bool
 
 
-def describe_adapter(config: Mapping[str, Any], batchwise: bool) -> AdapterCard:
-    """Describe an adapter in the words of its configuration class, or in general ones if the class has none.
-
-    Args:
-        config: content of `adapter_config.json`.
-        batchwise: whether prompts were chosen for whole batches, according to the results.
-    """
-    # only here: `python -m pgp_hf.hub --help` does without PEFT, which takes seconds to import
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    from ..tuners.base import AdapterCard, PromptConfig
-
-    kind = str(config.get("peft_type"))
-    found = next((config_class for name, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items() if name == kind), None)
-    if found is not None and issubclass(found, PromptConfig):
-        return found.card({**config, "batchwise_prompt": batchwise})
-    return AdapterCard(f"PEFT's `{kind}`, with the settings in `adapter_config.json`", prompts=False)
-
-
 def describe_learning(
     config: Mapping[str, Any],
     adapter: AdapterCard,
@@ -95,8 +76,8 @@ def describe_learning(
     """Describe how the tasks were learned.
 
     Args:
-        config: content of `adapter_config.json`.
-        adapter: description of the adapter.
+        config: content of `adapter_config.json`, or of a whole model's `config.json`.
+        adapter: description of the adapter, or of what learned of a whole model.
         projection: content of `projection.json`, None for a run without projection.
         method: content of `method.json`, None for projected prompts.
     """

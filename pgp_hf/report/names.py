@@ -44,13 +44,13 @@ def name_dataset(name: str | None) -> str:
     return f"[{name}](https://huggingface.co/datasets/{name})" if is_owned(name) else escape(public_name(name))
 
 
-def name_backbone(base: str) -> str:
-    """Return a backbone's name in Markdown, as a part of a sentence."""
+def name_base(base: str) -> str | None:
+    """Return the name of the model that a run started from in Markdown; None for one without a name."""
     if embedded.resolve(base) is not None:
-        return f"the frozen `{base}`, a small backbone inside the package"
+        return f"`{base}`, a small backbone inside the package"
     if is_hub_id(base):
-        return f"the frozen [`{base}`](https://huggingface.co/{base})"
-    return f"the frozen `{public_name(base)}`" if base else "a frozen backbone without a name"
+        return f"[`{base}`](https://huggingface.co/{base})"
+    return f"`{public_name(base)}`" if base else None
 
 
 def name_model(repo_id: str | None, *parts: str | None) -> str:

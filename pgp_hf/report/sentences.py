@@ -26,8 +26,8 @@ def describe_head(adapter: AdapterCard, config: Mapping[str, Any], compensated: 
     """Describe the classifier and its input.
 
     Args:
-        adapter: description of the adapter.
-        config: content of `adapter_config.json`.
+        adapter: description of the adapter, or of what learned of a whole model.
+        config: content of `adapter_config.json`, or of a whole model's `config.json`.
         compensated: whether the means of older classes were moved with the features' drift.
     """
     if config.get("head") != "statistics":

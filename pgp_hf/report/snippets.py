@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 
 class Source(NamedTuple):
-    """The places from which a card's code loads the backbone and the adapter.
+    """The places from which a card's code loads what a run has made, and the backbone.
 
     Attributes:
-        backbone: its name, or a path to fill in.
+        backbone: name of the model that the run started from, or a path to fill in.
         inside: whether the package holds it.
         found: whether its name is enough to find it, inside the package or on the Hub.
         pinned: the backbone's revision on the Hub, None for the newest.
-        adapter: its repository, or a path to fill in.
-        tag: the adapter's revision in its repository, None for a folder.
+        made: repository of the adapter or the whole model, or a path to fill in.
+        tag: the revision in that repository, None for a folder.
     """
 
     backbone: str
     inside: bool
     found: bool
     pinned: str | None
-    adapter: str
+    made: str
     tag: str | None
 
     @classmethod
@@ -37,7 +37,7 @@ class Source(NamedTuple):
         """Return the places for the revision after `trained` tasks.
 
         Args:
-            config: content of `adapter_config.json`.
+            config: content of `adapter_config.json`, or of a whole model's `config.json`.
             repo_id: the repository, None for a folder.
             trained: number of finished tasks.
         """
@@ -53,22 +53,29 @@ class Source(NamedTuple):
     @property
     def checkpoint(self) -> str:
         """The argument `resume_from_checkpoint`, as Python."""
-        return _quoted(f"{self.adapter}@{self.tag}" if self.tag else self.adapter)
+        return _quoted(f"{self.made}@{self.tag}" if self.tag else self.made)
+
+    @property
+    def base(self) -> str:
+        """The arguments that load the backbone, as Python."""
+        name = f"embedded.resolve({_quoted(self.backbone)})" if self.inside else _quoted(self.backbone)
+        return f"{name}{_revision(self.pinned)}"
+
+    @property
+    def saved(self) -> str:
+        """The arguments that load what the run has made, as Python."""
+        return f"{_quoted(self.made)}{_revision(self.tag)}"
 
 
 def predict_code(source: Source) -> str:
-    """Return the code that predicts a photo's class with this package."""
-    backbone = "" if source.found else f", backbone={_quoted(source.backbone)}"
-    arguments = f"{_quoted(source.adapter)}{_revision(source.tag)}{backbone}"
-    arguments = f"\n    {arguments}\n" if len(arguments) > 60 else arguments
-    return f"""from pgp_hf import load_pretrained
-
-classifier = load_pretrained({arguments})
-print(classifier.predict("photo.jpg", top_k=3))"""
+    """Return the code that predicts a photo's class with this package and an adapter."""
+    return _predict(source, "" if source.found else f", backbone={_quoted(source.backbone)}")
 
 
 def peft_code(source: Source, adapter: AdapterCard, num_classes: int, own_processor: bool) -> str:
-    """Return the code that scores a photo with PEFT alone; the size of the head comes with the adapter.
+    """Return the code that scores a photo with PEFT alone.
+
+    The size of the head comes with an adapter of this package.
 
     Args:
         source: where the backbone and the adapter are.
@@ -76,22 +83,64 @@ def peft_code(source: Source, adapter: AdapterCard, num_classes: int, own_proces
         num_classes: number of scores.
         own_processor: whether the run saved its image processor; otherwise the backbone's is used.
     """
-    name = f"embedded.resolve({_quoted(source.backbone)})" if source.inside else _quoted(source.backbone)
-    base = f"{name}{_revision(source.pinned)}"
-    saved = f"{_quoted(source.adapter)}{_revision(source.tag)}"
     package = "\nfrom pgp_hf import embedded" if source.inside else ""
-    return f"""import pgp_hf  # registers the adapter with PEFT
-import torch
+    registers = "" if adapter.from_peft else "import pgp_hf  # registers the adapter with PEFT\n"
+    base = source.base
+    if adapter.from_peft:
+        base = f"\n    {base}, num_labels={num_classes}, ignore_mismatched_sizes=True\n"
+    return f"""{registers}import torch
 from peft import PeftModel{package}
 from PIL import Image
 from transformers import AutoImageProcessor, {adapter.base_class}
 
 base = {adapter.base_class}.from_pretrained({base})
-model = PeftModel.from_pretrained(base, {saved}).eval()
-processor = AutoImageProcessor.from_pretrained({saved if own_processor else base}, backend="pil")
+model = PeftModel.from_pretrained(base, {source.saved}).eval()
+{_scores(source, adapter.scores, num_classes, own_processor)}"""
+
+
+def predict_whole_code(source: Source, own_processor: bool) -> str:
+    """Return the code that predicts a photo's class with this package and a whole model."""
+    if own_processor:
+        return _predict(source)
+    before = f"from transformers import AutoImageProcessor\n\n{_processor(source, own_processor)}"
+    return _predict(source, ", processor=processor", before, "embedded, " if source.inside else "")
+
+
+def transformers_code(source: Source, num_classes: int, own_processor: bool) -> str:
+    """Return the code that scores a photo with a whole model and transformers alone.
+
+    Args:
+        source: where the model is, and the one that training started from.
+        num_classes: number of scores.
+        own_processor: whether the run saved its image processor; otherwise that of the earlier model is used.
+    """
+    package = "from pgp_hf import embedded\n" if source.inside and not own_processor else ""
+    return f"""import torch
+{package}from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained({source.saved}).eval()
+{_scores(source, "logits", num_classes, own_processor)}"""
+
+
+def _predict(source: Source, options: str = "", before: str = "", imported: str = "") -> str:
+    arguments = f"{source.saved}{options}"
+    arguments = f"\n    {arguments}\n" if len(arguments) > 60 else arguments
+    return f"""from pgp_hf import {imported}load_pretrained
+{before}
+classifier = load_pretrained({arguments})
+print(classifier.predict("photo.jpg", top_k=3))"""
+
+
+def _processor(source: Source, own: bool) -> str:
+    return f'processor = AutoImageProcessor.from_pretrained({source.saved if own else source.base}, backend="pil")'
+
+
+def _scores(source: Source, attribute: str, num_classes: int, own_processor: bool) -> str:
+    return f"""{_processor(source, own_processor)}
 pixels = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")["pixel_values"]
 with torch.no_grad():
-    scores = model(pixel_values=pixels).{adapter.scores}  # (1, {num_classes}): one column per class"""
+    scores = model(pixel_values=pixels).{attribute}  # (1, {num_classes}): one column per class"""
 
 
 def _revision(name: str | None) -> str:

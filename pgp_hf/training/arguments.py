@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,8 @@ class PGPTrainingArguments(TrainingArguments):
     0.03 * 16 / 256, batch 16, five epochs per task, gradients clipped at norm 1, and a fresh optimizer for each task.
 
     Args:
+        head_learning_rate: learning rate of the head of a model that is trained without prompts; `learning_rate` by
+            default.
         later_prompt_learning_rate: learning rate, from the second task on, of the prompts and keys that tasks share;
             `learning_rate` by default.
         compensate_drift: with a statistics head, move the means of older classes as the features of a task's own images
@@ -57,6 +60,10 @@ class PGPTrainingArguments(TrainingArguments):
         metadata={"help": "when to write a checkpoint to resume from; they are removed when their task ends"},
     )
 
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": argparse.SUPPRESS},  # shown by the command lines that train a model without prompts
+    )
     later_prompt_learning_rate: float | None = field(
         default=None,
         metadata={
@@ -184,12 +191,11 @@ class PGPTrainingArguments(TrainingArguments):
 
     def _check_own(self) -> None:
         """Raise ValueError for settings of this class that cannot work."""
-        later = self.later_prompt_learning_rate
-        if later is not None and not 0 <= later < float("inf"):
-            raise ValueError(
-                f"later_prompt_learning_rate={later} is not a learning rate: use a finite number >= 0, or leave it out."
-            )
-        if later is not None and not self.reinit_optimizer:
+        for name in ("head_learning_rate", "later_prompt_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < float("inf"):
+                raise ValueError(f"{name}={rate} is not a learning rate: use a finite number >= 0, or leave it out.")
+        if self.later_prompt_learning_rate is not None and not self.reinit_optimizer:
             raise ValueError(
                 "later_prompt_learning_rate and reinit_optimizer=False are mutually exclusive: one optimizer for all tasks "
                 "keeps its learning rates."

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
 from ..methods import ContinualMethod, ProjectedPrompts
-from ..models import PlainModel, StreamModel, stream_model
+from ..models import PlainModel, Protectable, StreamModel, stream_model
 from .arguments import PGPTrainingArguments
 from .results import StreamResults
 
@@ -67,6 +67,15 @@ def refuse_sharding(sharded: bool) -> None:
         )
 
 
+def check_scenario(method: ContinualMethod, stream: TaskStream) -> None:
+    """Raise ValueError unless the method is defined for the stream's scenario."""
+    if stream.scenario not in method.scenarios:
+        raise ValueError(
+            f"method {method.name!r} is not defined for scenario={stream.scenario!r}: it has "
+            f"{', '.join(sorted(method.scenarios))}. Choose one of these, or another method."
+        )
+
+
 def check_settings(
     args: PGPTrainingArguments, stream: TaskStream, method: ContinualMethod, learner: StreamModel
 ) -> None:
@@ -76,16 +85,17 @@ def check_settings(
             f"this {type(method).__name__} has learned tasks in another trainer: make a new one for each trainer, with the "
             "same settings to continue the run (train(resume_from_checkpoint=...))."
         )
-    if stream.scenario not in method.scenarios:
-        raise ValueError(
-            f"method {method.name!r} is not defined for scenario={stream.scenario!r}: it has "
-            f"{', '.join(sorted(method.scenarios))}. Choose one of these, or another method."
-        )
+    check_scenario(method, stream)
     if SCENARIOS[stream.scenario].one_epoch and args.max_steps > 0:
         raise ValueError(
             f"max_steps={args.max_steps} and scenario={stream.scenario!r} (one epoch) are mutually exclusive."
         )
     method.check(learner)
+    if args.head_learning_rate is not None and not isinstance(learner, PlainModel):
+        raise ValueError(
+            f"head_learning_rate={args.head_learning_rate} is for models without prompts (see "
+            f"pgp_hf.set_trainable), and this one has the adapter {learner.name!r}: leave it out."
+        )
     head = learner.settings().get("head")
     if args.compensate_drift and head != "statistics":
         raise ValueError(
@@ -113,6 +123,15 @@ def new_results(
         compensate_drift=args.compensate_drift,
         first=first,
     )
+
+
+def set_learning_rates(optimizer: Optimizer, args: PGPTrainingArguments, learner: StreamModel, task: int) -> None:
+    """Give the parameters of a new optimizer that have learning rates of their own in a 0-based task theirs."""
+    later, head = args.later_prompt_learning_rate, args.head_learning_rate
+    if task and later is not None and isinstance(learner, Protectable):
+        separate_learning_rate(optimizer, learner.prompt_parameters().values(), later)
+    if head is not None and isinstance(learner, PlainModel):
+        separate_learning_rate(optimizer, learner.head_parameters(), head)
 
 
 def separate_learning_rate(optimizer: Optimizer, parameters: Iterable[Tensor], learning_rate: float) -> None:

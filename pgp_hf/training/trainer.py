@@ -26,19 +26,19 @@ from ..data.stream import TaskStream
 from ..inference.backbone import quiet
 from ..inference.whole import open_whole
 from ..methods import Batch, ContinualMethod, FineTuning, MethodState, TaskContext
-from ..models import Protectable, SelectsPrompts, StreamModel, load_weights, stream_model
+from ..models import SelectsPrompts, StreamModel, load_weights, stream_model
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
 from ..runs.revision import read_method
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress, fire
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
-from .loss import image_losses, mean_over_step
+from .loss import check_finite, image_losses, mean_over_step
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_push, push_now
 from .results import StreamResults
 from .resume import Resumer, start_new
-from .setup import check_arguments, check_model, check_settings, new_results, refuse_sharding, separate_learning_rate
+from .setup import check_arguments, check_model, check_settings, new_results, refuse_sharding, set_learning_rates
 from .views import Passes, head_inputs
 from .writing import write_method, write_task
 
@@ -240,9 +240,8 @@ class StreamTrainer(Trainer):
         new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         plain, context, learner = getattr(optimizer, "optimizer", optimizer), self._context, self.stream_model
-        later = self.args.later_prompt_learning_rate
-        if new and context is not None and context.task and later is not None and isinstance(learner, Protectable):
-            separate_learning_rate(plain, learner.prompt_parameters().values(), later)
+        if new:
+            set_learning_rates(plain, self.args, learner, 0 if context is None else context.task)
         for handle in self._handles:  # an optimizer that is kept still has those of the task before
             handle.remove()
         self._handles = [plain.register_step_post_hook(lambda *_: learner.after_step())]
@@ -279,13 +278,9 @@ class StreamTrainer(Trainer):
         """
         self.results.images_trained += len(inputs["pixel_values"]) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            step = f"step {self.state.global_step + 1} of {self.state.max_steps}"
-            at = f"task {(self.task or 0) + 1} at {step} (learning rate {self._get_learning_rate():g})"
-            raise FloatingPointError(
-                f"the loss became {loss.item()} in {at}; {self.progress.kept(self.folder)}. "
-                "Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16."
-            )
+        step = f"step {self.state.global_step + 1} of {self.state.max_steps}"
+        at = f"task {(self.task or 0) + 1} at {step} (learning rate {self._get_learning_rate():g})"
+        check_finite(loss, at, self.progress.kept(self.folder))
         return loss
 
     def _passes(self) -> Passes:

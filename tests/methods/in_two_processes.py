@@ -32,7 +32,9 @@ if __name__ == "__main__":
         optim="sgd",
     )
     method = methods.create(name, **SETTINGS[name])
-    trainer = StreamTrainer(tiny.plain() if name in PLAIN else tiny.model(), args, tiny.stream(), method, tiny.processor())
+    trainer = StreamTrainer(
+        tiny.plain() if name in PLAIN else tiny.model(), args, tiny.stream(), method, tiny.processor()
+    )
     trainer.train_task(0)
     trainer.train_task(1)
     tensors = {key: tensor.clone() for key, tensor in method.state().tensors.items()}

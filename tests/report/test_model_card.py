@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 from huggingface_hub import ModelCard
@@ -18,6 +19,7 @@ from PIL import Image
 
 from pgp_hf import metrics
 from pgp_hf.data.scenarios import SCENARIOS, Scenario
+from pgp_hf.methods import create
 from pgp_hf.report import card as model_card
 from pgp_hf.report import figures as plots
 from pgp_hf.tuners.base.card import AdapterCard
@@ -517,6 +519,167 @@ def test_a_saved_card_reads_the_method_in_its_folder(tmp_path):
     assert "**Another**" in text and "Elastic" not in text
 
 
+# ---- whole models and LoRA -------------------------------------------------------------------------------------------
+
+BASE = "google/vit-base-patch16-224-in21k"
+LINK = f"[`{BASE}`](https://huggingface.co/{BASE})"
+LORA = {"peft_type": "LORA", "r": 8, "target_modules": ["value", "query"], "bias": "none", "rank_pattern": {}}
+UNHELD = "features of old images stay as they were only as far as the method holds them."
+
+
+def of_model(what: str, method: str | dict = "fine_tuning", base: str | None = BASE, **lora) -> dict:
+    """Arguments of `render_card` for a run in which `what` has learned, as `results.json` calls it."""
+    if isinstance(method, str):
+        made = create(method)
+        method = {"name": method, "settings": made.settings(), "card": asdict(made.describe())}
+    inputs = of_method(method)
+    inputs["results"]["model"] = what
+    named = {} if base is None else {"base_model_name_or_path": base}
+    whole = {"architectures": ["ViTForImageClassification"], "model_type": "vit", "id2label": {}}
+    inputs["adapter_config"] = {**({**LORA, **lora} if what.startswith("lora") else whole), **named}
+    return inputs
+
+
+@pytest.mark.parametrize("method", ["fine_tuning", "ewc", "derpp"])
+@pytest.mark.parametrize(
+    ("what", "opening", "library", "limits"),
+    [
+        ("full", f"{LINK}, trained whole with", "transformers", [f"All tasks share all parameters: {UNHELD}", "against a classifier on the features that it started with"]),
+        ("last:1", f"{LINK}, trained in its last block and its head with", "transformers", [f"All tasks share the block that learns: {UNHELD}"]),
+        ("last:2", f"{LINK}, trained in its last 2 blocks and its head with", "transformers", [f"All tasks share the blocks that learn: {UNHELD}"]),
+        ("head", f"{LINK}, trained in its head alone with", "transformers", ["Only the head learns: it can do little about"]),
+        ("lora:8", f"An adapter for the frozen {LINK}: PEFT's LoRA of rank 8 on queries and values (`query`, `value`), and a head. It was trained with", "peft", [f"All tasks share the adapter: {UNHELD}", "against a classifier on the frozen features"]),
+    ],
+)  # fmt: skip
+def test_what_has_learned_is_told(what, opening, library, limits, method):
+    inputs = of_model(what, method)
+    card = render(inputs, processor=PROCESSOR)
+    check_as_a_reader(card)
+    title, whole = inputs["method"]["card"]["title"], not what.startswith("lora")
+    stored = "stored as a model of [transformers](" if whole else "is stored as a [PEFT]("
+    assert f"\n{opening} **{title}** on a stream of 3 tasks, one after the other, and {stored}" in card.text
+    for limit in limits:
+        assert f"{limit}" in card.text.partition("## Limits")[2], limit
+    for part in ("`None`", "prompts", "Prompts", "keys", "Updates were", "without keeping old images", "CLS"):
+        assert part not in card.text, part
+    kept = re.findall("rehearsal-free|kept [0-9]+ images", card.text)
+    assert kept == (["rehearsal-free", "kept 0 images"] if method == "derpp" else [])
+    assert ("frozen" in card.text) == (what != "full") and ("PEFT" in card.text) == (not whole)
+    assert (
+        "**Head:** the model's " + ("own `classifier`, which" if whole else "`classifier`, trained with") in card.text
+    )
+
+    data = ModelCard(str(card)).data
+    kind = what.replace(":", "-") if whole else "lora"
+    assert (data.library_name, data.base_model) == (library, BASE)
+    assert kind in data.tags and "prompt-tuning" not in data.tags
+    name, _ = model_index_to_eval_results(data.to_dict()["model-index"])
+    assert name == f"{kind}-{method.replace('_', '-')}-cifar100"
+
+
+@pytest.mark.parametrize(
+    ("what", "frozen"),
+    [
+        ("full", ""),
+        ("head", " All its other parameters are frozen."),
+        ("last:1", " Whatever lies between this block and the head learned as well; all parameters before it are frozen."),
+        ("last:3", " Whatever lies between these blocks and the head learned as well; all parameters before them are frozen."),
+    ],
+)  # fmt: skip
+def test_what_is_frozen_of_a_whole_model_is_told(what, frozen):
+    assert f" made with `pgp_hf`.{frozen}\n" in render(of_model(what)).text
+
+
+@pytest.mark.parametrize(
+    ("base", "opening", "license"),
+    [
+        (BASE, LINK, None),
+        ("/home/someone/secret/vit-x", "`vit-x`", None),
+        ("pgp_hf:embedded-vit", "`pgp_hf:embedded-vit`, a small backbone inside the package", "apache-2.0"),
+        (None, "A `ViTForImageClassification` built in memory", "apache-2.0"),
+    ],
+)
+def test_a_whole_model_needs_no_backbone_and_may_have_its_license(base, opening, license):
+    card = render(of_model("full", base=base), processor=PROCESSOR)
+    check_as_a_reader(card)
+    assert f"\n{opening}, trained whole with" in card.text
+    assert "secret" not in str(card) and "someone" not in str(card)
+    assert 'load_pretrained("path/to/this/folder")' in card.text and "insert its path" not in card.text
+    for part in ("backbone=", "embedded.resolve", "PeftModel", "import pgp_hf"):
+        assert part not in card.text, part
+    assert card.data.license == license and card.data.base_model == (base if base == BASE else None)
+    derived = f"derive from those of {opening}, whose license applies to them as well"
+    assert (derived in card.text) == (base is not None)
+
+
+@pytest.mark.parametrize("what", ["full", "last:2", "head", "lora:8"])
+def test_tasks_learned_as_one_are_not_said_to_share_anything(what):
+    inputs = of_model(what, "joint")
+    inputs["results"]["accuracy_matrix"] = [[N] * 3, [N] * 3, MATRIX[2]]
+    card = render(inputs)
+    check_as_a_reader(card)
+    assert "on the 3 tasks of a stream, learned as one, and" in card.text
+    assert "All tasks share" not in card.text and "old images" not in card.text
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["a `b`"], [7]])
+def test_a_whole_model_without_any_name(architectures):
+    inputs = of_model("full", base=None)
+    inputs["adapter_config"]["architectures"] = architectures
+    assert "\nA model built in memory, trained whole with" in render(inputs).text
+
+
+@pytest.mark.parametrize(
+    ("base", "place"),
+    [
+        (BASE, f'"{BASE}"'),
+        ("/b/vit-x", '"path/to/vit-x"'),
+        ("pgp_hf:embedded-vit", 'embedded.resolve("pgp_hf:embedded-vit")'),
+        (None, '"path/to/the-backbone"'),
+    ],
+)
+def test_a_whole_model_without_an_image_processor_takes_another(base, place):
+    card = render(of_model("full", base=base))
+    check_as_a_reader(card)
+    assert card.text.count(f"processor = AutoImageProcessor.from_pretrained({place}, ") == 2
+    assert 'load_pretrained("path/to/this/folder", processor=processor)' in card.text
+    assert card.text.count("from pgp_hf import embedded") == (2 if base and ":" in base else 0)
+    assert ("insert the path of a processor" in card.text) == ("path/to" in place)
+
+
+@pytest.mark.parametrize(
+    ("what", "repo_id", "told"), [("full", None, True), ("full", "me/run", False), ("lora:8", None, False)]
+)
+def test_weights_that_may_go_are_promised_only_where_they_stay(what, repo_id, told):
+    inputs = of_model(what)
+    assert "save_full_weights" not in render(inputs, repo_id=repo_id).text  # the last task's stay
+    inputs["results"]["accuracy_matrix"] = MATRIX[:2]
+    card = render(inputs, repo_id=repo_id)
+    check_as_a_reader(card)
+    assert ("`model.safetensors` may be gone from this folder" in card.text) == told
+    assert "`StreamTrainer(...).train(resume_from_checkpoint=" in card.text
+
+
+@pytest.mark.parametrize(
+    ("lora", "parts"),
+    [
+        ({"target_modules": ["v_proj", "q_proj"], "r": 2}, "LoRA of rank 2 on queries and values (`q_proj`, `v_proj`), and a head."),
+        ({"target_modules": ["query", "dense"]}, "LoRA of rank 8 on the layers `dense`, `query`, and a head."),
+        *(
+            (unusual, "`LORA`, with the settings in `adapter_config.json`.")
+            for unusual in (
+                {"target_modules": ".*query"}, {"target_modules": ["a `b`"]}, {"target_modules": None}, {"r": None},
+                {"rank_pattern": {"query": 4}}, {"bias": "all"}, {"use_dora": True}, {"layers_to_transform": [1]},
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_lora_is_told_as_far_as_a_sentence_can(lora, parts):
+    text = render(of_model("lora:8", **lora)).text
+    assert f": PEFT's {parts} It was trained with" in text
+    assert f'"{BASE}", num_labels=6, ignore_mismatched_sizes=True\n' in text and "import pgp_hf  #" not in text
+
+
 # ---- other adapters and scenarios ------------------------------------------------------------------------------------
 
 
@@ -541,7 +704,7 @@ class TalkativeConfig(PromptConfig):
     ("peft_type", "opening"),
     [
         ("FOREIGN", "Prompts for the frozen `b`: those of the adapter `FOREIGN`, with the settings in `adapter_config.json`. They"),
-        ("LORA", "An adapter for the frozen `b`: PEFT's `LORA`, with the settings in `adapter_config.json`. It"),
+        ("IA3", "An adapter for the frozen `b`: PEFT's `IA3`, with the settings in `adapter_config.json`. It"),
         ("NOT_REGISTERED", "An adapter for the frozen `b`: PEFT's `NOT_REGISTERED`, with the settings in"),
     ],
 )  # fmt: skip

@@ -20,6 +20,7 @@ class AdapterCard(NamedTuple):
         finished: a sentence about parts that never move once their task is over; empty if all parts keep learning.
         base_class: the class of transformers that loads the backbone.
         scores: the attribute of the model's output that holds a score for each class.
+        from_peft: True for an adapter of PEFT itself, whose backbone is loaded with a head for the run's classes.
     """
 
     parts: str
@@ -32,6 +33,7 @@ class AdapterCard(NamedTuple):
     finished: str = ""
     base_class: str = "AutoModelForImageClassification"
     scores: str = "logits"
+    from_peft: bool = False
 
 
 def setting(settings: Mapping[str, Any], name: str) -> str:
