@@ -164,4 +164,5 @@ def test_a_tuner_and_a_method_from_outside_the_package(tmp_path, python, hub, mo
 @pytest.mark.slow
 @pytest.mark.parametrize(("head", "model", "method"), FULL)
 def test_the_full_product(tmp_path, python, hub, head, model, method):
-    keeps_the_contract(Run(tmp_path, head, model, method), python)
+    if refusal(model, method, tmp_path) is None:  # else the head makes no difference
+        keeps_the_contract(Run(tmp_path, head, model, method), python)
