@@ -169,9 +169,14 @@ class PlainModel:
             )
         _ = self.name
 
+    @property
+    def head(self) -> nn.Module:
+        """Return the classifier."""
+        return _head(self.base)
+
     def head_parameters(self) -> list[nn.Parameter]:
         """Return the head's parameters that learn."""
-        return [parameter for parameter in _head(self.base).parameters() if parameter.requires_grad]
+        return [parameter for parameter in self.head.parameters() if parameter.requires_grad]
 
     @property
     def class_names(self) -> dict[int, str] | None:
@@ -205,7 +210,7 @@ class PlainModel:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             callback(inputs[0].flatten(1))
 
-        return _head(self.base).register_forward_pre_hook(hook)
+        return self.head.register_forward_pre_hook(hook)
 
     def auxiliary_loss(self, output: ModelOutput) -> Tensor | None:
         """Return None: the model has no loss of its own."""

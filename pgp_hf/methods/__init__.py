@@ -12,12 +12,14 @@ from .ewc import EWC, EWCConfig
 from .exemplars import ExemplarConfig
 from .fine_tuning import FineTuning, Joint
 from .icarl import ICaRL
+from .layer_inputs import GPM, GPMConfig, NullSpaceAdam, NullSpaceAdamConfig
 from .lwf import LwF, LwFConfig
 from .projected_prompts import ProjectedPrompts
 from .registry import METHODS, create, register
 
 __all__ = [
     "EWC",
+    "GPM",
     "METHODS",
     "Batch",
     "BiC",
@@ -29,12 +31,15 @@ __all__ = [
     "EWCConfig",
     "ExemplarConfig",
     "FineTuning",
+    "GPMConfig",
     "ICaRL",
     "Joint",
     "LwF",
     "LwFConfig",
     "MethodCard",
     "MethodState",
+    "NullSpaceAdam",
+    "NullSpaceAdamConfig",
     "Observed",
     "ProjectedPrompts",
     "TaskContext",

@@ -215,6 +215,11 @@ class ContinualMethod:
         """Return what the model card says of the method."""
         return MethodCard(self.name.replace("_", " ").capitalize(), "")
 
+    @property
+    def rank(self) -> int:
+        """Return the largest number of directions along which a parameter is kept from moving; 0 for none."""
+        return 0 if self.projection is None else self.projection.rank
+
     def check(self, model: StreamModel) -> None:
         """Raise TypeError or ValueError, with the fix, if the method does not work on this model."""
 
