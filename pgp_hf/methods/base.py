@@ -269,6 +269,13 @@ class ContinualMethod:
         Gradients are on. The model is in training mode until `context.views` is read.
         """
 
+    def exemplars(self) -> Sequence[Sequence[int]]:
+        """Return the training images that are kept for later tasks, each by its 0-based task and its position within it.
+
+        They are counted in `results.json`, with the size that they would have.
+        """
+        return ()
+
     def adjust_logits(self, logits: Tensor, features: Tensor) -> Tensor:
         """Return the final scores `(B, C)`, given the model's own and the head's input, `(B, d)`."""
         return logits

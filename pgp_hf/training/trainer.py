@@ -208,7 +208,7 @@ class StreamTrainer(Trainer):
         with self.progress.timed("statistics"):
             self._passes().learn_class_statistics(own, before)
             self.method.end_task(context)
-        self.results.rank[own:] = [self.method.rank]
+        self.results.measure_method(self.method, context)
         self.evaluate_stream()
         self._write_task(t)
         self.progress.interrupted = False
