@@ -215,6 +215,11 @@ class ContinualMethod:
         """Return what the model card says of the method."""
         return MethodCard(self.name.replace("_", " ").capitalize(), "")
 
+    @property
+    def rank(self) -> int:
+        """Return the largest number of directions along which a parameter is kept from moving; 0 for none."""
+        return 0 if self.projection is None else self.projection.rank
+
     def check(self, model: StreamModel) -> None:
         """Raise TypeError or ValueError, with the fix, if the method does not work on this model."""
 
@@ -263,6 +268,13 @@ class ContinualMethod:
 
         Gradients are on. The model is in training mode until `context.views` is read.
         """
+
+    def exemplars(self) -> Sequence[Sequence[int]]:
+        """Return the training images that are kept for later tasks, each by its 0-based task and its position within it.
+
+        They are counted in `results.json`, with the size that they would have.
+        """
+        return ()
 
     def adjust_logits(self, logits: Tensor, features: Tensor) -> Tensor:
         """Return the final scores `(B, C)`, given the model's own and the head's input, `(B, d)`."""

@@ -208,7 +208,7 @@ class StreamTrainer(Trainer):
         with self.progress.timed("statistics"):
             self._passes().learn_class_statistics(own, before)
             self.method.end_task(context)
-        self.results.rank[own:] = [0 if self.method.projection is None else self.method.projection.rank]
+        self.results.measure_method(self.method, context)
         self.evaluate_stream()
         self._write_task(t)
         self.progress.interrupted = False
@@ -225,7 +225,7 @@ class StreamTrainer(Trainer):
         learner = self.stream_model
         pool_size = learner.pool_size if isinstance(learner, SelectsPrompts) else 0
         with self.progress.timed("evaluation"):
-            measure(self.results, self.progress.references, self.task, self._record, pool_size)
+            measure(self.results, self.progress.references, self.task, self._record, pool_size, self.stream)
         self.log(summary_logs(self.results))
         return self.results.to_dict()
 

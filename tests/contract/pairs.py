@@ -22,22 +22,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ewc": {"strength": 10.0},
     "derpp": {"memory_size": 6},
     "icarl": {"memory_size": 12},
-    "der_mcg": {
-        "memory_size": 12,
-        "tuning_epochs": 4,
-        "gate_epochs": 2,
-        "gate_learning_rate": 1e-3,
-        "gate_batch_size": 6,
-    },
+    "bic": {"memory_size": 12, "validation_share": 0.25},
+    "der_mcg": {"memory_size": 12, "tuning_epochs": 4, "gate_epochs": 2, "gate_batch_size": 6},
+    "gpm": {"energy": 0.8},
+    "null_space_adam": {"energy": 0.8},
 }
 NEUTRAL: dict[str, dict[str, Any]] = {  # with which a method is fine-tuning
     "projected_prompts": {"method": "none"},
     "ewc": {"strength": 0.0},
     "derpp": {"memory_size": 0},
     "lwf": {"strength": 0.0},
+    "gpm": {"energy": 0.0},
+    "null_space_adam": {"energy": 0.0},
     "fine_tuning": {},
 }
-NEVER_NEUTRAL = {"joint", "icarl", "der_mcg"}
+NEVER_NEUTRAL = {"bic", "der_mcg", "icarl", "joint"}
 
 
 def kind_of(model: str) -> str:
@@ -64,10 +63,10 @@ def make_method(name: str) -> ContinualMethod:
     return create(name, **SETTINGS.get(name, {}))
 
 
-def refusal(model: str, method: str, folder: Path) -> str | None:
+def refusal(model: str, method: str, folder: Path, head: str = "linear") -> str | None:
     """Return what a method says to a model that it does not go with; None for one that it does."""
     try:
-        make_method(method).check(stream_model(make_model(model, folder)))
+        make_method(method).check(stream_model(make_model(model, folder, head)))
     except (TypeError, ValueError) as error:
         return str(error)
     return None

@@ -147,7 +147,7 @@ def keeps_the_contract(run: Run, python: Any) -> None:
 
 @pytest.mark.parametrize(("head", "model", "method"), BRIEF)
 def test_every_pair(tmp_path, python, hub, head, model, method):
-    if (said := refusal(model, method, tmp_path)) is not None:
+    if (said := refusal(model, method, tmp_path, head)) is not None:
         assert len(said.split()) > 8  # a sentence: which model, why, and what to use instead
         return
     keeps_the_contract(Run(tmp_path, head, model, method), python)
@@ -164,4 +164,4 @@ def test_a_tuner_and_a_method_from_outside_the_package(tmp_path, python, hub, mo
 @pytest.mark.slow
 @pytest.mark.parametrize(("head", "model", "method"), FULL)
 def test_the_full_product(tmp_path, python, hub, head, model, method):
-    keeps_the_contract(Run(tmp_path, head, model, method), python)
+    test_every_pair(tmp_path, python, hub, head, model, method)
