@@ -197,7 +197,7 @@ class DERMCG(ExemplarMethod):
         if context.task:
             self.experts.append({name: value.detach().clone() for name, value in own.items()})
         elif self.config.gate_epochs and not SCENARIOS[context.stream.scenario].task_known:
-            self.gate.backbone = {name: own[name].detach().clone() for name in own.keys() - head.keys()}
+            self.gate.backbone = {name: value.detach().clone() for name, value in own.items() if name not in head}
         self.tasks.append(list(context.stream.tasks[context.task].classes))
         weight = next(iter(head.values()))
         self._to(weight.device)
