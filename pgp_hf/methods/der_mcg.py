@@ -118,13 +118,15 @@ class DERMCG(ExemplarMethod):
     - The gate starts from the given weights instead of random ones, and augments images as training does, without
       RandAugment. Its map to classes keeps the biases of old classes.
     - Exemplars are chosen by the features of the newest expert, the code's `coreset_feature="last"`.
+    - Heads have biases where the model's has, and epochs and learning rates are those of fine-tuning a trained model.
 
     As in the code, centroids are matched to the classes of a batch alone: a class may change its centroid from batch to
     batch. Dropout is off in whatever does not learn, and in the gate.
 
     `train_mask` and label smoothing do not matter. The auxiliary head learns at the rate of the head, and is no part of the
     norm by which gradients are clipped. Every process trains heads and gate on the same batches; the main one's are kept.
-    Drift, in the results, is that of the newest expert, while older ones do not move.
+    Each checkpoint, and each task's folder, holds all experts and the gate. Drift, in the results, is that of the newest
+    expert, while older ones do not move.
 
     Args:
         config: see [`DERMCGConfig`].
@@ -155,6 +157,7 @@ class DERMCG(ExemplarMethod):
 
     def describe(self) -> MethodCard:
         gated = "weighted by a gate that tells tasks apart" if self.gate.backbone else "side by side"
+        passes = "all of them and the gate" if self.gate.backbone else "all of them"
         raised = ("Weights multiply scores, as published, which raises negative ones.",)
         return MethodCard(
             title="DER with a multi-centroid gate (without pruning, after the released code)",
@@ -162,8 +165,8 @@ class DERMCG(ExemplarMethod):
             f"are the scores of all experts, {gated}",
             limits=(
                 *self.limits(),
-                f"It grows: {len(self.tasks)} experts so far, each as large as whatever of the model learns, and a gate; "
-                "each image passes through all of them.",
+                f"It grows with each task: it has {len(self.tasks)} of the experts so far, each as large as whatever of the "
+                f"model learns, and every image passes through {passes}.",
                 "DER's pruning masks, which bound the growth in the paper, were never released and are missing.",
                 *(raised if self.gate.backbone and self.config.combine == "multiply" else ()),
             ),
