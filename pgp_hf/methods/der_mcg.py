@@ -157,7 +157,7 @@ class DERMCG(ExemplarMethod):
 
     def describe(self) -> MethodCard:
         gated = "weighted by a gate that tells tasks apart" if self.gate.backbone else "side by side"
-        passes = "all of them and the gate" if self.gate.backbone else "all of them"
+        besides = " and the gate" if self.gate.backbone else ""
         raised = ("Weights multiply scores, as published, which raises negative ones.",)
         return MethodCard(
             title="DER with a multi-centroid gate (without pruning, after the released code)",
@@ -165,8 +165,8 @@ class DERMCG(ExemplarMethod):
             f"are the scores of all experts, {gated}",
             limits=(
                 *self.limits(),
-                f"It grows with each task: it has {len(self.tasks)} of the experts so far, each as large as whatever of the "
-                f"model learns, and every image passes through {passes}.",
+                f"It grows with each task: every image passes through all experts ({len(self.tasks)} so far){besides}, each as "
+                "large as whatever of the model learns.",
                 "DER's pruning masks, which bound the growth in the paper, were never released and are missing.",
                 *(raised if self.gate.backbone and self.config.combine == "multiply" else ()),
             ),

@@ -379,7 +379,9 @@ def test_resumed_within_a_task(run, tmp_path, task, again):
 def test_what_the_card_says(run):
     card = (run.folder.root / "task-3" / "README.md").read_text()
     assert "DER with a multi-centroid gate (without pruning, after the released code)" in card
-    assert "it has 3 of the experts so far" in card and "kept 12 images" in card and "raises negative ones" in card
+    assert (
+        "all experts (3 so far) and the gate" in card and "kept 12 images" in card and "raises negative ones" in card
+    )
     assert "pruning masks" in card and "CVPR 2021" in card and "scores of the model alone" in card
 
 
