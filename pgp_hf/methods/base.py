@@ -228,6 +228,9 @@ class ContinualMethod:
 
         Results, test images and files are those of `stream` in any case; tasks that are learned as one are evaluated
         once, after the last of them.
+
+        Raises:
+            ValueError: a stream on which the method does not work, with the fix.
         """
         return stream
 
