@@ -66,8 +66,7 @@ class Progress:
     def forget(self) -> None:
         """Go back to before the first task."""
         blank: dict[str, Any] = {
-            name: []
-            for name in ("matrix", "within", "linear_matrix", "linear_within", "drift", "changed", "rank")
+            name: [] for name in ("matrix", "within", "linear_matrix", "linear_within", "drift", "changed", "rank")
         }
         self.results, self.task = replace(self.results, usage=None, memory={"images": 0, "bytes": 0}, **blank), None
 
