@@ -48,6 +48,8 @@ class DataArguments:
         class_order: order in which the classes arrive, "random" or by "label".
         class_order_seed: seed of the class order, and of the images kept and held out; the run's seed by default.
         test_fraction: fraction of each class that is held out if there are no test images.
+        train_val_split: fraction of each class's training images that are held out, to evaluate on them instead of the
+            test images.
         max_train_samples_per_class: maximum number of training images per class.
         max_eval_samples_per_class: maximum number of test images per class.
     """
@@ -89,6 +91,13 @@ class DataArguments:
     test_fraction: float = field(
         default=0.2, metadata={"help": "fraction of each class that is held out if there are no test images"}
     )
+    train_val_split: float | None = field(
+        default=None,
+        metadata={
+            "help": "fraction of each class's training images that is held out for validation: the run is evaluated on these "
+            "images, and the test images are left alone"
+        },
+    )
     max_train_samples_per_class: int | None = field(
         default=None, metadata={"help": "maximum number of training images per class"}
     )
@@ -127,6 +136,7 @@ class DataArguments:
             seed=seed if self.class_order_seed is None else self.class_order_seed,
             class_order=_label_order(train, label) if self.class_order == "label" else None,
             test_fraction=self.test_fraction,
+            train_val_split=self.train_val_split,
             max_train_samples_per_class=self.max_train_samples_per_class,
             max_eval_samples_per_class=self.max_eval_samples_per_class,
         )

@@ -203,6 +203,17 @@ def test_one_method(main, tmp_path, trainable, model):
         main("--method", "ewc", "--output_dir", out)
 
 
+def test_validation_images_are_recorded_and_not_mixed_with_test_images(main, tmp_path):
+    common = ["--output_dir", tmp_path, "--no_compare", "true"]
+    main(*common, "--train_val_split", "0.5")
+    for folder in (tmp_path, tmp_path / "task-1"):
+        stream = read(folder / "stream.json")
+        assert stream["train_val_split"] == 0.5 and stream["tasks"][0]["test"]["num_images"] == 6
+        assert "evaluated on 50 % of the training images" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="train_val_split: None here, 0.5 in the manifest"):
+        main(*common, "--resume_from_checkpoint", "true")
+
+
 def test_another_image_size_is_part_of_the_model(main, tmp_path):
     main("--image_size", 30, "--output_dir", tmp_path, "--no_compare", "true")
     assert list(read(tmp_path / "comparison.json")) == ["fine_tuning"]
@@ -337,6 +348,7 @@ def test_finished_runs_are_not_trained_again(main, out, monkeypatch, untrained):
         (["--trainable", "head"], "run.trainable is 'all' there, 'head' here"),
         (["--seed", "4"], "run.seed is 3 there, 4 here"),
         (["--max_train_samples_per_class", "3"], "data.max_train_samples_per_class is None there, 3 here"),
+        (["--train_val_split", "0.5"], "data.train_val_split is None there, 0.5 here"),
     ],
 )
 def test_runs_with_other_settings_are_not_mixed(main, out, untrained, argv, message):
