@@ -117,10 +117,7 @@ class DataArguments:
         if self.dataset_name and self.train_dir:
             raise ValueError("give --dataset_name or --train_dir, not both.")
         if self.train_dir:
-            folders = {"train": f"{self.train_dir}/**"}
-            if self.validation_dir:
-                folders["validation"] = f"{self.validation_dir}/**"
-            source = datasets.load_dataset("imagefolder", data_files=folders)
+            source = self._folders(self.train_dir)
         else:
             source = self._named(self.dataset_name) if self.dataset_name else embedded.digits()
         train, test, _ = source_data.resolve_splits(source, None, None)
@@ -140,6 +137,19 @@ class DataArguments:
             max_train_samples_per_class=self.max_train_samples_per_class,
             max_eval_samples_per_class=self.max_eval_samples_per_class,
         )
+
+    def _folders(self, train_dir: str) -> datasets.DatasetDict:
+        folders = {"train": f"{train_dir}/**"}
+        if self.validation_dir:
+            folders["validation"] = f"{self.validation_dir}/**"
+        splits = datasets.load_dataset("imagefolder", data_files=folders)
+        if self.label_column_name is None and "label" not in splits["train"].features:
+            raise ValueError(
+                f"the images in {' and '.join(filter(None, (train_dir, self.validation_dir)))} have no labels: expected "
+                "one subfolder per class that holds its images itself, FOLDER/CLASS/IMAGE, and at least two classes. Move "
+                "images that are nested deeper, as in Tiny ImageNet's archive, up into the folder of their class."
+            )
+        return splits
 
     def _named(self, name: str) -> datasets.DatasetDict:
         public: str | None = name

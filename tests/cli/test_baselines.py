@@ -159,7 +159,7 @@ def test_defaults():
         (["--method", "all", "--push_to_hub", "true"], "--push_to_hub and --method all are mutually exclusive"),
         (["--method", "all", "--resume_from_checkpoint", "x"], "--resume_from_checkpoint x is for a single method"),
         (["--head_learning_rate", "-1"], "head_learning_rate=-1.0 is not a learning rate"),
-        (["--preset", "cifar100-10"], "not used.*--preset"),
+        (["--preset", "cifar10"], "preset .cifar10. is unknown: choose one of"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_loaded(main, monkeypatch, argv, message):
