@@ -66,11 +66,13 @@ class ExemplarConfig(MemoryConfig):
 
 
 class ExemplarMethod(ContinualMethod):
-    """Train on each task's images and on exemplars of all older classes together, with a teacher at hand.
+    """Train on each task's images and on exemplars of all older classes together, next to a teacher.
 
     When a task ends, its classes get as many exemplars as each class may have by then, and older classes give up those
     chosen last. Exemplars are known by task and position: they are read from the stream and augmented afresh, and no file
-    of the run holds any unless `memory_stores` is "images". The cross-entropy is over all classes seen so far, whatever `train_mask` is.
+    of the run holds any unless `memory_stores` is "images". The cross-entropy is over all classes seen so far, whatever
+    `train_mask` is. A model in which each task has prompts of its own, such as DualPrompt, trains exemplars with those of
+    the task in training.
 
     Args:
         config: see [`ExemplarConfig`].

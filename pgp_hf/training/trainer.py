@@ -312,11 +312,11 @@ class StreamTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Tensor | None]:
         """Return loss, logits and labels of one evaluation batch; classes that may not win are masked."""
-        inputs, learner = self._prepare_inputs(inputs), self.stream_model
+        inputs, learner, autocast = self._prepare_inputs(inputs), self.stream_model, self.accelerator.autocast
         labels, tasks, _ = (inputs.pop(name, None) for name in ("labels", "task", "index"))
         with torch.no_grad(), head_inputs(learner) as features:
             output = model(**inputs)
-        found = self._scorer.score(learner, output, features[0], tasks, self.task, self.accelerator.autocast)
+        found = self._scorer.score(learner, inputs, output, features[0], tasks, self.task, autocast)
         loss = None if labels is None else F.cross_entropy(found["logits"], labels)
         if prediction_loss_only:
             return loss, None, None
