@@ -93,8 +93,11 @@ class TaskImages(torch.utils.data.Dataset[ImageItem]):
         if not -len(self) <= position < len(self):
             raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
         position %= len(self)
-        image = self._source.decode(int(self._rows[position]))
+        image = self._decoded(position)
         return {"image": image, "label": int(self.labels[position]), "task": self.task, "index": position}
+
+    def _decoded(self, position: int) -> PIL.Image.Image:
+        return self._source.decode(int(self._rows[position]))
 
 
 class TaskStream:
@@ -284,7 +287,7 @@ class TaskStream:
             ValueError: an image file that cannot be read.
         """
         if self._digests is None:
-            self._digests = {split: source.digests(rows) for split, (source, rows) in self._splits.items()}
+            self._digests = self._hashes()
         tasks = []
         for task in self.tasks:
             entry: dict[str, Any] = {"classes": list(task.classes)}
@@ -293,25 +296,42 @@ class TaskStream:
             tasks.append(entry)
         return {**_copy(self._settings), "tasks": tasks}
 
-    def verify(self, progress: bool = True) -> None:
+    def _hashes(self, known: Sequence[str] = ()) -> dict[str, list[str]]:
+        """Hash the images of each split and task; `known` are the hashes of the first tasks' training images."""
+        given = {"train": list(known), "test": []}
+        return {
+            split: given[split] + source.digests(rows[len(given[split]) :])
+            for split, (source, rows) in self._splits.items()
+        }
+
+    def verify(self, progress: bool = True, gone: int = 0) -> None:
         """Decode every selected image, to find broken ones before hours of training; do nothing after a first success.
 
         Args:
             progress: show a progress bar when there are many images.
+            gone: number of first tasks whose training images are left out, since they may be gone.
 
         Raises:
             ValueError: images that do not decode; the message names split and row of the first one, and says how many
                 there are.
         """
         if not self._verified:
-            chosen = [(source, np.sort(np.concatenate(rows)).tolist()) for source, rows in self._splits.values()]
+            chosen = []
+            for split, (source, rows) in self._splits.items():
+                kept = rows[gone:] if split == "train" else rows
+                chosen.append((source, sorted(row for part in kept for row in part.tolist())))
             verify_images(chosen, progress)
-            self._verified = True
+            self._verified = not gone
 
-    def check_manifest(self, manifest: Mapping[str, Any]) -> None:
+    def check_manifest(self, manifest: Mapping[str, Any], gone: int = 0) -> None:
         """Compare this stream with the manifest of an earlier run.
 
         Neither the dataset's name and fingerprints are compared nor settings that do not affect data and order.
+
+        Args:
+            manifest: of the earlier run.
+            gone: number of first tasks whose training images may be gone: their hashes are taken from the manifest if
+                they have not been computed yet.
 
         Raises:
             TypeError: `manifest` is not a mapping.
@@ -322,6 +342,16 @@ class TaskStream:
             raise TypeError(f"manifest must be a dict as from TaskStream.manifest(), got {type(manifest).__name__}")
         if manifest.get("format") != MANIFEST_FORMAT:
             raise ValueError(f"manifest format must be {MANIFEST_FORMAT}, got {manifest.get('format')!r}")
+        before = self._digests
+        if gone and before is None:
+            self._digests = self._hashes(_train_hashes(manifest, gone))
+        try:
+            self._compare(manifest)
+        except ValueError:
+            self._digests = before
+            raise
+
+    def _compare(self, manifest: Mapping[str, Any]) -> None:
         own = self.manifest()
         lacking = [key for key in own if key not in manifest and key not in _OPTIONAL]
         if lacking:
@@ -365,6 +395,16 @@ def _class_order(given: Sequence[int] | None, seed: int | None, num_classes: int
             f"duplicates: {shorten(duplicates)}, missing: {shorten(missing)}"
         )
     return np.array(order)
+
+
+def _train_hashes(manifest: Mapping[str, Any], tasks: int) -> list[str]:
+    """Return the hashes of the first tasks' training images."""
+    try:
+        return [str(task["train"]["sha256"]) for task in manifest["tasks"][:tasks]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            "manifest lacks the hashes of training images; pass one written by TaskStream.manifest()"
+        ) from error
 
 
 def _difference(what: str, here: Any, there: Any) -> str:

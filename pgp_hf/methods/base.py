@@ -279,6 +279,11 @@ class ContinualMethod:
         """
         return ()
 
+    @property
+    def stores_images(self) -> bool:
+        """Return True if the run keeps the images of `exemplars`; once their task has ended, the stream's are not read."""
+        return getattr(self.config, "memory_stores", None) == "images"
+
     def adjust_logits(self, logits: Tensor, features: Tensor) -> Tensor:
         """Return the final scores `(B, C)`, given the model's own and the head's input, `(B, d)`."""
         return logits
