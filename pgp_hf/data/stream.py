@@ -33,9 +33,12 @@ _CAUSES = (
     "label_column",
     "image_column",
     "test_fraction",
+    "train_val_split",
     "max_train_samples_per_class",
     "max_eval_samples_per_class",
 )
+
+_OPTIONAL = ("train_val_split",)  # written only where it is given
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ class TaskStream:
         test_dataset: datasets.Dataset | None = None,
         test_split: str | None = None,
         test_fraction: float = 0.2,
+        train_val_split: float | None = None,
         max_train_samples_per_class: int | None = None,
         max_eval_samples_per_class: int | None = None,
     ) -> TaskStream:
@@ -164,6 +168,8 @@ class TaskStream:
             test_split: name of the test split of a `DatasetDict`. Default: the first of `test`, `validation`,
                 `valid`, `val`.
             test_fraction: share of each class held out as test rows when there are none.
+            train_val_split: share of each class's training rows held out as validation rows, which then take the place
+                of the test rows: those are left out, and none of their images is read.
             max_train_samples_per_class: number of training images kept of each class at most, drawn by the seed.
             max_eval_samples_per_class: the same for test images.
 
@@ -182,10 +188,13 @@ class TaskStream:
                 ("max_eval_samples_per_class", max_eval_samples_per_class),
             )
         }
-        if not 0 < test_fraction < 1:
-            raise ValueError(f"test_fraction must lie strictly between 0 and 1, got {test_fraction}")
+        for argument, share in (("test_fraction", test_fraction), ("train_val_split", train_val_split)):
+            if share is not None and not 0 < share < 1:
+                raise ValueError(f"{argument} must lie strictly between 0 and 1, got {share}")
 
         train, test, name = source_data.resolve_splits(dataset, test_dataset, test_split)
+        held_out = (test_fraction if test is None else None, train_val_split)
+        test = test if train_val_split is None else None
         label_column, image_column = source_data.resolve_columns(train, label_column, image_column)
         for split, data in (("train", train), ("test", test)):
             if data is not None:
@@ -196,7 +205,7 @@ class TaskStream:
 
         order = _class_order(class_order, seed, len(label_names))
         tasks = [Task(t, tuple(part.tolist())) for t, part in enumerate(np.array_split(order, num_tasks))]
-        rows, test_rows = source_data.choose_rows(labels, test_labels, test_fraction, seed or 0, *limits.values())
+        rows, test_rows = source_data.choose_rows(labels, test_labels, held_out, seed or 0, *limits.values())
         images = test_images = ImageRows("train", train, image_column, labels)  # held-out rows keep their row numbers
         if test is not None and test_labels is not None:
             test_images = ImageRows("test", test, image_column, test_labels)
@@ -223,7 +232,8 @@ class TaskStream:
             "label_names": label_names,
             "label_values": label_values,
             "class_order": order.tolist(),
-            "test_fraction": float(test_fraction) if test is None else None,
+            "test_fraction": None if held_out[0] is None else float(held_out[0]),
+            **({} if train_val_split is None else {"train_val_split": float(train_val_split)}),
             **limits,
         }
         return cls(cut("train", images, rows), cut("test", test_images, test_rows), tasks, label_names, settings)
@@ -313,7 +323,7 @@ class TaskStream:
         if manifest.get("format") != MANIFEST_FORMAT:
             raise ValueError(f"manifest format must be {MANIFEST_FORMAT}, got {manifest.get('format')!r}")
         own = self.manifest()
-        lacking = [key for key in own if key not in manifest]
+        lacking = [key for key in own if key not in manifest and key not in _OPTIONAL]
         if lacking:
             raise ValueError(f"manifest lacks {shorten(lacking)}; pass one written by TaskStream.manifest()")
         differences = [_difference(key, own[key], manifest[key]) for key in _SAME if own[key] != manifest[key]]
@@ -324,7 +334,8 @@ class TaskStream:
                         what = f"{split} images of task {t} (0-based)"
                         differences.append(_difference(what, here[split], there.get(split)))
         if differences:
-            causes = [_difference(key, own[key], manifest[key]) for key in _CAUSES if own[key] != manifest[key]]
+            pairs = {key: (own.get(key), manifest.get(key)) for key in _CAUSES}
+            causes = [_difference(key, here, there) for key, (here, there) in pairs.items() if here != there]
             hint = f" Settings that differ: {'; '.join(causes)}." if causes else ""
             shown = differences[:4] + [f"{len(differences) - 4} more differences"] * (len(differences) > 4)
             raise ValueError(

@@ -171,7 +171,7 @@ class ContinualMethod:
         begin_task, attach      before its first step
         classes, loss           at each step
         end_task                after its last step: statistics, bases, Fisher information
-        adjust_logits           in every evaluation, and by `load_pretrained`
+        predict_logits          in every evaluation, and by `load_pretrained`; it calls adjust_logits
         state                   when the trainer is made, at every checkpoint, and when a task's files are written
         load_state              when a run is resumed
 
@@ -214,6 +214,11 @@ class ContinualMethod:
     def describe(self) -> MethodCard:
         """Return what the model card says of the method."""
         return MethodCard(self.name.replace("_", " ").capitalize(), "")
+
+    @property
+    def rank(self) -> int:
+        """Return the largest number of directions along which a parameter is kept from moving; 0 for none."""
+        return 0 if self.projection is None else self.projection.rank
 
     def check(self, model: StreamModel) -> None:
         """Raise TypeError or ValueError, with the fix, if the method does not work on this model."""
@@ -267,9 +272,31 @@ class ContinualMethod:
         Gradients are on. The model is in training mode until `context.views` is read.
         """
 
+    def exemplars(self) -> Sequence[Sequence[int]]:
+        """Return the training images that are kept for later tasks, each by its 0-based task and its position within it.
+
+        They are counted in `results.json`, with the size that they would have.
+        """
+        return ()
+
     def adjust_logits(self, logits: Tensor, features: Tensor) -> Tensor:
         """Return the final scores `(B, C)`, given the model's own and the head's input, `(B, d)`."""
         return logits
+
+    def predict_logits(
+        self, model: StreamModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor
+    ) -> Tensor:
+        """Return the final scores `(B, C)`: by default what `adjust_logits` makes of the model's own.
+
+        A method overrides it to run the model again, such as with other weights. The call may come from a hook on the
+        model, which must not run again: `PlainModel.run` goes past it.
+
+        Args:
+            model: in training or loaded.
+            inputs: what it was given, `pixel_values` among it.
+            logits, features: as `adjust_logits` has them.
+        """
+        return self.adjust_logits(logits, features)
 
     # ---- what lasts ----------------------------------------------------------------------------------------------
 

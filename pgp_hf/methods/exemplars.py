@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from ..models import StreamModel
 from .base import ContinualMethod, Item, MethodState, TaskContext
 from .distillation import teacher_of
-from .memory import HerdedMemory, herd
+from .memory import HerdedMemory, herd, rgb_bytes
 
 if TYPE_CHECKING:
     from ..data.stream import TaskStream
@@ -128,8 +128,10 @@ class ExemplarMethod(ContinualMethod):
                 continue
             places = torch.stack([torch.full_like(positions, context.task), positions], 1)
             chosen = places[herd(context.observe(places.tolist()).features, quota)]
-            sizes = [images[position]["image"].size for position in chosen[:, 1].tolist()]
-            self.memory.add(label, chosen, [3 * width * height for width, height in sizes])
+            self.memory.add(label, chosen, rgb_bytes(images, chosen[:, 1].tolist()))
+
+    def exemplars(self) -> Sequence[Sequence[int]]:
+        return self.memory.places()
 
     def limits(self) -> tuple[str, ...]:
         """Return what the card says of the memory."""

@@ -216,8 +216,8 @@ class Projection:
             if reduce is not None:
                 moment.merge(reduce, gather)
             old = bases.get(name, Basis.empty(moment.dim, moment.batch_shape, moment.device))
-            columns = _as_saved(old.to(moment.device).extend(moment, energy).columns)
-            bases[name] = basis = Basis(columns if broadcast is None else _from_main_process(columns, broadcast))
+            columns = as_saved(old.to(moment.device).extend(moment, energy).columns)
+            bases[name] = basis = Basis(columns if broadcast is None else from_main_process(columns, broadcast))
             if basis.full and role != "all":
                 warnings.warn(
                     f"The basis of {name} has full rank {basis.dim}: the parameter cannot move in later tasks. "
@@ -248,10 +248,7 @@ class Projection:
         Large bases are float32: parameters have no more digits, and the files of a stream would otherwise be many
         times as large as the adapter. They hold exactly the values that the projector uses.
         """
-        tensors = {
-            name: basis.columns.to("cpu", torch.float32 if _is_large(basis.columns) else torch.float64).contiguous()
-            for name, basis in self.bases.items()
-        }
+        tensors = {name: as_file(basis.columns) for name, basis in self.bases.items()}
         return tensors, {**self.config.to_dict(), **self.info}
 
     def load_state(self, tensors: Mapping[str, Tensor], description: Mapping[str, object]) -> None:
@@ -316,12 +313,17 @@ def _is_large(columns: Tensor) -> bool:
     return columns.numel() > SINGLE
 
 
-def _as_saved(columns: Tensor) -> Tensor:
+def as_file(columns: Tensor) -> Tensor:
+    """Return columns as files hold them: contiguous, on the CPU, those of a large basis in single precision."""
+    return columns.to("cpu", torch.float32 if _is_large(columns) else torch.float64).contiguous()
+
+
+def as_saved(columns: Tensor) -> Tensor:
     """Round columns as their file will, so that a resumed run continues with the same values."""
     return columns.to(torch.float32).to(torch.float64) if _is_large(columns) else columns
 
 
-def _from_main_process(columns: Tensor, broadcast: Collective) -> Tensor:
+def from_main_process(columns: Tensor, broadcast: Collective) -> Tensor:
     """Return the main process's columns, of which there may be more or fewer than on this process."""
     rank = int(broadcast(torch.tensor(columns.shape[-1], device=columns.device)))
     buffer = columns.new_zeros(*columns.shape[:-1], rank)

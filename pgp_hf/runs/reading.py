@@ -91,7 +91,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(f"{path}: {name!r} holds {bad} values that are not finite: it is damaged or diverged.")
-    return tensors
+    # copied, because a product of matrices rounds by their alignment in memory, and those in a file have another
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -113,6 +113,7 @@ def new_results(
         method=learner.name if method.name == ProjectedPrompts.name else method.name,
         model=learner.name,
         method_settings=method.settings(),
+        trainable_parameters=sum(parameter.numel() for parameter in learner.trainable().values()),
         projection="none" if projection is None else projection.config.method,
         head=settings.get("head", "linear"),
         scenario=stream.scenario,

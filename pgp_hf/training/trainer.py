@@ -208,7 +208,7 @@ class StreamTrainer(Trainer):
         with self.progress.timed("statistics"):
             self._passes().learn_class_statistics(own, before)
             self.method.end_task(context)
-        self.results.rank[own:] = [0 if self.method.projection is None else self.method.projection.rank]
+        self.results.measure_method(self.method, context)
         self.evaluate_stream()
         self._write_task(t)
         self.progress.interrupted = False
@@ -225,7 +225,7 @@ class StreamTrainer(Trainer):
         learner = self.stream_model
         pool_size = learner.pool_size if isinstance(learner, SelectsPrompts) else 0
         with self.progress.timed("evaluation"):
-            measure(self.results, self.progress.references, self.task, self._record, pool_size)
+            measure(self.results, self.progress.references, self.task, self._record, pool_size, self.stream)
         self.log(summary_logs(self.results))
         return self.results.to_dict()
 
@@ -311,11 +311,11 @@ class StreamTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Tensor | None]:
         """Return loss, logits and labels of one evaluation batch; classes that may not win are masked."""
-        inputs, learner = self._prepare_inputs(inputs), self.stream_model
+        inputs, learner, autocast = self._prepare_inputs(inputs), self.stream_model, self.accelerator.autocast
         labels, tasks, _ = (inputs.pop(name, None) for name in ("labels", "task", "index"))
         with torch.no_grad(), head_inputs(learner) as features:
             output = model(**inputs)
-        found = self._scorer.score(learner, output, features[0], tasks, self.task, self.accelerator.autocast)
+        found = self._scorer.score(learner, inputs, output, features[0], tasks, self.task, autocast)
         loss = None if labels is None else F.cross_entropy(found["logits"], labels)
         if prediction_loss_only:
             return loss, None, None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -157,7 +159,7 @@ def test_defaults():
         (["--method", "all", "--push_to_hub", "true"], "--push_to_hub and --method all are mutually exclusive"),
         (["--method", "all", "--resume_from_checkpoint", "x"], "--resume_from_checkpoint x is for a single method"),
         (["--head_learning_rate", "-1"], "head_learning_rate=-1.0 is not a learning rate"),
-        (["--preset", "cifar100-10"], "not used.*--preset"),
+        (["--preset", "cifar10"], "preset .cifar10. is unknown: choose one of"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_loaded(main, monkeypatch, argv, message):
@@ -199,6 +201,17 @@ def test_one_method(main, tmp_path, trainable, model):
     assert str(out) in printed
     with pytest.raises(ValueError, match="holds an earlier run"):
         main("--method", "ewc", "--output_dir", out)
+
+
+def test_validation_images_are_recorded_and_not_mixed_with_test_images(main, tmp_path):
+    common = ["--output_dir", tmp_path, "--no_compare", "true"]
+    main(*common, "--train_val_split", "0.5")
+    for folder in (tmp_path, tmp_path / "task-1"):
+        stream = read(folder / "stream.json")
+        assert stream["train_val_split"] == 0.5 and stream["tasks"][0]["test"]["num_images"] == 6
+        assert "evaluated on 50 % of the training images" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="train_val_split: None here, 0.5 in the manifest"):
+        main(*common, "--resume_from_checkpoint", "true")
 
 
 def test_another_image_size_is_part_of_the_model(main, tmp_path):
@@ -340,6 +353,7 @@ def test_finished_runs_are_not_trained_again(main, out, monkeypatch, untrained):
         (["--trainable", "head"], "run.trainable is 'all' there, 'head' here"),
         (["--seed", "4"], "run.seed is 3 there, 4 here"),
         (["--max_train_samples_per_class", "3"], "data.max_train_samples_per_class is None there, 3 here"),
+        (["--train_val_split", "0.5"], "data.train_val_split is None there, 0.5 here"),
     ],
 )
 def test_runs_with_other_settings_are_not_mixed(main, out, untrained, argv, message):
@@ -378,3 +392,27 @@ def test_a_table_without_any_method_is_refused(main, few, tmp_path, monkeypatch)
         ValueError, match="no method works on this model and stream: .*'ewc' is not defined for scenario"
     ):
         main("--method", "all", "--output_dir", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_command_on_the_embedded_default(tmp_path):
+    few = ("--max_train_samples_per_class", "4", "--max_eval_samples_per_class", "3", "--num_train_epochs", "1")
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "1",
+        str(SCRIPT),
+        "--method",
+        "all",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, *few], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    rows = read(tmp_path / "out" / "baselines_all" / "comparison.json")
+    assert list(rows)[6:] == names() and "random, shrinkage LDA" in rows
+    assert all(f"\n{name}: finished earlier" in done.stdout for name in names() if "refused" not in rows[name])

@@ -23,15 +23,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "derpp": {"memory_size": 6},
     "icarl": {"memory_size": 12},
     "bic": {"memory_size": 12, "validation_share": 0.25},
+    "der_mcg": {"memory_size": 12, "tuning_epochs": 4, "gate_epochs": 2, "gate_batch_size": 6},
+    "gpm": {"energy": 0.8},
+    "null_space_adam": {"energy": 0.8},
 }
 NEUTRAL: dict[str, dict[str, Any]] = {  # with which a method is fine-tuning
     "projected_prompts": {"method": "none"},
     "ewc": {"strength": 0.0},
     "derpp": {"memory_size": 0},
     "lwf": {"strength": 0.0},
+    "gpm": {"energy": 0.0},
+    "null_space_adam": {"energy": 0.0},
     "fine_tuning": {},
 }
-NEVER_NEUTRAL = {"bic", "icarl", "joint"}
+NEVER_NEUTRAL = {"bic", "der_mcg", "icarl", "joint"}
 
 
 def kind_of(model: str) -> str:

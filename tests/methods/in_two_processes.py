@@ -18,7 +18,11 @@ SETTINGS = {
     "lwf": {"strength": 5.0},
     "icarl": {"memory_size": 9},
     "bic": {"memory_size": 16, "validation_share": 0.25},
+    "der_mcg": {"memory_size": 16, "tuning_epochs": 4, "gate_epochs": 2, "gate_batch_size": 6},
+    "gpm": {"energy": 0.8},
+    "null_space_adam": {"energy": 0.8},
 }
+PLAIN = ("der_mcg", "gpm", "null_space_adam")  # methods for models without prompts
 
 if __name__ == "__main__":
     folder, batch, name = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -33,7 +37,9 @@ if __name__ == "__main__":
         optim="sgd",
     )
     method = methods.create(name, **SETTINGS[name])
-    trainer = StreamTrainer(tiny.model(), args, tiny.stream(), method, tiny.processor())
+    trainer = StreamTrainer(
+        tiny.plain() if name in PLAIN else tiny.model(), args, tiny.stream(), method, tiny.processor()
+    )
     trainer.train_task(0)
     trainer.train_task(1)
     state = method.state()

@@ -31,13 +31,17 @@ def launch(folder, processes, method):
 
 
 @pytest.mark.slow  # projected prompts in two processes are in the default tests
-@pytest.mark.parametrize("method", ["bic", "derpp", "ewc", "icarl", "lwf"])
+@pytest.mark.parametrize("method", ["bic", "der_mcg", "derpp", "ewc", "gpm", "icarl", "lwf", "null_space_adam"])
 def test_one_process_is_two_processes(tmp_path, method):
     (one,), two = launch(tmp_path / "one", 1, method), launch(tmp_path / "two", 2, method)
     assert one.keys() == two[0].keys() == two[1].keys() and (one or method == "lwf")
     for name, tensor in one.items():
         assert torch.equal(two[0][name], two[1][name]), name
-        assert torch.allclose(tensor, two[0][name], rtol=1e-2, atol=1e-4), name
+        found = two[0][name]
+        if name.endswith(".basis"):  # of eigenvectors, the span counts
+            tensor, found = tensor @ tensor.mT, found @ found.mT
+        assert torch.allclose(tensor, found, rtol=1e-2, atol=1e-4), name
     assert "places" not in one or torch.equal(one["places"], two[0]["places"])
-    a, b = (load_file(tmp_path / run / "task-2" / "adapter_model.safetensors") for run in ("one", "two"))
+    (file,) = {path.name for path in (tmp_path / "one" / "task-2").glob("*model.safetensors")}
+    a, b = (load_file(tmp_path / run / "task-2" / file) for run in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)

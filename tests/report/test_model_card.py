@@ -278,6 +278,9 @@ def test_protocol_is_stated():
     inputs["manifest"] |= {"max_train_samples_per_class": 50, "test_fraction": 0.2}
     limits = "; at most 50 training images per class; 20 % of the images held out for testing\n"
     assert limits in render(inputs).text and "**Preprocessing:** not recorded" in render(inputs).text
+    inputs["manifest"] |= {"test_fraction": None, "train_val_split": 0.25}
+    validation = "; evaluated on 25 % of the training images, held out for validation, instead of test images\n"
+    assert validation in render(inputs).text
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,17 @@ def test_a_task_folder_is_that_tasks_model(run):
         assert accuracy == pytest.approx(results["accuracy_matrix"][t - 1][0])
 
 
+def test_accuracy_within_tasks_is_that_of_the_task_incremental_scenario(run, tmp_path):
+    """The same training, since the loss is over the task's classes in both; only the evaluation differs."""
+    results = run[0].results.to_dict()
+    other = tiny.trainer(tmp_path, stream=tiny.stream(scenario="task_incremental"))
+    other.train()
+    assert "task_incremental" not in other.results.to_dict()
+    assert results["task_incremental"]["accuracy_matrix"] == other.results.to_dict()["accuracy_matrix"]
+    assert results["task_incremental"]["average_accuracy"] > results["average_accuracy"]
+    assert results["trainable_parameters"] == 5 * 2 * 24 + 5 * 24 + 6 * 25  # prompts, keys, head
+
+
 @pytest.mark.parametrize("later", [2, 3])
 def test_movement_between_task_folders_lies_outside_the_bases(run, later):
     """As the files alone show it."""
