@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -154,6 +154,10 @@ class DERpp(ContinualMethod):
         _, first = np.unique(examples.places.numpy(), axis=0, return_index=True)
         self.memory.add(examples.at(torch.from_numpy(first)), (context.seed, context.task, self.step, INSERT))
         self.step, self._shown = self.step + 1, []
+
+    def exemplars(self) -> Sequence[Sequence[int]]:
+        kept: list[list[int]] = [] if self.memory.examples is None else self.memory.examples.places.tolist()
+        return kept
 
     def state(self) -> MethodState:
         return MethodState(self.memory.tensors(), {"presented": self.memory.presented, "step": self.step})

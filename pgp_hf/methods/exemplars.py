@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from ..models import StreamModel
 from .base import ContinualMethod, Item, MethodState, TaskContext
 from .distillation import teacher_of
-from .memory import HerdedMemory, herd
+from .memory import HerdedMemory, herd, rgb_bytes
 
 if TYPE_CHECKING:
     from ..data.stream import TaskStream
@@ -64,11 +64,12 @@ class ExemplarConfig:
 
 
 class ExemplarMethod(ContinualMethod):
-    """Train on each task's images and on exemplars of all older classes together, with a teacher at hand.
+    """Train on each task's images and on exemplars of all older classes together, next to a teacher.
 
     When a task ends, its classes get as many exemplars as each class may have by then, and older classes give up those
     chosen last. Exemplars are known by task and position: they are read from the stream and augmented afresh, and no file
-    of the run holds any. The cross-entropy is over all classes seen so far, whatever `train_mask` is.
+    of the run holds any. The cross-entropy is over all classes seen so far, whatever `train_mask` is. A model in which each
+    task has prompts of its own, such as DualPrompt, trains exemplars with those of the task in training.
 
     Args:
         config: see [`ExemplarConfig`].
@@ -127,8 +128,10 @@ class ExemplarMethod(ContinualMethod):
                 continue
             places = torch.stack([torch.full_like(positions, context.task), positions], 1)
             chosen = places[herd(context.observe(places.tolist()).features, quota)]
-            sizes = [images[position]["image"].size for position in chosen[:, 1].tolist()]
-            self.memory.add(label, chosen, [3 * width * height for width, height in sizes])
+            self.memory.add(label, chosen, rgb_bytes(images, chosen[:, 1].tolist()))
+
+    def exemplars(self) -> Sequence[Sequence[int]]:
+        return self.memory.places()
 
     def limits(self) -> tuple[str, ...]:
         """Return what the card says of the memory."""

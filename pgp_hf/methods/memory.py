@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from ..data.stream import TaskImages  # loads `datasets`, which prediction does without
 
 
 class Examples(NamedTuple):
@@ -106,6 +109,12 @@ class Reservoir:
                 f"this one {shapes}: it is another's."
             )
         self.examples, self.presented = Examples(**tensors), presented
+
+
+def rgb_bytes(images: TaskImages, positions: Sequence[int]) -> list[int]:
+    """Return the bytes of some images as the data set stores them, if they are kept as uncompressed 8-bit RGB."""
+    sizes = (images[position]["image"].size for position in positions)
+    return [3 * width * height for width, height in sizes]
 
 
 def herd(features: Tensor, count: int) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -119,6 +119,7 @@ class Scorer:
     def score(
         self,
         model: StreamModel,
+        inputs: Mapping[str, Any],
         output: ModelOutput,
         features: Tensor,
         tasks: Tensor | None,
@@ -128,7 +129,8 @@ class Scorer:
         """Return the logits of one batch, and while recording the rest of [`Recorded`].
 
         Args:
-            output: of the model.
+            inputs: what the model was given.
+            output: what it made of them.
             features: what the head has read, `(B, d)`.
             tasks: 0-based task of each image, `(B,)`; None where the batch does not tell.
             after: the last task trained, 0-based; None before the first.
@@ -137,7 +139,7 @@ class Scorer:
         if tasks is None and self.task is not None:
             tasks = torch.full((len(features),), self.task, device=features.device)
         allowed = allowed_classes(self.stream, after, self.mask, tasks)
-        logits = self.method.adjust_logits(model.class_logits(output).float(), features)
+        logits = self.method.predict_logits(model, inputs, model.class_logits(output).float(), features)
         found = {"logits": keep_classes(logits, allowed)}
         if not self.recording:
             return found
@@ -167,14 +169,15 @@ def measure(
         stream: the tasks.
     """
     first, at = results.first, t - results.first
-    row, within, linear, usage, drifts, changes = [], [], [], [], [], []
+    row, within, linear, linear_within, usage, drifts, changes = [], [], [], [], [], [], []
     for j in range(t + 1):
         found = record(j)
         row.append(percent(found.logits, found.labels))
         own = np.asarray(stream.tasks[j].classes)
-        within.append(float(100 * np.mean(own[found.logits[:, own].argmax(-1)] == found.labels)))
+        within.append(_percent_within(found.logits, found.labels, own))
         if found.linear is not None:
             linear.append(percent(found.linear, found.labels))
+            linear_within.append(_percent_within(found.linear, found.labels, own))
         compared = first <= j < t and j not in results.drift_lacks
         if j == t:
             references.keep(t, found.features, found.selected)
@@ -188,9 +191,16 @@ def measure(
     if results.within is not None:
         results.within[at:] = [within]
     results.linear_matrix[at:] = [linear] if linear else []
+    if results.linear_within is not None:
+        results.linear_within[at:] = [linear_within] if linear else []
     results.drift[at:] = [float(np.mean(drifts or 0))]
     results.changed[at:] = [float(np.mean(changes or 0))] if usage else []
     results.usage = usage or None
+
+
+def _percent_within(logits: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> float:
+    """Return the accuracy in percent where only `classes` compete, among them all labels."""
+    return float(100 * np.mean(classes[logits[:, classes].argmax(-1)] == labels))
 
 
 def summary_logs(results: StreamResults) -> dict[str, float]:

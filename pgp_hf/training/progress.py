@@ -66,9 +66,9 @@ class Progress:
     def forget(self) -> None:
         """Go back to before the first task."""
         blank: dict[str, Any] = {
-            name: [] for name in ("matrix", "within", "linear_matrix", "drift", "changed", "rank")
+            name: [] for name in ("matrix", "within", "linear_matrix", "linear_within", "drift", "changed", "rank")
         }
-        self.results, self.task = replace(self.results, usage=None, **blank), None
+        self.results, self.task = replace(self.results, usage=None, memory={"images": 0, "bytes": 0}, **blank), None
 
     def kept(self, folder: RunFolder) -> str:
         """Describe for an error message what is kept of the run if the current task fails."""

@@ -12,6 +12,8 @@ import numpy as np
 
 from .. import metrics
 from ..data.scenarios import SCENARIOS
+from ..methods import ContinualMethod, TaskContext
+from ..methods.memory import rgb_bytes
 from ..runs.checks import first_task
 from ..version import __version__
 
@@ -57,7 +59,7 @@ class StreamResults:
         matrix: accuracies in percent of the chosen head, a row per finished task; that of task i has i + 1 entries.
         within: the same where each image's task is known, and only its classes compete: from the same predictions. None
             for a run that was begun by a version that did not measure it.
-        linear_matrix: the same for the linear head, where a statistics head classifies; else empty.
+        linear_matrix, linear_within: the same for the linear head, where a statistics head classifies; else empty.
         drift, rank: one value per finished task.
         changed: share of old test images that select other pool entries than when their task ended, one value per finished
             task; empty where nothing is selected.
@@ -66,6 +68,8 @@ class StreamResults:
             revision; 0-based, usually none.
         seconds: wall time by activity, summed over tasks.
         images_trained: training images seen, with repetitions.
+        memory: number of training images that the method keeps after the last finished task, and their bytes as
+            uncompressed 8-bit RGB.
     """
 
     method: str
@@ -84,6 +88,7 @@ class StreamResults:
     matrix: list[list[float]] = field(default_factory=list)
     within: list[list[float]] | None = field(default_factory=list)
     linear_matrix: list[list[float]] = field(default_factory=list)
+    linear_within: list[list[float]] | None = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
     changed: list[float] = field(default_factory=list)
     rank: list[int] = field(default_factory=list)
@@ -91,6 +96,17 @@ class StreamResults:
     drift_lacks: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "statistics": 0.0, "evaluation": 0.0})
     images_trained: int = 0
+    memory: dict[str, int] = field(default_factory=lambda: {"images": 0, "bytes": 0})
+
+    def measure_method(self, method: ContinualMethod, context: TaskContext) -> None:
+        """Note the rank and the memory of a method that has just ended a task."""
+        self.rank[context.task :] = [method.rank]
+        places: dict[int, list[int]] = {}
+        for task, position in method.exemplars():
+            places.setdefault(task, []).append(position)
+        images = {task: context.stream.train(task) for task in places}
+        sizes = [size for task, positions in places.items() for size in rgb_bytes(images[task], positions)]
+        self.memory = {"images": len(sizes), "bytes": sum(sizes)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `results.json`."""
@@ -108,14 +124,14 @@ class StreamResults:
             "train_images_per_second": self.images_trained / max(self.seconds["train"], 1e-9),
             "images_trained": self.images_trained,
             "trainable_parameters": self.trainable_parameters,
+            "memory": self.memory,
             "seconds": self.seconds,
             "eval_mask": self.eval_mask,
             "batchwise_prompt": self.batchwise_prompt,
             "seed": self.seed,
             "versions": versions(),
         }
-        if self.within and not SCENARIOS[self.scenario].task_known:
-            results["task_incremental"] = self._accuracies(self.within)
+        results.update(self._task_incremental(self.within))
         if self.changed:
             results["changed_selections"] = [0.0] * self.first + self.changed
         if self.usage is not None:
@@ -126,8 +142,8 @@ class StreamResults:
             results["drift_lacks"] = self.drift_lacks
         if self.head == "statistics":
             results["heads"] = {
-                "linear": self._accuracies(self.linear_matrix),
-                "statistics": self._accuracies(self.matrix),
+                "linear": {**self._accuracies(self.linear_matrix), **self._task_incremental(self.linear_within)},
+                "statistics": {**self._accuracies(self.matrix), **self._task_incremental(self.within)},
             }
         return results
 
@@ -138,6 +154,14 @@ class StreamResults:
         full += [[None] * self.num_tasks for _ in range(self.num_tasks - len(full))]
         summary = metrics.summarize(full)
         return {"accuracy_matrix": full, **{name: summary[name] for name in SUMMARY}}
+
+    def _task_incremental(self, within: list[list[float]] | None) -> dict[str, Any]:
+        """Return an entry of the accuracies where tasks are known; nothing where that is the scenario itself."""
+        return {"task_incremental": self._accuracies(within)} if within and not self._task_known else {}
+
+    @property
+    def _task_known(self) -> bool:
+        return SCENARIOS[self.scenario].task_known
 
     def load(self, results: dict[str, Any]) -> None:
         """Continue from the content of a results file.
@@ -168,21 +192,28 @@ class StreamResults:
                 f"{self.first + 1} on, by the same method: the earlier results.json was altered. Fetch it again."
             )
         self.matrix = _rows(results["accuracy_matrix"])
-        if not SCENARIOS[self.scenario].task_known:
-            known = results.get("task_incremental")
-            self.within = None if known is None else _rows(known["accuracy_matrix"])
+        if not self._task_known:
+            self.within = _known_rows(results)
         if self.head == "statistics":
             self.linear_matrix = _rows(results["heads"]["linear"]["accuracy_matrix"])
+            self.linear_within = None if self._task_known else _known_rows(results["heads"]["linear"])
         self.changed = list(results.get("changed_selections", []))[self.first :]
         self.drift, self.rank = (list(results[name])[self.first :] for name in ("drift", "projection_rank"))
         self.seconds, self.images_trained = dict(results["seconds"]), results["images_trained"]
         self.usage = results.get("prompt_usage")
         self.drift_lacks = list(results.get("drift_lacks", []))
+        self.memory = dict(results.get("memory", self.memory))
 
 
 def _rows(matrix: list[list[float | None]]) -> list[list[float]]:
     """Return the rows of finished tasks, without the entries of later tasks."""
     return [[a for a in row if a is not None] for row in matrix if row[0] is not None]
+
+
+def _known_rows(results: dict[str, Any]) -> list[list[float]] | None:
+    """Return the same of the task-incremental accuracies; None from a version that did not measure them."""
+    known = results.get("task_incremental")
+    return None if known is None else _rows(known["accuracy_matrix"])
 
 
 @cache

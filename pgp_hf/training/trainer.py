@@ -208,7 +208,7 @@ class StreamTrainer(Trainer):
         with self.progress.timed("statistics"):
             self._passes().learn_class_statistics(own, before)
             self.method.end_task(context)
-        self.results.rank[own:] = [self.method.rank]
+        self.results.measure_method(self.method, context)
         self.evaluate_stream()
         self._write_task(t)
         self.progress.interrupted = False
@@ -311,11 +311,11 @@ class StreamTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Tensor | None]:
         """Return loss, logits and labels of one evaluation batch; classes that may not win are masked."""
-        inputs, learner = self._prepare_inputs(inputs), self.stream_model
+        inputs, learner, autocast = self._prepare_inputs(inputs), self.stream_model, self.accelerator.autocast
         labels, tasks, _ = (inputs.pop(name, None) for name in ("labels", "task", "index"))
         with torch.no_grad(), head_inputs(learner) as features:
             output = model(**inputs)
-        found = self._scorer.score(learner, output, features[0], tasks, self.task, self.accelerator.autocast)
+        found = self._scorer.score(learner, inputs, output, features[0], tasks, self.task, autocast)
         loss = None if labels is None else F.cross_entropy(found["logits"], labels)
         if prediction_loss_only:
             return loss, None, None

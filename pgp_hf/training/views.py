@@ -21,7 +21,7 @@ from ..data.images import AugmentedImages, CachedQueries, Exemplars, ImageCollat
 from ..data.stream import TaskStream
 from ..heads.statistics import gather_task
 from ..methods import Batch, Collectives, Observed, TaskContext
-from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel
+from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel, exchanged
 from ..projection import Projection
 from .arguments import PGPTrainingArguments
 
@@ -212,7 +212,7 @@ class Passes:
             with self.accelerator.autocast():
                 if parameters is None:
                     return self.model(**batch.inputs)
-                with torch.no_grad(), _exchanged(self.learner.trainable(), parameters):
+                with torch.no_grad(), exchanged(self.learner.trainable(), parameters):
                     return self.model(**batch.inputs)
         finally:
             for module in training:  # one by one: those in eval mode before stay in it
@@ -267,21 +267,6 @@ class Passes:
             gather=self.accelerator.gather,
             broadcast=broadcast,
         )
-
-
-@contextmanager
-def _exchanged(own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give parameters other values inside the block; nothing is copied."""
-    before = {name: parameter.data for name, parameter in own.items()}
-    try:
-        for name, parameter in own.items():
-            parameter.data = values[name]
-        torch.clear_autocast_cache()  # it knows parameters by identity, and not by value
-        yield
-    finally:
-        for name, parameter in own.items():
-            parameter.data = before[name]
-        torch.clear_autocast_cache()
 
 
 @contextmanager

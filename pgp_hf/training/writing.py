@@ -98,6 +98,9 @@ def write_method(folder: Path, method: ContinualMethod) -> None:
         "state": state.values,
         "card": asdict(method.describe()),
         # prediction needs such a method, any other does without
-        "adjusts_logits": type(method).adjust_logits is not ContinualMethod.adjust_logits,
+        "adjusts_logits": any(
+            getattr(type(method), part) is not getattr(ContinualMethod, part)
+            for part in ("adjust_logits", "predict_logits")
+        ),
     }
     write_json(folder / METHOD, content)

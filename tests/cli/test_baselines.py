@@ -262,10 +262,15 @@ TRAINED = ("ewc", "fine_tuning", "joint")
 
 
 class Picky(FineTuning):
+    """Refuses when it has seen the model and the stream."""
+
     name = "picky"
 
     def check(self, model):
-        raise ValueError(f"a {model.name} model is not to its taste.")
+        self.model = model.name
+
+    def training_stream(self, stream):
+        raise ValueError(f"a {self.model} model is not to its taste.")
 
 
 @pytest.fixture(scope="module")

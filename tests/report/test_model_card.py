@@ -549,7 +549,7 @@ def test_scores_that_lack_the_methods_correction_say_so(adjusts):
     assert ("These are the scores of the model alone" in text) == adjusts
 
 
-@pytest.mark.parametrize("method", ["fine_tuning", "ewc", "derpp"])
+@pytest.mark.parametrize("method", ["fine_tuning", "ewc", "derpp", "bic"])
 @pytest.mark.parametrize(
     ("what", "opening", "library", "limits"),
     [
@@ -572,7 +572,7 @@ def test_what_has_learned_is_told(what, opening, library, limits, method):
     for part in ("`None`", "prompts", "Prompts", "keys", "Updates were", "without keeping old images", "CLS"):
         assert part not in card.text, part
     kept = re.findall("rehearsal-free|kept [0-9]+ images", card.text)
-    assert kept == (["rehearsal-free", "kept 0 images"] if method == "derpp" else [])
+    assert kept == (["rehearsal-free", "kept 0 images"] if method in ("bic", "derpp") else [])
     assert ("frozen" in card.text) == (what != "full") and ("PEFT" in card.text) == (not whole)
     assert (
         "**Head:** the model's " + ("own `classifier`, which" if whole else "`classifier`, trained with") in card.text
