@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -24,6 +25,7 @@ __all__ = [
     "SelectsPrompts",
     "StreamModel",
     "check_trainable",
+    "exchanged",
     "load_weights",
     "set_trainable",
     "stream_model",
@@ -212,6 +214,11 @@ class PlainModel:
 
         return self.head.register_forward_pre_hook(hook)
 
+    def run(self, inputs: Mapping[str, Any]) -> ModelOutput:
+        """Return the model's output, past the hooks on it as a whole: from within such a hook, it can run again."""
+        output: ModelOutput = self.model.forward(**inputs)
+        return output
+
     def auxiliary_loss(self, output: ModelOutput) -> Tensor | None:
         """Return None: the model has no loss of its own."""
         return None
@@ -354,6 +361,26 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
         )
         return found
     return model.state_dict()
+
+
+@contextmanager
+def exchanged(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give parameters other values inside the block; nothing is copied.
+
+    Args:
+        own: parameters by name, such as a model's `trainable()`.
+        values: by the same names; parameters without one keep their own.
+    """
+    before = {name: own[name].data for name in values}
+    try:
+        for name, value in values.items():
+            own[name].data = value
+        torch.clear_autocast_cache()  # it knows parameters by identity, and not by value
+        yield
+    finally:
+        for name, value in before.items():
+            own[name].data = value
+        torch.clear_autocast_cache()
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

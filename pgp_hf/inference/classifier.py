@@ -294,10 +294,12 @@ def _make_classifier(
     if method is not None:
         learner.watch_features(lambda seen: features.__setitem__(slice(None), [seen]))
 
-    def kept(logits: Tensor) -> Tensor:
-        return keep_classes(
-            logits if method is None else method.adjust_logits(logits.float(), features.pop()), classes
-        )
+    def kept(logits: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if method is not None:
+            inputs = {**dict(zip(("pixel_values",), args, strict=False)), **kwargs}
+            given = {name: value for name, value in inputs.items() if name not in ("labels", "return_dict")}
+            logits = method.predict_logits(learner, given, logits.float(), features.pop())
+        return keep_classes(logits, classes)
 
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     names = learner.class_names or {}
@@ -308,8 +310,8 @@ def _make_classifier(
             return output
         if isinstance(output, tuple):
             at = 1 if kwargs.get("labels") is not None else 0  # the loss comes first
-            return *output[:at], kept(output[at]), *output[at + 1 :]
-        logits = kept(learner.class_logits(output))
+            return *output[:at], kept(output[at], args, kwargs), *output[at + 1 :]
+        logits = kept(learner.class_logits(output), args, kwargs)
         if "logits" not in output:
             return ImageClassifierOutput(logits=logits)
         output.logits = logits

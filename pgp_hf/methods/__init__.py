@@ -7,6 +7,7 @@ A method of your own is a subclass of `ContinualMethod`, registered by `register
 
 from .base import Batch, Collectives, ContinualMethod, MethodCard, MethodState, Observed, TaskContext
 from .bic import BiC, BiCConfig
+from .der_mcg import DERMCG, DERMCGConfig
 from .derpp import DERpp, DERppConfig
 from .ewc import EWC, EWCConfig
 from .exemplars import ExemplarConfig
@@ -18,6 +19,7 @@ from .projected_prompts import ProjectedPrompts
 from .registry import METHODS, create, register
 
 __all__ = [
+    "DERMCG",
     "EWC",
     "GPM",
     "METHODS",
@@ -26,6 +28,7 @@ __all__ = [
     "BiCConfig",
     "Collectives",
     "ContinualMethod",
+    "DERMCGConfig",
     "DERpp",
     "DERppConfig",
     "EWCConfig",

@@ -171,7 +171,7 @@ class ContinualMethod:
         begin_task, attach      before its first step
         classes, loss           at each step
         end_task                after its last step: statistics, bases, Fisher information
-        adjust_logits           in every evaluation, and by `load_pretrained`
+        predict_logits          in every evaluation, and by `load_pretrained`; it calls adjust_logits
         state                   when the trainer is made, at every checkpoint, and when a task's files are written
         load_state              when a run is resumed
 
@@ -228,6 +228,9 @@ class ContinualMethod:
 
         Results, test images and files are those of `stream` in any case; tasks that are learned as one are evaluated
         once, after the last of them.
+
+        Raises:
+            ValueError: a stream on which the method does not work, with the fix.
         """
         return stream
 
@@ -276,9 +279,29 @@ class ContinualMethod:
         """
         return ()
 
+    @property
+    def stores_images(self) -> bool:
+        """Return True if the run keeps the images of `exemplars`; once their task has ended, the stream's are not read."""
+        return getattr(self.config, "memory_stores", None) == "images"
+
     def adjust_logits(self, logits: Tensor, features: Tensor) -> Tensor:
         """Return the final scores `(B, C)`, given the model's own and the head's input, `(B, d)`."""
         return logits
+
+    def predict_logits(
+        self, model: StreamModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor
+    ) -> Tensor:
+        """Return the final scores `(B, C)`: by default what `adjust_logits` makes of the model's own.
+
+        A method overrides it to run the model again, such as with other weights. The call may come from a hook on the
+        model, which must not run again: `PlainModel.run` goes past it.
+
+        Args:
+            model: in training or loaded.
+            inputs: what it was given, `pixel_values` among it.
+            logits, features: as `adjust_logits` has them.
+        """
+        return self.adjust_logits(logits, features)
 
     # ---- what lasts ----------------------------------------------------------------------------------------------
 

@@ -118,7 +118,8 @@ class LayerInputs(ContinualMethod):
     - parameters without a basis are held at their values: LayerNorms, class token, position embeddings and convolutions,
       among them that of the patches. Running statistics are held too.
     - the head learns freely. With cross-entropy over the task's own classes (`train_mask="task"`) and no weight decay,
-      its rows for older classes do not move.
+      its rows for older classes do not move; but nothing makes the scores of different tasks' classes comparable, as a
+      prediction without the task needs.
 
     What is kept is exact, up to rounding, where the basis spans all rows. Otherwise it is approximate.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -119,6 +119,7 @@ class Scorer:
     def score(
         self,
         model: StreamModel,
+        inputs: Mapping[str, Any],
         output: ModelOutput,
         features: Tensor,
         tasks: Tensor | None,
@@ -128,7 +129,8 @@ class Scorer:
         """Return the logits of one batch, and while recording the rest of [`Recorded`].
 
         Args:
-            output: of the model.
+            inputs: what the model was given.
+            output: what it made of them.
             features: what the head has read, `(B, d)`.
             tasks: 0-based task of each image, `(B,)`; None where the batch does not tell.
             after: the last task trained, 0-based; None before the first.
@@ -137,7 +139,7 @@ class Scorer:
         if tasks is None and self.task is not None:
             tasks = torch.full((len(features),), self.task, device=features.device)
         allowed = allowed_classes(self.stream, after, self.mask, tasks)
-        logits = self.method.adjust_logits(model.class_logits(output).float(), features)
+        logits = self.method.predict_logits(model, inputs, model.class_logits(output).float(), features)
         found = {"logits": keep_classes(logits, allowed)}
         if not self.recording:
             return found

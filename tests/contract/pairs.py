@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "derpp": {"memory_size": 6},
     "icarl": {"memory_size": 12},
     "bic": {"memory_size": 12, "validation_share": 0.25},
+    "der_mcg": {"memory_size": 12, "tuning_epochs": 4, "gate_epochs": 2, "gate_batch_size": 6},
     "gpm": {"energy": 0.8},
     "null_space_adam": {"energy": 0.8},
 }
@@ -35,7 +36,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {  # with which a method is fine-tuning
     "null_space_adam": {"energy": 0.0},
     "fine_tuning": {},
 }
-NEVER_NEUTRAL = {"bic", "icarl", "joint"}
+NEVER_NEUTRAL = {"bic", "der_mcg", "icarl", "joint"}
 
 
 def kind_of(model: str) -> str:

@@ -18,10 +18,11 @@ SETTINGS = {
     "lwf": {"strength": 5.0},
     "icarl": {"memory_size": 9},
     "bic": {"memory_size": 16, "validation_share": 0.25},
+    "der_mcg": {"memory_size": 16, "tuning_epochs": 4, "gate_epochs": 2, "gate_batch_size": 6},
     "gpm": {"energy": 0.8},
     "null_space_adam": {"energy": 0.8},
 }
-PLAIN = ("gpm", "null_space_adam")  # methods for models without prompts
+PLAIN = ("der_mcg", "gpm", "null_space_adam")  # methods for models without prompts
 
 if __name__ == "__main__":
     folder, batch, name = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

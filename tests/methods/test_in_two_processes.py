@@ -31,7 +31,7 @@ def launch(folder, processes, method):
 
 
 @pytest.mark.slow  # projected prompts in two processes are in the default tests
-@pytest.mark.parametrize("method", ["bic", "derpp", "ewc", "gpm", "icarl", "lwf", "null_space_adam"])
+@pytest.mark.parametrize("method", ["bic", "der_mcg", "derpp", "ewc", "gpm", "icarl", "lwf", "null_space_adam"])
 def test_one_process_is_two_processes(tmp_path, method):
     (one,), two = launch(tmp_path / "one", 1, method), launch(tmp_path / "two", 2, method)
     assert one.keys() == two[0].keys() == two[1].keys() and (one or method == "lwf")

@@ -243,7 +243,7 @@ def test_methods_by_name():
     assert isinstance(create("fine_tuning"), FineTuning)
     with pytest.raises(
         ValueError,
-        match="method 'ewk' is unknown: choose one of bic, derpp, ewc, fine_tuning, gpm, icarl, joint, lwf, "
+        match="method 'ewk' is unknown: choose one of bic, der_mcg, derpp, ewc, fine_tuning, gpm, icarl, joint, lwf, "
         "null_space_adam, projected_prompts",
     ):
         create("ewk")
