@@ -83,6 +83,8 @@ def _of_head(head: str, key: str) -> Callable[[list[Run]], list[float]]:
     def values(runs: list[Run]) -> list[float]:
         if key == "forgetting":
             runs = [run for run in runs if in_turn(run)]
+        elif key == "task_incremental":  # of a single task, it is the same as class-incremental
+            runs = [run for run in runs if run["num_tasks"] > 1]
         heads = [found for run in runs if (found := own_head(run, head)) is not None]
         return [each for found in heads if (each := value(found)) is not None]
 

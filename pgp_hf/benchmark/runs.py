@@ -98,6 +98,8 @@ def _frozen(plans: list[Plan]) -> Iterator[tuple[Plan, dict[str, Any]]]:
                 "num_classes": stream.num_classes,
                 "sha256": digests(stream, backbone),
                 "heads": {CLOSED: {**found, "task_incremental": within}},
+                "trainable_parameters": 0,
+                "memory": {"images": 0, "bytes": 0},
                 "drift": [0.0] * stream.num_tasks,
                 "seconds": {"features": extraction, "fit": time.perf_counter() - began},
             },
