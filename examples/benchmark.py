@@ -1,8 +1,8 @@
-r"""Compare prompts with and without projection, and classifiers on frozen features, over several seeds.
+r"""Compare prompts with and without projection, methods that train a model, and classifiers on frozen features.
 
     python examples/benchmark.py
 
-runs every row on what the package ships (a small backbone, handwritten digits). With your own backbone and data, the
+runs every row on what the package ships (a small backbone, handwritten digits), with three seeds. With your own backbone and data, the
 defaults are a protocol for CPUs (112 px, 50 training and 20 test images per class, ten tasks, three epochs):
 
     python examples/benchmark.py --model_name_or_path DIR/vit-tiny-patch16-224 --dataset_name DIR/cifar100 \
@@ -12,9 +12,14 @@ Rows:
 {rows}
 
 A row's name may carry settings: `l2p-functional@energy=0.9,max_images=100` changes fields of the row's
-ProjectionConfig, prompt configuration or PGPTrainingArguments, and counts as a row of its own. Runs of one seed are
-paired: they have the same class order, images, initial prompts and batches. The joint row trains its single task for
-as many epochs as the others train each task.
+ProjectionConfig, prompt configuration or PGPTrainingArguments, and counts as a row of its own; `ewc@strength=1000` and
+`fine_tuning@trainable=lora:8` change those of a method, and what of the model learns. On the embedded digits, methods
+with exemplars have two rows by default, with 2 and with 10 images a class. Methods have the recipe of
+run_baselines.py: --learning_rate and --lr_scheduler_type are for prompts. The clip rows have the embedded CLIP; with
+--model_name_or_path, a CLIP model, they run when they are named.
+
+Runs of one seed are paired: they have the same class order, images, initial prompts and batches. The joint rows train
+their single task for as many epochs as the others train each task.
 
 Each row and seed runs in a process of its own, which writes one file, OUTPUT_DIR/ROW-seedK.json. Finished runs are
 skipped, and interrupted ones continue exactly from their work folder, so the same command continues the benchmark;
@@ -35,14 +40,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pgp_hf import DualPromptConfig, L2PConfig, PGPTrainingArguments
+from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, PGPTrainingArguments
 from pgp_hf.benchmark import table
 from pgp_hf.benchmark.plans import Plan, Row, plan
 from pgp_hf.benchmark.runs import describe, execute, holder
 from pgp_hf.cli.arguments import DataArguments, ModelArguments
+from pgp_hf.cli.baseline_arguments import BaselineTrainingArguments, names
 from pgp_hf.cli.parsing import HELP, SOURCES, option, read
 from pgp_hf.cli.settings import is_folder
 from pgp_hf.heads.closed_form import NearestClassMean, RandomProjectionRidge, ShrinkageLDA
+from pgp_hf.methods import create
 from pgp_hf.tuners.base.config import PromptConfig
 
 
@@ -82,6 +89,25 @@ ROWS = {
     "dualprompt-functional": prompts(
         f"DualPrompt, {OUTPUTS}, {CAREFUL}", DualPromptConfig, "functional", True, **FUNCTIONAL
     ),
+    "clip-none": prompts("CLIP, no projection", ClipPromptConfig, "none"),
+    "clip-pgp": prompts("CLIP, PGP on updates", ClipPromptConfig, "pgp"),
+    "clip-control": prompts(f"CLIP, no projection, {CAREFUL}", ClipPromptConfig, "none", careful=True),
+    "clip-functional": prompts(f"CLIP, {OUTPUTS}, {CAREFUL}", ClipPromptConfig, "functional", True, **FUNCTIONAL),
+}
+RECIPE = {
+    one: BaselineTrainingArguments.__dataclass_fields__[one].default
+    for one in BaselineTrainingArguments.__annotations__
+}
+ROWS |= {
+    name: Row(create(name).describe().title, method=name, training=RECIPE)
+    for name in sorted(names(), key=lambda name: name not in ("fine_tuning", "joint"))  # the bounds come first
+}
+# of methods with exemplars, on the embedded digits: 2 and 10 images of each of 10 classes
+EXEMPLARS = {
+    "icarl": ("memory_per_class=2", "memory_per_class=10"),
+    "bic": ("memory_per_class=2,validation_share=0.5", "memory_per_class=10"),
+    "derpp": ("memory_size=20", "memory_size=100"),
+    "der_mcg": ("memory_per_class=2", "memory_per_class=10"),
 }
 COMMON: dict[str, Any] = {"num_train_epochs": 3, "learning_rate": 0.0075, "output_dir": "out/benchmark"}
 PROTOCOL = {
@@ -107,7 +133,10 @@ ELSEWHERE = 75  # a worker's exit code when another process is running its run
 class BenchmarkArguments:
     """Choose the rows and seeds to run, and the folders."""
 
-    rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": "rows to run"})
+    rows: list[str] = field(
+        default_factory=list,
+        metadata={"help": "rows to run; by default all, without the clip rows if a model is named"},
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds to run each row with"})
     jobs: int = field(default=1, metadata={"help": "number of runs at a time, which share the cores"})
     work_dir: str | None = field(
@@ -125,6 +154,16 @@ class BenchmarkArguments:
     worker: bool = field(default=False, metadata={"help": argparse.SUPPRESS})
 
 
+def usual_rows(argv: Sequence[str]) -> list[str]:
+    """Return the names of the rows that run when the command line names none."""
+    given = set(map(option, argv))
+    if "--model_name_or_path" in given:
+        return [name for name, row in ROWS.items() if row.prompt is not ClipPromptConfig]
+    if given & SOURCES:
+        return list(ROWS)
+    return [each for name in ROWS for each in ([f"{name}@{one}" for one in EXEMPLARS.get(name, ())] or [name])]
+
+
 def parse(argv: Sequence[str]) -> tuple[BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments]:
     """Parse the command line, whose defaults are the protocol."""
     given = set(map(option, argv))
@@ -136,6 +175,7 @@ def parse(argv: Sequence[str]) -> tuple[BenchmarkArguments, ModelArguments, Data
     description = str(__doc__).format(rows="\n".join(f"    {name:<23}{row.what}" for name, row in ROWS.items()))
     kinds = (BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments)
     bench, model, data, training = read(kinds, argv, PROTOCOL if given & (SOURCES | HELP) else EMBEDDED, description)
+    bench.rows = bench.rows or usual_rows(argv)
     return bench, model, data, training
 
 
@@ -230,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def write_table() -> None:
         if table.read(output):
-            table.write(output, table_file, ROWS)
+            table.write(output, table_file, ROWS, usual_rows(argv))
 
     if bench.table:
         write_table()

@@ -13,7 +13,9 @@ from the Hub or from local folders:
 `--trainable` says what of the model learns: all of it (the default), last:N, head or lora:R. Whatever learns has a
 learning rate of 5e-5, the head one of 1e-3, both with cosine decay within each task; batches of 16, AdamW without
 weight decay, a fresh optimizer for each task, and gradients clipped at norm 1. Five epochs per task are the default,
-three for the digits.
+three for the digits. `--preset` names a data set with this recipe, a second recipe, or one of each:
+
+    accelerate launch examples/run_baselines.py --method all --preset imagenet-r-10 sgd-1e-3
 """
 
 from __future__ import annotations

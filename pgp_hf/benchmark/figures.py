@@ -22,6 +22,11 @@ def own_head(run: Run, head: str) -> dict[str, Any] | None:
     return run["heads"].get(head) or (run["heads"].get(CLOSED) if head == "statistics" else None)
 
 
+def of_method(runs: list[Run]) -> bool:
+    """Return True for the runs of a row whose method trains a plain model."""
+    return "method" in runs[0]["settings"]
+
+
 def figures(rows: dict[str, list[Run]], folder: Path) -> dict[Path, str]:
     """Draw `accuracy.png`, and `sensitivity.png` if rows vary a setting.
 
@@ -39,6 +44,8 @@ def figures(rows: dict[str, list[Run]], folder: Path) -> dict[Path, str]:
             "Mean over a row's seeds, with a band of one standard deviation where it has several. Lines have the names "
             "of rows without that of the panel's method; of the rows without prompts the best one at the end is in each "
             "panel. A joint row has one task: the level line."
+            + " Methods have two panels, without and with exemplars."
+            * any(map(of_method, rows.values()))
         )
     points, usual = sensitivity_points(rows, SWEPT)
     if points:
@@ -54,9 +61,11 @@ def accuracy_panels(rows: dict[str, list[Run]]) -> dict[str, dict[str, list[list
     """Return the average accuracy after each task, by "METHOD, HEAD" and row.
 
     A row is named by what follows its method's name; rows with settings in their name are left out. Each panel also has
-    the row without prompts that is best at the end.
+    the classifier in closed form that is best at the end. Methods on plain models, all of their rows, have two panels
+    together: those that keep exemplars have their own.
     """
-    plain = {name: runs for name, runs in rows.items() if "@" not in name}
+    methods = {name: runs for name, runs in rows.items() if of_method(runs)}
+    plain = {name: runs for name, runs in rows.items() if "@" not in name and name not in methods}
     frozen = [name for name, runs in plain.items() if CLOSED in runs[0]["heads"]]
     frozen = sorted(frozen, key=lambda name: np.mean([run["heads"][CLOSED]["average_accuracy"] for run in rows[name]]))
     prompted = [name for name in plain if name not in frozen]
@@ -67,11 +76,18 @@ def accuracy_panels(rows: dict[str, list[Run]]) -> dict[str, dict[str, list[list
             panel.update({name: _curves(plain[name], CLOSED) for name in frozen[-1:]})
             own = [name for name in prompted if name.partition("-")[0] == method]
             panel.update({name.partition("-")[2]: _curves(plain[name], head) for name in own})
+    for title, kept in (("methods without exemplars", False), ("methods with exemplars", True)):
+        chosen = {name: runs for name, runs in methods.items() if (runs[0]["memory"]["images"] > 0) is kept}
+        if chosen:
+            panels[title] = {name: _curves(plain[name], CLOSED) for name in frozen[-1:]}
+            panels[title].update({name: _curves(runs, "linear") for name, runs in chosen.items()})
     return panels
 
 
 def _curves(runs: list[Run], head: str) -> list[list[float]]:
-    return [metrics.per_task_average_accuracy(run["heads"][head]["accuracy_matrix"]) for run in runs]
+    """Return the average accuracy after each task, for each run; one value where all tasks were learned as one."""
+    found: list[Any] = [metrics.summarize(run["heads"][head]["accuracy_matrix"]) for run in runs]
+    return [[value for value in each["per_task_average_accuracy"] if value is not None] for each in found]
 
 
 def sensitivity_points(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,9 +12,12 @@ from typing import Any
 
 from ..cli.arguments import DataArguments, ModelArguments
 from ..cli.settings import PER_RUN, Settings, differences, record
+from ..methods import METHODS
+from ..models import check_trainable
 from ..projection import ProjectionConfig
 from ..runs.reading import read_json
 from ..training.arguments import PGPTrainingArguments
+from ..tuners import ClipPromptConfig
 from ..tuners.base.config import PromptConfig
 
 FIXED = {"method", "head", "push_to_hub"} | PER_RUN  # cannot be set in a row's name
@@ -22,13 +26,14 @@ FILLED_IN = {"hidden_size", "target_modules", "interpolate_pos_encoding"}  # whe
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: a classifier on frozen features, or prompts with a projection.
+    """A row of the table: a classifier on frozen features, prompts with a projection, or a method on a plain model.
 
     Args:
         what: the row in a few words.
-        classifier: class of the classifier; None for prompts.
-        prompt: class of the prompts' configuration; None for a classifier.
-        projection: fields of the `ProjectionConfig`.
+        classifier: class of the classifier.
+        prompt: class of the prompts' configuration.
+        method: registered name of the method.
+        projection: fields of the `ProjectionConfig` of prompts.
         training: fields of the `PGPTrainingArguments` that differ from the other rows'.
         joint: learn all classes as one task.
     """
@@ -36,9 +41,27 @@ class Row:
     what: str
     classifier: type[Any] | None = None
     prompt: type[PromptConfig] | None = None
+    method: str | None = None
     projection: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     joint: bool = False
+
+
+@dataclass
+class Learner:
+    """Describe what of a plain model learns.
+
+    Args:
+        trainable: as `pgp_hf.set_trainable` has it.
+
+    Raises:
+        ValueError: something that it does not know.
+    """
+
+    trainable: str = "all"
+
+    def __post_init__(self) -> None:
+        check_trainable(self.trainable)
 
 
 @dataclass
@@ -53,10 +76,12 @@ class Plan:
         work: folder of unfinished runs.
         model: the backbone.
         data: the stream.
-        training: of the prompts; for a classifier, of what reads the images.
-        classifier: on frozen features; None for prompts.
-        prompt: configuration of the prompts; None for a classifier.
-        projection: of the prompts; None for a classifier.
+        training: of prompts or a plain model; for a classifier, of what reads the images.
+        classifier: on frozen features; None for other rows.
+        prompt: configuration of the prompts; None for other rows.
+        projection: of the prompts; None for other rows.
+        method: configuration of the method on a plain model; None for other rows.
+        learner: what of the plain model learns; None for other rows.
     """
 
     name: str
@@ -70,11 +95,13 @@ class Plan:
     classifier: Any = None
     prompt: Any = None
     projection: ProjectionConfig | None = None
+    method: Any = None
+    learner: Learner | None = None
 
     @property
     def label(self) -> str:
-        """Name of the run."""
-        return f"{self.name}-seed{self.seed}"
+        """Name of the run, and of its files: without the colon of "lora:8", which not all systems allow there."""
+        return f"{self.name}-seed{self.seed}".replace(":", "")
 
     @property
     def file(self) -> Path:
@@ -93,17 +120,25 @@ class Plan:
 
     def settings(self) -> Settings:
         """Return everything that the results depend on except the seed, ready for JSON and without local paths."""
-        if self.projection is None:
+        if self.classifier is not None:
             classifier = {"name": type(self.classifier).__name__, **asdict(self.classifier)}
             return {**record(self.model, self.data), "classifier": classifier}
         found = record(self.model, self.data, self.training)
         training = found.pop("training")
-        return {**found, "prompt": _prompt(self.prompt), "projection": self.projection.to_dict(), "training": training}
+        own: Settings = {}
+        if self.row.method is not None and self.learner is not None:
+            settings = METHODS[self.row.method](self.method).settings()
+            own = {"method": {"name": self.row.method, **settings}, "run": asdict(self.learner)}
+        elif self.projection is not None:
+            own = {"prompt": _prompt(self.prompt), "projection": self.projection.to_dict()}
+        return {**found, **own, "training": training}
 
     def _defaults(self) -> Settings:
         """Return the defaults of the settings that are this plan's own."""
         if self.classifier is not None:
             return {"classifier": asdict(type(self.classifier)())}
+        if self.row.method is not None:
+            return {"method": METHODS[self.row.method]().settings(), "run": asdict(Learner())}
         return {"prompt": _prompt(type(self.prompt)(head="statistics")), "projection": ProjectionConfig().to_dict()}
 
     def finished(self) -> bool:
@@ -136,8 +171,9 @@ def plan(
     """Plan the run of a row with one seed.
 
     Args:
-        name: "ROW" or "ROW@field=value[,field=value]": fields of the row's projection, prompts or training, or of its
-            classifier. Their order does not matter: the plan's name has them sorted.
+        name: "ROW" or "ROW@field=value[,field=value]": fields of the row's projection, prompts or training; of its
+            method, with "trainable"; or of its classifier. Their order does not matter: the plan's name has them
+            sorted.
         seed: of the run.
         rows: all rows by name.
         model: the backbone.
@@ -152,20 +188,18 @@ def plan(
     if base not in rows:
         raise ValueError(f"row {base!r} is unknown: choose from {', '.join(rows)}.")
     row = rows[base]
-    parts: dict[str, Any] = {
-        "projection": ProjectionConfig(**row.projection),
-        "prompt": None if row.prompt is None else row.prompt(head="statistics"),
-        "training": replace(training, **row.training),
-    }
-    if row.classifier is not None:
-        seeded = "seed" in row.classifier.__dataclass_fields__
-        parts = {"classifier": row.classifier(**({"seed": seed} if seeded else {}))}
+    if row.prompt is not None and row.prompt.base_class == "CLIPModel":
+        model = copy.copy(model)
+        model.kind = "clip"
+    parts = _parts(row, seed, data, training)
     given: dict[str, dict[str, Any]] = {}
     try:
         for setting in suffix.split(",") if at else []:
             key, value, part = _setting(setting, parts)
             given.setdefault(part, {})[key] = value
-        parts = {part: replace(config, **given[part]) if part in given else config for part, config in parts.items()}
+        parts = {
+            part: _changed(part, config, given[part]) if part in given else config for part, config in parts.items()
+        }
     except (TypeError, ValueError) as error:
         raise ValueError(f"row {name!r}: {error}") from error
     texts = sorted(f"{key}={value}" for chosen in given.values() for key, value in chosen.items())
@@ -179,6 +213,26 @@ def plan(
         replace(data, num_tasks=1) if row.joint else data,
         **{"training": training, **parts},
     )
+
+
+def _parts(row: Row, seed: int, data: DataArguments, training: PGPTrainingArguments) -> dict[str, Any]:
+    """Return the parts of a plan that its name may change, each a dataclass, by the names that [`Plan`] has for them."""
+    if row.classifier is not None:
+        seeded = "seed" in row.classifier.__dataclass_fields__
+        return {"classifier": row.classifier(**({"seed": seed} if seeded else {}))}
+    training = replace(training, **row.training)
+    if row.method is not None:
+        return {"method": METHODS[row.method].config_class(), "learner": Learner(), "training": training}
+    assert row.prompt is not None
+    own: dict[str, Any] = {"pool_size": data.num_tasks} if row.prompt is ClipPromptConfig else {}  # a context per task
+    prompt = row.prompt(head="statistics", **own)
+    return {"projection": ProjectionConfig(**row.projection), "prompt": prompt, "training": training}
+
+
+def _changed(part: str, config: Any, given: dict[str, Any]) -> Any:
+    """Return a part of a plan with other values."""
+    # a method's configuration may have filled in what was not given
+    return type(config)(**given) if part == "method" else replace(config, **given)
 
 
 def _setting(text: str, parts: dict[str, Any]) -> tuple[str, Any, str]:
@@ -208,7 +262,7 @@ def _convert(owner: type, key: str, text: str) -> Any:
         if kind in kinds:
             with contextlib.suppress(ValueError):
                 return kind(text)
-    if any(kind is str or isinstance(kind, str) for kind in kinds) and re.fullmatch(r"[\w.+-]+", text):
+    if any(kind is str or isinstance(kind, str) for kind in kinds) and re.fullmatch(r"[\w.:+-]+", text):
         return text
     names = " or ".join(kind.__name__ if isinstance(kind, type) else repr(kind) for kind in kinds)
     raise ValueError(f"{key}={text!r} does not fit: expected {names.replace('NoneType', 'none')}.")

@@ -19,18 +19,23 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from filelock import FileLock, Timeout
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 from .. import metrics
 from ..cli.settings import digests
 from ..data.images import ImageCollator
+from ..data.stream import TaskStream
 from ..heads.closed_form import frozen_matrices, stream_features
+from ..methods import METHODS, ProjectedPrompts
+from ..models import set_trainable
+from ..report.formatting import as_number
 from ..runs.atomic import write_json
 from ..runs.folder import RunFolder
 from ..runs.reading import read_json
-from ..training.pgp_trainer import PGPTrainer
-from ..training.results import versions
-from ..tuners import L2PConfig
+from ..training.results import SUMMARY, versions
+from ..training.trainer import StreamTrainer
+from ..tuners import ClipPromptConfig, L2PConfig
 from .figures import CLOSED
 from .plans import Plan
 
@@ -79,17 +84,22 @@ def _frozen(plans: list[Plan]) -> Iterator[tuple[Plan, dict[str, Any]]]:
     train = stream_features(tuner.frozen_features, stream.train, stream.num_tasks, collator, **options)
     extraction = time.perf_counter() - began
     test = stream_features(tuner.frozen_features, stream.test, stream.num_tasks, collator, **options)
+    known = copy.copy(stream)
+    known.scenario = "task_incremental"
     for plan in plans:
-        began = time.perf_counter()
         make = {plan.name: lambda plan=plan: copy.deepcopy(plan.classifier)}
-        matrix = frozen_matrices(stream, train, test, make)[plan.name]
+        within = _accuracies(frozen_matrices(known, train, test, make)[plan.name])
+        began = time.perf_counter()
+        found = _accuracies(frozen_matrices(stream, train, test, make)[plan.name])
         yield (
             plan,
             {
                 "num_tasks": stream.num_tasks,
                 "num_classes": stream.num_classes,
                 "sha256": digests(stream, backbone),
-                "heads": {CLOSED: {"accuracy_matrix": matrix, **metrics.summarize(matrix)}},
+                "heads": {CLOSED: {**found, "task_incremental": within}},
+                "trainable_parameters": 0,
+                "memory": {"images": 0, "bytes": 0},
                 "drift": [0.0] * stream.num_tasks,
                 "seconds": {"features": extraction, "fit": time.perf_counter() - began},
             },
@@ -103,23 +113,39 @@ def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
     training.output_dir, training.seed, training.disable_tqdm = str(plan.folder / "run"), plan.seed, True
     training.push_to_hub = False
     set_seed(plan.seed)  # for the head and the prompts, which are drawn next
-    backbone = plan.model.backbone(stream)
-    config = replace(plan.prompt, interpolate_pos_encoding=plan.model.interpolates(backbone))
-    trainer = PGPTrainer(
-        get_peft_model(backbone, config),
-        training,
-        stream,
-        projection=plan.projection,
-        processing_class=plan.model.processor(),
-    )
+    backbone, model = _model(plan, stream)
+    made_of = digests(stream, backbone)
+    method = ProjectedPrompts(plan.projection) if plan.row.method is None else METHODS[plan.row.method](plan.method)
+    trainer = StreamTrainer(model, training, stream, method, processing_class=plan.model.processor())
     resumed = not trainer.folder.is_empty()
     trainer.train(resume_from_checkpoint=resumed or None)
     results = trainer.results.to_dict()
     # accuracies are in `heads`, the others in `settings` and at the top of the file
-    elsewhere = results["heads"]["linear"].keys() | {"method", "projection", "seed", "versions"}
+    accuracies = ("accuracy_matrix", *SUMMARY, "task_incremental")
+    heads = results.pop("heads", {"linear": {key: results[key] for key in accuracies if key in results}})
+    elsewhere = {*accuracies, "method", "method_settings", "projection", "seed", "versions"}
     kept = {key: value for key, value in results.items() if key not in elsewhere}
-    made_of = digests(stream, backbone)
-    yield plan, {"num_classes": stream.num_classes, "sha256": made_of, **kept, "resumed": resumed}
+    yield plan, {"num_classes": stream.num_classes, "sha256": made_of, **kept, "heads": heads, "resumed": resumed}
+
+
+def _accuracies(matrix: list[list[float | None]]) -> dict[str, Any]:
+    """Return an accuracy matrix, and what follows from it."""
+    return {"accuracy_matrix": matrix, **metrics.summarize(matrix)}
+
+
+def _model(plan: Plan, stream: TaskStream) -> tuple[PreTrainedModel, PreTrainedModel | PeftModel]:
+    """Make the model of a row that is trained; return its backbone as well."""
+    if plan.learner is not None:
+        plain = plan.model.backbone(stream, resize=True)
+        return plain, set_trainable(plain, plan.learner.trainable)
+    if plan.model.kind == "clip":
+        backbone: Any = plan.model.clip()
+        names = ClipPromptConfig.for_classes(plan.model.tokenizer(), stream.label_names)
+        config = replace(plan.prompt, class_tokens=names.class_tokens, id2label=names.id2label)
+    else:
+        backbone, config = plan.model.backbone(stream), plan.prompt
+    config = replace(config, interpolate_pos_encoding=plan.model.interpolates(backbone))
+    return backbone, get_peft_model(backbone, config)
 
 
 @contextlib.contextmanager
@@ -201,7 +227,7 @@ def describe(plan: Plan) -> str:
         return f"process {pid} is running it" if pid else begun
     results = read_json(plan.file)
     heads = [
-        f"{name} {head['average_accuracy']:.2f} % (forgetting {head['forgetting']:.2f})"
+        f"{name} {head['average_accuracy']:.2f} % (forgetting {as_number(head['forgetting'], 2)})"
         for name, head in results["heads"].items()
     ]
     return ", ".join([*heads, f"drift {results['drift'][-1]:.3f}"])

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from ..report.table import markdown
 from ..runs.atomic import replacing
 from ..runs.reading import read_json
-from .figures import CLOSED, HEADS, Run, figures, own_head
+from .columns import columns_of, in_turn, spread
+from .figures import CLOSED, HEADS, Run, figures, of_method, own_head
 from .plans import Row
 
 
@@ -24,13 +24,16 @@ def read(folder: Path) -> list[Run]:
     return [read_json(file) for file in sorted(folder.glob("*-seed*.json"))]
 
 
-def write(folder: Path, file: Path, known: Mapping[str, Row] = MappingProxyType({})) -> None:
+def write(
+    folder: Path, file: Path, known: Mapping[str, Row] = MappingProxyType({}), usual: Sequence[str] = ()
+) -> None:
     """Write the table of the runs in `folder` to `file`, and the figures into `folder`.
 
     Args:
         folder: with a file per finished run.
         file: to write.
         known: rows by name, in the order of the table; rows that differ only in their settings follow one another.
+        usual: names of the rows that a command has which names none.
 
     Raises:
         ValueError: no finished run.
@@ -39,7 +42,7 @@ def write(folder: Path, file: Path, known: Mapping[str, Row] = MappingProxyType(
     if not runs:
         raise ValueError(f"{folder} holds no finished run (*-seed*.json): run the benchmark first.")
     place = {name: index for index, name in enumerate(known)}
-    runs.sort(key=lambda run: (place.get(base(run["row"]), len(place)), run["row"], run["seed"]))
+    runs.sort(key=lambda run: (place.get(base(run["row"]), len(place)), _by_number(run["row"]), run["seed"]))
     rows: dict[str, list[Run]] = {}
     for run in runs:
         rows.setdefault(run["row"], []).append(run)
@@ -47,7 +50,7 @@ def write(folder: Path, file: Path, known: Mapping[str, Row] = MappingProxyType(
         f"![{path.stem}]({os.path.relpath(path, file.parent)})\n\n{caption}"
         for path, caption in figures(rows, folder).items()
     ]
-    parts = ["# Benchmark", protocol(runs), commands(rows, folder, list(place)), main_table(rows), notes(runs)]
+    parts = ["# Benchmark", protocol(runs), commands(rows, folder, usual), main_table(rows), notes(runs)]
     parts += [legend(rows, known), *drawn, differences(rows), settings(rows)]
     with replacing(file) as temporary:
         temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -56,6 +59,11 @@ def write(folder: Path, file: Path, known: Mapping[str, Row] = MappingProxyType(
 def base(row: str) -> str:
     """Return a row's name without its settings."""
     return row.partition("@")[0]
+
+
+def _by_number(name: str) -> list[int | str]:
+    """Return a key by which the numbers in names count as such: 2 comes before 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def protocol(runs: list[Run]) -> str:
@@ -76,7 +84,7 @@ def protocol(runs: list[Run]) -> str:
         f"Data: {of('settings', 'data', source, none='the embedded digits')}, {data('scenario')}; classes: "
         f"{of('num_classes')}, tasks: {tasks}, training images a class: {data('max_train_samples_per_class')}, test "
         f"images a class: {data('max_eval_samples_per_class')}. Backbone: "
-        f"{of('settings', 'model', 'model_name_or_path', none='the embedded ViT')}, image size: "
+        f"{' / '.join(dict.fromkeys(map(_backbone, runs)))}, image size: "
         f"{of('settings', 'model', 'image_size', none='its own')}. Seeds: {of('seed')}. {paired(runs)}".strip()
     ]
     if any("training" in run["settings"] for run in runs):
@@ -105,6 +113,11 @@ def protocol(runs: list[Run]) -> str:
         f"run: {of('threads')}; {', '.join(versions)}."
     )
     return "\n\n".join(text)
+
+
+def _backbone(run: Run) -> str:
+    model = run["settings"]["model"]
+    return model["model_name_or_path"] or ("the embedded CLIP" if model.get("kind") == "clip" else "the embedded ViT")
 
 
 def _precision(run: Run) -> str:
@@ -146,7 +159,7 @@ def paired(runs: list[Run]) -> str:
     )
 
 
-def commands(rows: dict[str, list[Run]], folder: Path, every: list[str]) -> str:
+def commands(rows: dict[str, list[Run]], folder: Path, usual: Sequence[str]) -> str:
     """Return the commands of these runs, one for each set of arguments and seeds."""
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, runs in rows.items():
@@ -155,7 +168,7 @@ def commands(rows: dict[str, list[Run]], folder: Path, every: list[str]) -> str:
             groups.setdefault((arguments, seeds), []).append(name)
     lines = []
     for (arguments, seeds), names in groups.items():
-        chosen = "" if names == every else f" --rows {shlex.join(names)}"
+        chosen = "" if set(names) == set(usual) else f" --rows {shlex.join(names)}"
         where = folder.name if folder.is_absolute() else folder
         lines.append(
             f"python examples/benchmark.py {arguments}{' ' * bool(arguments)}--output_dir {where}{chosen} "
@@ -166,48 +179,14 @@ def commands(rows: dict[str, list[Run]], folder: Path, every: list[str]) -> str:
 
 def main_table(rows: dict[str, list[Run]]) -> str:
     """Return the table of means and standard deviations over the seeds, with a line per row."""
-    head = ["row", "seeds"]
-    for title in HEADS.values():
-        head += [f"{title}: average accuracy (%)", f"{title}: forgetting"]
-    head += ["drift", "changed selections (%)", "rank", "training (min)", "CPU (min)", "peak memory (MB)"]
-    return markdown(
-        [
-            head,
-            *(
-                [name, str(len(runs)), *(_spread(of(runs), digits) for of, digits in _COLUMNS)]
-                for name, runs in rows.items()
-            ),
-        ]
-    )
-
-
-def _of_head(head: str, key: str) -> Callable[[list[Run]], list[float]]:
-    def values(runs: list[Run]) -> list[float]:
-        if key == "forgetting":
-            runs = [run for run in runs if run["num_tasks"] > 1]
-        return [found[key] for run in runs if (found := own_head(run, head)) is not None]
-
-    return values
-
-
-def _last(key: str, scale: float = 1.0) -> Callable[[list[Run]], list[float]]:
-    return lambda runs: [scale * run[key][-1] for run in runs if run.get(key) and run["num_tasks"] > 1]
-
-
-def minutes(run: Run) -> float:
-    """Return the wall time of everything except evaluation."""
-    return sum(value for name, value in run["seconds"].items() if name != "evaluation") / 60
-
-
-_COLUMNS: list[tuple[Callable[[list[Run]], list[float]], int]] = [
-    *((_of_head(head, key), 2) for head in HEADS for key in ("average_accuracy", "forgetting")),
-    (_last("drift"), 3),
-    (_last("changed_selections", 100), 1),
-    (_last("projection_rank"), 0),
-    (lambda runs: [minutes(run) for run in runs], 1),
-    (lambda runs: [run["cpu_seconds"] / 60 for run in runs if "cpu_seconds" in run], 1),
-    (lambda runs: [run["peak_memory_mb"] for run in runs if "peak_memory_mb" in run], 0),
-]
+    columns = [
+        column
+        for column in columns_of([run for runs in rows.values() for run in runs])
+        if not column.optional or any(value for runs in rows.values() for value in column.of(runs))
+    ]
+    head = ["row", "seeds", *(column.title for column in columns)]
+    lines = [[name, str(len(runs)), *(column.cell(runs) for column in columns)] for name, runs in rows.items()]
+    return markdown([head, *lines])
 
 
 def notes(runs: list[Run]) -> str:
@@ -216,6 +195,20 @@ def notes(runs: list[Run]) -> str:
     if any(CLOSED in run["heads"] for run in runs):
         text.append(
             "A row without prompts has a classifier in closed form, listed in the columns of the statistics head."
+        )
+    if any(of_method([run]) for run in runs):
+        text.append(
+            "Methods train the model without prompts; the columns of the linear head have their own predictions, with "
+            "nearest means or corrections where these are part of the method."
+        )
+    if any("task_incremental" in head for run in runs for head in run["heads"].values()):
+        text.append(
+            "Task-incremental: average accuracy, after the same training, where each test image's task is given, so that "
+            "only the task's classes compete; a classifier in closed form then learns each task by itself."
+        )
+    if any(run.get("memory", {}).get("images") for run in runs):
+        text.append(
+            "Exemplars: training images kept for later tasks; their bytes are those of uncompressed 8-bit RGB images at the data's own resolution."
         )
     text.append(
         "Drift: relative change of old test images' features since their task ended. Changed selections: share of old "
@@ -237,9 +230,10 @@ def legend(rows: dict[str, list[Run]], known: Mapping[str, Row]) -> str:
 
 
 def differences(rows: dict[str, list[Run]]) -> str:
-    """Return the differences, paired by seed, of each row with prompts from its reference, the row without projection.
+    """Return the differences, paired by seed, of each row from its reference.
 
-    A row that is not trained like its reference has a control as well: the row without projection that is.
+    That of prompts is the row without projection; a row that is not trained like it has a control as well, the row
+    without projection that is. That of a method is fine-tuning.
     """
 
     def runs_of(name: str | None) -> list[Run]:
@@ -263,7 +257,7 @@ def differences(rows: dict[str, list[Run]]) -> str:
         cells += [_paired(runs, "statistics", runs_of(reference), "linear")]
         cells += [_paired(runs, "statistics", rows[other], "statistics") for other in against]
         cells += [_drift_ratio(runs, runs_of(reference))]
-        control = _control(name, rows)
+        control = None if of_method(runs) else _control(name, rows)
         control = None if control == reference else control
         cells += [control or "", *(_paired(runs, head, runs_of(control), head) for head in HEADS)]
         cells += [_drift_ratio(runs, runs_of(control))]
@@ -274,10 +268,26 @@ def differences(rows: dict[str, list[Run]]) -> str:
 
 
 def _reference(name: str, rows: dict[str, list[Run]]) -> str | None:
-    """Return the row without projection: the one with the same settings if there is one, else the plain one."""
+    """Return the row without projection: the one with the same settings if there is one, else the plain one.
+
+    Of a method, the row of fine-tuning with the same training.
+    """
+    if of_method(rows[name]):
+        return _fine_tuned(name, rows)
     method, _, setting = name.partition("@")
     plain = f"{method.partition('-')[0]}-none"
     return next((row for row in (f"{plain}@{setting}", plain) if row in rows and row != name), None)
+
+
+def _fine_tuned(name: str, rows: dict[str, list[Run]]) -> str | None:
+    def alike(row: str) -> tuple[Any, ...]:
+        run = rows[row][0]
+        return run["settings"]["run"], _training(run), run["settings"]["data"]
+
+    tuned = [
+        row for row, runs in rows.items() if of_method(runs) and runs[0]["settings"]["method"]["name"] == "fine_tuning"
+    ]
+    return next((row for row in tuned if row != name and alike(row) == alike(name)), None)
 
 
 def _control(name: str, rows: dict[str, list[Run]]) -> str | None:
@@ -302,47 +312,67 @@ def _paired(runs: list[Run], head: str, others: list[Run], other: str) -> str:
     if not found or (runs[0]["row"] == others[0]["row"] and head == other):
         return "–"
     each = f" ({', '.join(f'{value:+.2f}' for value in found)})" if len(found) > 1 else ""
-    return _spread(found, 2, sign="+") + each
+    return spread(found, 2, sign="+") + each
 
 
 def _drift_ratio(runs: list[Run], others: list[Run]) -> str:
     theirs = {run["seed"]: run["drift"][-1] for run in others}
-    own = [(run["drift"][-1], theirs.get(run["seed"])) for run in runs if run["num_tasks"] > 1]
-    return _spread([drift / other for drift, other in own if other], 2)
+    own = [(run["drift"][-1], theirs.get(run["seed"])) for run in runs if in_turn(run)]
+    return spread([drift / other for drift, other in own if other], 2)
 
 
 def settings(rows: dict[str, list[Run]]) -> str:
-    """Return the settings: first those that all rows with prompts share, then those of each row."""
-    every = [run for runs in rows.values() for run in runs]
-    prompted = [run for run in every if "prompt" in run["settings"]]
-    keys = dict.fromkeys(
-        (part, key)
-        for run in prompted
-        for part in ("projection", "prompt", "training")
-        for key, value in run["settings"][part].items()
-        if value is not None
-    )
-    shared = [
-        (part, key)
-        for part, key in keys
-        if all(
-            key in run["settings"][part] and run["settings"][part][key] == prompted[0]["settings"][part][key]
-            for run in prompted
+    """Return the settings: first those that all rows with prompts share, and all methods, then those of each row."""
+    texts, told = [], {name: _classifier(runs) for name, runs in rows.items()}
+    for title, kind, parts in (
+        ("rows with prompts", "prompt", ("projection", "prompt", "training")),
+        ("methods", "method", ("run", "method", "training")),
+    ):
+        group = {name: runs for name, runs in rows.items() if kind in runs[0]["settings"]}
+        every = [run for runs in group.values() for run in runs]
+        keys = dict.fromkeys(
+            (part, key)
+            for run in every
+            for part in parts
+            for key, value in run["settings"][part].items()
+            if value is not None and (part, key) != ("method", "name")
         )
-    ]
-    lines = [["row", "settings"]]
-    for name, runs in rows.items():
-        own = [("classifier", key) for key in runs[0]["settings"].get("classifier", {}) if key != "seed"]
-        none = runs[0]["settings"].get("projection", {}).get("method") == "none"
-        own += [
+        shared = [
             (part, key)
             for part, key in keys
-            if key in runs[0]["settings"].get(part, {}) and not (none and part == "projection" and key != "method")
+            if all(
+                key in run["settings"][part] and run["settings"][part][key] == every[0]["settings"][part][key]
+                for run in every
+            )
         ]
-        told = [f"{key}={_values(runs, 'settings', part, key)}" for part, key in own if (part, key) not in shared]
-        lines.append([name, ", ".join([*told, *(["num_tasks=1"] if runs[0]["num_tasks"] == 1 else [])])])
-    common = ", ".join(f"{key}={_values(prompted, 'settings', part, key)}" for part, key in shared)
-    return "\n\n".join(["## Settings", *([f"All rows with prompts: {common}."] if common else []), markdown(lines)])
+        if common := _listed(every, shared):
+            texts.append(f"All {title}: {common}.")
+        for name, runs in group.items():
+            own = runs[0]["settings"]
+            none = own.get("projection", {}).get("method") == "none"
+            told[name] = _listed(
+                runs,
+                [
+                    (part, key)
+                    for part, key in keys
+                    if key in own[part]
+                    and (part, key) not in shared
+                    and not (none and part == "projection" and key != "method")
+                ],
+            )
+    for name, runs in rows.items():
+        if runs[0]["num_tasks"] == 1:
+            told[name] = ", ".join([*filter(None, [told[name]]), "num_tasks=1"])
+    return "\n\n".join(["## Settings", *texts, markdown([["row", "settings"], *map(list, told.items())])])
+
+
+def _classifier(runs: list[Run]) -> str:
+    keys = runs[0]["settings"].get("classifier", {})
+    return _listed(runs, [("classifier", key) for key in keys if key != "seed"])
+
+
+def _listed(runs: list[Run], keys: list[tuple[str, str]]) -> str:
+    return ", ".join(f"{key}={_values(runs, 'settings', part, key)}" for part, key in keys)
 
 
 def _values(runs: list[Run], *path: str, none: str = "none") -> str:
@@ -358,11 +388,3 @@ def _values(runs: list[Run], *path: str, none: str = "none") -> str:
 
 
 _ABSENT = object()
-
-
-def _spread(values: list[float], digits: int, sign: str = "") -> str:
-    """Return the mean, with the standard deviation if there are several values; a dash if there are none."""
-    if not values:
-        return "–"
-    text = f"{np.mean(values):{sign}.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"

@@ -48,6 +48,8 @@ class DataArguments:
         class_order: order in which the classes arrive, "random" or by "label".
         class_order_seed: seed of the class order, and of the images kept and held out; the run's seed by default.
         test_fraction: fraction of each class that is held out if there are no test images.
+        train_val_split: fraction of each class's training images that are held out, to evaluate on them instead of the
+            test images.
         max_train_samples_per_class: maximum number of training images per class.
         max_eval_samples_per_class: maximum number of test images per class.
     """
@@ -89,6 +91,13 @@ class DataArguments:
     test_fraction: float = field(
         default=0.2, metadata={"help": "fraction of each class that is held out if there are no test images"}
     )
+    train_val_split: float | None = field(
+        default=None,
+        metadata={
+            "help": "fraction of each class's training images that is held out for validation: the run is evaluated on these "
+            "images, and the test images are left alone"
+        },
+    )
     max_train_samples_per_class: int | None = field(
         default=None, metadata={"help": "maximum number of training images per class"}
     )
@@ -108,10 +117,7 @@ class DataArguments:
         if self.dataset_name and self.train_dir:
             raise ValueError("give --dataset_name or --train_dir, not both.")
         if self.train_dir:
-            folders = {"train": f"{self.train_dir}/**"}
-            if self.validation_dir:
-                folders["validation"] = f"{self.validation_dir}/**"
-            source = datasets.load_dataset("imagefolder", data_files=folders)
+            source = self._folders(self.train_dir)
         else:
             source = self._named(self.dataset_name) if self.dataset_name else embedded.digits()
         train, test, _ = source_data.resolve_splits(source, None, None)
@@ -127,9 +133,23 @@ class DataArguments:
             seed=seed if self.class_order_seed is None else self.class_order_seed,
             class_order=_label_order(train, label) if self.class_order == "label" else None,
             test_fraction=self.test_fraction,
+            train_val_split=self.train_val_split,
             max_train_samples_per_class=self.max_train_samples_per_class,
             max_eval_samples_per_class=self.max_eval_samples_per_class,
         )
+
+    def _folders(self, train_dir: str) -> datasets.DatasetDict:
+        folders = {"train": f"{train_dir}/**"}
+        if self.validation_dir:
+            folders["validation"] = f"{self.validation_dir}/**"
+        splits = datasets.load_dataset("imagefolder", data_files=folders)
+        if self.label_column_name is None and "label" not in splits["train"].features:
+            raise ValueError(
+                f"the images in {' and '.join(filter(None, (train_dir, self.validation_dir)))} have no labels: expected "
+                "one subfolder per class that holds its images itself, FOLDER/CLASS/IMAGE, and at least two classes. Move "
+                "images that are nested deeper, as in Tiny ImageNet's archive, up into the folder of their class."
+            )
+        return splits
 
     def _named(self, name: str) -> datasets.DatasetDict:
         public: str | None = name

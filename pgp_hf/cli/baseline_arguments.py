@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, NamedTuple
 
+from .. import presets
 from ..methods import METHODS, ContinualMethod, ProjectedPrompts, create
 from ..models import check_trainable
 from ..training.arguments import PGPTrainingArguments
@@ -16,6 +17,7 @@ from .dry_run import describe_methods
 from .parsing import EMBEDDED, HELP, SOURCES, copied_fields, option, read
 
 ALL, DEFAULT = "all", "fine_tuning"
+PRESETS = "baselines"  # their folder
 
 
 @dataclass
@@ -25,6 +27,7 @@ class BaselineOptions:
     Args:
         method: registered name of a method, or "all".
         trainable: what of the model learns, as `pgp_hf.set_trainable` has it.
+        preset: name of a data set or of a recipe with its settings, or both names; the recipe then wins.
         dry_run: print all settings and stop.
         no_compare: leave out the classifiers on frozen features.
     """
@@ -35,6 +38,13 @@ class BaselineOptions:
         metadata={
             "help": "what of the model learns: all; last:N, its last N blocks and whatever follows them; head; or lora:R, "
             "LoRA of rank R on queries and values, and the head"
+        },
+    )
+    preset: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "settings of a data set, of a recipe, or of both, and then the recipe wins over what the data set's has; "
+            f"other options win over either: {', '.join(presets.names(PRESETS))}"
         },
     )
     dry_run: bool = field(default=False, metadata={"help": "print all settings that result, and stop"})
@@ -106,13 +116,18 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> Baselin
     given = set(map(option, argv))
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--method", default=DEFAULT)
-    name = early.parse_known_args(argv)[0].method
+    early.add_argument("--preset", nargs="+", default=[])
+    known = early.parse_known_args(argv)[0]
+    name: str = known.method
     _check_options(name, given)
-    defaults: dict[str, Any] = {"output_dir": f"out/baselines_{name}"}
-    if not given & (SOURCES | HELP):  # --help shows the defaults for the user's own data
+    found = _presets(known.preset)
+    preset = {key: value for one in found.values() for key, value in presets.arguments(one, given).items()}
+    defaults: dict[str, Any] = {"output_dir": "out/" + "_".join(["baselines", *found, name])}
+    if not given & (SOURCES | HELP) and "dataset_name" not in preset:  # --help: the defaults for the user's own data
         defaults.update(EMBEDDED)
         if name != ALL and not given & {"--output_dir", "--overwrite_output_dir", "--resume_from_checkpoint"}:
             defaults["overwrite_output_dir"] = True  # the default folder is scratch
+    defaults.update(preset)
     text = f"{description}\nmethods:\n{_listed()}"
     model, data, run, training, settings = read([*COMMON, _settings_of(name)], argv, defaults, text)
     arguments = BaselineArguments(model, data, run, training, vars(settings))
@@ -120,10 +135,26 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> Baselin
     _check_values(arguments)
     if run.dry_run:
         if training.process_index == 0:
-            found = {name: method.settings() for name, method in methods.items()}
-            print(describe_methods(found, run.trainable, model, data, training))
+            chosen = {name: method.settings() for name, method in methods.items()}
+            print(describe_methods(chosen, found, run.trainable, model, data, training))
         sys.exit(0)
     return arguments
+
+
+def _presets(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Read presets, those of data sets before recipes, which win.
+
+    Raises:
+        ValueError: an unknown one; several data sets.
+    """
+    found = {name: presets.load(PRESETS, name) for name in names}
+    data = [name for name, preset in found.items() if "data" in preset]
+    if len(data) > 1:
+        recipes = [name for name in presets.names(PRESETS) if "data" not in presets.load(PRESETS, name)]
+        raise ValueError(
+            f"--preset {' '.join(data)} names {len(data)} data sets: give one of them, alone or with {', '.join(recipes)}."
+        )
+    return dict(sorted(found.items(), key=lambda item: "data" not in item[1]))
 
 
 def _settings_of(name: str) -> type:

@@ -181,6 +181,7 @@ class Runs:
         try:
             check_scenario(method, self.stream)
             method.check(learner)
+            method.training_stream(self.stream)  # it may be too small for a method, or too large
         except (TypeError, ValueError) as error:
             return str(error)
         return None

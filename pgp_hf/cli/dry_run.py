@@ -29,6 +29,7 @@ _TRAINING = (
     "eval_mask",
 )
 _PREPROCESSING = ("image_size", "image_mean", "image_std")
+_NOTES = ("about", "differs", "unsure")
 _OWN = "the backbone's own"
 
 
@@ -41,7 +42,7 @@ def describe(method: str, preset: dict[str, Any] | None, arguments: Arguments) -
         arguments: of the command line.
     """
     model, data, prompts, run, training = arguments
-    notes: dict[str, Any] = {key: preset[key] for key in ("about", "differs", "unsure") if preset and key in preset}
+    notes: dict[str, Any] = {key: preset[key] for key in _NOTES if preset and key in preset}
     settings: dict[str, Any] = {
         "method": method,
         "preset": run.preset,
@@ -61,6 +62,7 @@ def describe(method: str, preset: dict[str, Any] | None, arguments: Arguments) -
 
 def describe_methods(
     methods: Mapping[str, dict[str, Any]],
+    presets: Mapping[str, dict[str, Any]],
     trainable: str,
     model: ModelArguments,
     data: DataArguments,
@@ -70,14 +72,23 @@ def describe_methods(
 
     Args:
         methods: the settings of each method by its name.
+        presets: content of the presets by their names, whose notes are printed too.
         trainable: what of the model learns.
         model, data, training: of the command line.
     """
     settings = {
         "methods": methods,
+        "presets": {name: {key: preset[key] for key in _NOTES if key in preset} for name, preset in presets.items()},
         "trainable": trainable,
         **_sources(model, data, training),
-        "preprocessing": _preprocessing(model, training),
+        "preprocessing": {
+            **_preprocessing(model, training),
+            **{
+                f"as {name} has it": preset["preprocessing"]
+                for name, preset in presets.items()
+                if "preprocessing" in preset
+            },
+        },
         "training": {**_training(data, training), "head_learning_rate": training.head_learning_rate},
     }
     return json.dumps(settings, indent=2)

@@ -263,14 +263,19 @@ def map_labels(
 # What is drawn for a class depends on (seed, purpose, class) alone, not on the class order or on other classes.
 
 
-def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split the row numbers into train and test, stratified; a class of two or more rows has at least one in each."""
+def hold_out(
+    rows: np.ndarray, labels: np.ndarray, fraction: float, seed: int, purpose: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split row numbers into those to keep and those held out, stratified.
+
+    A class of two or more rows has at least one of each; `purpose` is 2 for test and 3 for validation.
+    """
     held = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        count = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
-        held[np.random.default_rng([seed, 2, label]).choice(rows, count, replace=False)] = True
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    for label in np.unique(labels[rows]):
+        own = rows[labels[rows] == label]
+        count = min(max(round(fraction * len(own)), 1), len(own) - 1)
+        held[np.random.default_rng([seed, purpose, label]).choice(own, count, replace=False)] = True
+    return rows[~held[rows]], rows[held[rows]]
 
 
 def at_most(rows: np.ndarray, labels: np.ndarray, limit: int | None, seed: int, split: int) -> np.ndarray:
@@ -289,17 +294,26 @@ def at_most(rows: np.ndarray, labels: np.ndarray, limit: int | None, seed: int, 
 def choose_rows(
     labels: np.ndarray,
     test_labels: np.ndarray | None,
-    test_fraction: float,
+    held_out: Sequence[float | None],
     seed: int,
     max_train: int | None,
     max_test: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row numbers to train and to test on; without test labels, hold test rows out of the train rows."""
-    if test_labels is None:
-        train, test = hold_out(labels, test_fraction, seed)
-        test_labels = labels
-    else:
-        train, test = np.arange(len(labels)), np.arange(len(test_labels))
+    """Return the row numbers to train and to test on.
+
+    Args:
+        labels: of the train rows.
+        test_labels: of the test rows; None to test on train rows that are held out.
+        held_out: shares of each class that are held out of the train rows one after the other: test rows, then
+            validation rows, None for neither. What is held out last is tested on.
+        seed: of what is drawn.
+        max_train, max_test: number of rows kept of each class at most; None for all.
+    """
+    train, test = np.arange(len(labels)), np.arange(0 if test_labels is None else len(test_labels))
+    for purpose, fraction in enumerate(held_out, 2):
+        if fraction is not None:
+            train, test = hold_out(train, labels, fraction, seed, purpose)
+    test_labels = labels if test_labels is None else test_labels
     return at_most(train, labels, max_train, seed, split=0), at_most(test, test_labels, max_test, seed, split=1)
 
 

@@ -33,9 +33,12 @@ _CAUSES = (
     "label_column",
     "image_column",
     "test_fraction",
+    "train_val_split",
     "max_train_samples_per_class",
     "max_eval_samples_per_class",
 )
+
+_OPTIONAL = ("train_val_split",)  # written only where it is given
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,11 @@ class TaskImages(torch.utils.data.Dataset[ImageItem]):
         if not -len(self) <= position < len(self):
             raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
         position %= len(self)
-        image = self._source.decode(int(self._rows[position]))
+        image = self._decoded(position)
         return {"image": image, "label": int(self.labels[position]), "task": self.task, "index": position}
+
+    def _decoded(self, position: int) -> PIL.Image.Image:
+        return self._source.decode(int(self._rows[position]))
 
 
 class TaskStream:
@@ -143,6 +149,7 @@ class TaskStream:
         test_dataset: datasets.Dataset | None = None,
         test_split: str | None = None,
         test_fraction: float = 0.2,
+        train_val_split: float | None = None,
         max_train_samples_per_class: int | None = None,
         max_eval_samples_per_class: int | None = None,
     ) -> TaskStream:
@@ -164,6 +171,8 @@ class TaskStream:
             test_split: name of the test split of a `DatasetDict`. Default: the first of `test`, `validation`,
                 `valid`, `val`.
             test_fraction: share of each class held out as test rows when there are none.
+            train_val_split: share of each class's training rows held out as validation rows, which then take the place
+                of the test rows: those are left out, and none of their images is read.
             max_train_samples_per_class: number of training images kept of each class at most, drawn by the seed.
             max_eval_samples_per_class: the same for test images.
 
@@ -182,10 +191,13 @@ class TaskStream:
                 ("max_eval_samples_per_class", max_eval_samples_per_class),
             )
         }
-        if not 0 < test_fraction < 1:
-            raise ValueError(f"test_fraction must lie strictly between 0 and 1, got {test_fraction}")
+        for argument, share in (("test_fraction", test_fraction), ("train_val_split", train_val_split)):
+            if share is not None and not 0 < share < 1:
+                raise ValueError(f"{argument} must lie strictly between 0 and 1, got {share}")
 
         train, test, name = source_data.resolve_splits(dataset, test_dataset, test_split)
+        held_out = (test_fraction if test is None else None, train_val_split)
+        test = test if train_val_split is None else None
         label_column, image_column = source_data.resolve_columns(train, label_column, image_column)
         for split, data in (("train", train), ("test", test)):
             if data is not None:
@@ -196,7 +208,7 @@ class TaskStream:
 
         order = _class_order(class_order, seed, len(label_names))
         tasks = [Task(t, tuple(part.tolist())) for t, part in enumerate(np.array_split(order, num_tasks))]
-        rows, test_rows = source_data.choose_rows(labels, test_labels, test_fraction, seed or 0, *limits.values())
+        rows, test_rows = source_data.choose_rows(labels, test_labels, held_out, seed or 0, *limits.values())
         images = test_images = ImageRows("train", train, image_column, labels)  # held-out rows keep their row numbers
         if test is not None and test_labels is not None:
             test_images = ImageRows("test", test, image_column, test_labels)
@@ -223,7 +235,8 @@ class TaskStream:
             "label_names": label_names,
             "label_values": label_values,
             "class_order": order.tolist(),
-            "test_fraction": float(test_fraction) if test is None else None,
+            "test_fraction": None if held_out[0] is None else float(held_out[0]),
+            **({} if train_val_split is None else {"train_val_split": float(train_val_split)}),
             **limits,
         }
         return cls(cut("train", images, rows), cut("test", test_images, test_rows), tasks, label_names, settings)
@@ -274,7 +287,7 @@ class TaskStream:
             ValueError: an image file that cannot be read.
         """
         if self._digests is None:
-            self._digests = {split: source.digests(rows) for split, (source, rows) in self._splits.items()}
+            self._digests = self._hashes()
         tasks = []
         for task in self.tasks:
             entry: dict[str, Any] = {"classes": list(task.classes)}
@@ -283,25 +296,42 @@ class TaskStream:
             tasks.append(entry)
         return {**_copy(self._settings), "tasks": tasks}
 
-    def verify(self, progress: bool = True) -> None:
+    def _hashes(self, known: Sequence[str] = ()) -> dict[str, list[str]]:
+        """Hash the images of each split and task; `known` are the hashes of the first tasks' training images."""
+        given = {"train": list(known), "test": []}
+        return {
+            split: given[split] + source.digests(rows[len(given[split]) :])
+            for split, (source, rows) in self._splits.items()
+        }
+
+    def verify(self, progress: bool = True, gone: int = 0) -> None:
         """Decode every selected image, to find broken ones before hours of training; do nothing after a first success.
 
         Args:
             progress: show a progress bar when there are many images.
+            gone: number of first tasks whose training images are left out, since they may be gone.
 
         Raises:
             ValueError: images that do not decode; the message names split and row of the first one, and says how many
                 there are.
         """
         if not self._verified:
-            chosen = [(source, np.sort(np.concatenate(rows)).tolist()) for source, rows in self._splits.values()]
+            chosen = []
+            for split, (source, rows) in self._splits.items():
+                kept = rows[gone:] if split == "train" else rows
+                chosen.append((source, sorted(row for part in kept for row in part.tolist())))
             verify_images(chosen, progress)
-            self._verified = True
+            self._verified = not gone
 
-    def check_manifest(self, manifest: Mapping[str, Any]) -> None:
+    def check_manifest(self, manifest: Mapping[str, Any], gone: int = 0) -> None:
         """Compare this stream with the manifest of an earlier run.
 
         Neither the dataset's name and fingerprints are compared nor settings that do not affect data and order.
+
+        Args:
+            manifest: of the earlier run.
+            gone: number of first tasks whose training images may be gone: their hashes are taken from the manifest if
+                they have not been computed yet.
 
         Raises:
             TypeError: `manifest` is not a mapping.
@@ -312,8 +342,18 @@ class TaskStream:
             raise TypeError(f"manifest must be a dict as from TaskStream.manifest(), got {type(manifest).__name__}")
         if manifest.get("format") != MANIFEST_FORMAT:
             raise ValueError(f"manifest format must be {MANIFEST_FORMAT}, got {manifest.get('format')!r}")
+        before = self._digests
+        if gone and before is None:
+            self._digests = self._hashes(_train_hashes(manifest, gone))
+        try:
+            self._compare(manifest)
+        except ValueError:
+            self._digests = before
+            raise
+
+    def _compare(self, manifest: Mapping[str, Any]) -> None:
         own = self.manifest()
-        lacking = [key for key in own if key not in manifest]
+        lacking = [key for key in own if key not in manifest and key not in _OPTIONAL]
         if lacking:
             raise ValueError(f"manifest lacks {shorten(lacking)}; pass one written by TaskStream.manifest()")
         differences = [_difference(key, own[key], manifest[key]) for key in _SAME if own[key] != manifest[key]]
@@ -324,7 +364,8 @@ class TaskStream:
                         what = f"{split} images of task {t} (0-based)"
                         differences.append(_difference(what, here[split], there.get(split)))
         if differences:
-            causes = [_difference(key, own[key], manifest[key]) for key in _CAUSES if own[key] != manifest[key]]
+            pairs = {key: (own.get(key), manifest.get(key)) for key in _CAUSES}
+            causes = [_difference(key, here, there) for key, (here, there) in pairs.items() if here != there]
             hint = f" Settings that differ: {'; '.join(causes)}." if causes else ""
             shown = differences[:4] + [f"{len(differences) - 4} more differences"] * (len(differences) > 4)
             raise ValueError(
@@ -354,6 +395,16 @@ def _class_order(given: Sequence[int] | None, seed: int | None, num_classes: int
             f"duplicates: {shorten(duplicates)}, missing: {shorten(missing)}"
         )
     return np.array(order)
+
+
+def _train_hashes(manifest: Mapping[str, Any], tasks: int) -> list[str]:
+    """Return the hashes of the first tasks' training images."""
+    try:
+        return [str(task["train"]["sha256"]) for task in manifest["tasks"][:tasks]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            "manifest lacks the hashes of training images; pass one written by TaskStream.manifest()"
+        ) from error
 
 
 def _difference(what: str, here: Any, there: Any) -> str:

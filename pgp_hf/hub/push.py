@@ -4,7 +4,8 @@
 
 uploads what is missing there, in order, and changes nothing if nothing is missing. A trainer does the same while it
 trains (`push_to_hub=True`), through the queue in `queue.py`. Only the files named in `UPLOADED_FILES` leave the
-machine, as sanitised copies: local paths are stripped, and the card names the repository.
+machine, as sanitised copies: local paths are stripped, and the card names the repository. Training images that a run
+stores follow only with `--exemplars`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
-from ..runs.folder import MODEL, MODEL_CONFIG, RESULTS, RunFolder
+from ..runs.folder import EXEMPLARS, MODEL, MODEL_CONFIG, RESULTS, RunFolder
 from ..runs.reading import read_json
 from .queue import Refused, Uploads, explain
 from .snapshot import CARD, UPLOADED_FILES, is_ours, listed, snapshot
@@ -78,6 +79,7 @@ class TaskRepo:
         private: whether a new repository is private; by default, as its owner's settings say.
         base_model: Hub id of a backbone that was loaded from a local folder.
         new_run: whether the run is just starting, so that the repository must not hold any task yet.
+        exemplars: whether training images that the run stores are uploaded too.
     """
 
     repo_id: str
@@ -85,6 +87,7 @@ class TaskRepo:
     private: bool | None = None
     base_model: str | None = None
     new_run: bool = False
+    exemplars: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("repo_id", self.repo_id), ("base_model", self.base_model)):
@@ -130,7 +133,9 @@ class TaskRepo:
         """
         tag, tags = f"task-{t + 1}", self._tags()
         with tempfile.TemporaryDirectory(prefix="pgp_hf-") as copy, disable_progress_bars():
-            files = snapshot(folder, Path(copy), repo_id=self.repo_id, base_model=self.base_model)
+            files = snapshot(
+                folder, Path(copy), repo_id=self.repo_id, base_model=self.base_model, exemplars=self.exemplars
+            )
             wanted = {path: Path(copy) / path for path in files}
             if tag in tags:
                 self._check_same(tag, wanted)
@@ -153,7 +158,7 @@ class TaskRepo:
 
     def _tree(self, revision: str) -> dict[str, RepoFile]:
         entries = self._api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
-        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and is_ours(entry.path)}
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and is_ours(entry.path, True)}
 
     def _head(self, t: int, wanted: dict[str, Path]) -> str:
         """Return the head of `main`, after committing the wanted files unless it holds them already."""
@@ -188,12 +193,15 @@ class TaskRepo:
         return None
 
     def _check_same(self, tag: str, wanted: dict[str, Path]) -> None:
-        path = _difference(self._tree(tag), wanted)
+        tree = self._tree(tag)
+        path = _difference(tree, wanted)
         if path is not None:
+            what = f"holds another run: its {tag} differs from the one here in {path}"
+            if path == EXEMPLARS and path not in tree:
+                what = f"has {tag} without {path}"
             raise Refused(
-                f"{self.repo_id} holds another run: its {tag} differs from the one here in {path}. Published revisions "
-                "are never changed: choose another repository, or delete the old tags first "
-                f"(hf repos tag delete {self.repo_id} {tag}, and so on)."
+                f"{self.repo_id} {what}. Published revisions are never changed: choose another repository, or delete the old "
+                f"tags first (hf repos tag delete {self.repo_id} {tag}, and so on)."
             )
 
 
@@ -208,8 +216,11 @@ def _foreign(wanted: Mapping[str, Path]) -> set[str]:
 
 
 def _difference(tree: dict[str, RepoFile], wanted: dict[str, Path]) -> str | None:
-    """Return a path at which a revision and the wanted files differ, except the card, which people may edit."""
-    for path in sorted({*tree, *wanted} - {CARD} - _foreign(wanted)):
+    """Return a path at which a revision and the wanted files differ.
+
+    Neither the card counts, which people may edit, nor stored images that are not to be uploaded or are here no more.
+    """
+    for path in sorted({*tree, *wanted} - {CARD} - _foreign(wanted) - ({EXEMPLARS} - wanted.keys())):
         if path not in tree or path not in wanted:
             return path
         there, data = tree[path], wanted[path].read_bytes()
@@ -232,6 +243,7 @@ def push(
     token: str | None = None,
     private: bool | None = None,
     base_model: str | None = None,
+    exemplars: bool = False,
     wait: float = WAIT,
     say: Callable[[str], None] = lambda line: None,
 ) -> Pushed:
@@ -241,7 +253,7 @@ def push(
 
     Args:
         output_dir: the run's folder.
-        repo_id, token, private, base_model: as for [`TaskRepo`].
+        repo_id, token, private, base_model, exemplars: as for [`TaskRepo`].
         wait: seconds without progress after which to give up.
         say: receives a line for each task.
 
@@ -253,7 +265,7 @@ def push(
     tasks = folder.finished_tasks()
     if not tasks:
         raise ValueError(f"{folder.root} holds no finished task (task-1): give the output_dir of a run.")
-    repo = TaskRepo(repo_id, token, private, base_model)
+    repo = TaskRepo(repo_id, token, private, base_model, exemplars=exemplars)
     tags: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
 
     def put(t: int) -> None:
@@ -279,6 +291,7 @@ def command(output_dir: str | Path, repo: TaskRepo) -> str:
     parts = ["python", "-m", "pgp_hf.hub", "push", str(output_dir), "--repo_id", repo.repo_id]
     parts += ["--private"] if repo.private else ["--no-private"] if repo.private is False else []
     parts += ["--base_model", repo.base_model] if repo.base_model else []
+    parts += ["--exemplars"] if repo.exemplars else []
     return shlex.join(parts)
 
 
@@ -319,6 +332,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--base_model", "--base-model", help="Hub id of the backbone, if the run loaded it from a local folder"
     )
     one.add_argument(
+        "--exemplars",
+        action="store_true",
+        help="also upload training images that the run stores (memory_stores 'images')",
+    )
+    one.add_argument(
         "--wait",
         type=float,
         default=WAIT,
@@ -332,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             token=args.token,
             private=args.private,
             base_model=args.base_model,
+            exemplars=args.exemplars,
             wait=args.wait,
             say=lambda line: print(line, flush=True),
         )

@@ -19,6 +19,7 @@ from ..runs.folder import (
     ADAPTER_CONFIG,
     BASES,
     DESCRIPTION,
+    EXEMPLARS,
     MANIFEST,
     METHOD,
     METHOD_STATE,
@@ -47,25 +48,28 @@ UPLOADED_FILES = (
     "processor_config.json",
     "figures/*.png",
 )
-"""The only files that are ever uploaded."""
+"""The only files that are uploaded, but for stored training images, for which one has to ask."""
 
 _PATH = re.compile(r"(~?/|[A-Za-z]:[\\/]|\\\\|file:/)")  # the beginning of an absolute path, on any system
 _CLASS_NAMES = ("id2label", "label2id", "label_names", "class_names")  # may begin with a slash, as "/m/01g317" does
 
 
-def listed(folder: Path) -> list[str]:
-    """Return the files of `folder` that may be uploaded, by their POSIX path inside it."""
+def listed(folder: Path, exemplars: bool = False) -> list[str]:
+    """Return the files of `folder` that may be uploaded, by their POSIX path inside it; `exemplars`: stored images too."""
     paths = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     others = (MODEL, MODEL_CONFIG) if config_name(folder) == ADAPTER_CONFIG else ()
-    return [path for path in paths if is_ours(path) and path not in others]
+    return [path for path in paths if is_ours(path, exemplars) and path not in others]
 
 
-def is_ours(path: str) -> bool:
-    """Return whether a path in a repository is one of the files that are uploaded."""
-    return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in UPLOADED_FILES)
+def is_ours(path: str, exemplars: bool = False) -> bool:
+    """Return whether a path in a repository is one of the files that are uploaded; `exemplars`: stored images too."""
+    patterns = (*UPLOADED_FILES, EXEMPLARS) if exemplars else UPLOADED_FILES
+    return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns)
 
 
-def snapshot(folder: Path, target: Path, *, repo_id: str, base_model: str | None = None) -> list[str]:
+def snapshot(
+    folder: Path, target: Path, *, repo_id: str, base_model: str | None = None, exemplars: bool = False
+) -> list[str]:
     """Copy a finished task to `target` as it is uploaded.
 
     Absolute paths in JSON are reduced to their last part, such as the name of a dataset's folder.
@@ -78,6 +82,7 @@ def snapshot(folder: Path, target: Path, *, repo_id: str, base_model: str | None
         target: the folder to fill.
         repo_id: the repository that the copy is for.
         base_model: Hub id of a backbone that was loaded from a local folder.
+        exemplars: copy stored images as well.
 
     Returns:
         The files, by their path in the repository.
@@ -89,7 +94,7 @@ def snapshot(folder: Path, target: Path, *, repo_id: str, base_model: str | None
     contents = {name: read_json(folder / name) for name in (RESULTS, MANIFEST, config, DESCRIPTION)}
     base = contents[config].get("base_model_name_or_path")
     named = embedded.name_of(base) or (base_model if base is None or _is_local(base) else base)
-    for path in listed(folder):
+    for path in listed(folder, exemplars):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         content = read_json(folder / path) if path.endswith(".json") else None
         public = _without_paths(content)
@@ -101,7 +106,7 @@ def snapshot(folder: Path, target: Path, *, repo_id: str, base_model: str | None
             write_json(target / path, public)
     contents[config]["base_model_name_or_path"] = named or base  # a card shows the last part of a local path
     model_card.save_card(target / CARD, *contents.values(), repo_id=repo_id)
-    return listed(target)
+    return listed(target, exemplars)
 
 
 def _is_local(name: str) -> bool:

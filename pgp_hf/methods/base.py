@@ -228,6 +228,9 @@ class ContinualMethod:
 
         Results, test images and files are those of `stream` in any case; tasks that are learned as one are evaluated
         once, after the last of them.
+
+        Raises:
+            ValueError: a stream on which the method does not work, with the fix.
         """
         return stream
 
@@ -275,6 +278,11 @@ class ContinualMethod:
         They are counted in `results.json`, with the size that they would have.
         """
         return ()
+
+    @property
+    def stores_images(self) -> bool:
+        """Return True if the run keeps the images of `exemplars`; once their task has ended, the stream's are not read."""
+        return getattr(self.config, "memory_stores", None) == "images"
 
     def adjust_logits(self, logits: Tensor, features: Tensor) -> Tensor:
         """Return the final scores `(B, C)`, given the model's own and the head's input, `(B, d)`."""

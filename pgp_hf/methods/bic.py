@@ -32,6 +32,7 @@ class BiCConfig(ExemplarConfig):
         memory_size: number of images that are kept in all, the same number of each class seen so far; 2000 where
             `memory_per_class` is not given either.
         memory_per_class: number of images that are kept of each class, instead.
+        memory_stores: see [`MemoryConfig`].
         temperature: what scores are divided by before they are compared with the teacher's, above 0.
         validation_share: share of a class's exemplars that is not trained on, but used to correct the bias, in (0, 1). It
             is rounded down to whole images, of which there must be one at least.

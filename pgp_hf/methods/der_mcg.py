@@ -36,6 +36,7 @@ class DERMCGConfig(ExemplarConfig):
         memory_size: number of images that are kept in all, the same number of each class seen so far; 2000 where
             `memory_per_class` is not given either.
         memory_per_class: number of images that are kept of each class, instead.
+        memory_stores: see [`MemoryConfig`].
         combine: "multiply": a score is multiplied by its expert's weight, as published, which raises negative scores of
             experts with small weights; "log": the logarithm of the weight is added.
         gate_temperature: what the gate's scores are divided by before they become weights.

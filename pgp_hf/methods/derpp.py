@@ -15,20 +15,21 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from .base import Batch, ContinualMethod, MethodCard, MethodState, TaskContext
-from .memory import Examples, Reservoir
+from .memory import Examples, MemoryConfig, Reservoir
 from .registry import register
 
 DRAW, INSERT = 0, 1  # last number of the keys that random draws are a function of
 
 
 @dataclass
-class DERppConfig:
+class DERppConfig(MemoryConfig):
     """Configure [`DERpp`].
 
     Args:
         memory_size: number of images that are kept; 0 is fine-tuning.
         alpha: weight of the squared error between the scores of kept images and those that they had.
         beta: weight of the cross-entropy of kept images; 0 is DER.
+        memory_stores: see [`MemoryConfig`].
 
     Raises:
         ValueError: a setting out of its range.
@@ -39,6 +40,7 @@ class DERppConfig:
     beta: float = field(default=0.5, metadata={"help": "weight of the cross-entropy of kept images"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.memory_size < 0:
             raise ValueError(f"memory_size={self.memory_size} is out of range: it is a number of images, from 0.")
         for name in ("alpha", "beta"):
@@ -71,7 +73,8 @@ class DERpp(ContinualMethod):
     term covers the classes of the loss (`train_mask`), the other two cover all outputs of the head.
 
     Kept images are known by task and position: they are read from the stream and augmented afresh, and no file of the
-    run holds any. Kept images pass through the model as in prediction, without dropout, and with prompts that each
+    run holds any unless `memory_stores` is "images". Images of older tasks only ever leave the memory, so those that were
+    in it when the last task ended are all that a task may ask for. Kept images pass through the model as in prediction, without dropout, and with prompts that each
     selects for itself. Draws are a function of the seed, the task, the step and the image, so that neither accumulation
     nor the number of processes changes them.
 
@@ -100,7 +103,7 @@ class DERpp(ContinualMethod):
             limits=(
                 f"It is not rehearsal-free: training kept {len(self.memory)} images ({self.config.memory_size} at most), "
                 "which further tasks need as well.",
-                "Kept images are named in the files by task and position only: continuing takes the same data.",
+                self.config.limit(),
             ),
             citation="Buzzega et al., Dark Experience for General Continual Learning: a Strong, Simple Baseline, NeurIPS 2020",
         )

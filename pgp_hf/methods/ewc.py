@@ -36,7 +36,7 @@ class EWCConfig:
         ValueError: a setting out of its range.
     """
 
-    strength: float = field(default=100.0, metadata={"help": "weight of the penalty; 0 is fine-tuning"})
+    strength: float = field(default=1e4, metadata={"help": "weight of the penalty; 0 is fine-tuning"})
     mode: Literal["online", "separate"] = field(
         default="online", metadata={"help": "one penalty around the last task's parameters, or one for each task"}
     )

@@ -14,20 +14,21 @@ from torch.utils.data import ConcatDataset, Dataset
 from ..models import StreamModel
 from .base import ContinualMethod, Item, MethodState, TaskContext
 from .distillation import teacher_of
-from .memory import HerdedMemory, herd, rgb_bytes
+from .memory import HerdedMemory, MemoryConfig, herd, rgb_bytes
 
 if TYPE_CHECKING:
     from ..data.stream import TaskStream
 
 
 @dataclass
-class ExemplarConfig:
+class ExemplarConfig(MemoryConfig):
     """Configure how many exemplars a method keeps.
 
     Args:
         memory_size: number of images that are kept in all, the same number of each class seen so far; 2000 where
             `memory_per_class` is not given either.
         memory_per_class: number of images that are kept of each class, instead.
+        memory_stores: see [`MemoryConfig`].
 
     Raises:
         ValueError: both are given, or one is below 1.
@@ -41,6 +42,7 @@ class ExemplarConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.memory_size is not None and self.memory_per_class is not None:
             raise ValueError(
                 f"memory_size={self.memory_size} and memory_per_class={self.memory_per_class} are mutually exclusive: give "
@@ -64,11 +66,13 @@ class ExemplarConfig:
 
 
 class ExemplarMethod(ContinualMethod):
-    """Train on each task's images and on exemplars of all older classes together, with a teacher at hand.
+    """Train on each task's images and on exemplars of all older classes together, next to a teacher.
 
     When a task ends, its classes get as many exemplars as each class may have by then, and older classes give up those
     chosen last. Exemplars are known by task and position: they are read from the stream and augmented afresh, and no file
-    of the run holds any. The cross-entropy is over all classes seen so far, whatever `train_mask` is.
+    of the run holds any unless `memory_stores` is "images". The cross-entropy is over all classes seen so far, whatever
+    `train_mask` is. A model in which each task has prompts of its own, such as DualPrompt, trains exemplars with those of
+    the task in training.
 
     Args:
         config: see [`ExemplarConfig`].
@@ -140,7 +144,7 @@ class ExemplarMethod(ContinualMethod):
             f"It is not rehearsal-free: training kept {len(self.memory)} images ({most} at most; {self.memory.bytes:,} bytes "
             "as uncompressed images), which further tasks need as well.",
             "Exemplars are chosen when a task has ended, in another pass over its images.",
-            "Kept images are named in the files by task and position only: continuing takes the same data.",
+            self.config.limit(),
         )
 
     def state(self) -> MethodState:

@@ -35,7 +35,7 @@ class GPMConfig:
     """
 
     energy: float = field(
-        default=0.97, metadata={"help": "share of the inputs' energy that is protected; 0 is fine-tuning"}
+        default=0.9, metadata={"help": "share of the inputs' energy that is protected; 0 is fine-tuning"}
     )
     max_images: int | None = field(
         default=None, metadata={"help": "images of a task on which layers are observed; all when not given"}
@@ -44,7 +44,7 @@ class GPMConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.energy <= 1:
             raise ValueError(
-                f"energy={self.energy} is outside [0, 1]: it is a share of the inputs' energy, such as 0.97; 0 is fine-tuning."
+                f"energy={self.energy} is outside [0, 1]: it is a share of the inputs' energy, such as 0.9; 0 is fine-tuning."
             )
         if self.max_images is not None and self.max_images < 1:
             raise ValueError(f"max_images={self.max_images} is out of range: use at least 1, or None for all.")
@@ -68,7 +68,7 @@ class NullSpaceAdamConfig(GPMConfig):
     """
 
     energy: float = field(
-        default=0.99, metadata={"help": "share of the inputs' energy that is protected; 0 is fine-tuning"}
+        default=0.9, metadata={"help": "share of the inputs' energy that is protected; 0 is fine-tuning"}
     )
     a: float | None = field(
         default=None,

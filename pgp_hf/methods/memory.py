@@ -1,17 +1,60 @@
-"""A memory of training images: which ones, and how the model saw them. The images themselves stay in the data set."""
+"""A memory of training images: which ones, and how the model saw them. The images themselves are read elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..runs.folder import EXEMPLARS
+
 if TYPE_CHECKING:
     from ..data.stream import TaskImages  # loads `datasets`, which prediction does without
+
+
+Stores = Literal["places", "images"]
+
+
+@dataclass
+class MemoryConfig:
+    """Configure what a run keeps of the images in a memory.
+
+    Args:
+        memory_stores: "places" keeps their tasks and positions, by which they are read from the stream. "images" keeps
+            them as 8-bit RGB as well, and reads those of older tasks from there, so that the data set may lose them.
+
+    Raises:
+        ValueError: neither of these.
+    """
+
+    memory_stores: Stores = field(
+        default="places",
+        kw_only=True,
+        metadata={
+            "help": "what the run keeps of images in the memory: 'places', by which they are read from the stream, or also "
+            f"'images', so that the training images of older tasks may be gone; {EXEMPLARS} is uploaded only if asked for"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.memory_stores not in get_args(Stores):
+            raise ValueError(
+                f"memory_stores={self.memory_stores!r} is unknown: choose one of {', '.join(get_args(Stores))}."
+            )
+
+    def limit(self) -> str:
+        """Return what the card says of where the images are."""
+        if self.memory_stores == "places":
+            return "Kept images are named in the files by task and position only: continuing takes the same data."
+        return (
+            f"Kept images are with the run as 8-bit RGB ({EXEMPLARS}), which is uploaded only if asked for: continuing takes "
+            "that file, and the same data for its labels and later tasks."
+        )
 
 
 class Examples(NamedTuple):

@@ -1,8 +1,9 @@
-"""Load presets: published settings as data files, one for each method and benchmark.
+"""Load presets: settings as data files, one for each method and benchmark.
 
 `presets/<method>/<name>.json` holds the arguments of the example scripts in the groups `model`, `data`, `prompts` and
 `training`, and says where they come from (`about`), how images are prepared (`preprocessing`), where this package
-departs from the released code (`differs`) and what could not be verified (`unsure`).
+departs from the released code (`differs`) and what could not be verified (`unsure`). Those in `presets/baselines` are
+for all methods of `run_baselines.py`; one without `data` is a recipe for any data set.
 """
 
 from __future__ import annotations

@@ -41,11 +41,14 @@ def describe_head(adapter: AdapterCard, config: Mapping[str, Any], compensated: 
 
 
 def describe_data_limits(manifest: Mapping[str, Any]) -> str:
-    """Describe the limits on images per class, and the share held out for testing; empty if there are neither."""
+    """Describe the limits on images per class, and the shares held out; empty if there are neither."""
     limits = {"training": "max_train_samples_per_class", "test": "max_eval_samples_per_class"}
     parts = [f"at most {manifest[key]} {split} images per class" for split, key in limits.items() if manifest.get(key)]
     if manifest.get("test_fraction"):
         parts.append(f"{100 * manifest['test_fraction']:g} % of the images held out for testing")
+    if manifest.get("train_val_split"):
+        share = f"{100 * manifest['train_val_split']:g} %"
+        parts.append(f"evaluated on {share} of the training images, held out for validation, instead of test images")
     return "".join(f"; {part}" for part in parts)
 
 

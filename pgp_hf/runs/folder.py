@@ -1,6 +1,6 @@
 """Lay out the files of a run, which are written whole or not at all.
 
-output_dir/  the last finished task's files (a whole model's weights as a hard link), and
+output_dir/  the last finished task's files (large ones as hard links), and
   task-1/ ... task-T/   the same files as they were when each task ended
   features/task-1.safetensors ...   head inputs and pool entries of each task's test images when it ended
   checkpoints/task-t/checkpoint-N/  Trainer checkpoints of the task in training, removed when it ends
@@ -24,8 +24,10 @@ MODEL_CONFIG, MODEL = "config.json", "model.safetensors"  # in place of an adapt
 PROCESSOR = "preprocessor_config.json"
 BASES, DESCRIPTION = "projection.safetensors", "projection.json"
 METHOD_STATE, METHOD = "method.safetensors", "method.json"
+EXEMPLARS = "exemplars.safetensors"  # images, where the method keeps some and the run stores them
 MANIFEST, RESULTS = "stream.json", "results.json"
 FEATURES, CHECKPOINTS, CONTINUED = "features", "checkpoints", "continued.json"
+LARGE = (MODEL, EXEMPLARS)  # by default kept for the newest task alone
 
 
 class RunFolder:
@@ -139,12 +141,13 @@ class RunFolder:
         for file in sorted(self.task(t).rglob("*")):
             if file.is_file():
                 with replacing(self.root / file.relative_to(self.task(t))) as temporary:
-                    _link(file, temporary) if file.name == MODEL else shutil.copyfile(file, temporary)
+                    _link(file, temporary) if file.name in LARGE else shutil.copyfile(file, temporary)
 
-    def drop_weights(self, before: int) -> None:
-        """Remove a whole model's weights from the folders of the tasks with 0-based index below `before`."""
+    def drop_large(self, before: int) -> None:
+        """Remove a whole model's weights and stored images from the folders of the tasks with 0-based index below `before`."""
         for t in range(before):
-            (self.task(t) / MODEL).unlink(missing_ok=True)
+            for name in LARGE:
+                (self.task(t) / name).unlink(missing_ok=True)
 
 
 def config_name(folder: Path) -> str:

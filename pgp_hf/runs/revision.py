@@ -26,6 +26,7 @@ from .folder import (
     ADAPTER_CONFIG,
     BASES,
     DESCRIPTION,
+    EXEMPLARS,
     MANIFEST,
     METHOD,
     METHOD_STATE,
@@ -196,6 +197,23 @@ class Revision:
         if found is not None:
             self._check_digest(self.folder / METHOD_STATE)
         return found
+
+    def exemplars(self) -> dict[str, Tensor]:
+        """Read the images that the run has stored, by names that `pgp_hf.data.stored` explains.
+
+        Raises:
+            ValueError: a file that is missing, damaged or was altered.
+        """
+        path = self.folder / EXEMPLARS
+        if not path.exists():
+            raise ValueError(
+                f"{self.folder} has no {EXEMPLARS}, with which a run of memory_stores='images' goes on. A run keeps it for "
+                "its newest task alone, unless save_full_weights='all', and uploads it only if asked: continue from the "
+                "run's own folder, or upload it from there (python -m pgp_hf.hub push --exemplars, hub_exemplars=True)."
+            )
+        tensors = reading.read_tensors(path)
+        self._check_digest(path)
+        return tensors
 
     def projection_config(self) -> ProjectionConfig:
         """Read the settings in `projection.json`.

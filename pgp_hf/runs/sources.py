@@ -26,6 +26,7 @@ from .folder import (
     BASES,
     CHECKPOINTS,
     DESCRIPTION,
+    EXEMPLARS,
     MANIFEST,
     METHOD,
     METHOD_STATE,
@@ -45,7 +46,7 @@ MODEL_FILES = (MODEL_CONFIG, MODEL, *REVISION_FILES[2:])
 # files that other loaders read: this package only searches them for requests to run code
 OTHERS = (MODEL_CONFIG, "processor_config.json")
 TASK = re.compile(r"task-([1-9]\d{0,5})")
-_CARD = re.compile(r"README\.md|figures/[\w-]+\.png")
+_TO_CONTINUE = re.compile(rf"README\.md|figures/[\w-]+\.png|{re.escape(EXEMPLARS)}")
 
 
 def locate(
@@ -63,7 +64,7 @@ def locate(
         repo_or_dir: a run's output folder, one of its task folders (or a copy), or the id of a repository on the Hub.
         revision: "task-1", "task-2", ...; None for the last task; on the Hub also a branch or commit.
         token, cache_dir, local_files_only: as in every `from_pretrained`.
-        card: also download the card and its figures.
+        card: also download the card, its figures and stored images, which a run that is continued takes over.
 
     Raises:
         ValueError: neither a folder nor the id of a repository; no such revision; a folder or repository with pickled
@@ -186,7 +187,7 @@ def _choose(sizes: dict[str, int], where: str, card: bool) -> list[str]:
     """Choose the files of a repository to download; raise ValueError if it has forbidden files or lacks an adapter."""
     reading.refuse_pickles(sizes, where)
     known = (*(REVISION_FILES if ADAPTER_CONFIG in sizes else MODEL_FILES), *OTHERS)
-    wanted = [file for file in sizes if file in known or (card and _CARD.fullmatch(file))]
+    wanted = [file for file in sizes if file in known or (card and _TO_CONTINUE.fullmatch(file))]
     for file in wanted:
         most = reading.MAX_TENSORS if file.endswith(".safetensors") else reading.MAX_JSON
         if sizes[file] > most:

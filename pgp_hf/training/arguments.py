@@ -36,10 +36,11 @@ class PGPTrainingArguments(TrainingArguments):
         verify_images: decode every image once before training starts.
         overwrite_output_dir: delete an earlier run in `output_dir`.
         save_full_weights: for a model that is not an adapter, whose folders hold all of its weights: keep those of the
-            last finished task ("last") or of every task ("all").
+            last finished task ("last") or of every task ("all"); likewise images that a method stores.
         push_to_hub: upload each finished task to the Hub in the background.
         hub_strategy: "every_save" uploads a task as soon as it is finished, "end" all tasks after the last.
         hub_base_model: Hub id of the backbone, named in uploads of a run on a local folder.
+        hub_exemplars: upload the images that a method stores (`memory_stores="images"`) as well.
         hub_wait: longest wait, in seconds, for uploads that are under way when the last task ends.
 
     All other arguments are those of `TrainingArguments`.
@@ -108,7 +109,8 @@ class PGPTrainingArguments(TrainingArguments):
         default="last",
         metadata={
             "help": "of a model that is not an adapter, keep all weights of the last finished task alone ('last') or of "
-            "every task ('all'); with push_to_hub, a task's weights stay until the Hub has them"
+            "every task ('all'), and so of the images that a method stores; with push_to_hub, they stay until the Hub has "
+            "the task"
         },
     )
 
@@ -136,6 +138,10 @@ class PGPTrainingArguments(TrainingArguments):
     )
     hub_base_model: str | None = field(
         default=None, metadata={"help": "Hub id of the backbone, to be named in uploads of a run on a local folder"}
+    )
+    hub_exemplars: bool = field(
+        default=False,
+        metadata={"help": "also upload training images that the run stores (memory_stores 'images')"},
     )
     hub_wait: float = field(
         default=300.0,
@@ -219,6 +225,7 @@ class PGPTrainingArguments(TrainingArguments):
             private=self.hub_private_repo,
             base_model=self.hub_base_model,
             new_run=new_run,
+            exemplars=self.hub_exemplars,
         )
 
     def check_hub(self) -> None:

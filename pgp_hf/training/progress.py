@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from ..data.stored import Stored, keep_images
+from ..data.stream import TaskImages
+from ..methods import ContinualMethod
 from ..runs.folder import RunFolder
 from .evaluation import References
 from .results import StreamResults
@@ -22,12 +25,14 @@ class Progress:
     Attributes:
         results: what has been measured.
         references: what drift is measured against.
+        stored: images that the method kept when the last finished task ended, where the run keeps images.
         task: 0-based index of the task that is in training or was trained last; None before the first.
         interrupted: True from a task's start to its end, hence still True after a task has failed.
     """
 
     results: StreamResults
     references: References = field(default_factory=References)
+    stored: Stored = field(default_factory=Stored)
     task: int | None = None
     interrupted: bool = False
 
@@ -53,6 +58,18 @@ class Progress:
             )
         self.task, self.interrupted = t, True
 
+    def measure_method(self, method: ContinualMethod, task: int, images_of: Callable[[int], TaskImages]) -> None:
+        """Note what a method keeps that has just ended a task, and store its images if it says so.
+
+        Args:
+            method: of the run.
+            task: 0-based, in the stream that is trained on.
+            images_of: returns the training images of a task.
+        """
+        self.results.measure_method(method, task, images_of)
+        if method.stores_images:
+            self.stored = keep_images(method.exemplars(), images_of)
+
     def check_new(self) -> None:
         """Raise ValueError if a task has been begun already."""
         if self.task is None:
@@ -68,6 +85,7 @@ class Progress:
         blank: dict[str, Any] = {
             name: [] for name in ("matrix", "within", "linear_matrix", "linear_within", "drift", "changed", "rank")
         }
+        self.stored = {}
         self.results, self.task = replace(self.results, usage=None, memory={"images": 0, "bytes": 0}, **blank), None
 
     def kept(self, folder: RunFolder) -> str:

@@ -51,7 +51,7 @@ class PushTasks(StreamCallback):
         if state.is_world_process_zero:
             # on_stream_begin has not run where tasks are trained one by one
             uploads = self.uploads or self._start(args, task)
-            _drop_weights(args, uploads)
+            _drop_large(args, uploads)
             _add(uploads, args, task + 1)
 
     def on_stream_end(
@@ -70,7 +70,7 @@ class PushTasks(StreamCallback):
             tqdm.write(f"Waiting up to {args.hub_wait:g} s for the upload to {url}")
         uploads.wait(args.hub_wait)
         uploads.close()
-        _drop_weights(args, uploads)
+        _drop_large(args, uploads)
         atexit.unregister(self._report)
         self._report()
         if uploads.done == uploads.wanted and not args.disable_tqdm:
@@ -102,11 +102,11 @@ class PushTasks(StreamCallback):
         return uploads
 
 
-def _drop_weights(args: PGPTrainingArguments, uploads: Uploads) -> None:
+def _drop_large(args: PGPTrainingArguments, uploads: Uploads) -> None:
     """Remove what `save_full_weights` keeps for the last task alone from the tasks before, where the Hub has it."""
     folder = RunFolder(str(args.output_dir))
     if args.save_full_weights == "last":
-        folder.drop_weights(before=min(uploads.done, folder.finished_tasks() - 1))
+        folder.drop_large(before=min(uploads.done, folder.finished_tasks() - 1))
 
 
 def _add(uploads: Uploads, args: PGPTrainingArguments, tasks: int) -> None:
@@ -128,4 +128,11 @@ def push_now(
     """Upload the finished tasks that are not on the Hub yet, with the given token and privacy instead of those in `args`."""
     repo = args.hub_repo()
     token, private = token or repo.token, repo.private if private is None else private
-    return hub.push(folder.root, repo.repo_id, token=token, private=private, base_model=repo.base_model)
+    return hub.push(
+        folder.root,
+        repo.repo_id,
+        token=token,
+        private=private,
+        base_model=repo.base_model,
+        exemplars=repo.exemplars,
+    )

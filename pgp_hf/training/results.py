@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -12,7 +13,8 @@ import numpy as np
 
 from .. import metrics
 from ..data.scenarios import SCENARIOS
-from ..methods import ContinualMethod, TaskContext
+from ..data.stream import TaskImages
+from ..methods import ContinualMethod
 from ..methods.memory import rgb_bytes
 from ..runs.checks import first_task
 from ..version import __version__
@@ -98,14 +100,13 @@ class StreamResults:
     images_trained: int = 0
     memory: dict[str, int] = field(default_factory=lambda: {"images": 0, "bytes": 0})
 
-    def measure_method(self, method: ContinualMethod, context: TaskContext) -> None:
-        """Note the rank and the memory of a method that has just ended a task."""
-        self.rank[context.task :] = [method.rank]
+    def measure_method(self, method: ContinualMethod, task: int, images_of: Callable[[int], TaskImages]) -> None:
+        """Note the rank and the memory of a method that has just ended a task; `images_of` returns those of a task."""
+        self.rank[task:] = [method.rank]
         places: dict[int, list[int]] = {}
-        for task, position in method.exemplars():
-            places.setdefault(task, []).append(position)
-        images = {task: context.stream.train(task) for task in places}
-        sizes = [size for task, positions in places.items() for size in rgb_bytes(images[task], positions)]
+        for own, position in method.exemplars():
+            places.setdefault(own, []).append(position)
+        sizes = [size for own, positions in places.items() for size in rgb_bytes(images_of(own), positions)]
         self.memory = {"images": len(sizes), "bytes": sum(sizes)}
 
     def to_dict(self) -> dict[str, Any]:

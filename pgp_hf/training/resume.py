@@ -18,13 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import hub
+from ..data.stored import Stored, from_tensors
 from ..data.stream import TaskStream
 from ..inference.whole import load_whole
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, load_weights, weights
 from ..report import card, figures
 from ..runs.atomic import write_tensors
-from ..runs.folder import DESCRIPTION, MANIFEST, RESULTS, RunFolder, config_name
+from ..runs.folder import DESCRIPTION, EXEMPLARS, MANIFEST, RESULTS, RunFolder, config_name
 from ..runs.open import open_run
 from ..runs.reading import read_json, read_tensors
 from ..runs.revision import Revision, read_method
@@ -41,12 +42,14 @@ class LoadedTask(NamedTuple):
         weights: of the adapter or the whole model, see `pgp_hf.models.weights`.
         bases: of the projection, and their description.
         method: what the method remembers; None in a run that was written before methods had files of their own.
+        stored: images of its exemplars, where the run keeps images.
     """
 
     revision: Revision
     weights: dict[str, Tensor]
     bases: tuple[dict[str, Tensor], dict[str, Any]]
     method: MethodState | None
+    stored: Stored
     results: StreamResults
 
 
@@ -88,7 +91,8 @@ class EarlierRun:
             raise ValueError(
                 f"{revision.folder / RESULTS} lacks what a run needs to go on ({type(error).__name__}: {error})."
             ) from error
-        return LoadedTask(revision, tensors, bases, self._method_state(revision), results)
+        state = self._method_state(revision)
+        return LoadedTask(revision, tensors, bases, state, self._stored(revision, state), results)
 
     def _weights(self, revision: Revision) -> dict[str, Tensor]:
         """Read what the model has kept, which must have the names and shapes that this one has."""
@@ -111,7 +115,7 @@ class EarlierRun:
         revision = Revision.read(folder, f"task-{t + 1}")
         if revision.manifest is None:
             raise ValueError(f"{folder} is an adapter without a run: there is nothing to continue.")
-        self.stream.check_manifest(revision.manifest)
+        self.stream.check_manifest(revision.manifest, gone=revision.tasks if self.method.stores_images else 0)
         projection = self.method.projection
         if projection is not None:
             _compare("projection", folder, read_json(folder / DESCRIPTION), projection.config.to_dict())
@@ -135,6 +139,21 @@ class EarlierRun:
             return None
         check_method(self.method, found[1], revision.folder)
         return MethodState(found[0], found[1].get("state", {}))
+
+    def _stored(self, revision: Revision, state: MethodState | None) -> Stored:
+        """Read the images that the method keeps in this state, if the run has stored them."""
+        if state is None or not self.method.stores_images:
+            return {}
+        method = type(self.method)(self.method.config)  # the trainer's own must not change before all is checked
+        method.load_state(state)
+        counts = [len(self.stream.train(t)) for t in range(revision.tasks)]
+        tensors = revision.exemplars()
+        try:
+            return from_tensors(tensors, method.exemplars(), counts)
+        except ValueError as error:
+            raise ValueError(
+                f"{revision.folder / EXEMPLARS} does not fit the method's memory: {error}. Fetch the folder again."
+            ) from error
 
     # ---- what drift is measured against --------------------------------------------------------------------------
 
@@ -299,6 +318,7 @@ class Resumer:
         if self.method.projection is not None:
             self.method.projection.load_state(*loaded.bases)
         self.progress.results, self.progress.references = loaded.results, References()
+        self.progress.stored = loaded.stored
 
         def record(tensors: dict[str, Tensor], j: int) -> Recorded:
             self._put(tensors, j)
@@ -364,7 +384,7 @@ def _copy_task(source: Path, folder: Path) -> None:
         ValueError: a link that leaves the folder, which would copy an unrelated local file into the run.
     """
     cache = source.resolve().parent.parent / "blobs"  # the Hub's cache is made of links
-    for path in hub.listed(source):
+    for path in hub.listed(source, exemplars=True):
         file = (source / path).resolve()
         if not file.is_relative_to(source.resolve()) and file.parent != cache:
             raise ValueError(

@@ -163,7 +163,7 @@ class StreamTrainer(Trainer):
         self._note_first(first)  # uploads, which begin with the stream, need it
         if self.args.verify_images:
             if self.is_world_process_zero():
-                self.stream.verify(progress=not self.args.disable_tqdm)
+                self.stream.verify(not self.args.disable_tqdm, gone=first if self.method.stores_images else 0)
             self.accelerator.wait_for_everyone()
         self._fire("on_stream_begin", first_task=first)
         steps, loss = 0, 0.0
@@ -208,7 +208,7 @@ class StreamTrainer(Trainer):
         with self.progress.timed("statistics"):
             self._passes().learn_class_statistics(own, before)
             self.method.end_task(context)
-        self.results.measure_method(self.method, context)
+        self.progress.measure_method(self.method, own, self._passes().images_of)
         self.evaluate_stream()
         self._write_task(t)
         self.progress.interrupted = False
@@ -288,6 +288,7 @@ class StreamTrainer(Trainer):
             args=self.args,
             accelerator=self.accelerator,
             stream=self.training_stream,
+            stored=self.progress.stored,
             model=self.model,
             learner=self.stream_model,
             images=self._images,
@@ -326,8 +327,7 @@ class StreamTrainer(Trainer):
         images = self.stream.test(j)
         if j not in self._test_queries:
             self._test_queries[j] = self._passes().queries(images)
-        queries = self._test_queries[j]
-        seen: Dataset[Any] = images if queries is None else CachedQueries(images, queries)
+        seen: Dataset[Any] = images if (queries := self._test_queries[j]) is None else CachedQueries(images, queries)
         compute_metrics, self.compute_metrics, self._scorer.recording = self.compute_metrics, None, True
         try:
             output = self.predict(seen, metric_key_prefix=f"eval_task_{j + 1}")
@@ -402,7 +402,7 @@ class StreamTrainer(Trainer):
             write_tensors(self.folder.features(t), self.progress.references.tensors(t))
             self.folder.publish(t, self._write_files)
             if self.args.save_full_weights == "last" and not self.args.push_to_hub:  # `PushTasks` waits for the Hub
-                self.folder.drop_weights(before=t)
+                self.folder.drop_large(before=t)
             shutil.rmtree(self.folder.checkpoints(t).parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
@@ -412,7 +412,7 @@ class StreamTrainer(Trainer):
             model=self._whole_model(),
             method=self.method,
             processor=self.processing_class,
-            results=self.results.to_dict(),
+            progress=self.progress,
             manifest=self.stream.manifest(),
             digest=self._digest,
         )

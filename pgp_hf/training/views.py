@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from transformers.utils.generic import ModelOutput
 
 from ..data.images import AugmentedImages, CachedQueries, Exemplars, ImageCollator
-from ..data.stream import TaskStream
+from ..data.stored import Stored, StoredImages
+from ..data.stream import TaskImages, TaskStream
 from ..heads.statistics import gather_task
 from ..methods import Batch, Collectives, Observed, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel, exchanged
@@ -34,6 +35,7 @@ class Passes:
 
     Attributes:
         stream: the tasks that are trained on.
+        stored: images of older tasks that are read from here, and not from the stream.
         model, learner: the whole model, and the `StreamModel` inside it.
         images: those of the task in training, which may know their queries.
         collate: makes a batch of items.
@@ -44,6 +46,7 @@ class Passes:
     args: PGPTrainingArguments
     accelerator: Accelerator
     stream: TaskStream
+    stored: Stored
     model: nn.Module
     learner: StreamModel
     images: AugmentedImages | None
@@ -174,7 +177,7 @@ class Passes:
         rounds = -(-len(places) // world)
         # all processes take as many, so that their results can be gathered: the last images stand in for missing ones
         own = [min(i * world + self.args.process_index, len(places) - 1) for i in range(rounds)]
-        images = {task: self.stream.train(task) for task in {int(task) for task, _ in places}}
+        images = {task: self.images_of(task) for task in {int(task) for task, _ in places}}
         features, logits = [], []
         for start in range(0, rounds, size):
             chosen = [places[i] for i in own[start : start + size]]
@@ -193,11 +196,14 @@ class Passes:
             ]
         return Observed(*(part[: len(places)].cpu() for part in found))
 
+    def images_of(self, t: int) -> TaskImages:
+        """Return a task's training images: the stored ones if there are any, else the stream's."""
+        images = self.stream.train(t)
+        return StoredImages(images, self.stored[t]) if t in self.stored else images
+
     def augmented(self, t: int) -> AugmentedImages:
         """Return a task's training images as the arguments augment them."""
-        return AugmentedImages(
-            self.stream.train(t), self.args.augmentation, self.args.crop_min_scale, self.args.seed, t
-        )
+        return AugmentedImages(self.images_of(t), self.args.augmentation, self.args.crop_min_scale, self.args.seed, t)
 
     def forward(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> ModelOutput:
         """Return the model's output for a batch as in prediction, whatever mode the model is in.

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import embedded
+from ..data.stored import to_tensors
 from ..inference.backbone import quiet
 from ..methods import ContinualMethod
 from ..projection import Projection, ProjectionConfig
@@ -21,6 +23,7 @@ from ..runs.folder import (
     ADAPTER_CONFIG,
     BASES,
     DESCRIPTION,
+    EXEMPLARS,
     MANIFEST,
     METHOD,
     METHOD_STATE,
@@ -28,7 +31,8 @@ from ..runs.folder import (
     MODEL_CONFIG,
     RESULTS,
 )
-from ..runs.reading import read_json, sha256
+from ..runs.reading import read_json, sha256, tensor_shapes
+from .progress import Progress
 
 
 def write_task(
@@ -37,7 +41,7 @@ def write_task(
     model: PeftModel | PreTrainedModel,
     method: ContinualMethod,
     processor: Any,
-    results: dict[str, Any],
+    progress: Progress,
     manifest: dict[str, Any],
     digest: dict[str, str],
 ) -> None:
@@ -45,7 +49,7 @@ def write_task(
 
     Args:
         processor: the image processor; one that cannot be saved is left out.
-        results: content of `results.json`, to which the files' digests are added.
+        progress: with the content of `results.json`, to which the files' digests are added, and stored images.
         manifest: content of `stream.json`.
         digest: of the frozen weights, by the names that `results.json` has.
     """
@@ -58,8 +62,12 @@ def write_task(
     write_json(folder / DESCRIPTION, description)
     write_json(folder / MANIFEST, manifest)
     write_method(folder, method)
-    digests = {name: sha256(folder / name) for name in (file, BASES, METHOD_STATE)}
-    results = {**results, "sha256": {**digests, **digest}}
+    written = [file, BASES, METHOD_STATE]
+    if method.stores_images:
+        write_exemplars(folder / EXEMPLARS, to_tensors(progress.stored))
+        written.append(EXEMPLARS)
+    digests = {name: sha256(folder / name) for name in written}
+    results = {**progress.results.to_dict(), "sha256": {**digests, **digest}}
     write_json(folder / RESULTS, results)
     figures.save_figures(results, folder / "figures")
     card.save_card(folder / "README.md", results, manifest, config, description)
@@ -86,6 +94,22 @@ def write_model(folder: Path, model: PeftModel | PreTrainedModel) -> tuple[str, 
             config["base_model_name_or_path"] = named
             write_json(path, config)
     return file, config
+
+
+def write_exemplars(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write stored images.
+
+    Raises:
+        ValueError: more of them than can be read again.
+    """
+    write_tensors(path, tensors)
+    try:
+        tensor_shapes(path)
+    except ValueError as error:
+        raise ValueError(
+            f"memory_stores='images' does not work for these {len(tensors)} images, which could not be read again: "
+            f"{error} Keep fewer or smaller ones, or memory_stores='places'."
+        ) from error
 
 
 def write_method(folder: Path, method: ContinualMethod) -> None:

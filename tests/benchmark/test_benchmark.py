@@ -20,9 +20,12 @@ import tiny
 
 from pgp_hf import PGPTrainingArguments, metrics
 from pgp_hf.benchmark import figures, plans, runs, table
+from pgp_hf.cli.arguments import ModelArguments
+from pgp_hf.cli.baseline_arguments import BaselineTrainingArguments, names
+from pgp_hf.methods import METHODS
 from pgp_hf.runs.atomic import write_json
 from pgp_hf.runs.reading import read_json
-from pgp_hf.training.pgp_trainer import PGPTrainer
+from pgp_hf.training.trainer import StreamTrainer
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -90,10 +93,17 @@ def test_settings_in_a_name_reach_their_owner(planned):
 def test_every_row_has_its_method(script, planned):
     for name, row in script.ROWS.items():
         plan = planned(name)
-        assert plan.data.num_tasks == (1 if name.endswith("joint") else 3) and row.what in script_help(script)
-        if row.classifier is None:
+        assert plan.data.num_tasks == (1 if name == "l2p-joint" else 3) and row.what in script_help(script)
+        if row.method is not None:
+            recipe = BaselineTrainingArguments("out")
+            for field in ("learning_rate", "head_learning_rate", "lr_scheduler_type"):
+                assert getattr(plan.training, field) == getattr(recipe, field)
+            assert (plan.training.num_train_epochs, plan.training.per_device_train_batch_size) == (2, 4)
+            assert plan.settings()["method"]["name"] == row.method == name and plan.prompt is plan.projection is None
+        if row.prompt is not None:
             kind, _, method = name.partition("-")
-            assert plan.prompt.peft_type.value.lower() == kind
+            assert plan.prompt.peft_type.value.lower().removesuffix("_prompt") == kind
+            assert plan.model.kind == ("clip" if kind == "clip" else "vit")
             without = dict.fromkeys(("joint", "control"), "none")
             assert plan.projection.method == {**without, "pgp-gradient": "pgp"}.get(method, method)
             careful = method in ("control", "functional")
@@ -101,6 +111,36 @@ def test_every_row_has_its_method(script, planned):
             assert plan.training.compensate_drift == careful
             applied = {"pgp-gradient": "gradient", "functional": "both"}
             assert plan.projection.apply_to == applied.get(method, "update")
+
+
+def test_every_method_has_rows(script):
+    assert {row.method for row in script.ROWS.values()} - {None} == set(names())
+    for argv in ([], ["--dataset_name", "x"], ["--model_name_or_path", "x"]):
+        usual = script.parse(argv)[0].rows
+        assert {table.base(name) for name in usual} >= set(names())
+        assert ("clip-pgp" in usual) is (argv[:1] != ["--model_name_or_path"])
+        assert ("icarl@memory_per_class=2" in usual) is (not argv) and ("icarl" in usual) is bool(argv)
+    assert script.parse(["--rows", "ewc"])[0].rows == ["ewc"]
+
+
+def test_usual_rows_are_planned(script, tmp_path):
+    """Their settings fit the embedded digits, which have ten classes."""
+    bench, model, data, training = script.parse(["--output_dir", str(tmp_path)])
+    planned = {name: plans.plan(name, 0, script.ROWS, model, data, training, tmp_path) for name in bench.rows}
+    assert {name for name, plan in planned.items() if plan.name != name} == set()
+    sizes = [plan.method for plan in planned.values() if hasattr(plan.method, "memory_size")]
+    per_class = [one.memory_size / 10 if one.memory_size else one.memory_per_class for one in sizes]
+    assert sizes and sorted(per_class) == sorted([2, 10] * (len(sizes) // 2))
+
+
+def test_a_method_in_a_name(planned):
+    plan = planned("ewc@trainable=lora:8,strength=1000,learning_rate=0.5")
+    assert plan.name == "ewc@learning_rate=0.5,strength=1000,trainable=lora:8" or "strength=1000.0" in plan.name
+    assert (plan.method.strength, plan.learner.trainable, plan.training.learning_rate) == (1000, "lora:8", 0.5)
+    assert ":" not in plan.file.name and plan.settings()["run"] == {"trainable": "lora:8"}
+    assert plan.settings()["method"]["strength"] == 1000
+    few = planned("icarl@memory_per_class=2").method  # the default of memory_size does not come with it
+    assert (few.memory_size, few.memory_per_class) == (None, 2)
 
 
 def script_help(script) -> str:
@@ -138,6 +178,11 @@ def test_help_explains(script):
         ("l2p-pgp@energy=1.5", r"row 'l2p-pgp@energy=1.5': energy=1.5 is outside \(0, 1\]"),
         ("l2p-pgp@top_k=11", "top_k=11 is above pool_size=10"),
         ("frozen-ridge@width=0", "width=0"),
+        ("ewc@energy=0.9", "'energy=0.9' is not a setting.*EWCConfig, Learner.*strength"),
+        ("ewc@strength=-1", "row 'ewc@strength=-1': strength=-1.0 is out of range"),
+        ("ewc@name=gpm", "'name=gpm' is not a setting"),
+        ("lwf@trainable=some", "trainable='some' is unknown"),
+        ("icarl@memory_per_class=2,memory_size=20", "mutually exclusive"),
     ],
 )
 def test_a_bad_name_is_refused(planned, name, message):
@@ -195,6 +240,20 @@ def test_a_file_of_other_settings_is_no_finished_run(planned, monkeypatch):
         changed.finished()
 
 
+def test_a_methods_file_of_other_settings_is_no_finished_run(planned):
+    plan = planned("ewc")
+    write_json(plan.file, {"settings": plan.settings()})
+    assert plan.finished()
+    settings = plan.settings()
+    del settings["method"]["gamma"], settings["run"]["trainable"]  # written before there were such settings
+    write_json(plan.file, {"settings": settings})
+    assert plan.finished()
+    settings["method"]["strength"] = 7.0
+    write_json(plan.file, {"settings": settings})
+    with pytest.raises(ValueError, match=r"method.strength is 7.0 there, [\d.]+ here"):
+        plan.finished()
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +268,11 @@ def whole(script, local, tmp_path_factory):
 
 
 def test_a_runs_file_has_everything(whole):
+    assert whole["memory"] == {"images": 0, "bytes": 0} and whole["trainable_parameters"] > 0
+    for head in ("linear", "statistics"):
+        within = whole["heads"][head]["task_incremental"]
+        assert within["average_accuracy"] >= whole["heads"][head]["average_accuracy"]
+    assert not {"task_incremental", "average_accuracy"} & whole.keys()
     assert (whole["row"], whole["seed"], whole["num_tasks"], whole["num_classes"]) == ("l2p-pgp", 1, 3, 6)
     assert whole["arguments"] == "--some arguments" and whole["resumed"] is False
     for head in ("linear", "statistics"):
@@ -227,7 +291,7 @@ def test_a_runs_file_has_everything(whole):
 
 @pytest.mark.parametrize("steps", [4, 11])  # of six in each of three tasks: within the first and the second
 def test_an_interrupted_run_goes_on_exactly(planned, whole, monkeypatch, steps):
-    plan, step, left = planned("l2p-pgp", seed=1), PGPTrainer.training_step, [steps]
+    plan, step, left = planned("l2p-pgp", seed=1), StreamTrainer.training_step, [steps]
 
     def until(self, *args, **kwargs):
         left[0] -= 1
@@ -235,7 +299,7 @@ def test_an_interrupted_run_goes_on_exactly(planned, whole, monkeypatch, steps):
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(PGPTrainer, "training_step", until)
+    monkeypatch.setattr(StreamTrainer, "training_step", until)
     with pytest.raises(KeyboardInterrupt):
         runs.execute([plan], "--some arguments")
     assert not plan.file.exists() and not plan.lock.exists() and "continues after" in runs.describe(plan)
@@ -276,7 +340,10 @@ def test_frozen_rows_share_their_features(planned, monkeypatch):
     assert len(calls) == 2  # of training and of test images
     found = [json.loads(plan.file.read_text()) for plan in group]
     for run in found:
+        assert run["memory"]["images"] == run["trainable_parameters"] == 0
         assert list(run["heads"]) == ["closed form"] and run["drift"] == [0, 0, 0]
+        head = run["heads"]["closed form"]
+        assert head["task_incremental"]["average_accuracy"] >= head["average_accuracy"]
         assert run["heads"]["closed form"]["accuracy_matrix"][0][1] is None
     assert found[2]["settings"]["classifier"] == {"name": "RandomProjectionRidge", "width": 100, "seed": 2}
     alone = planned("frozen-lda", seed=2, folder="alone")
@@ -289,6 +356,52 @@ def test_the_joint_row_is_one_task(planned):
     runs.execute([plan], "")
     run = json.loads(plan.file.read_text())
     assert run["num_tasks"] == 1 and run["num_classes"] == 6 and len(run["heads"]["linear"]["accuracy_matrix"]) == 1
+
+
+@pytest.mark.parametrize("name", ["derpp@memory_size=4", "icarl@memory_per_class=1,trainable=lora:2", "joint"])
+def test_a_method_is_run(planned, name):
+    plan = planned(name, seed=1)
+    runs.execute([plan], "")
+    run = json.loads(plan.file.read_text())
+    assert list(run["heads"]) == ["linear"] and (run["num_tasks"], run["num_classes"]) == (3, 6)
+    head, within = run["heads"]["linear"], run["heads"]["linear"]["task_incremental"]
+    assert (head["forgetting"] is None) is (name == "joint") and within["average_accuracy"] >= head["average_accuracy"]
+    kept = {"derpp": 4, "icarl": 6, "joint": 0}[table.base(name)]
+    assert run["memory"] == {"images": kept, "bytes": kept * 3 * tiny.SIDE**2} and run["trainable_parameters"] > 0
+    assert run["settings"]["method"]["name"] == table.base(name) and not {"average_accuracy", "method"} & run.keys()
+
+
+def test_an_interrupted_method_goes_on_exactly(planned, monkeypatch):
+    whole = planned("derpp@memory_size=4", folder="whole")
+    runs.execute([whole], "")
+    plan, step, left = planned("derpp@memory_size=4"), StreamTrainer.training_step, [11]
+
+    def until(self, *args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(StreamTrainer, "training_step", until)
+    with pytest.raises(KeyboardInterrupt):
+        runs.execute([plan], "")
+    left[0] = 99
+    runs.execute([plan], "")
+    found = json.loads(plan.file.read_text())
+    assert found["resumed"] and same_outcome(found, json.loads(whole.file.read_text()))
+
+
+def test_clip_rows_have_a_clip_model(planned, tmp_path, monkeypatch):
+    tiny.backbone("clip").save_pretrained(tmp_path / "clip")
+    tiny.processor().save_pretrained(tmp_path / "clip")
+    words = lambda texts: {"input_ids": [[38, c, 39] for c in range(len(texts))]}  # noqa: E731
+    monkeypatch.setattr(ModelArguments, "tokenizer", lambda self: words)
+    plan = planned("clip-pgp@image_length=2,text_length=2", more=["--model_name_or_path", str(tmp_path / "clip")])
+    runs.execute([plan], "")
+    run = json.loads(plan.file.read_text())
+    assert plan.prompt.pool_size == 3 and run["model"] == "clip_prompt"
+    assert run["heads"]["linear"]["task_incremental"] and run["heads"]["statistics"]["task_incremental"]
+    assert run["settings"]["model"]["kind"] == "clip" and planned("l2p-pgp").model.kind == "vit"
 
 
 def test_a_run_has_one_process(planned, tmp_path):
@@ -324,6 +437,12 @@ def test_a_lock_ends_with_its_process(tmp_path):
 
 
 # ---- the script ------------------------------------------------------------------------------------------------------
+
+EXEMPLARS = {
+    name
+    for name in names()
+    if {"memory_size", "memory_per_class"} & METHODS[name].config_class.__dataclass_fields__.keys()
+}
 
 STAND_IN = """
 import json, pathlib, shutil, sys, time
@@ -363,17 +482,30 @@ def stand_in(script, planned, tmp_path, monkeypatch) -> Path:
     return out
 
 
-def made_up(plan: plans.Plan, seed: int, **more) -> dict:
-    """A run with numbers that depend on its name and seed alone."""
-    tasks, level = plan.data.num_tasks, 50 + len(plan.name) + 3 * seed
+def made_up(plan: plans.Plan, seed: int, measured: bool = True, **more) -> dict:
+    """A run with numbers that depend on its name and seed alone.
+
+    Args:
+        measured: with what runs of older versions did not measure.
+    """
+    tasks, level = plan.data.num_tasks, 20 + len(plan.name) + 3 * seed
     heads = {}
-    for head, bonus in (("closed form", 7),) if plan.classifier is not None else (("linear", 0), ("statistics", 5)):
+    bonuses = {"closed form": 7} if plan.classifier is not None else {"linear": 0, "statistics": 5}
+    for head, bonus in {"linear": 0}.items() if plan.method is not None else bonuses.items():
         matrix = [[level + bonus - 4.0 * i + 2 * j if j <= i else None for j in range(tasks)] for i in range(tasks)]
         matrix[0][0] = 80.0 + seed
+        if table.base(plan.name) == "joint":
+            matrix[:-1] = [[None] * tasks] * (tasks - 1)
         heads[head] = {"accuracy_matrix": matrix, **metrics.summarize(matrix)}
+        if measured:
+            heads[head]["task_incremental"] = {"average_accuracy": 90.0 + seed}
     prompted = (
         {} if plan.classifier is not None else {"changed_selections": [0, 0.5], "projection_rank": [0, 40 + seed]}
     )
+    if measured:
+        kept = 60 if hasattr(plan.method, "memory_size") else 0
+        prompted |= {"memory": {"images": kept, "bytes": 1200 * kept}}
+        prompted |= {"trainable_parameters": 0 if plan.classifier is not None else 54321}
     return {
         "row": plan.name, "seed": seed, "arguments": "--lr 1", "settings": plan.settings(), "num_tasks": tasks,
         "num_classes": 6, "heads": heads, "drift": [0, 0.1 * (seed + 1)], "seconds": {"train": 60, "evaluation": 30},
@@ -537,10 +669,18 @@ def test_real_processes_terminated_and_resumed(script, local, tmp_path):
 
 
 @pytest.fixture
-def folder(script, planned, tmp_path):
+def undrawn(monkeypatch):
+    """Name the figures of the table without drawing them, which takes seconds."""
+    monkeypatch.setattr(figures.report, "accuracy_bands", lambda panels, path: path)
+    monkeypatch.setattr(figures.report, "sensitivity", lambda points, path, usual: path)
+
+
+@pytest.fixture
+def folder(script, planned, tmp_path, undrawn):
     """Made-up runs of all rows and three seeds; of one row the last seed is not there yet."""
     out = tmp_path / "benchmarks"
-    for name in (*script.ROWS, "l2p-functional@energy=0.9", "l2p-functional@probes=4", "l2p-none@learning_rate=0.5"):
+    varied = ("l2p-functional@energy=0.9", "l2p-functional@probes=4", "l2p-none@learning_rate=0.5")
+    for name in (*script.ROWS, *varied, "ewc@trainable=head", "fine_tuning@trainable=head", "derpp@memory_size=9"):
         for seed in range(3):
             if (name, seed) != ("l2p-attention", 2):
                 write_json(out / f"{name}-seed{seed}.json", made_up(planned(name), seed))
@@ -572,21 +712,62 @@ def test_the_table_is_what_the_files_say(script, folder):
 
     for name in names:
         own = sorted((run for run in read if run["row"] == name), key=lambda run: run["seed"])
-        single = own[0]["num_tasks"] == 1
+        single = own[0]["num_tasks"] == 1 or name == "joint"
         expected = [str(len(own))]
         for heads in (["linear"], ["statistics", "closed form"]):
             got = [run["heads"][head] for run in own for head in heads if head in run["heads"]]
             expected.append(expect([one["average_accuracy"] for one in got], 2))
             expected.append("–" if single else expect([one["forgetting"] for one in got], 2))
+            within = [] if own[0]["num_tasks"] == 1 else got
+            expected.append(expect([one["task_incremental"]["average_accuracy"] for one in within], 2))
         ends = [] if single else own
         expected.append(expect([run["drift"][-1] for run in ends], 3))
         expected.append(
             expect([100 * run["changed_selections"][-1] for run in ends if "changed_selections" in run], 1)
         )
         expected.append(expect([run["projection_rank"][-1] for run in ends if "projection_rank" in run], 0))
+        exemplars = ["10", "60", "72,000"] if table.base(name) in EXEMPLARS else ["0", "0", "0"]
+        expected += [*exemplars, "0" if "frozen-" in name else "54,321"]
         expected += [expect([1.0] * len(own), 1), expect([2.0] * len(own), 1), expect([500.0] * len(own), 0)]
         assert found[name] == expected, name
     assert found["l2p-attention"][0] == "2"
+
+
+def test_a_table_of_older_runs_has_no_new_column(script, planned, tmp_path):
+    """Their files lack what is optional; and a table without exemplars has no column for them."""
+    heads = [f"{head} head: task-incremental (%)" for head in ("linear", "statistics")]
+    for measured, optional in ((False, []), (True, [*heads, "trainable parameters"])):
+        out = tmp_path / str(measured)
+        write_json(out / "l2p-pgp-seed0.json", made_up(planned("l2p-pgp"), 0, measured))
+        table.write(out, out / "table.md", script.ROWS)
+        text = (out / "table.md").read_text()
+        found = [cell.strip() for cell in next(line for line in text.splitlines() if "| row" in line).split("|")]
+        assert [one for one in found if re.search("task-incremental|exemplars|trainable", one)] == optional
+        assert ("Task-incremental:" in text) is measured and "Exemplars:" not in text and "Methods train" not in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_published_table_stays_as_it_is(script, tmp_path, monkeypatch):
+    """Its runs are those of an older version."""
+    published = Path("model_cards") / "cifar100-vit-tiny"
+    (tmp_path / published).mkdir(parents=True)
+    for file in (SCRIPT.parents[1] / published).glob("*.json"):
+        (tmp_path / published / file.name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    table.write(published, published / "table.md", script.ROWS, script.usual_rows([]))
+    assert (published / "table.md").read_text() == (SCRIPT.parents[1] / published / "table.md").read_text()
+
+
+def test_published_runs_are_finished(script, tmp_path):
+    """Whoever repeats their command repeats no run."""
+    published = SCRIPT.parents[1] / "model_cards" / "cifar100-vit-tiny"
+    (tmp_path / "vit-tiny-patch16-224").mkdir()
+    (tmp_path / "cifar100").mkdir()
+    for file in published.glob("*-seed0.json"):
+        run = json.loads(file.read_text())
+        arguments = run["arguments"].replace("DIR", str(tmp_path)).split()
+        _, model, data, training = script.parse([*arguments, "--output_dir", str(published)])
+        assert plans.plan(run["row"], 0, script.ROWS, model, data, training, tmp_path).finished(), file
 
 
 def test_differences_are_paired(script, folder):
@@ -631,6 +812,10 @@ def test_differences_are_paired(script, folder):
     assert found["l2p-attention"][1].count(",") == 1  # two seeds
     assert found["l2p-none"][:4] == ["", "–", "–", "–"]
     assert found["l2p-none@learning_rate=0.5"][0] == "l2p-none"
+    for name, reference in (("lwf", "fine_tuning"), ("ewc@trainable=head", "fine_tuning@trainable=head")):
+        assert found[name][:2] == [reference, expect(name, "linear", reference, "linear")]
+        assert found[name][2] == found[name][3] == "–" and found[name][-4:] == ["", "–", "–", "–"]
+    assert found["joint"][0] == "fine_tuning" and found["joint"][-5] == "–" and found["fine_tuning"][0] == ""
 
 
 def test_a_run_without_a_measured_memory_has_a_dash(script, planned, tmp_path, monkeypatch):
@@ -708,7 +893,13 @@ def rows_of(folder: Path) -> dict[str, list[dict]]:
 
 def test_the_accuracy_figure_shows_plain_rows_and_the_best_without_prompts(folder):
     panels = figures.accuracy_panels(rows_of(folder))
-    assert set(panels) == {f"{m}, {h} head" for m in ("l2p", "dualprompt") for h in ("linear", "statistics")}
+    prompts = {f"{m}, {h} head" for m in ("l2p", "dualprompt", "clip") for h in ("linear", "statistics")}
+    assert set(panels) == {*prompts, "methods without exemplars", "methods with exemplars"}
+    kept = {name for name in rows_of(folder) if table.base(name) in EXEMPLARS}
+    assert set(panels["methods with exemplars"]) == {*kept, "frozen-ridge"} and "derpp@memory_size=9" in kept
+    others = panels["methods without exemplars"]
+    assert {"ewc", "ewc@trainable=head", "lwf", "frozen-ridge"} < set(others) and not kept & set(others)
+    assert {len(curve) for curve in others["joint"]} == {1} and {len(curve) for curve in others["ewc"]} == {3}
     assert set(panels["dualprompt, linear head"]) == {
         "frozen-ridge",
         "none",
@@ -716,7 +907,7 @@ def test_the_accuracy_figure_shows_plain_rows_and_the_best_without_prompts(folde
         "control",
         "functional",
     }  # its name is longest
-    assert not any("@" in label for panel in panels.values() for label in panel)
+    assert not any("@" in label for name in prompts for label in panels[name])
     runs_of = rows_of(folder)["l2p-pgp"]
     expected = [metrics.per_task_average_accuracy(run["heads"]["statistics"]["accuracy_matrix"]) for run in runs_of]
     assert panels["l2p, statistics head"]["pgp"] == expected

@@ -159,7 +159,7 @@ def test_defaults():
         (["--method", "all", "--push_to_hub", "true"], "--push_to_hub and --method all are mutually exclusive"),
         (["--method", "all", "--resume_from_checkpoint", "x"], "--resume_from_checkpoint x is for a single method"),
         (["--head_learning_rate", "-1"], "head_learning_rate=-1.0 is not a learning rate"),
-        (["--preset", "cifar100-10"], "not used.*--preset"),
+        (["--preset", "cifar10"], "preset .cifar10. is unknown: choose one of"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_loaded(main, monkeypatch, argv, message):
@@ -201,6 +201,17 @@ def test_one_method(main, tmp_path, trainable, model):
     assert str(out) in printed
     with pytest.raises(ValueError, match="holds an earlier run"):
         main("--method", "ewc", "--output_dir", out)
+
+
+def test_validation_images_are_recorded_and_not_mixed_with_test_images(main, tmp_path):
+    common = ["--output_dir", tmp_path, "--no_compare", "true"]
+    main(*common, "--train_val_split", "0.5")
+    for folder in (tmp_path, tmp_path / "task-1"):
+        stream = read(folder / "stream.json")
+        assert stream["train_val_split"] == 0.5 and stream["tasks"][0]["test"]["num_images"] == 6
+        assert "evaluated on 50 % of the training images" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="train_val_split: None here, 0.5 in the manifest"):
+        main(*common, "--resume_from_checkpoint", "true")
 
 
 def test_another_image_size_is_part_of_the_model(main, tmp_path):
@@ -251,10 +262,15 @@ TRAINED = ("ewc", "fine_tuning", "joint")
 
 
 class Picky(FineTuning):
+    """Refuses when it has seen the model and the stream."""
+
     name = "picky"
 
     def check(self, model):
-        raise ValueError(f"a {model.name} model is not to its taste.")
+        self.model = model.name
+
+    def training_stream(self, stream):
+        raise ValueError(f"a {self.model} model is not to its taste.")
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +353,7 @@ def test_finished_runs_are_not_trained_again(main, out, monkeypatch, untrained):
         (["--trainable", "head"], "run.trainable is 'all' there, 'head' here"),
         (["--seed", "4"], "run.seed is 3 there, 4 here"),
         (["--max_train_samples_per_class", "3"], "data.max_train_samples_per_class is None there, 3 here"),
+        (["--train_val_split", "0.5"], "data.train_val_split is None there, 0.5 here"),
     ],
 )
 def test_runs_with_other_settings_are_not_mixed(main, out, untrained, argv, message):

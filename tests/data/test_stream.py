@@ -252,6 +252,47 @@ def test_dataset_dict_without_a_test_split_is_held_out():
     assert [len(stream.test(t)) for t in range(2)] == [6, 6] and stream.manifest()["test_fraction"] == 0.2
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_validation_images_take_the_place_of_test_images(splits, share):
+    plain = TaskStream.from_dataset(splits, num_tasks=2)
+
+    def build(**kwargs):
+        stream = TaskStream.from_dataset(splits, num_tasks=2, train_val_split=share, **kwargs)
+        return stream, [[numbers_of(images(t)) for t in range(2)] for images in (stream.train, stream.test)]
+
+    stream, (train, held) = build()
+    for t in range(2):
+        assert sorted(train[t] + held[t]) == numbers_of(plain.train(t)) and train[t] == sorted(train[t])
+        assert np.bincount(stream.test(t).labels)[list(stream.tasks[t].classes)].tolist() == [round(share * 10)] * 3
+    assert build()[1] == [train, held] != build(seed=1, class_order=stream.class_order)[1]
+    assert stream.manifest()["train_val_split"] == share and stream.manifest()["test_fraction"] is None
+    limited = build(max_train_samples_per_class=2, max_eval_samples_per_class=1)[0]
+    assert [len(limited.train(0)), len(limited.test(0))] == [6, 3]
+
+
+def test_no_test_image_is_read_for_validation(splits, decoded):
+    broken = splits["test"].cast_column("image", datasets.Image(decode=False))
+    broken = broken.map(lambda row: {"image": {"bytes": b"no image", "path": None}}, features=splits["test"].features)
+    streams = [
+        TaskStream.from_dataset(splits["train"], test_dataset=test, num_tasks=2, train_val_split=0.2)
+        for test in (splits["test"], broken)
+    ]
+    streams[0].check_manifest(streams[1].manifest())
+    streams[1].verify(progress=False)
+    assert len(decoded) == len(splits["train"])
+
+
+def test_validation_images_are_held_out_after_test_images():
+    data = make(cycle(60))
+    plain = TaskStream.from_dataset(data, num_tasks=1, test_fraction=0.3)
+    stream = TaskStream.from_dataset(data, num_tasks=1, test_fraction=0.3, train_val_split=0.3)
+    train, held = numbers_of(stream.train(0)), numbers_of(stream.test(0))
+    assert sorted(train + held) == numbers_of(plain.train(0)) and len(held) == 12
+    assert not set(held) & set(numbers_of(plain.test(0)))
+    manifest = stream.manifest()
+    assert (manifest["test_fraction"], manifest["train_val_split"]) == (0.3, 0.3)
+
+
 def test_limit_per_class_is_independent_of_order_and_other_classes():
     def rows_of(label, labels, **kwargs):
         data = make(labels)
@@ -405,6 +446,8 @@ def test_label_outside_its_class_label():
         ({"max_eval_samples_per_class": -2}, ValueError, "max_eval_samples_per_class must be at least 1, got -2"),
         ({"test_fraction": 0.0}, ValueError, "test_fraction must lie strictly between 0 and 1.*got 0.0"),
         ({"test_fraction": 1.0}, ValueError, "test_fraction.*got 1.0"),
+        ({"train_val_split": 0.0}, ValueError, "train_val_split must lie strictly between 0 and 1.*got 0.0"),
+        ({"train_val_split": 1.5}, ValueError, "train_val_split.*got 1.5"),
         ({"test_split": "dev"}, ValueError, r"test_split='dev'.*\['test'\]"),
         ({"test_split": "train"}, ValueError, r"test_split='train'.*\['test'\]"),
         ({"test_dataset": 5}, TypeError, "test_dataset must be a datasets.Dataset.*got int"),
@@ -608,12 +651,23 @@ def test_check_manifest_accepts_equal_content(splits, tmp_path):
             {"max_train_samples_per_class": 5},
             r"train images of task 0 \(0-based\), num_images: 30 here, 15 .*differ: max_train_samples_per_class: None",
         ),
+        (
+            {"train_val_split": 0.2},
+            r"train images of task 0 .*num_images: 30 here, 24 .*differ: train_val_split: None here, 0.2 in the manifest",
+        ),
     ],
 )
 def test_check_manifest_names_what_differs(splits, arguments, message):
     old = TaskStream.from_dataset(splits, **{"num_tasks": 2, "seed": 0, **arguments}).manifest()
     with pytest.raises(ValueError, match=message):
         TaskStream.from_dataset(splits, num_tasks=2, seed=0).check_manifest(old)
+
+
+def test_check_manifest_names_a_validation_split_that_the_earlier_run_did_not_have(splits):
+    old = TaskStream.from_dataset(splits, num_tasks=2).manifest()
+    assert "train_val_split" not in old
+    with pytest.raises(ValueError, match="differ: train_val_split: 0.2 here, None in the manifest"):
+        TaskStream.from_dataset(splits, num_tasks=2, train_val_split=0.2).check_manifest(old)
 
 
 def test_check_manifest_sees_one_changed_image_one_changed_label_and_names(splits):

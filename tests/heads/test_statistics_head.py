@@ -246,6 +246,7 @@ def test_both_heads_are_measured_on_the_same_run(run, tmp_path):
         "backward_transfer",
         "learning_accuracy",
         "per_task_average_accuracy",
+        "task_incremental",
     }
     assert all(set(head) == summary for head in results["heads"].values())
     assert {name: results[name] for name in summary} == results["heads"]["statistics"]

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from torch.nn import functional as F
+from transformers import TrainerCallback
 
 from pgp_hf.heads.bias import BiasCorrection, fit_bias
 from pgp_hf.methods import BiC, BiCConfig, MethodState, create
@@ -231,6 +232,30 @@ def test_what_is_written(run):
     assert other.bias == run.method.bias
     card = (run.folder.root / "README.md").read_text()
     assert "Bias correction (BiC)" in card and "kept 18 images (18 at most; 21,600 bytes" in card
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, task):
+        self.task = task
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.task == self.task and state.global_step == 6:
+            raise KeyboardInterrupt
+
+
+def test_resumed_in_the_same_trainer(run, tmp_path):
+    """Whose teacher and numbers are those of the interrupted task; a new trainer is part of the contract."""
+    full = run.stream_model.name == "full"
+    stop, method = StopAt(2 if full else 0), BiC(run.method.config)
+    settings = {"model": tiny.plain() if full else tiny.model(), "learning_rate": run.args.learning_rate}
+    stop.trainer = own = tiny.trainer(tmp_path, method=method, callbacks=[stop], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        own.train()
+    stop.task = None
+    own.train(resume_from_checkpoint=True)
+    assert method.bias == run.method.bias and method.memory.places() == run.method.memory.places()
+    a, b = own.model.state_dict(), run.model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_an_order_that_is_turned_round_is_reported(tmp_path, monkeypatch):

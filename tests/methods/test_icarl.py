@@ -213,7 +213,7 @@ def test_while_a_task_is_learned_the_trained_head_predicts(tmp_path):
 
 
 def test_numbers_of_exemplars():
-    assert ICaRL().settings() == {"memory_size": 2000, "memory_per_class": None}
+    assert ICaRL().settings() == {"memory_size": 2000, "memory_per_class": None, "memory_stores": "places"}
     quotas = [ExemplarConfig().quota(classes) for classes in range(10, 101, 10)]
     assert quotas == [200, 100, 66, 50, 40, 33, 28, 25, 22, 20]
     assert 30 * ExemplarConfig(memory_size=1000).quota(30) == 990

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import hub_data
 import numpy as np
 import pytest
 import tiny
@@ -281,13 +282,13 @@ def test_mean_and_standard_deviation_replace_the_processors(tmp_path, given, mea
 
 def test_one_split_with_names_as_labels(tmp_path):
     """ImageNet-R as it is on the Hub: no train split, WordNet ids as strings."""
-    folder(tmp_path, classes=6, label="wnid", one_split=True)
+    hub_data.write(tmp_path, "axiong/imagenet-r", classes=6)
     arguments = {"dataset_name": str(tmp_path), "num_tasks": 3, "label_column_name": "wnid"}
     with pytest.raises(ValueError, match="no split 'train', only .'test'.: name one with --dataset_split"):
         DataArguments(**arguments).load(0)
     arguments |= {"dataset_split": "test", "test_fraction": 0.34}
     stream = DataArguments(**arguments, class_order="label").load(5)
-    assert stream.label_names == sorted(stream.label_names) == [f"n{label:08}" for label in range(6)]
+    assert stream.label_names == sorted(stream.label_names) == [hub_data.wnid(label) for label in range(6)]
     assert stream.class_order == list(range(6)) and stream.seed == 5
     assert [len(stream.train(t)) for t in range(3)] == [4, 4, 4] and [len(stream.test(t)) for t in range(3)] == [
         2,
@@ -312,20 +313,6 @@ def test_label_order(monkeypatch, label_type):
 
 
 # ---- two steps of training -------------------------------------------------------------------------------------------
-
-
-def folder(path, classes, label, one_split, image="image", seed=0):
-    """Parquet files of random 8-pixel images: two a class to train on and one to test on, or three in one split."""
-    rng = np.random.default_rng(seed)
-    kind = datasets.Value("string") if label == "wnid" else datasets.ClassLabel(num_classes=classes)
-    features = datasets.Features({image: datasets.Image(), label: kind})
-    for split, count in {"test": 3}.items() if one_split else {"train": 2, "test": 1}.items():
-        labels = rng.permutation(np.repeat(np.arange(classes), count)).tolist()
-        rows = {
-            image: list(rng.integers(0, 256, (len(labels), 8, 8, 3), dtype=np.uint8)),
-            label: [f"n{n:08}" for n in labels] if label == "wnid" else labels,
-        }
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(path / f"{split}.parquet")
 
 
 # by default one with strings as labels in a single split, one online, and CLIP; the others differ in numbers alone
@@ -361,7 +348,7 @@ def test_two_steps_on_random_data(tmp_path, monkeypatch, method, name):
     preset = presets.load(method, name)
     data = preset["data"]
     one_split = "dataset_split" in data
-    folder(tmp_path / "data", line[0]["num_classes"], data["label_column_name"], one_split, data["image_column_name"])
+    hub_data.write(tmp_path / "data", data["dataset_name"])
     (tmp_path / "backbone").mkdir()
     save_backbone(method, preset, tmp_path / "backbone")
     own = ["--model_name_or_path", tmp_path / "backbone", "--dataset_name", tmp_path / "data"]

@@ -278,6 +278,9 @@ def test_protocol_is_stated():
     inputs["manifest"] |= {"max_train_samples_per_class": 50, "test_fraction": 0.2}
     limits = "; at most 50 training images per class; 20 % of the images held out for testing\n"
     assert limits in render(inputs).text and "**Preprocessing:** not recorded" in render(inputs).text
+    inputs["manifest"] |= {"test_fraction": None, "train_val_split": 0.25}
+    validation = "; evaluated on 25 % of the training images, held out for validation, instead of test images\n"
+    assert validation in render(inputs).text
 
 
 @pytest.mark.parametrize(
@@ -546,7 +549,7 @@ def test_scores_that_lack_the_methods_correction_say_so(adjusts):
     assert ("These are the scores of the model alone" in text) == adjusts
 
 
-@pytest.mark.parametrize("method", ["fine_tuning", "ewc", "derpp"])
+@pytest.mark.parametrize("method", ["fine_tuning", "ewc", "derpp", "bic"])
 @pytest.mark.parametrize(
     ("what", "opening", "library", "limits"),
     [
@@ -569,7 +572,7 @@ def test_what_has_learned_is_told(what, opening, library, limits, method):
     for part in ("`None`", "prompts", "Prompts", "keys", "Updates were", "without keeping old images", "CLS"):
         assert part not in card.text, part
     kept = re.findall("rehearsal-free|kept [0-9]+ images", card.text)
-    assert kept == (["rehearsal-free", "kept 0 images"] if method == "derpp" else [])
+    assert kept == (["rehearsal-free", "kept 0 images"] if method in ("bic", "derpp") else [])
     assert ("frozen" in card.text) == (what != "full") and ("PEFT" in card.text) == (not whole)
     assert (
         "**Head:** the model's " + ("own `classifier`, which" if whole else "`classifier`, trained with") in card.text
