@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -146,21 +146,15 @@ class PlainModel:
 
     @property
     def name(self) -> str:
-        """Return what learns: "full", "last:2", "head" or "lora:8"."""
+        """Return what learns: "full", "last:2", "head" or "lora:8"; "partial" for anything else, which `check` refuses."""
         if self.lora is not None:
             return f"lora:{self.lora.r}"
         learning = [name for name, parameter in self.base.named_parameters() if parameter.requires_grad]
-        for name in ("full", "head"):
-            if learning == _learning(self.base, name):
-                return name
-        for count in range(1, len(_blocks(self.base)[1]) + 1):
-            if learning == _learning(self.base, f"last:{count}"):
-                return f"last:{count}"
-        raise ValueError(
-            f"{len(learning)} parameters of the {type(self.base).__name__} have requires_grad=True, which are neither all "
-            "of them, nor the head's, nor those of its last blocks: choose what learns by "
-            'pgp_hf.set_trainable(model, "all"), "last:N", "head" or "lora:R".'
-        )
+        known = ["full", *(["head"] if self.class_names is not None else [])]
+        # no error here, since every `isinstance` with a protocol reads the name
+        with suppress(ValueError):
+            known += [f"last:{count + 1}" for count in range(len(_blocks(self.base)[1]))]
+        return next((name for name in known if learning == _learning(self.base, name)), "partial")
 
     def check(self) -> None:
         """Raise ValueError unless what learns has a name, and the head is part of it."""
@@ -169,7 +163,13 @@ class PlainModel:
                 "the head of this LoRA model does not learn, so that new classes never get scores: make it with "
                 'LoraConfig(modules_to_save=["classifier"], ...), or by pgp_hf.set_trainable(model, "lora:8").'
             )
-        _ = self.name
+        if self.name == "partial":
+            count = sum(parameter.requires_grad for parameter in self.base.parameters())
+            raise ValueError(
+                f"{count} parameters of the {type(self.base).__name__} have requires_grad=True, which are neither all of "
+                "them, nor the head's, nor those of its last blocks: choose what learns by "
+                'pgp_hf.set_trainable(model, "all"), "last:N", "head" or "lora:R".'
+            )
 
     @property
     def head(self) -> nn.Module:

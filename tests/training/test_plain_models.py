@@ -102,6 +102,14 @@ def test_it_predicts_without_a_backbone_and_refuses_one(run):
         load_pretrained(folder, backbone=tiny.backbone())
 
 
+def test_a_loaded_model_may_be_frozen(run):
+    classifier = load_pretrained(run[1])
+    photos = [run[0].stream.test(0)[i]["image"] for i in range(3)]
+    before = classifier.predict(photos)
+    classifier.model.requires_grad_(False)
+    assert classifier.predict(photos) == before
+
+
 def test_attention_and_precision_are_the_callers(run):
     classifier = load_pretrained(run[1], attn_implementation="eager", dtype=torch.bfloat16)
     assert classifier.model.config._attn_implementation == "eager" and classifier.model.dtype == torch.bfloat16
