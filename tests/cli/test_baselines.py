@@ -395,6 +395,7 @@ def test_a_table_without_any_method_is_refused(main, few, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_command_on_the_embedded_default(tmp_path):
     few = ("--max_train_samples_per_class", "4", "--max_eval_samples_per_class", "3", "--num_train_epochs", "1")
     command = [
@@ -410,9 +411,9 @@ def test_the_command_on_the_embedded_default(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
     for _ in range(2):
         done = subprocess.run(
-            [*command, *few], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+            [*command, *few], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
         )
         assert done.returncode == 0, done.stderr[-3000:]
     rows = read(tmp_path / "out" / "baselines_all" / "comparison.json")
-    assert list(rows)[6:] == names() and "random, shrinkage LDA" in rows
+    assert sorted(list(rows)[6:]) == sorted(names()) and "random, shrinkage LDA" in rows  # those refused come last
     assert all(f"\n{name}: finished earlier" in done.stdout for name in names() if "refused" not in rows[name])

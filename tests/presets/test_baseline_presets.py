@@ -216,6 +216,7 @@ def train(hub, tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.timeout(900)  # every method in one test
 @pytest.mark.parametrize(
     ("name", "method", "recipe"),
     [
