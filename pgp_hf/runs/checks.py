@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.manifest import divide
 from .folder import ADAPTER_CONFIG, DESCRIPTION, MANIFEST, MODEL_CONFIG
 
 
@@ -18,17 +19,11 @@ def check_stream_file(manifest: dict[str, Any], config: dict[str, Any], path: Pa
     """
     names, count = manifest.get("label_names"), manifest.get("num_classes")
     try:
-        tasks = [task["classes"] for task in manifest["tasks"]]
-        classes = [label for task in tasks for label in task]
-        whole = len(tasks) == manifest["num_tasks"] and all(tasks) and all(type(label) is int for label in classes)
-        whole = whole and type(count) is int and len(classes) == count and sorted(classes) == list(range(count))
+        divide(manifest)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} does not describe a stream ({type(error).__name__}: {error}).") from error
-    if not whole:
-        raise ValueError(
-            f"{path} has num_classes={count!r}: expected tasks with the classes 0 to num_classes - 1, each once, in "
-            "num_tasks tasks."
-        )
+    except ValueError as error:
+        raise ValueError(f"{path} has {error}") from error
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: label_names are not {count} strings, one per class.")
     if (own := config.get("id2label")) is not None and (not isinstance(own, dict) or len(own) != count):

@@ -103,10 +103,11 @@ class Revision:
 
     @property
     def seen_classes(self) -> list[int] | None:
-        """Return the label ids of the finished tasks; None for an adapter without a run."""
+        """Return the label ids of the finished tasks, in stream order, each once; None for an adapter without a run."""
         if self.manifest is None:
             return None
-        return [label for task in self.manifest["tasks"][: self.tasks] for label in task["classes"]]
+        classes = (task["classes"] for task in self.manifest["tasks"][: self.tasks])
+        return list(dict.fromkeys(label for own in classes for label in own))
 
     @property
     def whole(self) -> bool:
