@@ -293,6 +293,10 @@ class TaskStream:
         """Return the training images of task `t` (0-based); raise ValueError if they are not here."""
         return self._images("train", t)
 
+    def has_test(self, t: int) -> bool:
+        """Return whether the test images of task t are here."""
+        return True
+
     def test(self, t: int) -> TaskImages:
         """Return the test images of task `t` (0-based); raise ValueError if they are not here, or there are none."""
         return self._images("test", t)

@@ -94,12 +94,12 @@ class Revision:
     @property
     def tasks(self) -> int:
         """Return the number of finished tasks; 0 for an adapter without a run."""
-        return 0 if self.results is None else finished_tasks(self.results["accuracy_matrix"])
+        return 0 if self.results is None else finished_tasks(self.results)
 
     @property
     def learned(self) -> int:
         """Return the number of tasks that the model was trained on: fewer than finished ones if several were one."""
-        return 0 if self.results is None else self.tasks - first_task(self.results["accuracy_matrix"])
+        return 0 if self.results is None else self.tasks - first_task(self.results)
 
     @property
     def seen_classes(self) -> list[int] | None:
