@@ -256,7 +256,7 @@ def summary_logs(results: StreamResults) -> dict[str, float]:
     """Return what is logged after the evaluation of a stream."""
     content, changed = results.to_dict(), results.changed[-1:]
     kept = {"eval_forgetting": content["forgetting"], "eval_drift": results.drift[-1]}
-    kept.update({"eval_changed_selections": value for value in changed})
+    kept |= dict(zip(("eval_changed_selections",), changed, strict=False))
     logs = {
         **{f"eval_task_{j + 1}_accuracy": value for j, value in enumerate(results.matrix[-1])},
         "eval_average_accuracy": content["average_accuracy"],
