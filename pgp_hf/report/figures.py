@@ -280,9 +280,7 @@ def prompt_usage(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pa
     total = counts.sum(axis=1, keepdims=True)
     share = 100 * np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
     high = float(np.nanmax(share, initial=1.0))
-    fig, axes = heat_map(
-        share, low=0, high=high, bar="share of selections (%)", decimals=0, lacking=np.isnan(counts)
-    )
+    fig, axes = heat_map(share, low=0, high=high, bar="share of selections (%)", decimals=0, lacking=np.isnan(counts))
     axes.set_title("Prompts selected by each task's test images", fontsize=11)
     axes.set_xlabel("pool entry")
     axes.set_ylabel("task")
