@@ -77,9 +77,7 @@ class DataArguments:
     )
     image_column_name: str | None = field(default=None, metadata={"help": "image column, if there are several"})
     label_column_name: str | None = field(default=None, metadata={"help": "label column, if there are several"})
-    num_tasks: int | None = field(
-        default=10, metadata={"help": "number of tasks that the classes are divided into, unless --increment is given"}
-    )
+    num_tasks: int | None = field(default=10, metadata={"help": "number of tasks that the classes are divided into"})
     init_classes: int | None = field(
         default=None, metadata={"help": "number of classes of the first task, with --increment; as many if not given"}
     )
