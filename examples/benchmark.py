@@ -175,6 +175,7 @@ def parse(argv: Sequence[str]) -> tuple[BenchmarkArguments, ModelArguments, Data
     description = str(__doc__).format(rows="\n".join(f"    {name:<23}{row.what}" for name, row in ROWS.items()))
     kinds = (BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments)
     bench, model, data, training = read(kinds, argv, PROTOCOL if given & (SOURCES | HELP) else EMBEDDED, description)
+    data.choose_tasks(given)
     bench.rows = bench.rows or usual_rows(argv)
     return bench, model, data, training
 

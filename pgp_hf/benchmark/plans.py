@@ -210,7 +210,7 @@ def plan(
         Path(str(training.output_dir)),
         work,
         model,
-        replace(data, num_tasks=1) if row.joint else data,
+        replace(data, num_tasks=1, init_classes=None, increment=None) if row.joint else data,
         **{"training": training, **parts},
     )
 
@@ -224,7 +224,9 @@ def _parts(row: Row, seed: int, data: DataArguments, training: PGPTrainingArgume
     if row.method is not None:
         return {"method": METHODS[row.method].config_class(), "learner": Learner(), "training": training}
     assert row.prompt is not None
-    own: dict[str, Any] = {"pool_size": data.num_tasks} if row.prompt is ClipPromptConfig else {}  # a context per task
+    own: dict[str, Any] = {}
+    if row.prompt is ClipPromptConfig and data.num_tasks is not None:
+        own = {"pool_size": data.num_tasks}  # a context per task
     prompt = row.prompt(head="statistics", **own)
     return {"projection": ProjectionConfig(**row.projection), "prompt": prompt, "training": training}
 
