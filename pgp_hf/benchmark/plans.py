@@ -36,6 +36,7 @@ class Row:
         projection: fields of the `ProjectionConfig` of prompts.
         training: fields of the `PGPTrainingArguments` that differ from the other rows'.
         joint: learn all classes as one task.
+        surprises: learn each task as it comes, by a model that begins without classes.
     """
 
     what: str
@@ -45,6 +46,7 @@ class Row:
     projection: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     joint: bool = False
+    surprises: bool = False
 
 
 @dataclass
@@ -131,6 +133,7 @@ class Plan:
             own = {"method": {"name": self.row.method, **settings}, "run": asdict(self.learner)}
         elif self.projection is not None:
             own = {"prompt": _prompt(self.prompt), "projection": self.projection.to_dict()}
+            own |= {"surprises": True} if self.row.surprises else {}
         return {**found, **own, "training": training}
 
     def _defaults(self) -> Settings:
