@@ -67,27 +67,27 @@ class TaskStream:
 
     @property
     def num_tasks(self) -> int:
-        """Number of tasks."""
+        """Return the number of tasks."""
         return len(self.tasks)
 
     @property
     def num_classes(self) -> int:
-        """Number of label ids."""
+        """Return the number of label ids."""
         return len(self.label_names)
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Name of each label id, as transformers' configurations expect it."""
+        """Return the name of each label id, as transformers' configurations expect it."""
         return dict(enumerate(self.label_names))
 
     @property
     def class_order(self) -> list[int]:
-        """The label ids of all tasks, in the order in which they arrive."""
+        """Return the label ids of all tasks, in the order in which they arrive."""
         return [label for task in self.tasks for label in task.new_classes]
 
     @property
     def is_open(self) -> bool:
-        """True for a stream without an end: one that began with `empty` or `from_manifest`, or was appended to."""
+        """Return True for a stream without an end: one that began with `empty` or `from_manifest`, or was appended to."""
         return self._begun_open or bool(self._names_before)
 
     @property
