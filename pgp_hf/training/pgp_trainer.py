@@ -64,3 +64,14 @@ class PGPTrainer(StreamTrainer):
     def tuner(self) -> Any:
         """The prompt tuner inside the `PeftModel`."""
         return self.stream_model
+
+
+def trainer_of(method: str, **source: Any) -> StreamTrainer:
+    """Return the trainer of a finished run.
+
+    Args:
+        method: the registered name of its method.
+        source: arguments of `from_pretrained`.
+    """
+    kind = PGPTrainer if method == ProjectedPrompts.name else StreamTrainer
+    return kind.from_pretrained(**source)
