@@ -120,13 +120,14 @@ def test_what_is_known_stays(kind, head, attention, dtype):
     model = taught(kind, head, attention=attention).to(dtype)
     learner, pixels = stream_model(model), PIXELS.to(dtype)
     before, known, random = state(model), logits(model, pixels), torch.random.get_rng_state()
-    learns = {name: value.requires_grad for name, value in model.named_parameters()}
+    learns, digest = {name: value.requires_grad for name, value in model.named_parameters()}, learner.digest()
     learner.add_classes(NEW[:2], seed=3)
     learner.add_task(3, [5, 6, 7], seed=3)
     learner.add_classes(NEW[2:], seed=3)
     assert torch.equal(torch.random.get_rng_state(), random)
     assert learner.class_names == {**NAMES, **dict(enumerate(NEW, 6))}
     assert {name: value.requires_grad for name, value in model.named_parameters()} == learns
+    assert learner.digest() == digest and (kind not in PLAIN or learner.name == kind)
     grown = grown_names(before, state(model))
     parts = (
         "classifier",
@@ -562,6 +563,12 @@ def test_the_tokenizer_is_that_of_the_backbone():
     assert model.base_model.adapter_config.class_tokens == whole.class_tokens
 
 
+@pytest.mark.parametrize("template", ["a photo", "{} or {}", "{0}", "{:>99}", "{} {x}"])
+def test_a_template_has_one_place_for_the_name(template):
+    with pytest.raises(ValueError, match=r"template=.*expected a text with one \{\} for the class name"):
+        type(tiny.config("clip")).for_classes(tokenizer, ["cat"], template)
+
+
 @pytest.mark.parametrize(
     ("names", "change", "message"),
     [
@@ -640,6 +647,11 @@ def test_any_head_is_opened(kind, head, base, tmp_path):
     if kind in ("dualprompt",):
         stream_model(loaded).resume_after(0)
     assert torch.equal(logits(loaded), expected)
+    if isinstance(opened, PeftModel):
+        assert stream_model(loaded).digest() == learner.digest()  # it is on the backbone that it was trained on
+    else:
+        learner.check()
+        assert learner.name == kind
 
 
 @torch.no_grad()
