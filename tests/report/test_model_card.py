@@ -799,7 +799,7 @@ def test_one_task():
     assert "2 classes in 1 task\n" in card.text and "1 tasks" not in card.text
 
 
-def test_null_entries_show_as_dashes_and_stay_out_of_the_index():
+def test_what_is_null_was_not_measured_and_stays_out_of_the_index():
     inputs = make_inputs()
     inputs["results"] |= {
         "accuracy_matrix": [[90.0, N, N], [N, 95.0, N], [85.0, N, 70.0]],
@@ -816,8 +816,8 @@ def test_null_entries_show_as_dashes_and_stay_out_of_the_index():
     _, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert [result.metric_name for result in found] == ["Average accuracy"]
     check_as_a_reader(card)
-    assert ["76.67", "–", "12.50", "–", "85.00", "–"] in table_rows(card)
-    assert ["2", "–", "– / –", "95.0", "–", "87.5", "–"] in table_rows(card)
+    assert ["76.67", "not measured", "12.50", "–", "85.00", "not measured"] in table_rows(card)
+    assert ["2", "–", "– / –", "95.0", "not measured", "87.5", "not measured"] in table_rows(card)
     assert "unnamed dataset" in card.text
 
 
