@@ -177,7 +177,7 @@ def describe_origin(results: Mapping[str, Any]) -> str | None:
     at = f"[`{revision}`]({_address(repo)}/tree/{revision})"
     commit = origin.get("commit")
     exactly = f" (commit [`{commit[:7]}`]({_address(repo)}/commit/{commit}))" if commit else ""
-    which = "the revision of task 1 is" if tasks == 1 else f"the revisions of tasks 1 to {tasks} are"
+    which = "the revision of task 1 is" if tasks == 1 else f"the revisions of the first {tasks} tasks are"
     return f'Continues [`{repo}`]({_address(repo)}) at {at}{exactly}; {which} linked under "Task by task".'
 
 
