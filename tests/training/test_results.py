@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 
+from pgp_hf.data.stream import TaskStream
 from pgp_hf.runs.checks import check_results_file, finished_tasks, first_task
+from pgp_hf.runs.revision import Revision
 from pgp_hf.training.callbacks import _figures
 from pgp_hf.training.evaluation import Recorded, References, measure, summary_logs
 from pgp_hf.training.results import StreamResults
@@ -172,3 +175,25 @@ def test_a_stream_that_goes_on_keeps_its_rows_and_takes_other_settings():
         setattr(other, name, value)
         with pytest.raises(ValueError, match=f"the earlier run has {name}="):
             other.load(earlier, going_on=True)
+
+
+@pytest.mark.parametrize("head", ["linear", "statistics"])
+def test_a_run_without_test_images_of_its_first_task(tmp_path, monkeypatch, without_figures, head):
+    runs = {}
+    for name, least in (("whole", 0), ("gaps", 1)):
+        monkeypatch.setattr(TaskStream, "has_test", lambda stream, t, least=least: t >= least)
+        with tiny.seeded(3):
+            run = tiny.trainer(tmp_path / name, model=tiny.model(head=head))
+        run.train()
+        runs[name] = run.results
+        assert all(value is not None for value in run.state.log_history[-1].values())
+    whole, gaps = runs["whole"], runs["gaps"]
+    assert gaps.matrix == [[None, *row[1:]] for row in whole.matrix]
+    assert gaps.rank == whole.rank and gaps.drift[:2] == [0.0, None]
+    for t in range(3):
+        folder = tmp_path / "gaps" / f"task-{t + 1}"
+        revision = Revision.read(folder, f"task-{t + 1}")
+        assert (revision.tasks, revision.learned, len(revision.seen_classes)) == (t + 1, t + 1, 2 * (t + 1))
+        assert "not measured" in (folder / "README.md").read_text()
+    drawn = [path.name for path in without_figures(revision.results, tmp_path / "figures")]
+    assert drawn == ["accuracy_matrix.png", "stability.png", "prompt_usage.png"]
