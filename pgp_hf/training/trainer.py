@@ -313,8 +313,9 @@ class StreamTrainer(TaskTrainer):
             start_new(self.args, self.progress, self.folder)
         self._enter(resume)
         self.accelerator.wait_for_everyone()
+        found = self._resumer().find(task.index) if resume else (False, None)
         self._room.grow(self.stream_model, task.index, self.args.seed)
-        return self._resumer().find(task.index) if resume else (False, None)
+        return found
 
     def evaluate_stream(self) -> dict[str, Any]:
         """Evaluate every task trained so far, take the figures into `results`, and return the results file's content.
