@@ -1,0 +1,240 @@
+"""Teach a finished run the classes of new images. None of its old images is needed.
+
+    pgp-hf learn out/l2p_pgp --train_dir new_photos --output_dir out/more
+
+`new_photos` has one subfolder for each class, named after it; new images of known classes may be among them. The run is
+a folder that a training left, one of its task folders, or a repository on the Hub (with --revision task-3). It is left
+as it is: --output_dir gets a run of its own, with the earlier tasks and the new one. Settings of the training are those
+of the run, unless options say otherwise.
+
+Test images are those of --test_dir, or a share of the new images. How well the run still knows its old classes is
+measured where their test images are given: --known_test_dir or --known_test_dataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import datasets
+
+from ..data import source as source_data
+from ..report.formatting import one_line
+from ..runs.revision import Revision
+from ..runs.sources import locate
+from ..training.arguments import PGPTrainingArguments
+from ..training.trainer import StreamTrainer
+from .arguments import DataArguments, string_labels_as_classes
+from .experiment import resume_argument
+from .folders import labelled_images
+from .growth import class_names, growth_table
+from .parsing import new_parser
+
+# settings of an earlier run that learning depends on; a revision from elsewhere decides nothing else here
+_KEPT = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+    *("head_learning_rate", "later_prompt_learning_rate", "compensate_drift", "reinit_optimizer"),
+    *("train_mask", "eval_mask", "augmentation", "crop_min_scale"),
+)
+
+
+@dataclass
+class LearnArguments:
+    """Say where the new images are, and the test images of the classes that are known.
+
+    Args:
+        revision: of the run, the last task by default.
+        backbone: Hub id or folder of the frozen model, if the run does not name it.
+        train_dir: local folder of new training images, with one subfolder per class.
+        test_dir: local folder of new test images, likewise.
+        dataset_name: Hub id, or local folder of parquet or image files, instead of `train_dir`.
+        dataset_revision: branch, tag or commit on the Hub.
+        dataset_split: the only split to use; `test_fraction` of it is held out for testing.
+        image_column_name: image column, if there are several.
+        label_column_name: label column, if there are several.
+        label_names: names of the classes, for a label column of integers.
+        test_fraction: fraction of each class that is held out if there are no test images.
+        max_train_samples_per_class: maximum number of training images per class.
+        max_eval_samples_per_class: maximum number of test images per class.
+        known_test_dir: local folder with the run's own test images, with one subfolder per class.
+        known_test_dataset: Hub id or local folder of the run's own test images.
+    """
+
+    revision: str | None = field(
+        default=None, metadata={"help": "task-1, task-2, ...: go on from the state after that task; the last by default"}
+    )
+    backbone: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the frozen model, if the run does not name it"}
+    )
+    train_dir: str | None = field(
+        default=None, metadata={"help": "local folder of new training images, with one subfolder per class"}
+    )
+    test_dir: str | None = field(
+        default=None, metadata={"help": "local folder of test images of the new classes, with one subfolder per class"}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, or local folder of parquet or image files, in place of --train_dir"},
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit of the data set on the Hub"}
+    )
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "use only this split, and hold out test_fraction of it for testing"}
+    )
+    image_column_name: str | None = field(default=None, metadata={"help": "image column, if there are several"})
+    label_column_name: str | None = field(default=None, metadata={"help": "label column, if there are several"})
+    label_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "where labels are integers: the names of the classes, from that of the smallest label on"},
+    )
+    test_fraction: float = field(
+        default=0.2, metadata={"help": "fraction of each class that is held out if there are no test images"}
+    )
+    max_train_samples_per_class: int | None = field(
+        default=None, metadata={"help": "maximum number of training images per class"}
+    )
+    max_eval_samples_per_class: int | None = field(
+        default=None, metadata={"help": "maximum number of test images per class"}
+    )
+    known_test_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "local folder with the test images that the run was tested on, with one subfolder per class; without "
+            "them, accuracies of known classes are not measured"
+        },
+    )
+    known_test_dataset: str | None = field(
+        default=None, metadata={"help": "Hub id or local folder of these test images, in place of --known_test_dir"}
+    )
+
+    def new_images(self) -> tuple[datasets.Dataset, datasets.Dataset | None, dict[str, Any]]:
+        """Return the new training images, test images if there are any, and how `learn` is to read them.
+
+        Raises:
+            ValueError: no images, two sources of them, or images without labels.
+        """
+        if bool(self.train_dir) == bool(self.dataset_name):
+            raise ValueError(
+                "give the new images by --train_dir, a folder with one subfolder per class, or else by --dataset_name."
+            )
+        if self.test_dir and not self.train_dir:
+            raise ValueError("--test_dir goes with --train_dir: a data set has its own test split, or none.")
+        if self.train_dir:
+            splits = datasets.DatasetDict(train=labelled_images(self.train_dir, "--train_dir"))
+            if self.test_dir:
+                splits["test"] = labelled_images(self.test_dir, "--test_dir")
+        else:
+            splits = DataArguments(
+                dataset_name=self.dataset_name,
+                dataset_revision=self.dataset_revision,
+                dataset_split=self.dataset_split,
+            ).source()
+        train, test, _ = source_data.resolve_splits(splits, None, None)
+        label, image = source_data.resolve_columns(train, self.label_column_name, self.image_column_name)
+        train, test = string_labels_as_classes(train, test, label)
+        same = ("label_names", "test_fraction", "max_train_samples_per_class", "max_eval_samples_per_class")
+        return train, test, {"label_column": label, "image_column": image, **{key: getattr(self, key) for key in same}}
+
+    def known_test_images(self) -> datasets.Dataset | str | None:
+        """Return the test images of known classes, or the name of the data set that has them.
+
+        Raises:
+            ValueError: two sources, or a folder without such images.
+        """
+        if self.known_test_dir and self.known_test_dataset:
+            raise ValueError("give --known_test_dir or --known_test_dataset, not both.")
+        if self.known_test_dir is None:
+            return self.known_test_dataset
+        return string_labels_as_classes(labelled_images(self.known_test_dir, "--known_test_dir"), None, "label")[0]
+
+
+class Command(NamedTuple):
+    """The command line: the run that goes on, the content of its files, the new images, the settings."""
+
+    run: str
+    before: Revision
+    new: LearnArguments
+    training: PGPTrainingArguments
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command; return 1, after a line that says why, if it refuses or cannot finish.
+
+    Args:
+        argv: the command line without the program, `sys.argv[1:]` by default.
+        prog: name of the program in its help.
+    """
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
+    try:
+        learn(parse(argv, prog))
+    except (TypeError, ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(argv: Sequence[str] | None, prog: str | None) -> Command:
+    """Parse the command line, with the recorded settings of the run as defaults.
+
+    Raises:
+        ValueError: an unknown argument, no `--output_dir`, or a run that cannot be read.
+        SystemExit: after `--help`, and for a value that an option refuses.
+    """
+    parser = new_parser(
+        (LearnArguments, PGPTrainingArguments),
+        prog=prog,
+        usage="%(prog)s RUN_OR_REPO --train_dir DIR --output_dir DIR [options]",
+        description=__doc__,
+    )
+    parser.add_argument("run", metavar="RUN_OR_REPO", help="folder of a run or a task, or a repository on the Hub")
+    parser.set_defaults(output_dir=None)
+    early, _ = parser.parse_known_args(argv)
+    if early.output_dir is None:
+        raise ValueError("--output_dir is missing: name a new folder for the run that goes on.")
+    before = Revision.read(locate(early.run, early.revision, token=early.hub_token), early.revision)
+    if before.results is None:
+        raise ValueError(f"{early.run} is an adapter without a run: it has learned no task to go on from.")
+    parser.set_defaults(**recorded(before.results))
+    new, training, rest = parser.parse_args_into_dataclasses(argv)
+    return Command(rest.run, before, new, training)
+
+
+def recorded(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a run's last task was trained with, as far as `results.json` has them."""
+    found = {"seed": results.get("seed"), "eval_mask": results.get("eval_mask"), **results.get("training", {})}
+    return {name: found[name] for name in _KEPT if found.get(name) is not None}
+
+
+def learn(command: Command) -> None:
+    """Learn the new images, and print what was known and what is new.
+
+    Raises:
+        TypeError, ValueError, OSError, FloatingPointError: as `StreamTrainer.from_pretrained` and `learn`.
+    """
+    run, before, new, args = command
+    train, test, reading = new.new_images()
+    trainer = StreamTrainer.from_pretrained(
+        run, new.revision, args, new.known_test_images(), backbone=new.backbone, token=args.hub_token
+    )
+    say = print if trainer.is_world_process_zero() else lambda *lines: None
+    seen = [trainer.stream.label_names[label] for label in dict.fromkeys(before.seen_classes or [])]
+    say(f"{run} knows {len(seen)} classes after {before.tasks} tasks: {class_names(seen)}")
+    resume = resume_argument(args.resume_from_checkpoint)
+    trainer.learn(train, test, resume_from_checkpoint=resume, **reading)
+    if trainer.is_world_process_zero():
+        say(report(trainer, before.tasks))
+
+
+def report(trainer: StreamTrainer, known: int) -> str:
+    """Return a table of what was known and what is new, and what can be done with the run."""
+    results, folder = trainer.results.to_dict(), trainer.folder.root
+    lines = ["", "Accuracy (%) on the test images of each task, before the new one was learned and now", ""]
+    lines.append(growth_table(results, trainer.stream.manifest(), known))
+    ...
