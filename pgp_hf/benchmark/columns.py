@@ -70,8 +70,8 @@ def columns_of(runs: list[Run]) -> list[Column]:
 
 def in_turn(run: Run) -> bool:
     """Return True unless the run has learned all classes as one task."""
-    matrix = next(iter(run["heads"].values()))["accuracy_matrix"]
-    return run["num_tasks"] > 1 and not first_task(matrix)
+    head = next(iter(run["heads"].values()))
+    return run["num_tasks"] > 1 and not first_task({**run, "accuracy_matrix": head["accuracy_matrix"]})
 
 
 def _of_head(head: str, key: str) -> Callable[[list[Run]], list[float]]:
@@ -92,7 +92,9 @@ def _of_head(head: str, key: str) -> Callable[[list[Run]], list[float]]:
 
 
 def _last(key: str, scale: float = 1.0) -> Callable[[list[Run]], list[float]]:
-    return lambda runs: [scale * run[key][-1] for run in runs if run.get(key) and in_turn(run)]
+    return lambda runs: [
+        scale * run[key][-1] for run in runs if run.get(key) and run[key][-1] is not None and in_turn(run)
+    ]
 
 
 def _each(key: str, scale: float = 1.0) -> Callable[[list[Run]], list[float]]:

@@ -227,7 +227,7 @@ def describe(plan: Plan) -> str:
         return f"process {pid} is running it" if pid else begun
     results = read_json(plan.file)
     heads = [
-        f"{name} {head['average_accuracy']:.2f} % (forgetting {as_number(head['forgetting'], 2)})"
+        f"{name} {as_number(head['average_accuracy'], 2)} % (forgetting {as_number(head['forgetting'], 2)})"
         for name, head in results["heads"].items()
     ]
-    return ", ".join([*heads, f"drift {results['drift'][-1]:.3f}"])
+    return ", ".join([*heads, f"drift {as_number(results['drift'][-1], 3)}"])

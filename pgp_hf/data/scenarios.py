@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .checking import shorten
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -37,7 +39,7 @@ class Scenario:
             task: the image's own task, 0-based.
         """
         competing = tasks[task : task + 1] if self.task_known else tasks[: after + 1]
-        return [label for classes in competing for label in classes]
+        return list(dict.fromkeys(label for classes in competing for label in classes))
 
 
 SCENARIOS = {
@@ -62,3 +64,9 @@ SCENARIOS = {
         ),
     )
 }
+
+
+def check_scenario(name: str) -> None:
+    """Raise ValueError unless there is a scenario of this name."""
+    if name not in SCENARIOS:
+        raise ValueError(f"scenario must be one of {shorten(SCENARIOS)}, got {name!r}")

@@ -7,45 +7,23 @@ dataset are detected here and reported together with their fix. Only the label c
 
 from __future__ import annotations
 
-import numbers
-import operator
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
+from .checking import check_optional_int, shorten
+from .rows import ImageRows
+
 EVAL_SPLITS = ("test", "validation", "valid", "val")
 LABEL_NAMES = ("label", "labels", "fine_label")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-def shorten(values: Iterable[Any], limit: int = 10) -> str:
-    """Return `values` for an error message: the first `limit`, then how many more there are."""
-    values = list(values)
-    more = f", ... ({len(values) - limit} more)" if len(values) > limit else ""
-    return "[" + ", ".join(map(repr, values[:limit])) + more + "]"
-
-
-def check_int(name: str, value: Any, low: int, high: int | None = None, *, expected: str = "an integer") -> int:
-    """Return `value` as a plain int; raise TypeError unless it is an integer, ValueError unless within low..high."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
-    number = operator.index(value)
-    if number < low or (high is not None and number > high):
-        span = f"at least {low}" if high is None else f"in {low}..{high}"
-        raise ValueError(f"{name} must be {span}, got {value}")
-    return number
-
-
-def check_optional_int(name: str, value: Any, low: int, none: str) -> int | None:
-    """Return `value` as [`check_int`] does, or None if it is None; `none` explains None in the error message."""
-    return None if value is None else check_int(name, value, low, expected=f"an integer or None ({none})")
 
 
 # ---- splits ---------------------------------------------------------------------------------------------------------
@@ -259,6 +237,105 @@ def map_labels(
     return np.searchsorted(values, raw), np.searchsorted(values, raw_test), names, values.tolist()
 
 
+class Labelled(NamedTuple):
+    """The rows of a dataset with their labels.
+
+    Args:
+        train, test: the rows; `test` is None if there are no test rows, or they are left out.
+        has_test: whether there are test rows, left out or not.
+        name: of the dataset, if it has one.
+        label_column, image_column: names of the columns.
+        labels, test_labels: the class of each row, as a position in `names`.
+        names: of the classes.
+        values: of the classes in the label column.
+    """
+
+    train: datasets.Dataset
+    test: datasets.Dataset | None
+    has_test: bool
+    name: str | None
+    label_column: str
+    image_column: str
+    labels: np.ndarray
+    test_labels: np.ndarray | None
+    names: list[str]
+    values: list[int]
+
+    @property
+    def named(self) -> bool:
+        """Return True if the names are the dataset's, and not its integers."""
+        return isinstance(self.train.features[self.label_column], datasets.ClassLabel)
+
+    def relabelled(self, ids: Mapping[int, int], names: list[str]) -> Labelled:
+        """Return the same rows with other label ids, by present ones; rows of classes without one get -1.
+
+        `names` are the new names, and `values` become those of the classes in `ids`, in its order.
+        """
+        table = np.full(len(self.names), -1)
+        table[list(ids)] = list(ids.values())
+        test = None if self.test_labels is None else table[self.test_labels]
+        kept = [self.values[position] for position in ids]
+        return self._replace(labels=table[self.labels], test_labels=test, names=names, values=kept)
+
+    def images(self) -> tuple[ImageRows, ImageRows]:
+        """Return the images to train and to test on; rows that are held out keep their row numbers."""
+        train = ImageRows("train", self.train, self.image_column, self.labels)
+        if self.test is None or self.test_labels is None:
+            return train, train
+        return train, ImageRows("test", self.test, self.image_column, self.test_labels)
+
+    def described(self, test_fraction: float | None, limits: Mapping[str, int | None]) -> dict[str, Any]:
+        """Return what a manifest says of the dataset; name and fingerprints are for information only.
+
+        Args:
+            test_fraction: share of each class that is held out for testing.
+            limits: from [`check_limits`].
+        """
+        test = self.train if self.test is None else self.test
+        return {
+            "dataset": {
+                "name": self.name,
+                "fingerprint": {"train": self.train._fingerprint, "test": test._fingerprint},
+            },
+            "label_column": self.label_column,
+            "image_column": self.image_column,
+            "label_values": self.values,
+            "test_fraction": test_fraction,
+            **limits,
+        }
+
+
+def read_dataset(
+    dataset: Any,
+    test_dataset: Any,
+    test_split: str | None,
+    label_column: str | None,
+    image_column: str | None,
+    use_test: bool = True,
+) -> Labelled:
+    """Read the labels of a dataset; raise what `resolve_splits`, `resolve_columns`, `map_labels` do.
+
+    Args:
+        dataset, test_dataset, test_split: see `resolve_splits`.
+        label_column, image_column: see `resolve_columns`.
+        use_test: False to leave test rows out.
+    """
+    train, test, name = resolve_splits(dataset, test_dataset, test_split)
+    has_test, test = test is not None, test if use_test else None
+    label_column, image_column = resolve_columns(train, label_column, image_column)
+    for split, data in (("train", train), ("test", test)):
+        if data is not None:
+            check_columns(split, data, label_column, image_column)
+    mapped = map_labels(train, test, label_column)
+    return Labelled(train, test, has_test, name, label_column, image_column, *mapped)
+
+
+def check_limits(max_train: int | None, max_eval: int | None) -> dict[str, int | None]:
+    """Return the limits of images per class by their arguments' names; raise TypeError or ValueError if they are none."""
+    given = {"max_train_samples_per_class": max_train, "max_eval_samples_per_class": max_eval}
+    return {name: check_optional_int(name, value, 1, none="all") for name, value in given.items()}
+
+
 # ---- choosing rows --------------------------------------------------------------------------------------------------
 # What is drawn for a class depends on (seed, purpose, class) alone, not on the class order or on other classes.
 
@@ -302,14 +379,15 @@ def choose_rows(
     """Return the row numbers to train and to test on.
 
     Args:
-        labels: of the train rows.
-        test_labels: of the test rows; None to test on train rows that are held out.
+        labels: of the train rows; -1 for rows to leave out.
+        test_labels: of the test rows, likewise; None to test on train rows that are held out.
         held_out: shares of each class that are held out of the train rows one after the other: test rows, then
             validation rows, None for neither. What is held out last is tested on.
         seed: of what is drawn.
         max_train, max_test: number of rows kept of each class at most; None for all.
     """
-    train, test = np.arange(len(labels)), np.arange(0 if test_labels is None else len(test_labels))
+    train = np.flatnonzero(labels >= 0)
+    test = np.arange(0) if test_labels is None else np.flatnonzero(test_labels >= 0)
     for purpose, fraction in enumerate(held_out, 2):
         if fraction is not None:
             train, test = hold_out(train, labels, fraction, seed, purpose)

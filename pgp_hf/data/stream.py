@@ -1,4 +1,4 @@
-"""Divide the classes of a `datasets.Dataset` into tasks that are learned one after another.
+"""Divide the classes of a `datasets.Dataset` into tasks that are learned one after another, or append tasks as they come.
 
 Rows are chosen through the label column, so building a stream or asking for a task decodes no image; images are
 decoded when a `TaskImages` is indexed. A manifest of class order and content hashes identifies a stream, so that a
@@ -7,140 +7,98 @@ resumed or repeated run can prove that it sees the same data.
 
 from __future__ import annotations
 
-import operator
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
-import PIL.Image
-import torch
 
 from . import source as source_data
-from .rows import ImageRows, verify_images
-from .scenarios import SCENARIOS
-from .source import check_int, check_optional_int, shorten
+from .checking import check_int, check_optional_int, check_share, shorten
+from .classes import Division, LabelNames, Labels, check_names, rename, warn_of_similar
+from .earlier import find_test_images
+from .manifest import SPLITS, check_complete, check_form, compare, copied, first_tasks, new_settings, train_hashes
+from .rows import verify_images
+from .scenarios import SCENARIOS, check_scenario
+from .tasks import ImageItem, Part, Task, TaskImages, by_source, hash_parts
 
-MANIFEST_FORMAT = 1
-# besides the tasks' contents, these must agree for two streams to be the same ...
-_SAME = ("scenario", "num_tasks", "num_classes", "label_names", "label_values", "class_order")
-# ... and these settings are named as the likely cause when something does not
-_CAUSES = (
-    "seed",
-    "label_column",
-    "image_column",
-    "test_fraction",
-    "train_val_split",
-    "max_train_samples_per_class",
-    "max_eval_samples_per_class",
-)
+__all__ = ["ImageItem", "Task", "TaskImages", "TaskStream"]
 
-_OPTIONAL = ("train_val_split",)  # written only where it is given
+Data: TypeAlias = datasets.Dataset | datasets.DatasetDict | str | os.PathLike[str]
+Parts: TypeAlias = dict[str, list[Part]]
 
-
-@dataclass(frozen=True)
-class Task:
-    """A task of a stream.
-
-    Args:
-        index: the task's 0-based place in the stream.
-        classes: its label ids (0..num_classes-1), in stream order.
-    """
-
-    index: int
-    classes: tuple[int, ...]
-
-
-class ImageItem(TypedDict):
-    """An RGB image with its label id, its task's 0-based place in the stream, and its position within the task."""
-
-    image: PIL.Image.Image
-    label: int
-    task: int
-    index: int
-
-
-class TaskImages(torch.utils.data.Dataset[ImageItem]):
-    """Give map-style access to one task's rows of one split, as `ImageItem`s.
-
-    Can be pickled and forked, so DataLoader workers can share it.
-
-    Attributes:
-        task: 0-based.
-        labels: mapped label ids, int64, `(len,)`; read without decoding anything.
-    """
-
-    def __init__(self, source: ImageRows, rows: np.ndarray, task: int) -> None:
-        self._source = source
-        self._rows = rows
-        self.task = task
-        self.labels: np.ndarray = source.labels[rows]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> ImageItem:
-        """Return item `index`; the image is decoded here.
-
-        Raises:
-            IndexError: `index` is out of range.
-            ValueError: the image does not decode; the message names its split and row.
-        """
-        position = operator.index(index)
-        if not -len(self) <= position < len(self):
-            raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
-        position %= len(self)
-        image = self._decoded(position)
-        return {"image": image, "label": int(self.labels[position]), "task": self.task, "index": position}
-
-    def _decoded(self, position: int) -> PIL.Image.Image:
-        return self._source.decode(int(self._rows[position]))
+_OWN = {"classes", "new_classes", *SPLITS}  # what a stream itself knows of a task in a manifest
 
 
 class TaskStream:
-    """Divide a dataset into a sequence of tasks. Build one with `TaskStream.from_dataset`.
+    """A sequence of tasks, each with classes and their images.
+
+    `TaskStream.from_dataset` divides the classes of a dataset that is known in advance. A stream without an end begins
+    with `TaskStream.empty`, or with the tasks of an earlier run by `TaskStream.from_manifest`, and `append` adds tasks as
+    their images arrive; classes are then known by their names.
 
     Attributes:
         scenario: the name of its scenario, a key of `pgp_hf.data.scenarios.SCENARIOS`.
-        num_tasks: number of tasks.
-        num_classes: number of classes in the dataset.
         seed: the seed that it was built with; None for classes in label order.
-        class_order: all label ids, in the order in which they arrive.
-        label_names: the name of each label id.
-        id2label: the same as a dict, as transformers' configurations expect it.
         tasks: the `Task` objects, in order.
+        label_names: the name of each label id. In a stream that goes on after the first tasks of an earlier run, the
+            names of the classes that those tasks lack keep their ids.
     """
 
     def __init__(
         self,
-        train: tuple[ImageRows, list[np.ndarray]],
-        test: tuple[ImageRows, list[np.ndarray]],
-        tasks: list[Task],
-        label_names: list[str],
-        settings: dict[str, Any],
+        settings: Mapping[str, Any],
+        tasks: Sequence[Task],
+        parts: Parts,
+        label_names: Sequence[str],
+        notes: Sequence[Mapping[str, Any]] | None = None,
+        begun_open: bool = False,
     ) -> None:
-        self._splits = {"train": train, "test": test}
         self._settings = settings  # the manifest without its tasks
-        self._digests: dict[str, list[str]] | None = None
-        self._verified = False
-        self.tasks = tasks
-        self.label_names = label_names
-        self.id2label = dict(enumerate(label_names))
-        self.class_order: list[int] = [label for task in tasks for label in task.classes]
+        self._parts = parts  # by split, for each task
+        self._notes = [{} for _ in tasks] if notes is None else list(notes)  # what else a manifest says of each task
+        self._begun_open = begun_open
+        self._names_before: list[int] = []  # number of label names before each task that was appended here
         self.scenario: str = settings["scenario"]
         self.seed: int | None = settings["seed"]
-        self.num_tasks = len(tasks)
-        self.num_classes = len(label_names)
+        self.tasks = list(tasks)
+        self.label_names = list(label_names)
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks."""
+        return len(self.tasks)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of label ids."""
+        return len(self.label_names)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Name of each label id, as transformers' configurations expect it."""
+        return dict(enumerate(self.label_names))
+
+    @property
+    def class_order(self) -> list[int]:
+        """The label ids of all tasks, in the order in which they arrive."""
+        return [label for task in self.tasks for label in task.new_classes]
+
+    @property
+    def is_open(self) -> bool:
+        """True for a stream without an end: one that began with `empty` or `from_manifest`, or was appended to."""
+        return self._begun_open or bool(self._names_before)
 
     @classmethod
     def from_dataset(
         cls,
-        dataset: datasets.Dataset | datasets.DatasetDict | str | os.PathLike[str],
+        dataset: Data,
         *,
-        num_tasks: int,
+        num_tasks: int | None = None,
+        tasks: Labels | None = None,
+        init_classes: int | None = None,
+        increment: int | None = None,
         label_column: str | None = None,
         image_column: str | None = None,
         scenario: str = "class_incremental",
@@ -153,12 +111,16 @@ class TaskStream:
         max_train_samples_per_class: int | None = None,
         max_eval_samples_per_class: int | None = None,
     ) -> TaskStream:
-        """Divide a dataset into `num_tasks` tasks with (nearly) the same number of classes.
+        """Divide the classes of a dataset into tasks: by `num_tasks`, by `tasks`, or by `increment`.
 
         Args:
             dataset: a `Dataset`; a `DatasetDict` with a split `"train"`; a local folder of parquet or image files; or
                 a Hub id. Formats and transforms set on it are not applied.
             num_tasks: number of tasks, 1..number of classes; their sizes differ by one class at most.
+            tasks: the classes of each task, for example `[["cat", "dog"], [3]]`, by name or by their value in the label
+                column. Classes that are not listed are left out, and the others are numbered 0..C-1 in label order.
+            init_classes: number of classes of the first task; `increment` by default.
+            increment: number of classes of each further task; the last one may have fewer.
             label_column: a ClassLabel or integer column. Default: the only ClassLabel column, else the one named
                 `label`, `labels` or `fine_label`. Distinct integers are sorted and mapped to ids 0..C-1.
             image_column: a `datasets.Image` column. Default: the only one.
@@ -180,81 +142,186 @@ class TaskStream:
             TypeError: a streaming dataset or an argument of the wrong type.
             ValueError: any other problem with the dataset or an argument; the message has the fix.
         """
-        if scenario not in SCENARIOS:
-            raise ValueError(f"scenario must be one of {shorten(SCENARIOS)}, got {scenario!r}")
+        check_scenario(scenario)
         seed = check_optional_int("seed", seed, 0, none="label order")
-        num_tasks = check_int("num_tasks", num_tasks, 1)
-        limits = {
-            name: check_optional_int(name, value, 1, none="all")
-            for name, value in (
-                ("max_train_samples_per_class", max_train_samples_per_class),
-                ("max_eval_samples_per_class", max_eval_samples_per_class),
-            )
+        division = Division(num_tasks, tasks, init_classes, increment, class_order)
+        division.check()
+        limits = source_data.check_limits(max_train_samples_per_class, max_eval_samples_per_class)
+        shares = check_share("test_fraction", test_fraction), check_share("train_val_split", train_val_split)
+
+        data = source_data.read_dataset(
+            dataset, test_dataset, test_split, label_column, image_column, use_test=train_val_split is None
+        )
+        held_out = (None if data.has_test else shares[0], shares[1])
+        divided, kept = division.divide(data.names, data.values, data.label_column, seed)
+        if len(kept) < len(data.names):
+            ids = {position: label for label, position in enumerate(kept)}
+            data = data.relabelled(ids, [data.names[position] for position in kept])
+        images = data.images()
+        rows = source_data.choose_rows(data.labels, data.test_labels, held_out, seed or 0, *limits.values())
+        parts = {}
+        for split, source, chosen in zip(SPLITS, images, rows, strict=True):
+            of_task = source_data.cut(split, chosen, source.labels, divided, data.names)
+            parts[split] = [Part.of(source, own) for own in of_task]
+        settings = new_settings(scenario, seed, data.described(held_out[0], limits), shares[1])
+        return cls(settings, [Task(t, own) for t, own in enumerate(divided)], parts, data.names)
+
+    @classmethod
+    def empty(cls, scenario: str = "class_incremental", seed: int | None = 0) -> TaskStream:
+        """Begin a stream without any task, to which `append` adds some.
+
+        Args:
+            scenario: see `from_dataset`.
+            seed: draws the held-out rows and the rows kept of each class.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or value.
+        """
+        check_scenario(scenario)
+        settings = new_settings(scenario, check_optional_int("seed", seed, 0, none="label order"), source={})
+        return cls(settings, [], {split: [] for split in SPLITS}, [], begun_open=True)
+
+    @classmethod
+    def from_manifest(
+        cls, manifest: Mapping[str, Any], test_dataset: Data | None = None, *, num_tasks: int | None = None
+    ) -> TaskStream:
+        """Make the stream of an earlier run, whose images are not here, to go on from it by `append`.
+
+        Args:
+            manifest: of the earlier run, its `stream.json`.
+            test_dataset: test images of its tasks, matched by class name: what the run was tested on, or the training
+                images from which that was held out; of a `DatasetDict` or a folder, the test split if it has one. A task
+                of whose classes there is no image stays without test images.
+            num_tasks: number of first tasks to keep; all by default. The names of all classes stay known.
+
+        Raises:
+            TypeError: an argument of the wrong type.
+            ValueError: a manifest that is incomplete or contradicts itself; test images that are not those of the run.
+        """
+        check_complete(manifest)
+        settings: dict[str, Any] = copied(manifest)
+        if num_tasks is not None:
+            settings = first_tasks(settings, check_int("num_tasks", num_tasks, 0, len(settings["tasks"])))
+        entries = settings.pop("tasks")
+        tasks = [
+            Task(t, tuple(entry["classes"]), tuple(entry.get("new_classes", entry["classes"])))
+            for t, entry in enumerate(entries)
+        ]
+        parts = {
+            split: [Part.absent(entry[split]["num_images"], entry[split]["sha256"]) for entry in entries]
+            for split in SPLITS
         }
-        for argument, share in (("test_fraction", test_fraction), ("train_val_split", train_val_split)):
-            if share is not None and not 0 < share < 1:
-                raise ValueError(f"{argument} must lie strictly between 0 and 1, got {share}")
+        if test_dataset is not None:
+            found = find_test_images(test_dataset, settings, entries)
+            parts["test"] = [there or absent for there, absent in zip(found, parts["test"], strict=True)]
+        notes = [{key: value for key, value in entry.items() if key not in _OWN} for entry in entries]
+        return cls(settings, tasks, parts, settings["label_names"], notes, begun_open=True)
 
-        train, test, name = source_data.resolve_splits(dataset, test_dataset, test_split)
-        held_out = (test_fraction if test is None else None, train_val_split)
-        test = test if train_val_split is None else None
-        label_column, image_column = source_data.resolve_columns(train, label_column, image_column)
-        for split, data in (("train", train), ("test", test)):
-            if data is not None:
-                source_data.check_columns(split, data, label_column, image_column)
-        labels, test_labels, label_names, label_values = source_data.map_labels(train, test, label_column)
-        if num_tasks > len(label_names):
-            raise ValueError(f"num_tasks={num_tasks} is more than the {len(label_names)} classes of {label_column!r}")
+    def append(
+        self,
+        dataset: Data,
+        test_dataset: datasets.Dataset | None = None,
+        *,
+        label_column: str | None = None,
+        image_column: str | None = None,
+        label_names: LabelNames | None = None,
+        test_split: str | None = None,
+        test_fraction: float = 0.2,
+        max_train_samples_per_class: int | None = None,
+        max_eval_samples_per_class: int | None = None,
+    ) -> Task:
+        """Add a task with all classes of a dataset that have training images, known ones and new ones.
 
-        order = _class_order(class_order, seed, len(label_names))
-        tasks = [Task(t, tuple(part.tolist())) for t, part in enumerate(np.array_split(order, num_tasks))]
-        rows, test_rows = source_data.choose_rows(labels, test_labels, held_out, seed or 0, *limits.values())
-        images = test_images = ImageRows("train", train, image_column, labels)  # held-out rows keep their row numbers
-        if test is not None and test_labels is not None:
-            test_images = ImageRows("test", test, image_column, test_labels)
+        Classes are matched by name: a known name keeps its label id, and new names get the next ones in label order. On
+        an error the stream is as it was.
 
-        def cut(split: str, images: ImageRows, rows: np.ndarray) -> tuple[ImageRows, list[np.ndarray]]:
-            classes = [task.classes for task in tasks]
-            return images, source_data.cut(split, rows, images.labels, classes, label_names)
+        Args:
+            dataset, label_column, image_column, test_dataset, test_split, test_fraction, max_train_samples_per_class,
+                max_eval_samples_per_class: see `from_dataset`. A class of a single image has no test image unless
+                `test_dataset` or a split has one, and a task may have none at all.
+            label_names: the names of the classes, in the order of their values in the label column, or by value: needed
+                if that column holds integers alone; renames the classes of a ClassLabel.
 
-        settings = {
-            "format": MANIFEST_FORMAT,
-            "dataset": {
-                "name": name,
-                "fingerprint": {
-                    "train": train._fingerprint,
-                    "test": (train if test is None else test)._fingerprint,
-                },
-            },
-            "scenario": scenario,
-            "seed": seed,
-            "num_tasks": num_tasks,
-            "num_classes": len(label_names),
-            "label_column": label_column,
-            "image_column": image_column,
-            "label_names": label_names,
-            "label_values": label_values,
-            "class_order": order.tolist(),
-            "test_fraction": None if held_out[0] is None else float(held_out[0]),
-            **({} if train_val_split is None else {"train_val_split": float(train_val_split)}),
-            **limits,
-        }
-        return cls(cut("train", images, rows), cut("test", test_images, test_rows), tasks, label_names, settings)
+        Returns:
+            The new task.
+
+        Raises:
+            TypeError: a streaming dataset or an argument of the wrong type.
+            ValueError: any other problem with the dataset or an argument; the message has the fix.
+        """
+        limits = source_data.check_limits(max_train_samples_per_class, max_eval_samples_per_class)
+        share = check_share("test_fraction", test_fraction)
+        data = source_data.read_dataset(dataset, test_dataset, test_split, label_column, image_column)
+        own_names = rename(data.names, data.values, label_names, data.label_column, data.named)
+        check_names(own_names)
+        present = {own_names[position]: position for position in np.unique(data.labels).tolist()}
+        new = [name for name in present if name not in self.label_names]
+        warn_of_similar(self.label_names, new)
+
+        names, order = [*self.label_names, *new], self.class_order
+        found = {label: present[name] for label, name in enumerate(names) if name in present}
+        added = tuple(label for label in found if label not in order)
+        task = Task(self.num_tasks, (*(label for label in order if label in found), *added), added)
+        data = data.relabelled({found[label]: label for label in task.classes}, names)
+        held_out = (None if data.has_test else share, None)
+        rows = source_data.choose_rows(data.labels, data.test_labels, held_out, self.seed or 0, *limits.values())
+        parts = {split: Part.of(own, chosen) for split, own, chosen in zip(SPLITS, data.images(), rows, strict=True)}
+        note = {"source": data.described(held_out[0], limits)}
+
+        self._names_before = [*self._names_before, self.num_classes]
+        self._parts = {split: [*self._parts[split], parts[split]] for split in SPLITS}
+        self._notes = [*self._notes, note]
+        self.tasks, self.label_names = [*self.tasks, task], names
+        return task
+
+    def withdraw(self) -> None:
+        """Remove the task that was appended last, with the class names that came with it.
+
+        Raises:
+            ValueError: no task has been appended here.
+        """
+        if not self._names_before:
+            raise ValueError("there is no task to withdraw: only those that were appended to this stream can be")
+        *self._names_before, names = self._names_before
+        self._parts = {split: self._parts[split][:-1] for split in SPLITS}
+        self.tasks, self._notes, self.label_names = self.tasks[:-1], self._notes[:-1], self.label_names[:names]
 
     def __repr__(self) -> str:
         return f"TaskStream({self.scenario}: {self.num_classes} classes in {self.num_tasks} tasks, seed={self.seed})"
 
     def train(self, t: int) -> TaskImages:
-        """Return the training images of task `t` (0-based)."""
+        """Return the training images of task `t` (0-based); raise ValueError if they are not here."""
         return self._images("train", t)
 
+    def has_test(self, t: int) -> bool:
+        """Return whether the test images of task t are here."""
+        return True
+
     def test(self, t: int) -> TaskImages:
-        """Return the test images of task `t` (0-based)."""
+        """Return the test images of task `t` (0-based); raise ValueError if they are not here, or there are none."""
         return self._images("test", t)
 
+    def has_train(self, t: int) -> bool:
+        """Return True if the training images of task `t` (0-based) are here."""
+        return self._parts["train"][self._index(t)].present
+
+    def has_test(self, t: int) -> bool:
+        """Return True if there are test images of task `t` (0-based), and they are here."""
+        return self._parts["test"][self._index(t)].present
+
+    def num_images(self, split: str, t: int) -> int:
+        """Return the number of images of task `t` (0-based), here or not.
+
+        Args:
+            split: "train" or "test".
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {shorten(SPLITS)}, got {split!r}")
+        return self._parts[split][self._index(t)].num_images
+
     def seen_classes(self, t: int) -> list[int]:
-        """Return the label ids of tasks 0..t, in stream order."""
-        return [label for task in self.tasks[: self._index(t) + 1] for label in task.classes]
+        """Return the label ids of tasks 0..t, in stream order, each once."""
+        return [label for task in self.tasks[: self._index(t) + 1] for label in task.new_classes]
 
     def allowed_classes(self, after: int, task: int) -> list[int]:
         """Return the label ids that may win for an image of task `task` once tasks 0..`after` are learned.
@@ -268,44 +335,47 @@ class TaskStream:
         """Return the same images as a stream of one task, with all classes in stream order; no image is decoded.
 
         Images come in the order of the dataset's rows, as in a stream that is built with `num_tasks=1`.
+
+        Raises:
+            ValueError: a stream without an end.
         """
-        train, test = (
-            (source, [np.sort(np.concatenate(rows))])
-            for source, rows in (self._splits[key] for key in ("train", "test"))
-        )
-        settings = {**self._settings, "num_tasks": 1}
-        return TaskStream(train, test, [Task(0, tuple(self.class_order))], self.label_names, settings)
+        if self.is_open:
+            raise ValueError(
+                "a stream without an end cannot be learned as one task: its later tasks are unknown, and the images of "
+                "earlier ones may be gone. Build it by TaskStream.from_dataset"
+            )
+        parts: Parts = {split: [] for split in SPLITS}
+        for split in SPLITS:
+            for source, own in by_source(self._parts[split]):
+                parts[split].append(Part.of(source, np.sort(np.concatenate([part.rows for part in own]))))
+        return TaskStream(self._settings, [Task(0, tuple(self.class_order))], parts, self.label_names)
 
     def manifest(self) -> dict[str, Any]:
         """Return the settings, the class order and the content hashes that identify this stream, ready for JSON.
 
         There is a hash for each task and split, `sha256`, over the label ids and the encoded image bytes in row order
         (see `ImageRows.digests`), but not over paths; nothing is decoded, and the hashes are computed once. `dataset`
-        (name, fingerprints) is for information only.
+        (name, fingerprints) is for information only. A task that was appended has a `source` of its own, with the
+        settings of its dataset, and `new_classes` where known classes have come again.
 
         Raises:
             ValueError: an image file that cannot be read.
         """
-        if self._digests is None:
-            self._digests = self._hashes()
+        for split in SPLITS:
+            hash_parts(self._parts[split])
         tasks = []
-        for task in self.tasks:
+        for task, note in zip(self.tasks, self._notes, strict=True):
             entry: dict[str, Any] = {"classes": list(task.classes)}
-            for split, (_, rows) in self._splits.items():
-                entry[split] = {"num_images": len(rows[task.index]), "sha256": self._digests[split][task.index]}
-            tasks.append(entry)
-        return {**_copy(self._settings), "tasks": tasks}
-
-    def _hashes(self, known: Sequence[str] = ()) -> dict[str, list[str]]:
-        """Hash the images of each split and task; `known` are the hashes of the first tasks' training images."""
-        given = {"train": list(known), "test": []}
-        return {
-            split: given[split] + source.digests(rows[len(given[split]) :])
-            for split, (source, rows) in self._splits.items()
-        }
+            if task.new_classes != task.classes:
+                entry["new_classes"] = list(task.new_classes)
+            for split in SPLITS:
+                entry[split] = self._parts[split][task.index].entry()
+            tasks.append({**entry, **copied(note)})
+        own = {"num_tasks": self.num_tasks, "num_classes": self.num_classes, "label_names": self.label_names}
+        return {**copied({**self._settings, **own, "class_order": self.class_order}), "tasks": tasks}
 
     def verify(self, progress: bool = True, gone: int = 0) -> None:
-        """Decode every selected image, to find broken ones before hours of training; do nothing after a first success.
+        """Decode every selected image, to find broken ones before hours of training; each only until a first success.
 
         Args:
             progress: show a progress bar when there are many images.
@@ -315,15 +385,21 @@ class TaskStream:
             ValueError: images that do not decode; the message names split and row of the first one, and says how many
                 there are.
         """
-        if not self._verified:
-            chosen = []
-            for split, (source, rows) in self._splits.items():
-                kept = rows[gone:] if split == "train" else rows
-                chosen.append((source, sorted(row for part in kept for row in part.tolist())))
+        groups = [
+            group
+            for split in SPLITS
+            for group in by_source(
+                part for part in self._parts[split][gone if split == "train" else 0 :] if not part.verified
+            )
+        ]
+        chosen = [(source, sorted(row for part in own for row in part.rows.tolist())) for source, own in groups]
+        if chosen:
             verify_images(chosen, progress)
-            self._verified = not gone
+        for _, own in groups:
+            for part in own:
+                part.verified = True
 
-    def check_manifest(self, manifest: Mapping[str, Any], gone: int = 0) -> None:
+    def check_manifest(self, manifest: Mapping[str, Any], gone: int = 0, tasks: int | None = None) -> None:
         """Compare this stream with the manifest of an earlier run.
 
         Neither the dataset's name and fingerprints are compared nor settings that do not affect data and order.
@@ -332,96 +408,41 @@ class TaskStream:
             manifest: of the earlier run.
             gone: number of first tasks whose training images may be gone: their hashes are taken from the manifest if
                 they have not been computed yet.
+            tasks: number of first tasks to compare, for a stream without an end; all by default.
 
         Raises:
             TypeError: `manifest` is not a mapping.
             ValueError: data or order that differ (the message says where, and which settings may be the cause), or a
                 `manifest` that is not in this format.
         """
-        if not isinstance(manifest, Mapping):
-            raise TypeError(f"manifest must be a dict as from TaskStream.manifest(), got {type(manifest).__name__}")
-        if manifest.get("format") != MANIFEST_FORMAT:
-            raise ValueError(f"manifest format must be {MANIFEST_FORMAT}, got {manifest.get('format')!r}")
-        before = self._digests
-        if gone and before is None:
-            self._digests = self._hashes(_train_hashes(manifest, gone))
+        check_form(manifest)
+        taken = []
+        if gone:
+            for part, sha256 in zip(self._parts["train"], train_hashes(manifest, gone), strict=False):
+                if part.sha256 is None:
+                    part.sha256 = sha256
+                    taken.append(part)
         try:
-            self._compare(manifest)
-        except ValueError:
-            self._digests = before
+            compare(self.manifest(), manifest, None if tasks is None else check_int("tasks", tasks, 0))
+        except (TypeError, ValueError):
+            for part in taken:
+                part.sha256 = None
             raise
 
-    def _compare(self, manifest: Mapping[str, Any]) -> None:
-        own = self.manifest()
-        lacking = [key for key in own if key not in manifest and key not in _OPTIONAL]
-        if lacking:
-            raise ValueError(f"manifest lacks {shorten(lacking)}; pass one written by TaskStream.manifest()")
-        differences = [_difference(key, own[key], manifest[key]) for key in _SAME if own[key] != manifest[key]]
-        for t, (here, there) in enumerate(zip(own["tasks"], manifest["tasks"], strict=False)):
-            if here["classes"] == there.get("classes"):
-                for split in ("train", "test"):
-                    if here[split] != there.get(split):
-                        what = f"{split} images of task {t} (0-based)"
-                        differences.append(_difference(what, here[split], there.get(split)))
-        if differences:
-            pairs = {key: (own.get(key), manifest.get(key)) for key in _CAUSES}
-            causes = [_difference(key, here, there) for key, (here, there) in pairs.items() if here != there]
-            hint = f" Settings that differ: {'; '.join(causes)}." if causes else ""
-            shown = differences[:4] + [f"{len(differences) - 4} more differences"] * (len(differences) > 4)
-            raise ValueError(
-                f"this stream is not the one in the manifest: {'; '.join(shown)}.{hint} "
-                f"Build it from the same data with the same arguments, or start a new run in another folder"
-            )
-
     def _index(self, t: int) -> int:
+        if not self.tasks:
+            raise ValueError(f"there is no task {t!r}: the stream is empty; append one first")
         return check_int("task t (0-based)", t, 0, self.num_tasks - 1)
 
     def _images(self, split: str, t: int) -> TaskImages:
-        source, rows = self._splits[split]
         index = self._index(t)
-        return TaskImages(source, rows[index], index)
-
-
-def _class_order(given: Sequence[int] | None, seed: int | None, num_classes: int) -> np.ndarray:
-    """Return the label ids in stream order: as given, drawn with `seed`, or in label order when `seed` is None."""
-    if given is None:
-        return np.arange(num_classes) if seed is None else np.random.default_rng(seed).permutation(num_classes)
-    order = [check_int("an element of class_order", label, 0, num_classes - 1) for label in given]
-    duplicates = sorted(label for label, count in Counter(order).items() if count > 1)
-    missing = sorted(set(range(num_classes)) - set(order))
-    if duplicates or missing:
-        raise ValueError(
-            f"class_order must be a permutation of the label ids 0..{num_classes - 1}; "
-            f"duplicates: {shorten(duplicates)}, missing: {shorten(missing)}"
-        )
-    return np.array(order)
-
-
-def _train_hashes(manifest: Mapping[str, Any], tasks: int) -> list[str]:
-    """Return the hashes of the first tasks' training images."""
-    try:
-        return [str(task["train"]["sha256"]) for task in manifest["tasks"][:tasks]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            "manifest lacks the hashes of training images; pass one written by TaskStream.manifest()"
-        ) from error
-
-
-def _difference(what: str, here: Any, there: Any) -> str:
-    """Describe how two values differ; of two sequences, the first place where they do."""
-    if isinstance(here, dict) and isinstance(there, Mapping):
-        key = "num_images" if here["num_images"] != there.get("num_images") else "sha256"
-        return _difference(f"{what}, {key}", here[key], there.get(key))
-    if isinstance(here, list) and isinstance(there, list):
-        if len(here) != len(there):
-            return _difference(f"{what}, length", len(here), len(there))
-        at = next(i for i, (a, b) in enumerate(zip(here, there, strict=True)) if a != b)
-        return _difference(f"{what}[{at}]", here[at], there[at])
-    return f"{what}: {here!r} here, {there!r} in the manifest"
-
-
-def _copy(value: Any) -> Any:
-    """Copy nested dicts and lists, so that a caller's edits stay the caller's."""
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    return list(value) if isinstance(value, list) else value
+        part = self._parts[split][index]
+        if part.source is None:
+            raise ValueError(
+                f"the {part.num_images} {split} images of task {index} (0-based) are not here: the stream knows them by "
+                "their manifest alone"
+                + ("; pass test_dataset to TaskStream.from_manifest for test images" if split == "test" else "")
+            )
+        if not part.num_images:
+            raise ValueError(f"task {index} (0-based) has no {split} images")
+        return TaskImages(part.source, part.rows, index)

@@ -205,8 +205,10 @@ class TaskRepo:
 
 
 def _title(t: int, results: dict[str, Any]) -> str:
-    forgetting = "" if results["forgetting"] is None else f", forgetting {results['forgetting']:.2f}"
-    return f"Task {t + 1} of {results['num_tasks']}: average accuracy {results['average_accuracy']:.2f} %{forgetting}"
+    average, lost = results["average_accuracy"], results["forgetting"]
+    accuracy = "not measured" if average is None else f"{average:.2f} %"
+    forgetting = "" if lost is None else f", forgetting {lost:.2f}"
+    return f"Task {t + 1} of {results['num_tasks']}: average accuracy {accuracy}{forgetting}"
 
 
 def _foreign(wanted: Mapping[str, Path]) -> set[str]:

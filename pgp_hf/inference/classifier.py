@@ -20,14 +20,12 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..data.rgb import array_to_rgb, open_rgb, to_rgb
 from ..heads import keep_classes
-from ..models import SelectsPrompts, StreamModel, load_weights, stream_model
+from ..models import SelectsPrompts, StreamModel, stream_model
 from ..projection import Projection
 from ..runs.folder import METHOD
 from ..runs.revision import Revision
 from ..runs.sources import locate
-from .adapters import expected_weights, plain_backbone, read_adapter, wrap
-from .backbone import find_backbone, load_backbone, load_processor
-from .whole import load_whole
+from .opening import open_model
 
 if TYPE_CHECKING:
     from ..methods import ContinualMethod
@@ -191,18 +189,8 @@ def load_pretrained(
     folder = locate(repo_or_dir, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     found = Revision.read(folder, revision)
     method = _adjusting_method(found)
-    model: Any  # a PreTrainedModel, or a PeftModel
-    if found.whole:
-        if backbone is not None:
-            raise ValueError(
-                f"{folder} holds a whole model, which needs no backbone: leave out backbone={backbone!r:.80}."
-            )
-        processor = processor or load_processor(found, None, hub)
-        found.bases()  # read only to be checked, as those of an adapter: prediction does not need them
-        model = load_whole(found, attn_implementation)
-    else:
-        local = Path(repo_or_dir).is_dir()
-        model, processor = _load_adapter(found, backbone, processor, local, hub, attn_implementation)
+    local = Path(repo_or_dir).is_dir()
+    model, processor = open_model(found, backbone, processor, local, hub, attn_implementation)
     if found.learned:
         stream_model(model).resume_after(found.learned - 1)
     classes = None if eval_mask == "none" else found.seen_classes
@@ -227,36 +215,6 @@ def to_image(image: ImageLike) -> PIL.Image.Image:
     if isinstance(image, np.ndarray | Tensor):
         return array_to_rgb(image.detach().cpu() if isinstance(image, Tensor) else image)
     raise TypeError(f"an image cannot be of type {type(image).__name__}: pass paths, PIL images or arrays.")
-
-
-def _load_adapter(
-    found: Revision,
-    backbone: str | os.PathLike[str] | PreTrainedModel | None,
-    processor: BaseImageProcessor | None,
-    local: bool,
-    hub: dict[str, Any],
-    attn_implementation: str | None,
-) -> tuple[PeftModel, BaseImageProcessor]:
-    """Load an adapter on its backbone, and the image processor."""
-    adapter = read_adapter(found)
-    source: str | Path | None = None
-    if isinstance(backbone, nn.Module):
-        base = plain_backbone(backbone)
-    else:
-        source, revision_of = find_backbone(backbone, found, local)
-        options = {"attn_implementation": attn_implementation, "revision": revision_of or "main", **hub}
-        base = load_backbone(source, adapter, options)
-    processor = processor or load_processor(found, source, hub)
-    weights = found.weights(expected_weights(base, adapter.config))
-    if found.results is not None:
-        found.bases()
-    found.check_backbone(base)
-
-    with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are soon replaced
-        model = wrap(base, adapter.config)
-    load_weights(model, weights)
-    base.config.id2label = dict(adapter.class_names)
-    return model, processor
 
 
 def _adjusting_method(revision: Revision) -> ContinualMethod | None:

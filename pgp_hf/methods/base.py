@@ -248,10 +248,12 @@ class ContinualMethod:
         return ()
 
     def classes(self, context: TaskContext) -> Sequence[int]:
-        """Return the label ids that take part in the loss; an image of another class is an error."""
-        if context.train_mask == "seen":
-            return context.stream.seen_classes(context.task)
-        return context.stream.tasks[context.task].classes
+        """Return the label ids that take part in the loss; an image of another class is an error.
+
+        A task of one class competes with all classes seen so far, whatever `train_mask`: alone, its loss would be zero.
+        """
+        own = context.stream.tasks[context.task].classes
+        return context.stream.seen_classes(context.task) if context.train_mask == "seen" or len(own) == 1 else own
 
     def loss(self, context: TaskContext, batch: Batch, output: ModelOutput, losses: Tensor) -> Tensor:
         """Return each image's loss, `(B,)`.

@@ -139,31 +139,42 @@ def per_task_average_accuracy(matrix: Matrix) -> list[float]:
     return _per_task(_seen(matrix))
 
 
-def summarize(matrix: Matrix) -> dict[str, float | list[float | None] | None]:
+def summarize(matrix: Matrix, tasks: int | None = None) -> dict[str, float | list[float | None] | None]:
     """Return all metrics that need only the matrix, under the names that `results.json` uses.
 
-    Here the first rows may be missing, each as a whole: several tasks were learned as one. Whatever compares with a
-    task's accuracy right after it was learned is not defined then, and None.
+    Here entries on and below the diagonal may be missing: a task's test images were not there, or several tasks were
+    learned as one. A metric that needs one of them is None.
 
-    Args and Raises: as for [`average_accuracy`], apart from such rows.
+    Args:
+        matrix: `A`, shape `(rows, tasks)` with `rows <= tasks`.
+        tasks: number of trained tasks, whose rows count; by default up to the last row that holds a value. If given, the
+            matrix may hold no value at all.
 
     Returns:
-        `average_accuracy`, `forgetting`, `forgetting_clipped`, `backward_transfer`, `learning_accuracy` (floats) and
-        `per_task_average_accuracy` (list, with None for each missing row), as plain Python numbers.
+        `average_accuracy`, `forgetting`, `forgetting_clipped`, `backward_transfer`, `learning_accuracy` (floats or None)
+        and `per_task_average_accuracy` (list of floats or None, one per row), as plain Python numbers.
+
+    Raises:
+        TypeError: an entry is not a number.
+        ValueError: the matrix is empty, ragged or out of range, or has no `tasks` rows.
     """
-    first = _first(_values(matrix))
-    seen = _seen(matrix, first)
+    values = _values(matrix, empty=tasks is not None)
+    if tasks is None:
+        tasks = _last(values) + 1
+    if not 1 <= tasks <= len(values):
+        raise ValueError(f"tasks={tasks}: expected 1 to {len(values)}, the number of rows in the matrix.")
+    seen = values[:tasks, :tasks]
     return {
-        "average_accuracy": _average(seen),
-        "forgetting": None if first else _forgetting(seen),
-        "forgetting_clipped": None if first else _forgetting_clipped(seen),
-        "backward_transfer": None if first else _backward_transfer(seen),
-        "learning_accuracy": None if first else _learning_accuracy(seen),
-        "per_task_average_accuracy": [*[None] * first, *_per_task(seen)[first:]],
+        "average_accuracy": _known(_average(seen)),
+        "forgetting": _known(_forgetting(seen)),
+        "forgetting_clipped": _known(_forgetting_clipped(seen)),
+        "backward_transfer": _known(_backward_transfer(seen)),
+        "learning_accuracy": _known(_learning_accuracy(seen)),
+        "per_task_average_accuracy": [_known(average) for average in _per_task(seen)],
     }
 
 
-# Below, `a` is a validated square array (t+1, t+1), complete on and below its diagonal, or from a given row on.
+# Below, `a` is a validated square array (t+1, t+1); what is missing on and below its diagonal makes a result NaN.
 
 
 def _average(a: np.ndarray) -> float:
@@ -195,17 +206,22 @@ def _mean(terms: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(terms)) if len(terms) else 0.0
 
 
-def _first(values: np.ndarray) -> int:
-    """Return the index of the first row that holds a value."""
-    return int(np.flatnonzero(~np.isnan(values).all(axis=1))[0])
+def _known(value: float) -> float | None:
+    """Return a metric, or None where an entry that it needs is missing."""
+    return None if np.isnan(value) else value
 
 
-def _seen(matrix: Matrix, first: int = 0) -> np.ndarray:
-    """Return the square part `A[:t+1, :t+1]`, checked to be complete on and below the diagonal from row `first` on."""
+def _last(values: np.ndarray) -> int:
+    """Return the index of the last row that holds a value."""
+    return int(np.flatnonzero(~np.isnan(values).all(axis=1))[-1])
+
+
+def _seen(matrix: Matrix) -> np.ndarray:
+    """Return the square part `A[:t+1, :t+1]`, checked to be complete on and below the diagonal."""
     values = _values(matrix)
-    last = int(np.flatnonzero(~np.isnan(values).all(axis=1))[-1])
+    last = _last(values)
     seen = values[: last + 1, : last + 1]
-    holes = np.argwhere(np.isnan(np.tril(seen)[first:])) + [first, 0]
+    holes = np.argwhere(np.isnan(np.tril(seen)))
     if len(holes):
         shown = ", ".join(f"[{i}][{j}]" for i, j in holes[:5]) + (", ..." if len(holes) > 5 else "")
         raise ValueError(
@@ -215,8 +231,12 @@ def _seen(matrix: Matrix, first: int = 0) -> np.ndarray:
     return seen
 
 
-def _values(matrix: Matrix) -> np.ndarray:
-    """Return the matrix as float64 `(rows, tasks)`, NaN where not evaluated; check its shape and range."""
+def _values(matrix: Matrix, empty: bool = False) -> np.ndarray:
+    """Return the matrix as float64 `(rows, tasks)`, NaN where not evaluated; check its shape and range.
+
+    Args:
+        empty: whether it may hold no value at all.
+    """
     rows = list(matrix) if np.iterable(matrix) else []
     lengths = [len(row) if isinstance(row, Sized) and np.iterable(row) else 0 for row in rows]
     if not rows or 0 in lengths:
@@ -238,7 +258,7 @@ def _values(matrix: Matrix) -> np.ndarray:
     if values.ndim != 2:
         raise ValueError(f"accuracy_matrix must have two dimensions, (rows, tasks); got shape {values.shape}.")
     _check_range(values, "accuracy_matrix")
-    if np.isnan(values).all():
+    if not empty and np.isnan(values).all():
         raise ValueError("accuracy_matrix holds no value at all; evaluate at least one task.")
     return values
 

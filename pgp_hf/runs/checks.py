@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.manifest import divide
 from .folder import ADAPTER_CONFIG, DESCRIPTION, MANIFEST, MODEL_CONFIG
 
 
@@ -18,17 +20,11 @@ def check_stream_file(manifest: dict[str, Any], config: dict[str, Any], path: Pa
     """
     names, count = manifest.get("label_names"), manifest.get("num_classes")
     try:
-        tasks = [task["classes"] for task in manifest["tasks"]]
-        classes = [label for task in tasks for label in task]
-        whole = len(tasks) == manifest["num_tasks"] and all(tasks) and all(type(label) is int for label in classes)
-        whole = whole and type(count) is int and len(classes) == count and sorted(classes) == list(range(count))
+        divide(manifest)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} does not describe a stream ({type(error).__name__}: {error}).") from error
-    if not whole:
-        raise ValueError(
-            f"{path} has num_classes={count!r}: expected tasks with the classes 0 to num_classes - 1, each once, in "
-            "num_tasks tasks."
-        )
+    except ValueError as error:
+        raise ValueError(f"{path} has {error}") from error
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: label_names are not {count} strings, one per class.")
     if (own := config.get("id2label")) is not None and (not isinstance(own, dict) or len(own) != count):
@@ -41,26 +37,30 @@ def check_results_file(results: dict[str, Any], manifest: dict[str, Any], path: 
     size = manifest["num_tasks"]
     if results.get("num_tasks") != size or results.get("scenario") != manifest.get("scenario"):
         raise ValueError(f"{path} and {MANIFEST} disagree about num_tasks or scenario.")
-    tasks = _check_matrix(results.get("accuracy_matrix"), size, path)
-    for name in ("drift", "projection_rank"):
-        values = results.get(name)
-        if not isinstance(values, list) or len(values) != tasks or not all(_is_number(v) and v >= 0 for v in values):
-            raise ValueError(
-                f"{path}: {name}={str(values)[:60]} is not {tasks} numbers from 0, one per finished task."
-            )
+    tasks = _check_matrix(results, size, path)
+    _check_lists(results, tasks, path)
     digests = results.get("sha256", {})
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
         raise ValueError(f"{path}: sha256 is not an object of digests by file name.")
+    if results.get("continues") is not None:
+        _check_origin(results["continues"], tasks, path)
     return tasks
 
 
-def finished_tasks(matrix: list[list[float | None]]) -> int:
-    """Return the number of tasks that had ended when the last row of an accuracy matrix was measured."""
-    return max((i + 1 for i, row in enumerate(matrix) if row[0] is not None), default=0)
+def finished_tasks(results: Mapping[str, Any]) -> int:
+    """Return the number of tasks that had ended when the last row of the accuracy matrix was measured."""
+    if "finished_tasks" in results:
+        return results["finished_tasks"]
+    # a file of before there were tasks without test images: each row is complete
+    matrix = results.get("accuracy_matrix") or []
+    return max((i + 1 for i, row in enumerate(matrix) if row and row[0] is not None), default=0)
 
 
-def first_task(matrix: Sequence[Sequence[float | None]]) -> int:
+def first_task(results: Mapping[str, Any]) -> int:
     """Return the 0-based index of the first task with a row, above 0 where several tasks were learned as one."""
+    if "finished_tasks" in results:
+        return results.get("first_task", 0)
+    matrix = results.get("accuracy_matrix") or []
     return next((i for i, row in enumerate(matrix) if any(value is not None for value in row or ())), 0)
 
 
@@ -97,21 +97,81 @@ def check_method_file(method: dict[str, Any], path: Path) -> None:
             raise ValueError(f"{path} has {key}={str(value)[:60]}: expected an object.")
 
 
-def _check_matrix(matrix: Any, size: int, path: Path) -> int:
-    """Return the number of tasks that an accuracy matrix of `size` tasks has so far; raise ValueError if it has gaps."""
+def _check_matrix(results: dict[str, Any], size: int, path: Path) -> int:
+    """Return the number of tasks that had ended; raise ValueError unless the accuracy matrix of `size` tasks fits it."""
+    matrix = results.get("accuracy_matrix")
     if (
         not isinstance(matrix, list)
         or len(matrix) != size
         or not all(isinstance(row, list) and len(row) == size and all(map(_is_percent, row)) for row in matrix)
     ):
         raise ValueError(f"{path}: accuracy_matrix is not {size} rows of {size} numbers in 0 to 100, or null.")
-    rows = range(first_task(matrix), finished_tasks(matrix))
-    if not rows or any((value is None) == (i in rows) for i, row in enumerate(matrix) for value in row[: i + 1]):
+    told, first, tasks = "finished_tasks" in results, first_task(results), finished_tasks(results)
+    if told and not (_is_count(tasks, 1, size) and _is_count(first, 0, tasks - 1)):
+        raise ValueError(
+            f"{path} has finished_tasks={tasks!r}, first_task={first!r}: expected a number from 1 to the {size} tasks of "
+            "the stream, and one from 0 to below it."
+        )
+    rows = range(first, tasks)
+    if told:  # within the rows, null stands for a task whose test images were not there
+        if any(value is not None for i, row in enumerate(matrix) if i not in rows for value in row[: i + 1]):
+            raise ValueError(
+                f"{path}: accuracy_matrix has values outside the rows {first} to {tasks - 1}, which finished_tasks={tasks} "
+                f"and first_task={first} allow."
+            )
+    elif not rows or any((value is None) == (i in rows) for i, row in enumerate(matrix) for value in row[: i + 1]):
         raise ValueError(
             f"{path}: accuracy_matrix lacks entries: row i has tasks 0 to i once task i has ended, and only the first rows "
             "may be missing, each as a whole."
         )
-    return rows.stop
+    return tasks
+
+
+def _check_lists(results: dict[str, Any], tasks: int, path: Path) -> None:
+    """Raise ValueError unless drift and rank have a value per finished task; no drift where nothing was compared."""
+    matrix, first = results["accuracy_matrix"], first_task(results)
+    for name in ("drift", "projection_rank"):
+        values = results.get(name)
+        gaps = "finished_tasks" in results and name == "drift"
+        if (
+            not isinstance(values, list)
+            or len(values) != tasks
+            or not all((_is_number(v) and v >= 0) or (v is None and gaps and i > first) for i, v in enumerate(values))
+        ):
+            raise ValueError(
+                f"{path}: {name}={str(values)[:60]} is not {tasks} numbers from 0, one per finished task."
+            )
+    for i in range(first + 1, tasks):
+        if results["drift"][i] is not None and all(value is None for value in matrix[i][first:i]):
+            raise ValueError(
+                f"{path}: drift[{i}]={results['drift'][i]}, but no accuracy of an earlier task in row {i} of "
+                "accuracy_matrix: expected null."
+            )
+
+
+def _check_origin(origin: Any, tasks: int, path: Path) -> None:
+    """Raise ValueError unless `continues` names a revision of fewer than `tasks` tasks, and so on for its own origin."""
+    while origin is not None:
+        if (
+            not isinstance(origin, dict)
+            or not isinstance(origin.get("repo"), str | None)
+            or not (isinstance(origin.get("revision"), str) and re.fullmatch(r"[\w./-]+", origin["revision"]))
+            or not _is_commit(origin.get("commit"))
+            or not _is_count(origin.get("tasks"), 1, tasks - 1)
+        ):
+            raise ValueError(
+                f"{path} has continues={str(origin)[:120]}: expected repo (an id, or null), revision, commit (or null) and "
+                f"a number of tasks from 1 to below {tasks}."
+            )
+        tasks, origin = origin["tasks"], origin.get("continues")
+
+
+def _is_count(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _is_commit(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and re.fullmatch(r"[0-9a-f]{7,64}", value) is not None)
 
 
 def _is_number(value: Any) -> bool:

@@ -74,6 +74,28 @@ def open_run(where: str | Path, **hub: Any) -> RunFolder:
     return run
 
 
+def open_finished(where: str | Path, revision: str | None = None, **hub: Any) -> RunFolder:
+    """Open a run, or one of its revisions, of which at least one task has ended.
+
+    Args:
+        where: a run's folder, one of its task folders or a copy of one, or the id of a repository on the Hub.
+        revision: "task-3" for the state after the third task, by default the last; on the Hub also a branch or commit.
+        hub: `token` and other options, as for `locate`.
+
+    Raises:
+        ValueError: no such revision, one that is damaged, or a run without a finished task.
+    """
+    if not Path(where).is_dir():
+        return open_run(f"{where}@{revision or 'main'}", **hub)
+    run = open_run(where)
+    if revision not in (None, "main"):
+        folder = locate(where, revision)
+        return RevisionRun(folder, _finished_tasks(folder, revision), folder.resolve().parent)
+    if not run.finished_tasks():
+        raise ValueError(f"{run.root} holds no finished task: expected a run's folder, or one of its task folders.")
+    return run
+
+
 def load_projection_config(repo_or_dir: str | Path, revision: str | None = None, **hub: Any) -> ProjectionConfig:
     """Read the settings of a revision's projection: `ProjectionConfig.from_pretrained`."""
     return Revision.read(locate(repo_or_dir, revision, **hub), revision).projection_config()

@@ -94,19 +94,20 @@ class Revision:
     @property
     def tasks(self) -> int:
         """Return the number of finished tasks; 0 for an adapter without a run."""
-        return 0 if self.results is None else finished_tasks(self.results["accuracy_matrix"])
+        return 0 if self.results is None else finished_tasks(self.results)
 
     @property
     def learned(self) -> int:
         """Return the number of tasks that the model was trained on: fewer than finished ones if several were one."""
-        return 0 if self.results is None else self.tasks - first_task(self.results["accuracy_matrix"])
+        return 0 if self.results is None else self.tasks - first_task(self.results)
 
     @property
     def seen_classes(self) -> list[int] | None:
-        """Return the label ids of the finished tasks; None for an adapter without a run."""
+        """Return the label ids of the finished tasks, in stream order, each once; None for an adapter without a run."""
         if self.manifest is None:
             return None
-        return [label for task in self.manifest["tasks"][: self.tasks] for label in task["classes"]]
+        classes = (task["classes"] for task in self.manifest["tasks"][: self.tasks])
+        return list(dict.fromkeys(label for own in classes for label in own))
 
     @property
     def whole(self) -> bool:

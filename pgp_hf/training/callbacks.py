@@ -13,6 +13,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from ..data.images import set_epoch
 from ..data.stream import TaskStream
 from ..models import StreamModel
+from ..runs.checks import first_task
 from .arguments import PGPTrainingArguments
 
 
@@ -127,13 +128,32 @@ class StreamProgress(ProgressCallback, StreamCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            shares, lost = results.get("changed_selections"), results["forgetting"]
-            changed = f"changed selections {100 * shares[-1]:.1f} %, " if shares else ""
-            kept = "" if lost is None else f"forgetting {lost:.2f}, drift {results['drift'][-1]:.3f}, {changed}"
             tqdm.write(
-                f"  average accuracy {results['average_accuracy']:.2f} %, {kept}"
-                f"protected rank {results['projection_rank'][-1]} -> {folder}"
+                f"  {', '.join(_figures(results, task))}, protected rank {results['projection_rank'][-1]} -> {folder}"
             )
+
+
+def _figures(results: dict[str, Any], task: int) -> list[str]:
+    """Return what was measured after the 0-based task, in words."""
+    average, own = results["average_accuracy"], results["accuracy_matrix"][task][task]
+    if average is not None:
+        accuracy = f"average accuracy {average:.2f} %"
+    elif own is not None:
+        accuracy = f"accuracy on task {task + 1} {own:.2f} %, earlier tasks not all measured"
+    else:
+        accuracy = "accuracy not measured"
+    if first_task(results):  # learned as one: there is nothing to compare with
+        return [accuracy]
+    measured = {
+        "forgetting {:.2f}": results["forgetting"],
+        "drift {:.3f}": results["drift"][-1],
+        "changed selections {:.1f} %": _percent((results.get("changed_selections") or [None])[-1]),
+    }
+    return [accuracy, *(words.format(value) for words, value in measured.items() if value is not None)]
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 class FollowTraining(TrainerCallback):

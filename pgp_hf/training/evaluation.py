@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -164,38 +164,87 @@ def measure(
 
     Args:
         references: receives those of task t.
-        record: predicts a task's test images.
+        record: predicts a task's test images; not asked for a task that has none here, whose figures are None.
         pool_size: number of entries that images select from, if they do.
         stream: the tasks.
     """
-    first, at = results.first, t - results.first
-    row, within, linear, linear_within, usage, drifts, changes = [], [], [], [], [], [], []
+    tasks = []
     for j in range(t + 1):
+        if not stream.has_test(j):
+            tasks.append(_TaskFigures())
+            continue
         found = record(j)
-        row.append(percent(found.logits, found.labels))
-        own = np.asarray(stream.tasks[j].classes)
-        within.append(_percent_within(found.logits, found.labels, own))
-        if found.linear is not None:
-            linear.append(percent(found.linear, found.labels))
-            linear_within.append(_percent_within(found.linear, found.labels, own))
-        compared = first <= j < t and j not in results.drift_lacks
         if j == t:
             references.keep(t, found.features, found.selected)
-        elif compared:
-            drifts.append(relative_drift(references.features[j], found.features))
+        elif j >= results.first and j not in references.features:
+            results.drift_lacks = sorted({*results.drift_lacks, j})
+        compared = results.first <= j < t and j not in results.drift_lacks
+        tasks.append(_TaskFigures.of(found, stream.tasks[j].classes, pool_size, references if compared else None, j))
+    _take(results, tasks, t - results.first)
+
+
+@dataclass
+class _TaskFigures:
+    """Hold the figures of one task's test images; None for what was not measured.
+
+    Attributes:
+        accuracy, within, linear, linear_within: in percent, as in [`StreamResults`].
+        usage: how often each pool entry was selected.
+        drift, changed: since the task ended.
+    """
+
+    accuracy: float | None = None
+    within: float | None = None
+    linear: float | None = None
+    linear_within: float | None = None
+    usage: list[int] | None = None
+    drift: float | None = None
+    changed: float | None = None
+
+    @classmethod
+    def of(
+        cls, found: Recorded, classes: Sequence[int], pool_size: int, references: References | None, j: int
+    ) -> _TaskFigures:
+        """Return the figures of the 0-based task j with these classes; None as references compares with nothing."""
+        own = np.asarray(classes)
+        figures = cls(percent(found.logits, found.labels), _percent_within(found.logits, found.labels, own))
+        if found.linear is not None:
+            figures.linear = percent(found.linear, found.labels)
+            figures.linear_within = _percent_within(found.linear, found.labels, own)
         if found.selected is not None:
-            usage.append(np.bincount(found.selected.ravel(), minlength=pool_size).tolist())
-            if compared:
-                changes.append(changed_share(references.selected[j], found.selected))
-    results.matrix[at:] = [row]
+            figures.usage = np.bincount(found.selected.ravel(), minlength=pool_size).tolist()
+        if references is not None:
+            figures.drift = relative_drift(references.features[j], found.features)
+            if found.selected is not None:
+                figures.changed = changed_share(references.selected[j], found.selected)
+        return figures
+
+
+def _take(results: StreamResults, tasks: Sequence[_TaskFigures], at: int) -> None:
+    """Take the figures of all tasks seen into the row with index `at` of the results, which is their last then."""
+    results.matrix[at:] = [[each.accuracy for each in tasks]]
     if results.within is not None:
-        results.within[at:] = [within]
-    results.linear_matrix[at:] = [linear] if linear else []
+        results.within[at:] = [[each.within for each in tasks]]
+    two_heads = results.head == "statistics"
+    results.linear_matrix[at:] = [[each.linear for each in tasks]] if two_heads else []
     if results.linear_within is not None:
-        results.linear_within[at:] = [linear_within] if linear else []
-    results.drift[at:] = [float(np.mean(drifts or 0))]
-    results.changed[at:] = [float(np.mean(changes or 0))] if usage else []
-    results.usage = usage or None
+        results.linear_within[at:] = [[each.linear_within for each in tasks]] if two_heads else []
+    results.drift[at:] = [_mean([each.drift for each in tasks], at)]
+    selects = any(each.usage is not None for each in tasks)
+    results.usage = [each.usage for each in tasks] if selects else None
+    if selects or results.changed[:at]:  # rows without a measured task have nothing that was selected
+        lacking = [_mean([], i) for i in range(len(results.changed), at)]
+        results.changed[at:] = [*lacking, _mean([each.changed for each in tasks], at)]
+    else:
+        results.changed[at:] = []
+
+
+def _mean(values: Sequence[float | None], at: int) -> float | None:
+    """Return the mean of what is not None; without any, 0.0 for the first row, before which there was no task."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None if at else 0.0
+    return float(np.mean(known))
 
 
 def _percent_within(logits: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> float:
@@ -205,12 +254,13 @@ def _percent_within(logits: np.ndarray, labels: np.ndarray, classes: np.ndarray)
 
 def summary_logs(results: StreamResults) -> dict[str, float]:
     """Return what is logged after the evaluation of a stream."""
-    content = results.to_dict()
-    changed = {"eval_changed_selections": results.changed[-1]} if results.changed else {}
-    kept = {"eval_forgetting": content["forgetting"], "eval_drift": results.drift[-1], **changed}
-    return {
+    content, changed = results.to_dict(), results.changed[-1:]
+    kept = {"eval_forgetting": content["forgetting"], "eval_drift": results.drift[-1]}
+    kept.update({"eval_changed_selections": value for value in changed})
+    logs = {
         **{f"eval_task_{j + 1}_accuracy": value for j, value in enumerate(results.matrix[-1])},
         "eval_average_accuracy": content["average_accuracy"],
         **({} if results.first else kept),  # nothing to compare with where all tasks were learned as one
         "eval_projection_rank": results.rank[-1] if results.rank else 0,
     }
+    return {name: value for name, value in logs.items() if value is not None}  # None was not measured

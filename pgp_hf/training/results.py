@@ -16,7 +16,7 @@ from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskImages
 from ..methods import ContinualMethod
 from ..methods.memory import rgb_bytes
-from ..runs.checks import first_task
+from ..runs.checks import finished_tasks, first_task
 from ..version import __version__
 
 
@@ -36,6 +36,9 @@ def percent(logits: np.ndarray, labels: np.ndarray) -> float:
     """Return the accuracy in percent of logits `(N, C)` on labels `(N,)`."""
     return float(100 * np.mean(logits.argmax(-1) == labels))
 
+
+Rows = list[list[float | None]]
+"""Accuracies in percent, a row per finished task; None where there were no test images."""
 
 SUMMARY = (
     "average_accuracy",
@@ -58,20 +61,26 @@ class StreamResults:
         trainable_parameters: numbers that learn in the model.
         first: 0-based index of the first task that is evaluated, above 0 where the tasks up to it are learned as one. The
             lists below begin with it; the file has empty rows, and zeros, for the tasks before.
-        matrix: accuracies in percent of the chosen head, a row per finished task; that of task i has i + 1 entries.
+        num_tasks: of the stream; it grows with one that does.
+        matrix: accuracies in percent of the chosen head, a row per finished task; that of task i has i + 1 entries. None
+            for a task whose test images were not there.
         within: the same where each image's task is known, and only its classes compete: from the same predictions. None
             for a run that was begun by a version that did not measure it.
         linear_matrix, linear_within: the same for the linear head, where a statistics head classifies; else empty.
-        drift, rank: one value per finished task.
+        drift, rank: one value per finished task; a drift is None where no earlier task was measured.
         changed: share of old test images that select other pool entries than when their task ended, one value per finished
-            task; empty where nothing is selected.
-        usage: per seen task, how often its test images selected each pool entry, after the last finished task.
-        drift_lacks: tasks that drift and changed selections leave out, because the run was continued from a single
-            revision; 0-based, usually none.
+            task, None as in drift; empty where nothing is selected.
+        usage: per seen task, how often its test images selected each pool entry, after the last finished task; None for
+            a task that was not measured.
+        drift_lacks: tasks that drift and changed selections leave out although they were measured, because the run was
+            continued from a single revision; 0-based, usually none.
         seconds: wall time by activity, summed over tasks.
         images_trained: training images seen, with repetitions.
         memory: number of training images that the method keeps after the last finished task, and their bytes as
             uncompressed 8-bit RGB.
+        continues: the revision that the run goes on from: its `repo` (None for a folder), `revision`, `commit` (or None)
+            and number of `tasks`, and its own origin as `continues` where it had one; None for a run from its first task.
+        training: settings that the last task was trained with, ready for JSON.
     """
 
     method: str
@@ -87,18 +96,20 @@ class StreamResults:
     method_settings: dict[str, Any] = field(default_factory=dict)
     trainable_parameters: int = 0
     first: int = 0
-    matrix: list[list[float]] = field(default_factory=list)
-    within: list[list[float]] | None = field(default_factory=list)
-    linear_matrix: list[list[float]] = field(default_factory=list)
-    linear_within: list[list[float]] | None = field(default_factory=list)
-    drift: list[float] = field(default_factory=list)
-    changed: list[float] = field(default_factory=list)
+    matrix: Rows = field(default_factory=list)
+    within: Rows | None = field(default_factory=list)
+    linear_matrix: Rows = field(default_factory=list)
+    linear_within: Rows | None = field(default_factory=list)
+    drift: list[float | None] = field(default_factory=list)
+    changed: list[float | None] = field(default_factory=list)
     rank: list[int] = field(default_factory=list)
-    usage: list[list[int]] | None = None
+    usage: list[list[int] | None] | None = None
     drift_lacks: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "statistics": 0.0, "evaluation": 0.0})
     images_trained: int = 0
     memory: dict[str, int] = field(default_factory=lambda: {"images": 0, "bytes": 0})
+    continues: dict[str, Any] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
 
     def measure_method(self, method: ContinualMethod, task: int, images_of: Callable[[int], TaskImages]) -> None:
         """Note the rank and the memory of a method that has just ended a task; `images_of` returns those of a task."""
@@ -119,8 +130,9 @@ class StreamResults:
             "head": self.head,
             "scenario": self.scenario,
             "num_tasks": self.num_tasks,
+            "finished_tasks": self.first + len(self.matrix),
             **self._accuracies(self.matrix),
-            "drift": [0.0] * self.first + self.drift,
+            "drift": [*[0.0] * self.first, *self.drift],
             "projection_rank": [0] * self.first + self.rank,
             "train_images_per_second": self.images_trained / max(self.seconds["train"], 1e-9),
             "images_trained": self.images_trained,
@@ -132,15 +144,21 @@ class StreamResults:
             "seed": self.seed,
             "versions": versions(),
         }
+        if self.first:
+            results["first_task"] = self.first
         results.update(self._task_incremental(self.within))
         if self.changed:
-            results["changed_selections"] = [0.0] * self.first + self.changed
+            results["changed_selections"] = [*[0.0] * self.first, *self.changed]
         if self.usage is not None:
             results["prompt_usage"] = self.usage
         if self.compensate_drift:
             results["compensate_drift"] = True
         if self.drift_lacks:
             results["drift_lacks"] = self.drift_lacks
+        if self.continues is not None:
+            results["continues"] = self.continues
+        if self.training:
+            results["training"] = self.training
         if self.head == "statistics":
             results["heads"] = {
                 "linear": {**self._accuracies(self.linear_matrix), **self._task_incremental(self.linear_within)},
@@ -148,15 +166,15 @@ class StreamResults:
             }
         return results
 
-    def _accuracies(self, matrix: list[list[float]]) -> dict[str, Any]:
+    def _accuracies(self, matrix: Rows) -> dict[str, Any]:
         """Return a head's accuracy matrix, and what follows from it."""
-        full: list[list[float | None]] = [[None] * self.num_tasks for _ in range(self.first)]
+        full: Rows = [[None] * self.num_tasks for _ in range(self.first)]
         full += [[*row, *[None] * (self.num_tasks - len(row))] for row in matrix]
         full += [[None] * self.num_tasks for _ in range(self.num_tasks - len(full))]
-        summary = metrics.summarize(full)
+        summary = metrics.summarize(full, self.first + len(matrix))
         return {"accuracy_matrix": full, **{name: summary[name] for name in SUMMARY}}
 
-    def _task_incremental(self, within: list[list[float]] | None) -> dict[str, Any]:
+    def _task_incremental(self, within: Rows | None) -> dict[str, Any]:
         """Return an entry of the accuracies where tasks are known; nothing where that is the scenario itself."""
         return {"task_incremental": self._accuracies(within)} if within and not self._task_known else {}
 
@@ -164,14 +182,19 @@ class StreamResults:
     def _task_known(self) -> bool:
         return SCENARIOS[self.scenario].task_known
 
-    def load(self, results: dict[str, Any]) -> None:
+    def load(self, results: dict[str, Any], going_on: bool = False) -> None:
         """Continue from the content of a results file.
+
+        Args:
+            going_on: whether the stream goes on after the run's last task, with settings of its own: only what was
+                learned must be the same.
 
         Raises:
             ValueError: a file of another method, scenario, number of tasks or seed.
         """
-        same = ("method", "projection", "head", "scenario", "num_tasks", "seed", "eval_mask", "batchwise_prompt")
-        for name in same:
+        same = ("method", "projection", "head", "scenario")
+        settings = () if going_on else ("num_tasks", "seed", "eval_mask", "batchwise_prompt")
+        for name in (*same, *settings):
             if results.get(name) != getattr(self, name):
                 raise ValueError(
                     f"the earlier run has {name}={results.get(name)!r}, this one {getattr(self, name)!r}: "
@@ -182,39 +205,42 @@ class StreamResults:
                 f"the earlier run has model={results['model']!r}, this one {self.model!r}: continue with the same model, or "
                 "choose another output_dir."
             )
-        if results.get("compensate_drift", False) != self.compensate_drift:
+        if not going_on and results.get("compensate_drift", False) != self.compensate_drift:
             raise ValueError(
                 f"the earlier run has compensate_drift={not self.compensate_drift}, this one {self.compensate_drift}: "
                 "continue with the same settings, or choose another output_dir."
             )
-        if (first := first_task(results["accuracy_matrix"])) != self.first:
+        if (first := first_task(results)) != self.first:
             raise ValueError(
                 f"the earlier run has accuracies from task {first + 1} on, this one will have them from task "
                 f"{self.first + 1} on, by the same method: the earlier results.json was altered. Fetch it again."
             )
-        self.matrix = _rows(results["accuracy_matrix"])
+        rows = range(first, finished_tasks(results))
+        self.matrix = _rows(results, rows)
         if not self._task_known:
-            self.within = _known_rows(results)
+            self.within = _known_rows(results, rows)
         if self.head == "statistics":
-            self.linear_matrix = _rows(results["heads"]["linear"]["accuracy_matrix"])
-            self.linear_within = None if self._task_known else _known_rows(results["heads"]["linear"])
+            linear = results["heads"]["linear"]
+            self.linear_matrix = _rows(linear, rows)
+            self.linear_within = None if self._task_known else _known_rows(linear, rows)
         self.changed = list(results.get("changed_selections", []))[self.first :]
         self.drift, self.rank = (list(results[name])[self.first :] for name in ("drift", "projection_rank"))
         self.seconds, self.images_trained = dict(results["seconds"]), results["images_trained"]
         self.usage = results.get("prompt_usage")
         self.drift_lacks = list(results.get("drift_lacks", []))
         self.memory = dict(results.get("memory", self.memory))
+        self.continues = results.get("continues")
 
 
-def _rows(matrix: list[list[float | None]]) -> list[list[float]]:
+def _rows(results: dict[str, Any], rows: range) -> Rows:
     """Return the rows of finished tasks, without the entries of later tasks."""
-    return [[a for a in row if a is not None] for row in matrix if row[0] is not None]
+    return [results["accuracy_matrix"][i][: i + 1] for i in rows]
 
 
-def _known_rows(results: dict[str, Any]) -> list[list[float]] | None:
+def _known_rows(results: dict[str, Any], rows: range) -> Rows | None:
     """Return the same of the task-incremental accuracies; None from a version that did not measure them."""
     known = results.get("task_incremental")
-    return None if known is None else _rows(known["accuracy_matrix"])
+    return None if known is None else _rows(known, rows)
 
 
 @cache

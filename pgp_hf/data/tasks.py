@@ -1,0 +1,136 @@
+"""Describe the tasks of a stream, and give access to their images."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import numpy as np
+import PIL.Image
+import torch
+
+from .rows import ImageRows
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of a stream.
+
+    Args:
+        index: the task's 0-based place in the stream.
+        classes: label ids of its images, in stream order.
+        new_classes: those that no earlier task has; all of them by default.
+    """
+
+    index: int
+    classes: tuple[int, ...]
+    new_classes: tuple[int, ...] = None  # type: ignore[assignment]  # filled in below
+
+    def __post_init__(self) -> None:
+        if self.new_classes is None:
+            object.__setattr__(self, "new_classes", self.classes)  # the class is frozen
+
+
+class ImageItem(TypedDict):
+    """An RGB image with its label id, its task's 0-based place in the stream, and its position within the task."""
+
+    image: PIL.Image.Image
+    label: int
+    task: int
+    index: int
+
+
+class TaskImages(torch.utils.data.Dataset[ImageItem]):
+    """Give map-style access to one task's rows of one split, as `ImageItem`s.
+
+    Can be pickled and forked, so DataLoader workers can share it.
+
+    Attributes:
+        task: 0-based.
+        labels: mapped label ids, int64, `(len,)`; read without decoding anything.
+    """
+
+    def __init__(self, source: ImageRows, rows: np.ndarray, task: int) -> None:
+        self._source = source
+        self._rows = rows
+        self.task = task
+        self.labels: np.ndarray = source.labels[rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Return item `index`; the image is decoded here.
+
+        Raises:
+            IndexError: `index` is out of range.
+            ValueError: the image does not decode; the message names its split and row.
+        """
+        position = operator.index(index)
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
+        position %= len(self)
+        image = self._decoded(position)
+        return {"image": image, "label": int(self.labels[position]), "task": self.task, "index": position}
+
+    def _decoded(self, position: int) -> PIL.Image.Image:
+        return self._source.decode(int(self._rows[position]))
+
+
+@dataclass(eq=False)  # arrays
+class Part:
+    """The images of one task in one split, or what a manifest says of images that are absent.
+
+    Args:
+        source: of the images; None if they are absent.
+        rows: their row numbers in the source.
+        num_images: number of images, present or absent.
+        sha256: their hash, once it is known; None as well where there is no image.
+        verified: whether all of them have been decoded.
+    """
+
+    source: ImageRows | None
+    rows: np.ndarray = field(repr=False)
+    num_images: int
+    sha256: str | None = None
+    verified: bool = False
+
+    @classmethod
+    def of(cls, source: ImageRows, rows: np.ndarray) -> Part:
+        """Return a part whose images are here."""
+        return cls(source, rows, len(rows))
+
+    @classmethod
+    def absent(cls, num_images: int, sha256: str | None) -> Part:
+        """Return a part whose images are not here, or that never had any."""
+        return cls(None, np.arange(0), num_images, sha256)
+
+    @property
+    def present(self) -> bool:
+        """Return True if there are images, and they are here."""
+        return self.source is not None and self.num_images > 0
+
+    def entry(self) -> dict[str, Any]:
+        """Return what a manifest says of it."""
+        return {"num_images": self.num_images, "sha256": self.sha256}
+
+
+Group = tuple[ImageRows, list[Part]]
+
+
+def by_source(parts: Iterable[Part]) -> list[Group]:
+    """Return the parts that are present, grouped by their source."""
+    groups: dict[int, Group] = {}
+    for part in parts:
+        if part.present and part.source is not None:
+            groups.setdefault(id(part.source), (part.source, []))[1].append(part)
+    return list(groups.values())
+
+
+def hash_parts(parts: Iterable[Part]) -> None:
+    """Fill in the hashes that are not known yet, see `ImageRows.digests`."""
+    for source, unknown in by_source(part for part in parts if part.sha256 is None):
+        for part, sha256 in zip(unknown, source.digests([part.rows for part in unknown]), strict=True):
+            part.sha256 = sha256

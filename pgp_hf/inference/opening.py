@@ -1,0 +1,88 @@
+"""Open the model of a revision: a whole model, or an adapter on its backbone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from ..models import PlainModel, load_weights, set_trainable
+from ..runs.revision import Revision
+from .adapters import expected_weights, plain_backbone, read_adapter, wrap
+from .backbone import find_backbone, load_backbone, load_processor
+from .whole import load_whole
+
+
+def open_model(
+    found: Revision,
+    backbone: str | os.PathLike[str] | PreTrainedModel | None,
+    processor: BaseImageProcessor | None,
+    local: bool,
+    hub: dict[str, Any],
+    attn_implementation: str | None = None,
+    trainable: bool = False,
+) -> tuple[PreTrainedModel | PeftModel, BaseImageProcessor]:
+    """Open the model of a revision, and its image processor.
+
+    Args:
+        found: the revision's files.
+        backbone: the frozen model, its Hub id or folder, if the revision does not say where it is.
+        processor: an image processor to use instead of the saved one.
+        local: whether the files were made on this machine, so that paths in them are valid.
+        hub: `token` and other options of `from_pretrained`.
+        attn_implementation: "eager", "sdpa", ...; transformers' choice by default.
+        trainable: whether what has learned can learn on.
+
+    Raises:
+        ValueError: files that are damaged or do not fit together, or another backbone.
+    """
+    if not found.whole:
+        return _open_adapter(found, backbone, processor, local, hub, attn_implementation, trainable)
+    if backbone is not None:
+        raise ValueError(
+            f"{found.folder} holds a whole model, which needs no backbone: leave out backbone={backbone!r:.80}."
+        )
+    processor = processor or load_processor(found, None, hub)
+    found.bases()  # read only to be checked, as those of an adapter: prediction does not need them
+    model = load_whole(found, attn_implementation)
+    if trainable:
+        name = (found.results or {}).get("model", "full")
+        set_trainable(model, "all" if name == "full" else name)
+        PlainModel(model).check()
+    return model, processor
+
+
+def _open_adapter(
+    found: Revision,
+    backbone: str | os.PathLike[str] | PreTrainedModel | None,
+    processor: BaseImageProcessor | None,
+    local: bool,
+    hub: dict[str, Any],
+    attn_implementation: str | None,
+    trainable: bool,
+) -> tuple[PeftModel, BaseImageProcessor]:
+    adapter = read_adapter(found)
+    source: str | Path | None = None
+    if isinstance(backbone, nn.Module):
+        base = plain_backbone(backbone)
+    else:
+        source, revision_of = find_backbone(backbone, found, local)
+        options = {"attn_implementation": attn_implementation, "revision": revision_of or "main", **hub}
+        base = load_backbone(source, adapter, options)
+    processor = processor or load_processor(found, source, hub)
+    weights = found.weights(expected_weights(base, adapter.config))
+    if found.results is not None:
+        found.bases()
+    found.check_backbone(base)
+
+    adapter.config.inference_mode = not trainable
+    with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are soon replaced
+        model = wrap(base, adapter.config)
+    load_weights(model, weights)
+    base.config.id2label = dict(adapter.class_names)
+    return model, processor
