@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from ..data.stream import TaskStream
 from ..report.formatting import one_line
 from ..report.table import plain
 
@@ -30,14 +31,24 @@ def growth_table(results: Mapping[str, Any], manifest: Mapping[str, Any], known:
     for t, task in enumerate(tasks):
         title = f"{'known' if t < known else 'new':<5}  task {t + 1}: {_described(task, names)}"
         rows.append([title, _images([task]), _mean(before[t : t + 1]), _mean(now[t : t + 1])])
-    if known:
-        rows.append([f"known  {_counted(tasks[:known])}", _images(tasks[:known]), _mean(before), _mean(now[:known])])
-        rows.append([f"new    {_counted(tasks[known:], tasks[:known])}", _images(tasks[known:]), "", _mean(now[known:])])
-    rows.append([f"all    {_counted(tasks)}", _images(tasks), "", _mean(now)])
+    if known > 1:
+        rows.append(
+            [f"known  all {_counted(tasks[:known])}", _images(tasks[:known]), _mean(before), _mean(now[:known])]
+        )
+    if known and len(tasks) > known + 1:
+        new = tasks[known:]
+        rows.append([f"new    all {_counted(new, tasks[:known])}", _images(new), "", _mean(now[known:])])
+    rows.append([f"all {_counted(tasks)}", _images(tasks), "", _mean(now)])
     return plain(rows)
 
 
-def class_names(names: Sequence[str]) -> str:
+def known_classes(stream: TaskStream) -> str:
+    """Return the number and the names of the classes that a stream has so far."""
+    names = [stream.label_names[label] for label in stream.class_order]
+    return f"{_count(len(names))} ({_names(names)})" if names else _count(0)
+
+
+def _names(names: Sequence[str]) -> str:
     """Return class names as a phrase, with no more than fit on a line."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(map(one_line, names[:_SHOWN])) + more
@@ -46,16 +57,19 @@ def class_names(names: Sequence[str]) -> str:
 def _described(task: Mapping[str, Any], names: Sequence[str]) -> str:
     """Return the names of a task's new classes, and of known ones that it has more images of."""
     new = task.get("new_classes", task["classes"])
-    parts = [class_names([names[label] for label in new])] if new else []
+    parts = [_names([names[label] for label in new])] if new else []
     if old := [names[label] for label in task["classes"] if label not in new]:
-        parts.append(f"more of {class_names(old)}")
+        parts.append(f"more of {_names(old)}")
     return "; ".join(parts)
 
 
 def _counted(tasks: Tasks, others: Tasks = ()) -> str:
     """Return the number of classes in tasks that are not in others."""
-    count = len(_labels(tasks) - _labels(others))
-    return f"{count} {'class' if count == 1 else 'classes'}"
+    return _count(len(_labels(tasks) - _labels(others)))
+
+
+def _count(classes: int) -> str:
+    return f"{classes} {'class' if classes == 1 else 'classes'}"
 
 
 def _labels(tasks: Tasks) -> set[int]:

@@ -13,7 +13,8 @@ measured where their test images are given: --known_test_dir or --known_test_dat
 
 from __future__ import annotations
 
-import argparse
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ from ..training.trainer import StreamTrainer
 from .arguments import DataArguments, string_labels_as_classes
 from .experiment import resume_argument
 from .folders import labelled_images
-from .growth import class_names, growth_table
+from .growth import growth_table, known_classes
 from .parsing import new_parser
 
 # settings of an earlier run that learning depends on; a revision from elsewhere decides nothing else here
@@ -58,7 +59,7 @@ class LearnArguments:
         dataset_split: the only split to use; `test_fraction` of it is held out for testing.
         image_column_name: image column, if there are several.
         label_column_name: label column, if there are several.
-        label_names: names of the classes, for a label column of integers.
+        class_names: names of the classes 0, 1, ..., or such as 3=cat, for a label column of integers.
         test_fraction: fraction of each class that is held out if there are no test images.
         max_train_samples_per_class: maximum number of training images per class.
         max_eval_samples_per_class: maximum number of test images per class.
@@ -67,7 +68,8 @@ class LearnArguments:
     """
 
     revision: str | None = field(
-        default=None, metadata={"help": "task-1, task-2, ...: go on from the state after that task; the last by default"}
+        default=None,
+        metadata={"help": "task-1, task-2, ...: go on from the state after that task; the last by default"},
     )
     backbone: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the frozen model, if the run does not name it"}
@@ -90,9 +92,9 @@ class LearnArguments:
     )
     image_column_name: str | None = field(default=None, metadata={"help": "image column, if there are several"})
     label_column_name: str | None = field(default=None, metadata={"help": "label column, if there are several"})
-    label_names: list[str] | None = field(
+    class_names: list[str] | None = field(
         default=None,
-        metadata={"help": "where labels are integers: the names of the classes, from that of the smallest label on"},
+        metadata={"help": "where labels are integers: names of the classes 0, 1, ..., or 3=cat 7=dog"},
     )
     test_fraction: float = field(
         default=0.2, metadata={"help": "fraction of each class that is held out if there are no test images"}
@@ -139,20 +141,37 @@ class LearnArguments:
         train, test, _ = source_data.resolve_splits(splits, None, None)
         label, image = source_data.resolve_columns(train, self.label_column_name, self.image_column_name)
         train, test = string_labels_as_classes(train, test, label)
-        same = ("label_names", "test_fraction", "max_train_samples_per_class", "max_eval_samples_per_class")
-        return train, test, {"label_column": label, "image_column": image, **{key: getattr(self, key) for key in same}}
+        same = ("test_fraction", "max_train_samples_per_class", "max_eval_samples_per_class")
+        reading = {"label_column": label, "image_column": image, "label_names": _named_labels(self.class_names)}
+        return train, test, {**reading, **{name: getattr(self, name) for name in same}}
 
-    def known_test_images(self) -> datasets.Dataset | str | None:
-        """Return the test images of known classes, or the name of the data set that has them.
+    def known_test_images(self, manifest: Mapping[str, Any]) -> datasets.DatasetDict | None:
+        """Return the test images of known classes, as far as they are given.
+
+        Args:
+            manifest: content of the run's `stream.json`.
 
         Raises:
-            ValueError: two sources, or a folder without such images.
+            ValueError: two sources, or one without such images.
         """
         if self.known_test_dir and self.known_test_dataset:
             raise ValueError("give --known_test_dir or --known_test_dataset, not both.")
-        if self.known_test_dir is None:
-            return self.known_test_dataset
-        return string_labels_as_classes(labelled_images(self.known_test_dir, "--known_test_dir"), None, "label")[0]
+        column = "label"
+        if self.known_test_dir:
+            splits = datasets.DatasetDict(test=labelled_images(self.known_test_dir, "--known_test_dir"))
+        elif self.known_test_dataset:
+            splits, column = source_data.load(self.known_test_dataset)[0], manifest.get("label_column", column)
+        else:
+            return None
+        return datasets.DatasetDict(
+            {split: string_labels_as_classes(data, None, column)[0] for split, data in splits.items()}
+        )
+
+
+def _named_labels(given: Sequence[str] | None) -> Sequence[str] | dict[int, str] | None:
+    """Return names of classes, by label where each is given as "3=cat"."""
+    pairs = [re.fullmatch(r"(-?\d+)=(.+)", one) for one in given or ()]
+    return {int(pair[1]): pair[2] for pair in pairs if pair} if given and all(pairs) else given
 
 
 class Command(NamedTuple):
@@ -208,7 +227,9 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> Command:
 
 def recorded(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a run's last task was trained with, as far as `results.json` has them."""
-    found = {"seed": results.get("seed"), "eval_mask": results.get("eval_mask"), **results.get("training", {})}
+    training = results.get("training")
+    found = {name: results.get(name) for name in ("seed", "eval_mask", "compensate_drift")}
+    found.update(training if isinstance(training, dict) else {})
     return {name: found[name] for name in _KEPT if found.get(name) is not None}
 
 
@@ -220,21 +241,43 @@ def learn(command: Command) -> None:
     """
     run, before, new, args = command
     train, test, reading = new.new_images()
+    known_test = new.known_test_images(before.manifest or {})
     trainer = StreamTrainer.from_pretrained(
-        run, new.revision, args, new.known_test_images(), backbone=new.backbone, token=args.hub_token
+        run, new.revision, args, known_test, backbone=new.backbone, token=args.hub_token
     )
-    say = print if trainer.is_world_process_zero() else lambda *lines: None
-    seen = [trainer.stream.label_names[label] for label in dict.fromkeys(before.seen_classes or [])]
-    say(f"{run} knows {len(seen)} classes after {before.tasks} tasks: {class_names(seen)}")
-    resume = resume_argument(args.resume_from_checkpoint)
-    trainer.learn(train, test, resume_from_checkpoint=resume, **reading)
     if trainer.is_world_process_zero():
-        say(report(trainer, before.tasks))
+        print(f"{run}: {trainer.stream.num_tasks} tasks, {known_classes(trainer.stream)}", flush=True)
+    trainer.learn(train, test, resume_from_checkpoint=resume_argument(args.resume_from_checkpoint), **reading)
+    if trainer.is_world_process_zero():
+        print(report(trainer, before.tasks))
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
 
 
 def report(trainer: StreamTrainer, known: int) -> str:
-    """Return a table of what was known and what is new, and what can be done with the run."""
-    results, folder = trainer.results.to_dict(), trainer.folder.root
-    lines = ["", "Accuracy (%) on the test images of each task, before the new one was learned and now", ""]
-    lines.append(growth_table(results, trainer.stream.manifest(), known))
-    ...
+    """Return a table of what was known and what is new, and what can be done with the run.
+
+    Args:
+        trainer: after it has learned.
+        known: number of tasks that were learned before.
+    """
+    results, folder, tasks = trainer.results.to_dict(), trainer.folder.root, trainer.stream.num_tasks
+    lines = [
+        "",
+        "Accuracy (%) on the test images of each task, before the new classes came and now:",
+        "",
+        growth_table(results, trainer.stream.manifest(), known),
+        "",
+    ]
+    if not all(trainer.stream.has_test(t) for t in range(tasks)):
+        lines += ["Not measured: tasks whose test images are not here (--known_test_dir, --known_test_dataset).", ""]
+    quoted = shlex.quote(str(folder))
+    return "\n".join(
+        [
+            *lines,
+            f"Written to {folder}: the model after task {tasks}, results.json, README.md (model card), figures/;",
+            f"  task-1 ... task-{tasks}: the same after each task. Next:",
+            f"  pgp-hf predict {quoted} photo.jpg",
+            f"  pgp-hf learn {quoted} --train_dir newer_photos --output_dir {quoted}_more",
+        ]
+    )
