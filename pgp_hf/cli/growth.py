@@ -28,16 +28,14 @@ def growth_table(results: Mapping[str, Any], manifest: Mapping[str, Any], known:
     tasks, names = manifest["tasks"], manifest["label_names"]
     before, now = (results["accuracy_matrix"][count - 1][:count] if count else [] for count in (known, len(tasks)))
     rows = [["", "images", "before", "now"]]
-    for t, task in enumerate(tasks):
-        title = f"{'known' if t < known else 'new':<5}  task {t + 1}: {_described(task, names)}"
-        rows.append([title, _images([task]), _mean(before[t : t + 1]), _mean(now[t : t + 1])])
-    if known > 1:
-        rows.append(
-            [f"known  all {_counted(tasks[:known])}", _images(tasks[:known]), _mean(before), _mean(now[:known])]
-        )
-    if known and len(tasks) > known + 1:
-        new = tasks[known:]
-        rows.append([f"new    all {_counted(new, tasks[:known])}", _images(new), "", _mean(now[known:])])
+    for kind, part in (("known", range(known)), ("new", range(known, len(tasks)))):
+        for t in part:
+            accuracies = [_mean(before[t : t + 1]), _mean(now[t : t + 1])]
+            rows.append([f"{kind:<5}  task {t + 1}: {_described(tasks[t], names)}", _images([tasks[t]]), *accuracies])
+        if known and len(part) > 1:
+            own = tasks[part.start : part.stop]
+            title = f"{kind:<5}  all {_counted(own, tasks[: part.start])}"
+            rows.append([title, _images(own), _mean(before[part.start :]), _mean(now[part.start : part.stop])])
     rows.append([f"all {_counted(tasks)}", _images(tasks), "", _mean(now)])
     return plain(rows)
 

@@ -13,6 +13,7 @@ measured where their test images are given: --known_test_dir or --known_test_dat
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -28,21 +29,13 @@ from ..report.formatting import one_line
 from ..runs.revision import Revision
 from ..runs.sources import locate
 from ..training.arguments import PGPTrainingArguments
+from ..training.learning import RECORDED
 from ..training.trainer import StreamTrainer
 from .arguments import DataArguments, string_labels_as_classes
 from .experiment import resume_argument
 from .folders import labelled_images
 from .growth import growth_table, known_classes
 from .parsing import new_parser
-
-# settings of an earlier run that learning depends on; a revision from elsewhere decides nothing else here
-_KEPT = (
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
-    *("head_learning_rate", "later_prompt_learning_rate", "compensate_drift", "reinit_optimizer"),
-    *("train_mask", "eval_mask", "augmentation", "crop_min_scale"),
-)
 
 
 @dataclass
@@ -220,17 +213,32 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> Command:
     before = Revision.read(locate(early.run, early.revision, token=early.hub_token), early.revision)
     if before.results is None:
         raise ValueError(f"{early.run} is an adapter without a run: it has learned no task to go on from.")
-    parser.set_defaults(**recorded(before.results))
+    parser.set_defaults(**recorded(before.results, early.gradient_accumulation_steps))
     new, training, rest = parser.parse_args_into_dataclasses(argv)
+    if resume_argument(training.resume_from_checkpoint) not in (None, True):
+        raise ValueError(
+            f"--resume_from_checkpoint {training.resume_from_checkpoint}: say true to go on with what is in --output_dir."
+        )
     return Command(rest.run, before, new, training)
 
 
-def recorded(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a run's last task was trained with, as far as `results.json` has them."""
+def recorded(results: Mapping[str, Any], micro_batches: int = 1) -> dict[str, Any]:
+    """Return the settings that a run's last task was trained with, as far as `results.json` has them.
+
+    Only those that a task's result depends on: a revision from elsewhere decides nothing else here.
+
+    Args:
+        results: content of `results.json`.
+        micro_batches: number of batches that make a step here.
+    """
     training = results.get("training")
     found = {name: results.get(name) for name in ("seed", "eval_mask", "compensate_drift")}
     found.update(training if isinstance(training, dict) else {})
-    return {name: found[name] for name in _KEPT if found.get(name) is not None}
+    kept = {name: found[name] for name in RECORDED if found.get(name) is not None}
+    if isinstance(images := found.get("images_per_step"), int):
+        processes = int(os.environ.get("WORLD_SIZE", 1))  # the arguments, which know it, are made from this
+        kept["per_device_train_batch_size"] = max(1, images // (micro_batches * processes))
+    return kept
 
 
 def learn(command: Command) -> None:
@@ -242,11 +250,9 @@ def learn(command: Command) -> None:
     run, before, new, args = command
     train, test, reading = new.new_images()
     known_test = new.known_test_images(before.manifest or {})
-    trainer = StreamTrainer.from_pretrained(
-        run, new.revision, args, known_test, backbone=new.backbone, token=args.hub_token
-    )
+    trainer = StreamTrainer.from_pretrained(run, new.revision, args, known_test, backbone=new.backbone)
     if trainer.is_world_process_zero():
-        print(f"{run}: {trainer.stream.num_tasks} tasks, {known_classes(trainer.stream)}", flush=True)
+        print(f"{run}, task-{before.tasks}, knows {known_classes(trainer.stream)}", flush=True)
     trainer.learn(train, test, resume_from_checkpoint=resume_argument(args.resume_from_checkpoint), **reading)
     if trainer.is_world_process_zero():
         print(report(trainer, before.tasks))
