@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -14,19 +15,32 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings and file.is_file())
 
 
-def labelled_images(folder: str, option: str) -> datasets.Dataset:
-    """Return the images of a folder with one subfolder per class, and the class names as labels; no image is opened.
+def labelled_images(folders: Sequence[str], option: str, names: Sequence[str] = ()) -> datasets.Dataset:
+    """Return the images of folders with one subfolder per class, which may be a single one; no image is opened.
 
-    Rows come in the order that `load_dataset("imagefolder")` has, and hidden files are left out; but a single class is
-    enough.
+    Rows come folder by folder, each in the order that `load_dataset("imagefolder")` has. Hidden files are left out.
 
     Args:
-        folder: of the classes' subfolders.
-        option: that names the folder on the command line, for error messages.
+        folders: of the classes' subfolders.
+        option: that names the folders on the command line, for error messages.
+        names: further classes to number, in alphabetical order with those of the subfolders.
 
     Raises:
         ValueError: no such folder, no images, or an image outside the subfolders of classes.
     """
+    files = [file for folder in folders for file in _in_subfolders(folder, option)]
+    labels = [file.parent.name for file in files]
+    classes = datasets.ClassLabel(names=sorted({*labels, *names}))
+    images = datasets.Dataset.from_dict(
+        {"image": list(map(str, files)), "label": labels},
+        features=datasets.Features({"image": datasets.Image(), "label": classes}),
+    )
+    images.info.dataset_name = " and ".join(Path(folder).resolve().name for folder in folders)
+    return images
+
+
+def _in_subfolders(folder: str, option: str) -> list[Path]:
+    """Return the images of a folder with one subfolder per class."""
     root, layout = Path(folder), f"expected one subfolder per class that holds its images itself, {folder}/CLASS/IMAGE"
     if not root.is_dir():
         raise ValueError(f"{option} {folder} is not a folder here: {layout}.")
@@ -37,8 +51,4 @@ def labelled_images(folder: str, option: str) -> datasets.Dataset:
     for file in map(Path, found):
         if len(file.parts) != 2:
             raise ValueError(f"{option}: {root / file} is not in the subfolder of a class: {layout}.")
-    columns = {"image": [str(root / file) for file in found], "label": [Path(file).parent.name for file in found]}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
-    images = datasets.Dataset.from_dict(columns, features=features)
-    images.info.dataset_name = root.resolve().name
-    return images
+    return [root / file for file in found]

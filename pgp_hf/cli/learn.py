@@ -37,6 +37,15 @@ from .folders import labelled_images
 from .growth import growth_table, known_classes
 from .parsing import new_parser
 
+# how error messages name arguments in Python, and what that is on the command line
+_OPTIONS = {
+    r"test_dataset\b": "--known_test_dir",
+    r"label_names\b": "--class_names",
+    r"(label|image)_column\b": r"--\1_column_name",
+    r"backbone=": "--backbone ",
+    r"(resume_from_checkpoint|overwrite_output_dir)=True\b": r"--\1 true",
+}
+
 
 @dataclass
 class LearnArguments:
@@ -56,7 +65,7 @@ class LearnArguments:
         test_fraction: fraction of each class that is held out if there are no test images.
         max_train_samples_per_class: maximum number of training images per class.
         max_eval_samples_per_class: maximum number of test images per class.
-        known_test_dir: local folder with the run's own test images, with one subfolder per class.
+        known_test_dir: local folders with the run's own test images, with one subfolder per class.
         known_test_dataset: Hub id or local folder of the run's own test images.
     """
 
@@ -98,11 +107,12 @@ class LearnArguments:
     max_eval_samples_per_class: int | None = field(
         default=None, metadata={"help": "maximum number of test images per class"}
     )
-    known_test_dir: str | None = field(
+    known_test_dir: list[str] | None = field(
         default=None,
         metadata={
-            "help": "local folder with the test images that the run was tested on, with one subfolder per class; without "
-            "them, accuracies of known classes are not measured"
+            "help": "local folders with what the run was tested on, with one subfolder per class; folders of training "
+            "images from which test images were held out will do. Without them, accuracies of known classes are not "
+            "measured"
         },
     )
     known_test_dataset: str | None = field(
@@ -121,24 +131,27 @@ class LearnArguments:
             )
         if self.test_dir and not self.train_dir:
             raise ValueError("--test_dir goes with --train_dir: a data set has its own test split, or none.")
+        test: datasets.Dataset | None
         if self.train_dir:
-            splits = datasets.DatasetDict(train=labelled_images(self.train_dir, "--train_dir"))
+            train, test = labelled_images([self.train_dir], "--train_dir"), None
             if self.test_dir:
-                splits["test"] = labelled_images(self.test_dir, "--test_dir")
+                test = labelled_images([self.test_dir], "--test_dir", train.features["label"].names)
+                train = labelled_images([self.train_dir], "--train_dir", test.features["label"].names)
+            label, image = "label", "image"
         else:
-            splits = DataArguments(
+            data = DataArguments(
                 dataset_name=self.dataset_name,
                 dataset_revision=self.dataset_revision,
                 dataset_split=self.dataset_split,
-            ).source()
-        train, test, _ = source_data.resolve_splits(splits, None, None)
-        label, image = source_data.resolve_columns(train, self.label_column_name, self.image_column_name)
-        train, test = string_labels_as_classes(train, test, label)
+            )
+            train, test, _ = source_data.resolve_splits(data.source(), None, None)
+            label, image = source_data.resolve_columns(train, self.label_column_name, self.image_column_name)
+            train, test = string_labels_as_classes(train, test, label)
         same = ("test_fraction", "max_train_samples_per_class", "max_eval_samples_per_class")
         reading = {"label_column": label, "image_column": image, "label_names": _named_labels(self.class_names)}
         return train, test, {**reading, **{name: getattr(self, name) for name in same}}
 
-    def known_test_images(self, manifest: Mapping[str, Any]) -> datasets.DatasetDict | None:
+    def known_test_images(self, manifest: Mapping[str, Any]) -> datasets.Dataset | datasets.DatasetDict | None:
         """Return the test images of known classes, as far as they are given.
 
         Args:
@@ -149,13 +162,11 @@ class LearnArguments:
         """
         if self.known_test_dir and self.known_test_dataset:
             raise ValueError("give --known_test_dir or --known_test_dataset, not both.")
-        column = "label"
         if self.known_test_dir:
-            splits = datasets.DatasetDict(test=labelled_images(self.known_test_dir, "--known_test_dir"))
-        elif self.known_test_dataset:
-            splits, column = source_data.load(self.known_test_dataset)[0], manifest.get("label_column", column)
-        else:
+            return labelled_images(self.known_test_dir, "--known_test_dir")
+        if not self.known_test_dataset:
             return None
+        splits, column = source_data.load(self.known_test_dataset)[0], manifest.get("label_column", "label")
         return datasets.DatasetDict(
             {split: string_labels_as_classes(data, None, column)[0] for split, data in splits.items()}
         )
@@ -187,9 +198,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         learn(parse(argv, prog))
     except (TypeError, ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {as_options(one_line(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def as_options(message: str) -> str:
+    """Return an error message with the names of arguments in Python replaced by those of options."""
+    for name, option in _OPTIONS.items():
+        message = re.sub(rf"(?<![\w-]){name}", option, message)
+    return message
 
 
 def parse(argv: Sequence[str] | None, prog: str | None) -> Command:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import datasets
 import pytest
 from PIL import Image
@@ -13,48 +15,57 @@ PHOTOS = ("a/2.png", "a-c/1.png", "a/10.png", "B/x.jpg", "a b/y.PNG", "a/1-2.png
 
 @pytest.fixture
 def photos(tmp_path):
+    root = tmp_path / "photos"
     for i, name in enumerate(PHOTOS):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / name)
-    (tmp_path / "a" / "notes.txt").write_text("no image")
-    (tmp_path / ".hidden").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / ".hidden" / "1.png")
-    return tmp_path
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(root / name)
+    (root / "a" / "notes.txt").write_text("no image")
+    (root / ".hidden").mkdir()
+    Image.new("RGB", (4, 4)).save(root / ".hidden" / "1.png")
+    return root
 
 
-def test_rows_come_as_datasets_has_them(photos):
-    images = labelled_images(str(photos), "--train_dir")
-    other = datasets.load_dataset("imagefolder", data_files={"train": f"{photos}/**"}, cache_dir=photos / ".cache")
-    names = other["train"].features["label"].names
-    assert images["label"] == [names[label] for label in other["train"]["label"]]
-    assert [one.tobytes() for one in images["image"]] == [one.tobytes() for one in other["train"]["image"]]
-    assert images.info.dataset_name == photos.name
+def pixels(images):
+    return [one.tobytes() for one in images["image"]]
+
+
+def test_rows_come_as_datasets_has_them(photos, tmp_path):
+    images = labelled_images([str(photos)], "--train_dir")
+    other = datasets.load_dataset("imagefolder", data_files=f"{photos}/**", cache_dir=tmp_path / "cache")["train"]
+    assert images.features == other.features
+    assert images["label"] == other["label"] and pixels(images) == pixels(other)
+    assert images.info.dataset_name == "photos"
 
 
 def test_a_single_class_is_enough(photos):
-    images = labelled_images(str(photos / "a" / ".."), "--train_dir")
-    assert len(set(images["label"])) == 4
     for name in ("a-c", "B", "a b"):
-        for file in (photos / name).iterdir():
-            file.unlink()
-    assert set(labelled_images(str(photos), "--train_dir")["label"]) == {"a"}
+        shutil.rmtree(photos / name)
+    images = labelled_images([str(photos)], "--train_dir")
+    assert images.features["label"].names == ["a"] and len(images) == 4
+
+
+def test_several_folders_and_further_classes(photos, tmp_path):
+    more = tmp_path / "more"
+    shutil.copytree(photos / "a", more / "c")
+    images = labelled_images([str(more), str(photos)], "--train_dir", names=["b", "a"])
+    assert images.features["label"].names == ["B", "a", "a b", "a-c", "b", "c"]
+    alone = labelled_images([str(photos)], "--train_dir")
+    names = [[data.features["label"].names[label] for label in data["label"]] for data in (images, alone)]
+    assert names[0] == ["c"] * 4 + names[1] and pixels(images)[4:] == pixels(alone)
+    assert images.info.dataset_name == "more and photos"
 
 
 def test_layouts_that_are_refused(photos, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"--train_dir .*nowhere is not a folder here: expected one subfolder per class"
-    ):
-        labelled_images(str(photos / "nowhere"), "--train_dir")
-    with pytest.raises(ValueError, match=r"--test_dir: .*1-2\.png is not in the subfolder of a class: expected"):
-        labelled_images(str(photos / "a"), "--test_dir")
-    (photos / "B" / "deep").mkdir()
-    Image.new("RGB", (4, 4)).save(photos / "B" / "deep" / "1.png")
-    with pytest.raises(ValueError, match=r"B/deep/1\.png is not in the subfolder of a class"):
-        labelled_images(str(photos), "--train_dir")
-    empty = tmp_path / ".empty"
-    empty.mkdir()
-    with pytest.raises(ValueError, match="holds no images: expected"):
-        labelled_images(str(empty), "--train_dir")
+    def refused(folder, match):
+        with pytest.raises(ValueError, match=match):
+            labelled_images([str(photos), str(folder)], "--test_dir")
+
+    refused(tmp_path / "nowhere", r"--test_dir .*nowhere is not a folder here: expected one subfolder per class")
+    refused(photos / "a", r"--test_dir: .*1-2\.png is not in the subfolder of a class: expected .*/a/CLASS/IMAGE")
+    (tmp_path / "empty" / "a").mkdir(parents=True)
+    refused(tmp_path / "empty", r"--test_dir .*empty holds no images: expected")
+    shutil.copytree(photos / "a", photos / "B" / "deep")
+    refused(photos, r"B/deep/1-2\.png is not in the subfolder of a class")
 
 
 def test_image_files_are_those_of_all_subfolders(photos):
