@@ -179,12 +179,21 @@ def _named_labels(given: Sequence[str] | None) -> Sequence[str] | dict[int, str]
 
 
 class Command(NamedTuple):
-    """The command line: the run that goes on, the content of its files, the new images, the settings."""
+    """The command line.
+
+    Attributes:
+        run: the run that goes on.
+        before: its files.
+        new: the new images.
+        training: settings.
+        resume: whether to go on with a task that has begun in the output folder.
+    """
 
     run: str
     before: Revision
     new: LearnArguments
     training: PGPTrainingArguments
+    resume: bool
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -233,11 +242,10 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> Command:
         raise ValueError(f"{early.run} is an adapter without a run: it has learned no task to go on from.")
     parser.set_defaults(**recorded(before.results, early.gradient_accumulation_steps))
     new, training, rest = parser.parse_args_into_dataclasses(argv)
-    if resume_argument(training.resume_from_checkpoint) not in (None, True):
-        raise ValueError(
-            f"--resume_from_checkpoint {training.resume_from_checkpoint}: say true to go on with what is in --output_dir."
-        )
-    return Command(rest.run, before, new, training)
+    resume = resume_argument(training.resume_from_checkpoint)
+    if isinstance(resume, str):
+        raise ValueError(f"--resume_from_checkpoint {resume}: say true to go on with what is in --output_dir.")
+    return Command(rest.run, before, new, training, bool(resume))
 
 
 def recorded(results: Mapping[str, Any], micro_batches: int = 1) -> dict[str, Any]:
@@ -265,13 +273,13 @@ def learn(command: Command) -> None:
     Raises:
         TypeError, ValueError, OSError, FloatingPointError: as `StreamTrainer.from_pretrained` and `learn`.
     """
-    run, before, new, args = command
+    run, before, new, args, resume = command
     train, test, reading = new.new_images()
     known_test = new.known_test_images(before.manifest or {})
     trainer = StreamTrainer.from_pretrained(run, new.revision, args, known_test, backbone=new.backbone)
     if trainer.is_world_process_zero():
         print(f"{run}, task-{before.tasks}, knows {known_classes(trainer.stream)}", flush=True)
-    trainer.learn(train, test, resume_from_checkpoint=resume_argument(args.resume_from_checkpoint), **reading)
+    trainer.learn(train, test, resume_from_checkpoint=resume, **reading)
     if trainer.is_world_process_zero():
         print(report(trainer, before.tasks))
     trainer.accelerator.wait_for_everyone()

@@ -7,11 +7,10 @@ import shutil
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 import tiny
 
-from pgp_hf import TaskStream, load_pretrained
+from pgp_hf import load_pretrained
 from pgp_hf.cli import learn
 from pgp_hf.cli.main import main
 from pgp_hf.runs.folder import MANIFEST, RESULTS
@@ -68,7 +67,9 @@ def test_a_folder_of_new_classes(run, photos, teach, tmp_path):
     manifest = read(tmp_path / "out", MANIFEST)
     assert manifest["tasks"][3]["test"]["num_images"] == 6 and manifest["label_names"][6:] == ["cat", "dog"]
     images = sorted((photos / "test" / "cat").iterdir())
-    named = {label["label"] for labels in load_pretrained(tmp_path / "out").predict(images, top_k=99) for label in labels}
+    named = {
+        label["label"] for labels in load_pretrained(tmp_path / "out").predict(images, top_k=99) for label in labels
+    }
     assert named == {*(f"class {c}" for c in range(6)), "cat", "dog"}
     assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
 
@@ -110,7 +111,7 @@ def test_integer_labels_are_named(teach, tmp_path):
     for split, rows in numbers.items():
         rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
     code, _, err = teach("--dataset_name", tmp_path / "data")
-    assert code == 1 and "by --class_names" in err and not (tmp_path / "out").exists()
+    assert code == 1 and "by --class_names" in err and not list((tmp_path / "out").glob("*"))
     code, out, err = teach("--dataset_name", tmp_path / "data", "--class_names", "1=dog", "0=cat")
     assert code == 0 and "new    task 4: cat, dog" in out, err
 
@@ -151,7 +152,14 @@ def test_help_needs_no_run(capsys):
         main(["learn", "--help"])
     told = capsys.readouterr().out
     assert error.value.code == 0
-    for option in ("RUN_OR_REPO", "--train_dir", "--known_test_dir", "--learning_rate", "--push_to_hub", "--class_names"):
+    for option in (
+        "RUN_OR_REPO",
+        "--train_dir",
+        "--known_test_dir",
+        "--learning_rate",
+        "--push_to_hub",
+        "--class_names",
+    ):
         assert option in told
 
 
@@ -179,7 +187,7 @@ def test_help_needs_no_run(capsys):
 def test_refused_in_one_line_before_training(options, message, photos, teach, tmp_path):
     code, out, err = teach(*(option.replace("PHOTOS", str(photos)) for option in options))
     assert code == 1 and err.startswith("error: ") and message in err and err.count("\n") == 1, err
-    assert "Task 4" not in out and not (tmp_path / "out").exists()
+    assert "Task 4" not in out and not list((tmp_path / "out").glob("*"))
 
 
 def test_other_refusals(run, photos, teach, tmp_path, capsys):

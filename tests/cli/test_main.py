@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +13,6 @@ from pgp_hf import __version__, load_pretrained
 from pgp_hf.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
-
-
-def package(*argv, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pgp_hf", *argv]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_without_a_command_it_prints_help(capsys):
@@ -67,11 +60,11 @@ def test_the_package_declares_the_command():
     assert project["scripts"] == {"pgp-hf": f"{main.__module__}:{main.__name__}"}
 
 
-def test_predict(tmp_path, without_figures):
+def test_predict(tmp_path, without_figures, capsys):
     run, photo = tiny.finished_run(tmp_path), tmp_path / "photo.png"
     tiny.stream().test(0)[0]["image"].save(photo)
-    done = package("predict", run, photo, cwd=tmp_path)
     best = load_pretrained(run).predict(photo)[0][0]
-    assert done.returncode == 0 and done.stdout.split(maxsplit=2)[1:] == [f"{best['score']:.2%}", best["label"] + "\n"]
-    refused = package("predict", tmp_path / "nothing here", photo, cwd=tmp_path)
-    assert refused.returncode == 1 and refused.stdout == "" and refused.stderr.startswith("error: ")
+    assert main(["predict", str(run), str(photo)]) == 0
+    assert capsys.readouterr().out.split(maxsplit=2) == [str(photo), f"{best['score']:.2%}", f"{best['label']}\n"]
+    assert main(["predict", str(tmp_path / "nowhere"), str(photo)]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
