@@ -64,6 +64,7 @@ def test_predict(tmp_path, without_figures, capsys):
     run, photo = tiny.finished_run(tmp_path), tmp_path / "photo.png"
     tiny.stream().test(0)[0]["image"].save(photo)
     best = load_pretrained(run).predict(photo)[0][0]
+    capsys.readouterr()
     assert main(["predict", str(run), str(photo)]) == 0
     assert capsys.readouterr().out.split(maxsplit=2) == [str(photo), f"{best['score']:.2%}", f"{best['label']}\n"]
     assert main(["predict", str(tmp_path / "nowhere"), str(photo)]) == 1

@@ -16,7 +16,7 @@ from pgp_hf.embedded import DIGIT_NAMES, digits
 SCRIPT = Path(__file__).parents[2] / "examples" / "learn_more.py"
 
 
-def few(images, per_class=6):
+def few(images, per_class=3):
     """The first images of each class."""
     labels = images["label"]
     return images.select(
