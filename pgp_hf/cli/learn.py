@@ -8,7 +8,8 @@ as it is: --output_dir gets a run of its own, with the earlier tasks and the new
 of the run, unless options say otherwise.
 
 Test images are those of --test_dir, or a share of the new images. How well the run still knows its old classes is
-measured where their test images are given: --known_test_dir or --known_test_dataset.
+measured where their test images are given: --known_test_dir or --known_test_dataset. An interrupted command is repeated
+with --resume_from_checkpoint true; `accelerate launch -m pgp_hf learn ...` runs it in several processes.
 """
 
 from __future__ import annotations

@@ -203,6 +203,21 @@ def test_other_refusals(run, photos, teach, tmp_path, capsys):
     assert error.value.code == 2
 
 
+def test_another_backbone_and_broken_images(photos, teach, tmp_path):
+    for name, settings, message in (
+        ("weights", {"seed": 8}, "weights are not those"),
+        ("size", {"hidden_size": 36}, ""),
+    ):
+        tiny.backbone(**settings).save_pretrained(tmp_path / name)
+        code, out, err = teach("--train_dir", photos / "train", "--backbone", tmp_path / name)
+        assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+    shutil.copytree(photos / "train", tmp_path / "photos")
+    (tmp_path / "photos" / "cat" / "broken.png").write_bytes(b"\x89PNG broken")
+    code, out, err = teach("--train_dir", tmp_path / "photos")
+    assert code == 1 and "broken.png" in err and "Task 4" not in out
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_an_adapter_without_a_run(photos, teach, tmp_path):
     tiny.model().save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     code, _, err = teach("--train_dir", photos / "train", source=tmp_path / "adapter")
