@@ -41,6 +41,7 @@ def photos(tmp_path_factory):
 @pytest.fixture
 def teach(run, tmp_path, capsys):
     def call(*options, source=run, out=tmp_path / "out"):
+        capsys.readouterr()
         fixed = ("--output_dir", out, "--use_cpu", "true", "--disable_tqdm", "true", "--num_train_epochs", 1)
         code = main(["learn", *map(str, (source, *fixed, *options))])
         return code, *capsys.readouterr()
