@@ -16,7 +16,8 @@ ProjectionConfig, prompt configuration or PGPTrainingArguments, and counts as a 
 `fine_tuning@trainable=lora:8` change those of a method, and what of the model learns. On the embedded digits, methods
 with exemplars have two rows by default, with 2 and with 10 images a class. Methods have the recipe of
 run_baselines.py: --learning_rate and --lr_scheduler_type are for prompts. The clip rows have the embedded CLIP; with
---model_name_or_path, a CLIP model, they run when they are named.
+--model_name_or_path, a CLIP model, they run when they are named. In the rows of surprises, which run when they are named,
+the model begins without classes and learns each task as it comes.
 
 Runs of one seed are paired: they have the same class order, images, initial prompts and batches. The joint rows train
 their single task for as many epochs as the others train each task.
@@ -36,7 +37,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ ROWS = {
     "clip-control": prompts(f"CLIP, no projection, {CAREFUL}", ClipPromptConfig, "none", careful=True),
     "clip-functional": prompts(f"CLIP, {OUTPUTS}, {CAREFUL}", ClipPromptConfig, "functional", True, **FUNCTIONAL),
 }
+SURPRISES = {
+    f"{name}-surprises": replace(ROWS[name], what=f"{ROWS[name].what}; each task a surprise", surprises=True)
+    for name in ("l2p-control", "l2p-functional", "dualprompt-control", "dualprompt-functional")
+}
+ROWS |= SURPRISES
 RECIPE = {
     one: BaselineTrainingArguments.__dataclass_fields__[one].default
     for one in BaselineTrainingArguments.__annotations__
@@ -157,11 +163,12 @@ class BenchmarkArguments:
 def usual_rows(argv: Sequence[str]) -> list[str]:
     """Return the names of the rows that run when the command line names none."""
     given = set(map(option, argv))
+    rows = [name for name in ROWS if name not in SURPRISES]
     if "--model_name_or_path" in given:
-        return [name for name, row in ROWS.items() if row.prompt is not ClipPromptConfig]
+        return [name for name in rows if ROWS[name].prompt is not ClipPromptConfig]
     if given & SOURCES:
-        return list(ROWS)
-    return [each for name in ROWS for each in ([f"{name}@{one}" for one in EXEMPLARS.get(name, ())] or [name])]
+        return rows
+    return [each for name in rows for each in ([f"{name}@{one}" for one in EXEMPLARS.get(name, ())] or [name])]
 
 
 def parse(argv: Sequence[str]) -> tuple[BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments]:
@@ -175,6 +182,7 @@ def parse(argv: Sequence[str]) -> tuple[BenchmarkArguments, ModelArguments, Data
     description = str(__doc__).format(rows="\n".join(f"    {name:<23}{row.what}" for name, row in ROWS.items()))
     kinds = (BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments)
     bench, model, data, training = read(kinds, argv, PROTOCOL if given & (SOURCES | HELP) else EMBEDDED, description)
+    data.choose_tasks(given)
     bench.rows = bench.rows or usual_rows(argv)
     return bench, model, data, training
 

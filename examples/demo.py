@@ -26,6 +26,7 @@ from PIL import Image
 
 from pgp_hf import embedded, load_pretrained, metrics
 from pgp_hf.inference import PromptClassifier
+from pgp_hf.runs.checks import finished_tasks, first_task
 from pgp_hf.runs.sources import TASK
 
 DEFAULT_RUN = Path("out/l2p_pgp")
@@ -111,15 +112,16 @@ def known(classifier: PromptClassifier) -> str:
     everything, manifest, results = len(classifier.id2label), classifier.manifest, classifier.results
     if manifest is None or results is None or classifier.classes is None:
         return f"<p class='count'>{everything} of {everything} classes known</p><p>An adapter without a run.</p>"
-    matrix = results["accuracy_matrix"]
-    summary = metrics.summarize(matrix)
-    count, lost = len(summary["per_task_average_accuracy"]), summary["forgetting"]
+    count, summary = finished_tasks(results), metrics.summarize(results["accuracy_matrix"], finished_tasks(results))
     brought, after = manifest["tasks"][count - 1]["classes"], f"task {count} of {manifest['num_tasks']}"
-    accuracy = f"Average accuracy {summary['average_accuracy']:.1f} %"
-    if lost is None:
+    if first_task(results):
         brought, after = classifier.classes, f"{count} tasks, learned as one"
-    else:
-        accuracy += f", forgetting {lost:.1f} points"
+    measured = {
+        "Average accuracy {:.1f} %": summary["average_accuracy"],
+        "forgetting {:.1f} points": summary["forgetting"],
+    }
+    figures = [words.format(value) for words, value in measured.items() if value is not None]
+    accuracy = ", ".join(figures if summary["average_accuracy"] is not None else ["Average accuracy not measured"])
     names = ", ".join(html.escape(classifier.id2label[c]) for c in brought[:NAMED])
     more = f" and {len(brought) - NAMED} more" if len(brought) > NAMED else ""
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from .heads import ClassStatistics
+from .heads.growing import grow_classifier, new_names
+from .heads.opening import open_adapter_head, open_classifier
 from .projection import Protectable
 from .runs.digest import backbone_key, backbone_sha256
 
@@ -27,6 +29,7 @@ __all__ = [
     "check_trainable",
     "exchanged",
     "load_weights",
+    "open_head",
     "set_trainable",
     "stream_model",
     "weights",
@@ -65,6 +68,20 @@ class StreamModel(Protocol):
 
     def prepare_stream(self, tasks: list[list[int]], names: Mapping[int, str]) -> None:
         """Prepare for a stream of tasks with these classes and class names."""
+
+    def add_classes(self, names: Sequence[str], seed: int) -> None:
+        """Let the head know more classes, drawn by the seed and their ids alone; what is stored of those before stays.
+
+        Raises:
+            TypeError: no head, or one that cannot grow.
+            ValueError: a name that is known, or a head that is frozen or sharded.
+        """
+
+    def add_task(self, task: int, classes: Sequence[int], seed: int) -> None:
+        """Make room for a 0-based task that was not known in advance, with images of these classes."""
+
+    def open_head(self) -> None:
+        """Replace the head, if there is one, by one of zero classes, for `add_classes` to grow."""
 
     def begin_task(self, task: int) -> None:
         """Prepare for the training of the 0-based task."""
@@ -122,6 +139,10 @@ class KeepsClassStatistics(StreamModel, Protocol):
 
 # ---- plain models ----------------------------------------------------------------------------------------------------
 
+FROZEN = (
+    "the head of this LoRA model does not learn, so that new classes never get scores: make it with "
+    'LoraConfig(modules_to_save=["classifier"], ...), or by pgp_hf.set_trainable(model, "lora:8").'
+)
 LORA_TARGETS = (("q_proj", "v_proj"), ("query", "value"))  # by the names that vision models give them
 
 
@@ -159,10 +180,7 @@ class PlainModel:
     def check(self) -> None:
         """Raise ValueError unless what learns has a name, and the head is part of it."""
         if self.lora is not None and not self.head_parameters():
-            raise ValueError(
-                "the head of this LoRA model does not learn, so that new classes never get scores: make it with "
-                'LoraConfig(modules_to_save=["classifier"], ...), or by pgp_hf.set_trainable(model, "lora:8").'
-            )
+            raise ValueError(FROZEN)
         if self.name == "partial":
             count = sum(parameter.requires_grad for parameter in self.base.parameters())
             raise ValueError(
@@ -227,7 +245,27 @@ class PlainModel:
         """Take the classes' names from a stream, unless the model had names for them."""
         config = self.base.config
         if config.id2label == {label: f"LABEL_{label}" for label in config.id2label}:
-            config.id2label, config.label2id = dict(names), {name: label for label, name in names.items()}
+            own = {label: names.get(label, before) for label, before in config.id2label.items()}
+            config.id2label, config.label2id = own, {name: label for label, name in own.items()}
+
+    def add_classes(self, names: Sequence[str], seed: int) -> None:
+        """Add a row to the head for each of these new classes, drawn by the seed and the class id alone."""
+        known = self.class_names
+        new = new_names(names, known, self.base)
+        if self.lora is not None and "classifier" not in (self.lora.modules_to_save or ()):
+            raise ValueError(FROZEN)
+        grow_classifier(self.base, known or {}, new, seed)
+
+    def open_head(self) -> None:
+        """Replace the head by one of zero classes; a bare backbone is put into a model with a head, from then on `model`."""
+        if isinstance(self.model, PeftModel):
+            open_adapter_head(self.model.base_model, str(self.model.active_adapter))
+            self.base = self.model.get_base_model()
+        else:
+            self.model = self.base = open_classifier(self.base)
+
+    def add_task(self, task: int, classes: Sequence[int], seed: int) -> None:
+        """Do nothing: tasks share all parameters."""
 
     def begin_task(self, task: int) -> None:
         """Do nothing: tasks share all parameters."""
@@ -351,6 +389,24 @@ def stream_model(model: nn.Module) -> StreamModel:
         f"model is a {type(model).__name__} that cannot learn a stream: pass a model of transformers with a classifier "
         "(see pgp_hf.set_trainable), or one with a prompt adapter, peft.get_peft_model(model, pgp_hf.L2PConfig(...))."
     )
+
+
+def open_head(model: PeftModel | PreTrainedModel) -> PeftModel | PreTrainedModel:
+    """Replace a model's head by one of zero classes, which a stream that begins with nothing lets grow.
+
+    Args:
+        model: as a trainer takes it, with any head: of another size, without classes (`num_labels=0`), or none at all.
+
+    Returns:
+        The model to use: the same, but for a bare backbone without adapter, which is put into a model with a head.
+
+    Raises:
+        TypeError: a model that cannot learn a stream, a head that is not linear.
+        ValueError: several adapters, which share the head, or a head that the adapter does not save.
+    """
+    learner = stream_model(model)
+    learner.open_head()
+    return learner.model if isinstance(learner, PlainModel) else model
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

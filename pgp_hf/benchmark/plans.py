@@ -36,6 +36,7 @@ class Row:
         projection: fields of the `ProjectionConfig` of prompts.
         training: fields of the `PGPTrainingArguments` that differ from the other rows'.
         joint: learn all classes as one task.
+        surprises: learn each task as it comes, by a model that begins without classes.
     """
 
     what: str
@@ -45,6 +46,7 @@ class Row:
     projection: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     joint: bool = False
+    surprises: bool = False
 
 
 @dataclass
@@ -131,6 +133,7 @@ class Plan:
             own = {"method": {"name": self.row.method, **settings}, "run": asdict(self.learner)}
         elif self.projection is not None:
             own = {"prompt": _prompt(self.prompt), "projection": self.projection.to_dict()}
+            own |= {"surprises": True} if self.row.surprises else {}
         return {**found, **own, "training": training}
 
     def _defaults(self) -> Settings:
@@ -210,7 +213,7 @@ def plan(
         Path(str(training.output_dir)),
         work,
         model,
-        replace(data, num_tasks=1) if row.joint else data,
+        replace(data, num_tasks=1, init_classes=None, increment=None) if row.joint else data,
         **{"training": training, **parts},
     )
 
@@ -224,7 +227,9 @@ def _parts(row: Row, seed: int, data: DataArguments, training: PGPTrainingArgume
     if row.method is not None:
         return {"method": METHODS[row.method].config_class(), "learner": Learner(), "training": training}
     assert row.prompt is not None
-    own: dict[str, Any] = {"pool_size": data.num_tasks} if row.prompt is ClipPromptConfig else {}  # a context per task
+    own: dict[str, Any] = {}
+    if row.prompt is ClipPromptConfig and data.num_tasks is not None:
+        own = {"pool_size": data.num_tasks}  # a context per task
     prompt = row.prompt(head="statistics", **own)
     return {"projection": ProjectionConfig(**row.projection), "prompt": prompt, "training": training}
 

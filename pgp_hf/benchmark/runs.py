@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import set_seed
 from filelock import FileLock, Timeout
@@ -109,23 +110,30 @@ def _frozen(plans: list[Plan]) -> Iterator[tuple[Plan, dict[str, Any]]]:
 def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
     """Train one run, continuing from what its work folder holds."""
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
-    stream, training = plan.data.load(plan.seed), copy.copy(plan.training)
+    known, training = plan.data.load(plan.seed), copy.copy(plan.training)
+    stream = TaskStream.empty(known.scenario, plan.seed) if plan.row.surprises else known
     training.output_dir, training.seed, training.disable_tqdm = str(plan.folder / "run"), plan.seed, True
     training.push_to_hub = False
     set_seed(plan.seed)  # for the head and the prompts, which are drawn next
-    backbone, model = _model(plan, stream)
-    made_of = digests(stream, backbone)
+    backbone, model = _model(plan, known)
+    made_of = digests(known, backbone)
     method = ProjectedPrompts(plan.projection) if plan.row.method is None else METHODS[plan.row.method](plan.method)
     trainer = StreamTrainer(model, training, stream, method, processing_class=plan.model.processor())
     resumed = not trainer.folder.is_empty()
-    trainer.train(resume_from_checkpoint=resumed or None)
+    if plan.row.surprises:
+        for t in range(known.num_tasks):
+            parts = {"train": known.train(t), "test": known.test(t)}
+            arrived = {split: images.dataset(known.label_names) for split, images in parts.items()}
+            trainer.learn(datasets.DatasetDict(arrived), resume_from_checkpoint=resumed)
+    else:
+        trainer.train(resume_from_checkpoint=resumed or None)
     results = trainer.results.to_dict()
     # accuracies are in `heads`, the others in `settings` and at the top of the file
     accuracies = ("accuracy_matrix", *SUMMARY, "task_incremental")
     heads = results.pop("heads", {"linear": {key: results[key] for key in accuracies if key in results}})
     elsewhere = {*accuracies, "method", "method_settings", "projection", "seed", "versions"}
     kept = {key: value for key, value in results.items() if key not in elsewhere}
-    yield plan, {"num_classes": stream.num_classes, "sha256": made_of, **kept, "heads": heads, "resumed": resumed}
+    yield plan, {"num_classes": known.num_classes, "sha256": made_of, **kept, "heads": heads, "resumed": resumed}
 
 
 def _accuracies(matrix: list[list[float | None]]) -> dict[str, Any]:

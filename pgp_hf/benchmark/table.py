@@ -318,7 +318,7 @@ def _paired(runs: list[Run], head: str, others: list[Run], other: str) -> str:
 def _drift_ratio(runs: list[Run], others: list[Run]) -> str:
     theirs = {run["seed"]: run["drift"][-1] for run in others}
     own = [(run["drift"][-1], theirs.get(run["seed"])) for run in runs if in_turn(run)]
-    return spread([drift / other for drift, other in own if other], 2)
+    return spread([drift / other for drift, other in own if drift is not None and other], 2)
 
 
 def settings(rows: dict[str, list[Run]]) -> str:

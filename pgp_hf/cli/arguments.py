@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -43,7 +43,9 @@ class DataArguments:
         validation_dir: local folder of test images, with one subfolder per class.
         image_column_name: image column, if there are several.
         label_column_name: label column, if there are several.
-        num_tasks: number of tasks that the classes are divided into.
+        num_tasks: number of tasks that the classes are divided into; None with `increment`.
+        init_classes: number of classes of the first task; `increment` by default.
+        increment: number of classes of each further task, instead of `num_tasks`.
         scenario: how tasks are learned and tested; "online" means one epoch per task.
         class_order: order in which the classes arrive, "random" or by "label".
         class_order_seed: seed of the class order, and of the images kept and held out; the run's seed by default.
@@ -75,7 +77,13 @@ class DataArguments:
     )
     image_column_name: str | None = field(default=None, metadata={"help": "image column, if there are several"})
     label_column_name: str | None = field(default=None, metadata={"help": "label column, if there are several"})
-    num_tasks: int = field(default=10, metadata={"help": "number of tasks that the classes are divided into"})
+    num_tasks: int | None = field(default=10, metadata={"help": "number of tasks that the classes are divided into"})
+    init_classes: int | None = field(
+        default=None, metadata={"help": "number of classes of the first task, with --increment; as many if not given"}
+    )
+    increment: int | None = field(
+        default=None, metadata={"help": "number of classes of each further task, instead of --num_tasks"}
+    )
     scenario: Literal["class_incremental", "task_incremental", "online"] = field(
         default="class_incremental",
         metadata={"help": "how tasks are learned and tested; online means one epoch per task"},
@@ -105,6 +113,23 @@ class DataArguments:
         default=None, metadata={"help": "maximum number of test images per class"}
     )
 
+    def choose_tasks(self, given: Container[str]) -> None:
+        """Let `increment` replace the default of `num_tasks`.
+
+        Args:
+            given: the options on the command line.
+
+        Raises:
+            ValueError: options that are mutually exclusive, or one that needs another.
+        """
+        sizes = [name for name in ("--init_classes", "--increment") if name in given]
+        if sizes and "--num_tasks" in given:
+            raise ValueError(f"--num_tasks and {' and '.join(sizes)} are mutually exclusive: leave one out.")
+        if self.init_classes is not None and self.increment is None:
+            raise ValueError("--init_classes needs --increment, the number of classes of each further task.")
+        if self.increment is not None:
+            self.num_tasks = None
+
     def load(self, seed: int) -> TaskStream:
         """Load the stream; labels that are strings become classes in alphabetical order.
 
@@ -120,7 +145,9 @@ class DataArguments:
         return TaskStream.from_dataset(
             train,
             test_dataset=test,
-            num_tasks=self.num_tasks,
+            num_tasks=self.num_tasks if self.increment is None else None,
+            init_classes=self.init_classes,
+            increment=self.increment,
             label_column=label,
             image_column=image,
             scenario=self.scenario,

@@ -130,6 +130,7 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> Baselin
     defaults.update(preset)
     text = f"{description}\nmethods:\n{_listed()}"
     model, data, run, training, settings = read([*COMMON, _settings_of(name)], argv, defaults, text)
+    data.choose_tasks(given)
     arguments = BaselineArguments(model, data, run, training, vars(settings))
     methods = arguments.methods()
     _check_values(arguments)

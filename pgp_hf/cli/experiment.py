@@ -17,9 +17,10 @@ from ..data.stream import TaskStream
 from ..methods.projected_prompts import check_projection
 from ..projection import ProjectionConfig
 from ..report import figures
-from ..report.formatting import as_number
+from ..report.formatting import MISSING, as_measured
 from ..report.table import plain
 from ..runs.atomic import write_json
+from ..runs.checks import first_task
 from ..runs.folder import RunFolder
 from ..training.pgp_trainer import PGPTrainer
 from .arguments import Arguments
@@ -114,10 +115,11 @@ def table(rows: Results) -> str:
     body = [
         [
             name,
-            *(as_number(value, 2) for value in row["per_task_average_accuracy"]),
-            f"{row['average_accuracy']:.2f}",
-            as_number(row["forgetting"], 2),
-            f"{row['drift'][-1]:.3f}",
+            *(MISSING for _ in range(first_task(row))),
+            *(as_measured(value, 2) for value in row["per_task_average_accuracy"][first_task(row) :]),
+            as_measured(row["average_accuracy"], 2),
+            MISSING if first_task(row) else as_measured(row["forgetting"], 2),
+            as_measured(row["drift"][-1], 3),
         ]
         for name, row in rows.items()
     ]

@@ -98,7 +98,7 @@ def parse(description: str | None, prompts: type, method: str, argv: Sequence[st
         argv: the command line without the program, `sys.argv[1:]` by default.
 
     Raises:
-        ValueError: an unknown preset or argument.
+        ValueError: an unknown preset or argument, or arguments that are mutually exclusive.
         SystemExit: after `--help` and `--dry_run`, and for a value that an option refuses.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -116,6 +116,7 @@ def parse(description: str | None, prompts: type, method: str, argv: Sequence[st
             defaults["overwrite_output_dir"] = True  # the default folder is scratch
     kinds = (ModelArguments, DataArguments, prompts, RunArguments, PGPTrainingArguments)
     arguments = Arguments(*read(kinds, argv, defaults, description))
+    arguments.data.choose_tasks(given)
     arguments.model.kind = "clip" if method == "clip" else "vit"
     if arguments.run.dry_run:
         if arguments.training.process_index == 0:

@@ -172,7 +172,7 @@ def rename(
     if lacking:
         raise ValueError(f"label_names has no name for {shorten(lacking)} in {column!r}; add them")
     if named and (unknown := [value for value in by_value if value not in kept]):
-        raise ValueError(f"label_names names {shorten(unknown)}, outside {column!r}'s 0..{len(names) - 1}")
+        raise ValueError(f"label_names names {shorten(unknown)}; {column!r} has the values 0..{len(names) - 1}")
     renamed = [by_value.get(value, kept.get(value)) for value in values]
     wrong = [name for name in renamed if not isinstance(name, str)]
     if wrong:

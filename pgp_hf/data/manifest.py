@@ -71,7 +71,7 @@ def divide(manifest: Mapping[str, Any]) -> Divided:
     divided = [(tuple(task["classes"]), tuple(task.get("new_classes", task["classes"]))) for task in tasks]
     new = [label for _, added in divided for label in added]
     # a stream that goes on after its first tasks keeps the names of classes that never came
-    reserved = manifest.get("class_order") == new and len(manifest["label_names"]) == count
+    reserved = manifest.get("class_order") == new and len(manifest.get("label_names") or ()) == count
     if (
         len(divided) != manifest["num_tasks"]
         or type(count) is not int

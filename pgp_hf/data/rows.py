@@ -46,6 +46,13 @@ class ImageRows:
         """Return the stored `{"bytes", "path"}` of these rows."""
         return self._arrow[list(rows)].column(0).to_pylist()
 
+    def dataset(self, rows: Sequence[int], label_names: Sequence[str]) -> datasets.Dataset:
+        """Return rows as a dataset with the columns `image` and `label`; no image is decoded."""
+        name, label = self._arrow.column_names[0], datasets.ClassLabel(names=list(label_names))
+        images = self._arrow.select(rows).with_format(None)
+        images = images if name == "image" else images.rename_column(name, "image")
+        return images.add_column("label", self.labels[list(rows)].tolist()).cast_column("label", label)
+
     def decode(self, row: int, stored: dict[str, Any] | None = None) -> PIL.Image.Image:
         """Return the RGB image of one row; `stored` is its encoded form, if it has been read already.
 

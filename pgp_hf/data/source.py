@@ -49,13 +49,25 @@ def load(path: str | os.PathLike[str]) -> tuple[datasets.DatasetDict, str | None
             f"pass a folder of parquet or image files, a Hub id, or a loaded datasets.Dataset"
         )
     try:
-        return datasets.load_dataset(text), name
+        splits = datasets.load_dataset(text)
+        return _labelled_folder(text, splits) if os.path.isdir(text) else splits, name
     except Exception as error:  # load_dataset raises a dozen unrelated types; the reason is kept
         where = "folder" if os.path.isdir(text) else "no such folder exists; as a Hub id"
         raise ValueError(
             f"dataset {text!r} ({where}) could not be loaded: {type(error).__name__}: {error}. "
             f"Fix the path or id, or load it yourself and pass the datasets.DatasetDict"
         ) from error
+
+
+def _labelled_folder(folder: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
+    """Return the images of a folder of one class with their label, which `datasets` leaves out."""
+    any_split = next(iter(splits.values()))
+    if any_split.info.builder_name != "imagefolder" or list(any_split.features) != ["image"]:
+        return splits
+    labelled = datasets.load_dataset(folder, drop_labels=False)
+    names = next(iter(labelled.values())).features["label"].names
+    flat = any(entry.is_file() for entry in os.scandir(folder))
+    return splits if set(names) & {*splits, *([Path(folder).resolve().name] if flat else [])} else labelled
 
 
 def map_style(name: str, data: Any) -> datasets.Dataset:

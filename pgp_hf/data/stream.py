@@ -67,28 +67,38 @@ class TaskStream:
 
     @property
     def num_tasks(self) -> int:
-        """Number of tasks."""
+        """Return the number of tasks."""
         return len(self.tasks)
 
     @property
     def num_classes(self) -> int:
-        """Number of label ids."""
+        """Return the number of label ids."""
         return len(self.label_names)
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Name of each label id, as transformers' configurations expect it."""
+        """Return the name of each label id, as transformers' configurations expect it."""
         return dict(enumerate(self.label_names))
 
     @property
     def class_order(self) -> list[int]:
-        """The label ids of all tasks, in the order in which they arrive."""
+        """Return the label ids of all tasks, in the order in which they arrive."""
         return [label for task in self.tasks for label in task.new_classes]
 
     @property
     def is_open(self) -> bool:
-        """True for a stream without an end: one that began with `empty` or `from_manifest`, or was appended to."""
+        """Return True for a stream without an end: one that began with `empty` or `from_manifest`, or was appended to."""
         return self._begun_open or bool(self._names_before)
+
+    @property
+    def begins_empty(self) -> bool:
+        """True for a stream that began with `empty`, whatever was appended since."""
+        return self._begun_open and len(self._names_before) == self.num_tasks and not self.classes_after(-1)
+
+    def classes_after(self, t: int) -> int:
+        """Return the number of label ids once task t (0-based) was there: all of them, but those appended later."""
+        before = [*self._names_before, self.num_classes]
+        return before[max(t + 1 - (self.num_tasks - len(self._names_before)), 0)]
 
     @classmethod
     def from_dataset(
@@ -293,10 +303,6 @@ class TaskStream:
         """Return the training images of task `t` (0-based); raise ValueError if they are not here."""
         return self._images("train", t)
 
-    def has_test(self, t: int) -> bool:
-        """Return whether the test images of task t are here."""
-        return True
-
     def test(self, t: int) -> TaskImages:
         """Return the test images of task `t` (0-based); raise ValueError if they are not here, or there are none."""
         return self._images("test", t)
@@ -350,13 +356,16 @@ class TaskStream:
                 parts[split].append(Part.of(source, np.sort(np.concatenate([part.rows for part in own]))))
         return TaskStream(self._settings, [Task(0, tuple(self.class_order))], parts, self.label_names)
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self, num_tasks: int | None = None) -> dict[str, Any]:
         """Return the settings, the class order and the content hashes that identify this stream, ready for JSON.
 
         There is a hash for each task and split, `sha256`, over the label ids and the encoded image bytes in row order
         (see `ImageRows.digests`), but not over paths; nothing is decoded, and the hashes are computed once. `dataset`
         (name, fingerprints) is for information only. A task that was appended has a `source` of its own, with the
         settings of its dataset, and `new_classes` where known classes have come again.
+
+        Args:
+            num_tasks: number of first tasks, as the stream was before later ones were appended; all by default.
 
         Raises:
             ValueError: an image file that cannot be read.
@@ -372,7 +381,11 @@ class TaskStream:
                 entry[split] = self._parts[split][task.index].entry()
             tasks.append({**entry, **copied(note)})
         own = {"num_tasks": self.num_tasks, "num_classes": self.num_classes, "label_names": self.label_names}
-        return {**copied({**self._settings, **own, "class_order": self.class_order}), "tasks": tasks}
+        content = {**copied({**self._settings, **own, "class_order": self.class_order}), "tasks": tasks}
+        if num_tasks is None or num_tasks == self.num_tasks:
+            return content
+        names = self.label_names[: self.classes_after(num_tasks - 1)]
+        return first_tasks({**content, "num_classes": len(names), "label_names": names}, num_tasks)
 
     def verify(self, progress: bool = True, gone: int = 0) -> None:
         """Decode every selected image, to find broken ones before hours of training; each only until a first success.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+import datasets
 import numpy as np
 import PIL.Image
 import torch
@@ -77,6 +78,14 @@ class TaskImages(torch.utils.data.Dataset[ImageItem]):
 
     def _decoded(self, position: int) -> PIL.Image.Image:
         return self._source.decode(int(self._rows[position]))
+
+    def dataset(self, label_names: Sequence[str]) -> datasets.Dataset:
+        """Return the images as a dataset with the columns `image` and `label`, as another stream takes them.
+
+        Args:
+            label_names: the stream's, by label id.
+        """
+        return self._source.dataset(self._rows.tolist(), label_names)
 
 
 @dataclass(eq=False)  # arrays

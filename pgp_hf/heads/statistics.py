@@ -33,7 +33,7 @@ class ClassStatistics(nn.Module):
     float64. Means are subtracted before anything is squared, so features far from zero lose no digits.
 
     Args:
-        num_classes: C.
+        num_classes: C; 0 for classes that are all to be added.
         dim: d.
         shrinkage: a, in [0, 1]. Above 0, Sigma has an inverse however few features there are.
 
@@ -43,7 +43,7 @@ class ClassStatistics(nn.Module):
         scatter: `(d, d)`.
 
     Raises:
-        ValueError: sizes below 1, a shrinkage outside [0, 1].
+        ValueError: fewer than 0 classes or 1 dimension, a shrinkage outside [0, 1].
     """
 
     counts: Tensor
@@ -52,8 +52,8 @@ class ClassStatistics(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, shrinkage: float = 0.1) -> None:
         super().__init__()
-        if num_classes < 1 or dim < 1:
-            raise ValueError(f"num_classes={num_classes}, dim={dim}: both must be at least 1.")
+        if num_classes < 0 or dim < 1:
+            raise ValueError(f"num_classes={num_classes}, dim={dim}: they must be at least 0 and 1.")
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage={shrinkage} is outside [0, 1]: it is the weight of the isotropic covariance.")
         self.shrinkage = shrinkage
@@ -71,6 +71,13 @@ class ClassStatistics(nn.Module):
         """Return empty statistics of the same shape, on the same device."""
         classes, dim = self.means.shape
         return ClassStatistics(classes, dim, self.shrinkage).to(self.means.device)
+
+    def add_classes(self, count: int) -> ClassStatistics:
+        """Add classes without features behind those that are there, whose numbers stay as they are."""
+        dim = self.means.shape[1]
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(count)])
+        self.means = torch.cat([self.means, self.means.new_zeros(count, dim)])
+        return self
 
     # ---- accumulation --------------------------------------------------------------------------------------------
 

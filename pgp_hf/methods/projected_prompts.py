@@ -68,7 +68,9 @@ class ProjectedPrompts(ContinualMethod):
 
     def begin_task(self, context: TaskContext) -> None:
         if self.projection.active:
-            self.projection.projector.anchor(self._parameters(context.model))
+            parameters = self._parameters(context.model)
+            self.projection.fit_entries({name: tuple(parameter.shape) for name, parameter in parameters})
+            self.projection.projector.anchor(parameters)
 
     def attach(self, context: TaskContext, optimizer: Optimizer) -> Iterable[RemovableHandle]:
         if not self.projection.active:

@@ -102,6 +102,27 @@ class Projection:
         """Return the largest rank over the projected parameters; 0 before the first task has ended."""
         return max((basis.rank for basis in self.bases.values()), default=0)
 
+    def fit_entries(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Give bases empty columns for the entries that their parameters have gained; call it at each task's start.
+
+        Args:
+            shapes: shape of each protected parameter, by name. Entries are along its first dimension.
+        """
+        bases, infos = dict(self.bases), dict(self.info)
+        for name, basis in self.bases.items():
+            shape = shapes.get(name, shapes.get(name.removesuffix(TRANSPOSED)))
+            rows, elements = self.info[name]["shape"][-2], torch.Size(shape or ()).numel()
+            if shape is None or elements == torch.Size(self.info[name]["shape"]).numel():
+                continue
+            if basis.batch_shape and shape[0] > basis.batch_shape[0]:
+                fresh = basis.columns.new_zeros(shape[0] - basis.batch_shape[0], *basis.columns.shape[1:])
+                bases[name] = basis = Basis(torch.cat([basis.columns, fresh]))
+            else:  # entries share the basis
+                rows = elements // (basis.dim * torch.Size(basis.batch_shape).numel())
+            infos[name] = {**self.info[name], "shape": [*basis.batch_shape, rows, basis.dim]}
+        if infos != self.info:
+            self._replace(bases, infos)
+
     def penalty(self, model: Protectable) -> Tensor | float:
         """Return `ln_penalty` times the change of the prompt tokens' LayerNorm statistics since the task's start.
 

@@ -16,23 +16,27 @@ from huggingface_hub import ModelCard, ModelCardData
 from .. import embedded
 from ..data.scenarios import SCENARIOS, Scenario
 from ..runs.atomic import replacing
-from ..runs.checks import first_task
+from ..runs.checks import finished_tasks, first_task
 from ..runs.folder import METHOD, PROCESSOR
 from ..runs.reading import read_json
 from .figures import figure_names
-from .formatting import as_text
+from .formatting import NOT_MEASURED, as_text
 from .learning import Learning, describe_learning
 from .made import WHOLE, Made, describe_adapter, describe_whole
-from .names import is_hub_id, is_owned, name_dataset, name_model, public_name
+from .names import is_hub_id, is_owned, name_model, public_name
 from .numbers import eval_results, run_rows, task_rows
 from .sentences import (
+    dataset_names,
     describe_class_order,
+    describe_data,
     describe_data_limits,
     describe_evaluation,
     describe_head,
+    describe_origin,
     describe_preprocessing,
     describe_time,
     describe_versions,
+    earlier_revisions,
     tasks_without_drift,
 )
 from .snippets import Source, peft_code, predict_code, predict_whole_code, transformers_code
@@ -55,7 +59,7 @@ class _Run(NamedTuple):
     as_one: bool  # whether they were learned as one
     batchwise: bool
     base: str  # name or path of the model that the run started from, empty for one that was never saved
-    dataset: str | None
+    datasets: Sequence[str]
     whole: bool  # whether it is a whole model, and not an adapter
     kind: str  # the adapter's PEFT type, or what of a whole model has learned
     adapter: AdapterCard
@@ -77,8 +81,8 @@ def render_card(
     """Render the card of a run, or of one of its `task-<t>` revisions.
 
     Args:
-        results: content of `results.json`; `prompt_usage`, `changed_selections`, `heads`, `eval_mask` and
-            `batchwise_prompt` are read where present.
+        results: content of `results.json`; `prompt_usage`, `changed_selections`, `heads`, `eval_mask`,
+            `batchwise_prompt` and `continues` are read where present.
         manifest: content of `stream.json`.
         adapter_config: content of `adapter_config.json`, or of `config.json` where a whole model has learned.
         projection: content of `projection.json`, `None` for a run without projection.
@@ -89,7 +93,7 @@ def render_card(
             `task-<t>`.
 
     Returns:
-        The card. Its `model-index` holds average accuracy and forgetting.
+        The card. Its `model-index` holds average accuracy and forgetting, as far as they were measured.
 
     Raises:
         ValueError: an input that lacks a required entry, or has an unknown one.
@@ -100,7 +104,7 @@ def render_card(
         repo_id,
         run.kind,
         run.learning.name,
-        public_name(run.dataset).split("/")[-1] if run.dataset else None,
+        public_name(run.datasets[0]).split("/")[-1] if run.datasets else None,
     )
     source = Source.of(adapter_config, repo_id, run.trained)
     own_processor = processor is not None
@@ -180,7 +184,7 @@ def _read(
     projection: Mapping[str, Any] | None,
     method: Mapping[str, Any] | None,
 ) -> _Run:
-    matrix = _need(results, "accuracy_matrix", "results")
+    _need(results, "accuracy_matrix", "results")
     scenario = _need(results, "scenario", "results")
     if scenario not in SCENARIOS:
         raise ValueError(f"results['scenario'] is {scenario!r}; expected one of {', '.join(SCENARIOS)}.")
@@ -191,7 +195,7 @@ def _read(
     whole = config.get("peft_type") is None and WHOLE.fullmatch(model) is not None
     kind = model if whole else str(_need(config, "peft_type", "adapter_config"))
     adapter = describe_whole() if whole else describe_adapter(config, batchwise)
-    as_one = first_task(matrix) > 0
+    as_one = first_task(results) > 0
     if as_one:
         adapter = adapter._replace(finished="")
     return _Run(
@@ -201,11 +205,11 @@ def _read(
         scenario=SCENARIOS[scenario],
         num_tasks=num_tasks,
         num_classes=num_classes,
-        trained=max((i + 1 for i, row in enumerate(matrix) if any(v is not None for v in row or ())), default=0),
+        trained=finished_tasks(results),
         as_one=as_one,
         batchwise=batchwise,
         base=base,
-        dataset=(manifest.get("dataset") or {}).get("name"),
+        datasets=dataset_names(manifest),
         whole=whole,
         kind=kind,
         adapter=adapter,
@@ -236,10 +240,10 @@ def _metadata(run: _Run, name: str) -> ModelCardData:
             run.kind.lower().replace(":", "-"),
             run.scenario.name.replace("_", "-"),
         ],
-        datasets=[run.dataset] if is_owned(run.dataset) else None,
+        datasets=[name for name in run.datasets if is_owned(name)] or None,
         metrics=["accuracy"],
         model_name=name,
-        eval_results=eval_results(run.results, run.dataset, run.trained),
+        eval_results=eval_results(run.results, next(iter(run.datasets), None), run.trained),
     )
 
 
@@ -269,16 +273,19 @@ def _bring(run: _Run, source: Source, own_processor: bool) -> str | None:
 def _opening(run: _Run) -> dict[str, Any]:
     """Return the template's values for what was trained, and how."""
     tasks: Sequence[Mapping[str, Any]] = run.manifest.get("tasks") or []
+    known = len({label for task in tasks[: run.trained] for label in task.get("classes") or []})
     return {
         "adapter": run.adapter,
         "made": run.made,
         "learning": run.learning,
         "limits": [*([] if run.as_one else run.made.shared), *run.made.limits, *run.learning.limits],
         "num_tasks": run.num_tasks,
-        "num_classes": run.num_classes,
+        # after the last task those that it knows, since a stream that goes on may have names without images
+        "num_classes": known or run.num_classes if run.trained == run.num_tasks else run.num_classes,
         "trained": run.trained,
         "as_one": run.as_one,
-        "known": len({label for task in tasks[: run.trained] for label in task.get("classes") or []}),
+        "known": known,
+        "origin": describe_origin(run.results),
         "statistics": run.config.get("head") == "statistics",
         "compensated": _compensated(run),
     }
@@ -289,7 +296,7 @@ def _protocol(run: _Run, processor: Mapping[str, Any] | None) -> dict[str, Any]:
     mask = run.results.get("eval_mask")
     return {
         "batchwise": run.batchwise,
-        "dataset": name_dataset(run.dataset),
+        "dataset": describe_data(run.manifest),
         "data_limits": describe_data_limits(run.manifest),
         "scenario": run.scenario,
         "class_order": describe_class_order(run.manifest),
@@ -323,9 +330,14 @@ def _protected(run: _Run) -> bool:
 
 def _numbers(run: _Run) -> dict[str, Any]:
     """Return the template's values for the tables and their legends."""
-    return {
+    rows = task_rows(run.results, run.manifest, run.trained, earlier_revisions(run.results))
+    tables = {
         "run_table": markdown(run_rows(run.results), left=("Head",)),
-        "task_table": markdown(task_rows(run.results, run.manifest, run.trained), left=("Classes",)),
+        "task_table": markdown(rows, left=("Classes",)),
+    }
+    return {
+        **tables,
+        "gaps": any(NOT_MEASURED in table for table in tables.values()),
         "heads": bool(run.results.get("heads")),
         "used_head": run.results.get("head"),
         "changed": bool(run.results.get("changed_selections")),

@@ -166,8 +166,18 @@ def add_legend(fig: Figure, grid: Sequence[Axes], columns: int) -> None:
 # ---- heat-maps ------------------------------------------------------------------------------------------------------
 
 
-def heat_map(values: Values, *, low: float, high: float, bar: str, decimals: int) -> tuple[Figure, Axes]:
-    """Draw a heat-map of `(rows, columns)`, NaN left blank, counted from 1; with numbers in the cells while they fit."""
+def heat_map(
+    values: Values, *, low: float, high: float, bar: str, decimals: int, lacking: NDArray[np.bool_]
+) -> tuple[Figure, Axes]:
+    """Draw a heat-map, with numbers in the cells while they fit.
+
+    Args:
+        values: `(rows, columns)`, counted from 1; NaN is left blank.
+        low, high: the values at the ends of the colour scale.
+        bar: title of the colour scale.
+        decimals: of the numbers.
+        lacking: cells to hatch as not measured, `(rows, columns)`.
+    """
     import matplotlib
     from matplotlib.ticker import MaxNLocator
 
@@ -203,7 +213,22 @@ def heat_map(values: Values, *, low: float, high: float, bar: str, decimals: int
     strip.set_label(bar, fontsize=9)
     strip.ax.tick_params(labelsize=8)
     strip.outline.set_visible(False)
+    if lacking.any():
+        _hatch(fig, axes, lacking)
     return fig, axes
+
+
+def _hatch(fig: Figure, axes: Axes, cells: NDArray[np.bool_]) -> None:
+    """Hatch cells of a heat-map, and explain the hatching below it."""
+    from matplotlib.patches import Patch, Rectangle
+
+    look: Any = {"facecolor": "white", "edgecolor": "#999999", "hatch": "////", "linewidth": 0}
+    for row, flags in enumerate(cells):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(int), [0]])))
+        for start, end in edges.reshape(-1, 2):  # one patch for neighbours
+            axes.add_patch(Rectangle((start - 0.5, row - 0.5), end - start, 1, **look))
+    handle = Patch(**{**look, "linewidth": 0.6})
+    fig.legend([handle], ["not measured"], loc="outside lower center", frameon=False, fontsize=9)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

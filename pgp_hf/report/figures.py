@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .. import metrics
-from ..runs.checks import first_task
+from ..runs.checks import finished_tasks, first_task
 from .drawing import (
     Values,
     add_legend,
@@ -59,7 +59,8 @@ def accuracy_matrix(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
 
     Args:
         results: the content of `results.json`; `accuracy_matrix` is needed, shape `(rows, tasks)` in percent with
-            `None` where not evaluated (left blank). Rows that are missing in an unfinished run are left blank too.
+            `None` where not evaluated. Where a task was seen and not measured, the cell is hatched; all others, and rows
+            that are missing in an unfinished run, are left blank.
         path: the PNG file to write; its folder is made.
 
     Returns:
@@ -74,7 +75,12 @@ def accuracy_matrix(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
     square[:rows] = values
     found = square[np.isfinite(square)]
     low, high = 10 * np.floor(min([*found, 80]) / 10), 10 * np.ceil(max([*found, 20]) / 10)
-    fig, axes = heat_map(square, low=low, high=high, bar="accuracy (%)", decimals=1 if tasks <= 12 else 0)
+    if not len(found):
+        low, high = 0.0, 100.0
+    seen = np.tril(np.ones_like(square, dtype=bool))  # on and below the diagonal, in the rows of finished tasks
+    seen[: first_task(results)] = seen[finished_tasks(results) :] = False
+    decimals, lacking = 1 if tasks <= 12 else 0, seen & np.isnan(square)
+    fig, axes = heat_map(square, low=low, high=high, bar="accuracy (%)", decimals=decimals, lacking=lacking)
     axes.set_title("Accuracy on each task, after each task", fontsize=11)
     axes.set_xlabel("evaluated on task")
     axes.set_ylabel("after training task")
@@ -92,7 +98,8 @@ def task_curves(
         path: the PNG file to write; its folder is made.
         panels: which quantities, all by default: "accuracy", "forgetting", "drift", "changed" (selections), "rank".
             Those that no run has values for are left out; so is a rank of 0 throughout, as without projection. A run
-            that learned all tasks as one has a point at the end, in "accuracy" alone.
+            that learned all tasks as one has a point at the end, in "accuracy" alone. There is no point where a task
+            that it needs was not measured.
 
     Returns:
         `path`.
@@ -257,7 +264,8 @@ def prompt_usage(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pa
 
     Args:
         results: `prompt_usage` is needed, counts of shape `(tasks, pool entries)`: how many of the task's test images
-            selected the entry after the last trained task. A row may be `None` or all zero (left blank).
+            selected the entry after the last trained task. A row may be `None`, for a task that was not measured
+            (hatched), or all zero (left blank).
         path: the PNG file to write; its folder is made.
 
     Returns:
@@ -272,7 +280,7 @@ def prompt_usage(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pa
     total = counts.sum(axis=1, keepdims=True)
     share = 100 * np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
     high = float(np.nanmax(share, initial=1.0))
-    fig, axes = heat_map(share, low=0, high=high, bar="share of selections (%)", decimals=0)
+    fig, axes = heat_map(share, low=0, high=high, bar="share of selections (%)", decimals=0, lacking=np.isnan(counts))
     axes.set_title("Prompts selected by each task's test images", fontsize=11)
     axes.set_xlabel("pool entry")
     axes.set_ylabel("task")
@@ -290,11 +298,12 @@ _FIGURES: dict[str, Callable[[Mapping[str, Any], Path], Path]] = {
 def figure_names(results: Mapping[str, Any]) -> list[str]:
     """Return the names of the files that [`save_figures`] writes.
 
-    Stability and prompt usage are written only where they are recorded, and no curves where all tasks were learned as
-    one.
+    Curves, stability and prompt usage are written only where they are recorded, and no curves where all tasks were
+    learned as one.
     """
+    curves = _curves(results).values() if results.get("accuracy_matrix") and not first_task(results) else []
     recorded = {
-        "task_curves.png": not first_task(results.get("accuracy_matrix") or []),
+        "task_curves.png": any("accuracy" in of or "forgetting" in of for of in curves),
         "stability.png": bool(_movements(results)),
         "prompt_usage.png": bool(results.get("prompt_usage")),
     }
@@ -317,36 +326,45 @@ def _curves(results: Mapping[str, Any]) -> dict[str, dict[str, Values]]:
     """
     if "accuracy_matrix" in results:
         heads = results.get("heads") or {}
-        own = {f"{name} head": _accuracies(heads[name]["accuracy_matrix"]) for name in sorted(heads, reverse=True)}
-        rest = {} if own else _accuracies(results["accuracy_matrix"])
+        own = {f"{name} head": _accuracies(results, heads[name]) for name in sorted(heads, reverse=True)}
+        rest = {} if own else _accuracies(results, results)
         return {**own, "": {**rest, **_movements(results)}}
     if not results:
         raise ValueError("task_curves got no run; pass one results dict or {label: results dict}.")
     for label, run in results.items():
         if not isinstance(run, Mapping) or "accuracy_matrix" not in run:
             raise ValueError(f"run {label!r} has no 'accuracy_matrix'; pass {{label: content of results.json}}.")
-    return {label: {**_accuracies(run["accuracy_matrix"]), **_movements(run)} for label, run in results.items()}
+    return {label: {**_accuracies(run, run), **_movements(run)} for label, run in results.items()}
 
 
-def _accuracies(matrix: Sequence[Sequence[float | None]]) -> dict[str, Values]:
-    average: Any = metrics.summarize(matrix)["per_task_average_accuracy"]
+def _accuracies(run: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, Values]:
+    """Return by panel what follows from the accuracy matrix of a run's head, or of the run itself."""
+    matrix = head["accuracy_matrix"]
+    average: Any = metrics.summarize(matrix, run.get("finished_tasks"))["per_task_average_accuracy"]
     found = {"accuracy": np.array(average, dtype=float)}
-    if not first_task(matrix):
-        found["forgetting"] = np.array([metrics.forgetting(matrix[: task + 1]) for task in range(len(average))])
-    return found
+    if not first_task({**run, "accuracy_matrix": matrix}):
+        lost: Any = [metrics.summarize(matrix, task + 1)["forgetting"] for task in range(len(average))]
+        found["forgetting"] = np.array(lost, dtype=float)
+    return _with_points(found)
 
 
 def _movements(run: Mapping[str, Any]) -> dict[str, Values]:
-    if first_task(run.get("accuracy_matrix") or []):  # all tasks were learned as one: nothing came after another
+    if first_task(run):  # all tasks were learned as one: nothing came after another
         return {}
     keys = {"drift": "drift", "changed": "changed_selections", "rank": "projection_rank"}
     found = {name: np.array(run.get(key) or [], dtype=float) for name, key in keys.items()}
     found["changed"] = 100 * found["changed"]
-    return {
-        name: values
-        for name, values in found.items()
-        if np.isfinite(values).any() and (name != "rank" or np.nanmax(values) > 0)
-    }
+    return {name: values for name, values in _with_points(found).items() if name != "rank" or np.nanmax(values) > 0}
+
+
+def _with_points(found: dict[str, Values]) -> dict[str, Values]:
+    """Leave out curves without a point, and comparisons with earlier tasks of which only the first task's zero is known."""
+    kept = {}
+    for name, values in found.items():
+        compared = values[1:] if name in ("forgetting", "drift", "changed") and len(values) > 1 else values
+        if np.isfinite(compared).any():
+            kept[name] = values
+    return kept
 
 
 def _end(values: Values) -> tuple[float, float]:

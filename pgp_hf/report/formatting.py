@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 MISSING = "–"
+NOT_MEASURED = "not measured"
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -18,6 +19,11 @@ def is_number(value: object) -> TypeGuard[int | float]:
 def as_number(value: object, digits: int) -> str:
     """Return a number with `digits` decimals, a dash for anything else."""
     return f"{value:.{digits}f}" if is_number(value) else MISSING
+
+
+def as_measured(value: object, digits: int) -> str:
+    """Return a number of a run with `digits` decimals; of None, that it was not measured."""
+    return NOT_MEASURED if value is None else as_number(value, digits)
 
 
 def as_text(value: object) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ..runs.checks import first_task
-from .formatting import MISSING, as_number, as_text, escape, is_number, one_line
+from .formatting import MISSING, as_measured, as_text, escape, is_number, one_line
 from .names import public_name
 
 _SUMMARY = {
@@ -26,15 +26,15 @@ def run_rows(results: Mapping[str, Any]) -> list[list[str]]:
     """Return a header and rows: one for the run, or one for each head, starting with the head that predicts."""
     heads, used = results.get("heads") or {}, results.get("head")
     changed = results.get("changed_selections")
-    moved = [as_number((results.get("drift") or [None])[-1], 3)]
-    moved += [as_number(100 * changed[-1], 1)] if changed else []
+    moved = [_at(results.get("drift"), -1, 3)]
+    moved += [_at(changed, -1, 1, 100)] if changed else []
     summary, header = _SUMMARY, [*_SUMMARY.values(), "Drift", *(["Changed"] if changed else [])]
-    if first_task(results["accuracy_matrix"]):  # nothing else is defined
+    if first_task(results):  # nothing else is defined
         summary = {"average_accuracy": _SUMMARY["average_accuracy"]}
         header, moved = [*summary.values()], []
 
     def row(of: Mapping[str, Any]) -> list[str]:
-        return [*(as_number(of.get(key), 2) for key in summary), *moved]
+        return [*(as_measured(of[key], 2) if key in of else MISSING for key in summary), *moved]
 
     if not heads:
         return [header, row(results)]
@@ -43,8 +43,16 @@ def run_rows(results: Mapping[str, Any]) -> list[list[str]]:
     return [["Head", *header], *rows]
 
 
-def task_rows(results: Mapping[str, Any], manifest: Mapping[str, Any], trained: int) -> list[list[str]]:
-    """Return a header and a row per finished task; with one accuracy each if all tasks were learned as one."""
+def task_rows(
+    results: Mapping[str, Any], manifest: Mapping[str, Any], trained: int, links: Mapping[int, str]
+) -> list[list[str]]:
+    """Return a header and a row per finished task; with one accuracy each if all tasks were learned as one.
+
+    Args:
+        results, manifest: content of `results.json` and `stream.json`.
+        trained: number of finished tasks.
+        links: by 0-based index, addresses of tasks' revisions elsewhere.
+    """
     matrix, tasks = results["accuracy_matrix"], manifest.get("tasks") or []
     names, changed = manifest.get("label_names") or [], results.get("changed_selections")
     others = {name: of for name, of in (results.get("heads") or {}).items() if name != results.get("head")}
@@ -61,19 +69,19 @@ def task_rows(results: Mapping[str, Any], manifest: Mapping[str, Any], trained: 
         images = [as_text((task.get(part) or {}).get("num_images")) for part in ("train", "test")]
         rows.append(
             [
-                str(i + 1),
+                f"[{i + 1}]({links[i]})" if i in links else str(i + 1),
                 _classes(task.get("classes") or [], names),
                 " / ".join(images),
-                as_number(_at(matrix[i], i), 1),
-                as_number(_at(matrix[trained - 1], i), 1),
-                as_number(_at(results.get("per_task_average_accuracy"), i), 1),
-                *(as_number(_at(of.get("per_task_average_accuracy"), i), 1) for of in others.values()),
-                as_number(_at(results.get("drift"), i), 3),
-                *([as_number(100 * changed[i], 1)] if changed else []),
-                *([as_number(_at(results.get("projection_rank"), i), 0)] if protected else []),
+                _at(matrix[i], i, 1),
+                _at(matrix[trained - 1], i, 1),
+                _at(results.get("per_task_average_accuracy"), i, 1),
+                *(_at(of.get("per_task_average_accuracy"), i, 1) for of in others.values()),
+                _at(results.get("drift"), i, 3),
+                *([_at(changed, i, 1, 100)] if changed else []),
+                *([_at(results.get("projection_rank"), i, 0)] if protected else []),
             ]
         )
-    if first_task(matrix):
+    if first_task(results):
         return [[*rows[0][:3], "Accuracy"], *([*row[:3], row[4]] for row in rows[1:])]
     return rows
 
@@ -121,5 +129,9 @@ def _short(name: object, most: int = 32) -> str:
     return line if len(line) <= most else f"{line[: most - 1].rstrip(' ,;')}…"
 
 
-def _at(values: Any, index: int) -> Any:
-    return values[index] if values is not None and index < len(values) else None
+def _at(values: Any, index: int, digits: int, scale: int = 1) -> str:
+    """Return an entry of a list with `digits` decimals; a dash where the list has none."""
+    if not values or index >= len(values):
+        return MISSING
+    value = values[index]
+    return as_measured(scale * value if is_number(value) and scale > 1 else value, digits)

@@ -10,6 +10,7 @@ from PIL.Image import Resampling
 
 from ..data.scenarios import Scenario
 from .formatting import MISSING, as_number, as_text, is_number
+from .names import is_hub_id, name_dataset, public_name
 
 if TYPE_CHECKING:
     from ..tuners.base.card import AdapterCard
@@ -40,8 +41,31 @@ def describe_head(adapter: AdapterCard, config: Mapping[str, Any], compensated: 
     )
 
 
+def dataset_names(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the names of the datasets that the tasks are from, in order, as far as they have any."""
+    names = [(source.get("dataset") or {}).get("name") for source in _sources(manifest)]
+    return list(dict.fromkeys(filter(None, names)))
+
+
+def describe_data(manifest: Mapping[str, Any]) -> str:
+    """Name the datasets in Markdown."""
+    return ", ".join(map(name_dataset, dataset_names(manifest))) or name_dataset(None)
+
+
 def describe_data_limits(manifest: Mapping[str, Any]) -> str:
     """Describe the limits on images per class, and the shares held out; empty if there are neither."""
+    found = list(dict.fromkeys(map(_data_limits, _sources(manifest))))
+    return found[0] if len(found) == 1 else "; limits and shares held out differ between tasks, see `stream.json`"
+
+
+def _sources(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what describes the dataset of the first tasks, then that of each task that was appended."""
+    tasks = manifest.get("tasks") or []
+    appended = [task["source"] for task in tasks if task.get("source")]
+    return appended if appended and len(appended) == len(tasks) else [manifest, *appended]
+
+
+def _data_limits(manifest: Mapping[str, Any]) -> str:
     limits = {"training": "max_train_samples_per_class", "test": "max_eval_samples_per_class"}
     parts = [f"at most {manifest[key]} {split} images per class" for split, key in limits.items() if manifest.get(key)]
     if manifest.get("test_fraction"):
@@ -54,10 +78,15 @@ def describe_data_limits(manifest: Mapping[str, Any]) -> str:
 
 def describe_class_order(manifest: Mapping[str, Any]) -> str:
     """Describe the origin of the class order."""
-    order, seed = manifest.get("class_order"), manifest.get("seed")
-    if order and list(order) == sorted(order):
-        return "label order"
-    return "given" if seed is None else f"drawn with stream seed {seed}"
+    order, seed, tasks = list(manifest.get("class_order") or []), manifest.get("seed"), manifest.get("tasks") or []
+    later = {label for task in tasks if task.get("source") for label in task.get("new_classes", task["classes"])}
+    arrived = any(task.get("source") for task in tasks)
+    order = [label for label in order if label not in later]
+    if arrived and not order:
+        return "as the tasks arrived"
+    drawn = "given" if seed is None else f"drawn with stream seed {seed}"
+    first = "label order" if order and order == sorted(order) else drawn
+    return f"{first}, then as the tasks arrived" if arrived else first
 
 
 def describe_preprocessing(processor: Mapping[str, Any] | None) -> str:
@@ -134,3 +163,38 @@ def tasks_without_drift(results: Mapping[str, Any]) -> str | None:
     """Return the tasks whose images drift leaves out, such as "1 and 2"; None if it leaves out none."""
     lacking = [str(task + 1) for task in results.get("drift_lacks") or []]
     return " and ".join(filter(None, [", ".join(lacking[:-1]), lacking[-1]])) if lacking else None
+
+
+def describe_origin(results: Mapping[str, Any]) -> str | None:
+    """Say in Markdown which revision the run goes on from; None for a run from its first task."""
+    origin = results.get("continues")
+    if not origin:
+        return None
+    repo, revision, tasks = origin.get("repo"), origin["revision"], origin["tasks"]
+    if not is_hub_id(repo):
+        named = f" named `{public_name(repo)}`" if repo else ""
+        return f"Continues an earlier run, from a local folder{named}, at `{revision}`."
+    at = f"[`{revision}`]({_address(repo)}/tree/{revision})"
+    commit = origin.get("commit")
+    exactly = f" (commit [`{commit[:7]}`]({_address(repo)}/commit/{commit}))" if commit else ""
+    what = "task 1 is" if tasks == 1 else f"tasks 1 to {tasks} are"
+    return (
+        f"Continues [`{repo}`]({_address(repo)}) at {at}{exactly}: the revision{'s' * (tasks > 1)} after {what} not "
+        'repeated here, and linked under "Task by task".'
+    )
+
+
+def earlier_revisions(results: Mapping[str, Any]) -> dict[int, str]:
+    """Return by 0-based index the addresses of tasks' revisions in the repositories that the run goes on from."""
+    origin, found = results.get("continues"), {}
+    while origin:
+        before = origin.get("continues") or {}
+        if is_hub_id(origin.get("repo")):
+            own = range(before.get("tasks", 0), origin["tasks"])
+            found.update({t: f"{_address(origin['repo'])}/tree/task-{t + 1}" for t in own})
+        origin = before
+    return found
+
+
+def _address(repo: str) -> str:
+    return f"https://huggingface.co/{repo}"

@@ -254,9 +254,9 @@ def _percent_within(logits: np.ndarray, labels: np.ndarray, classes: np.ndarray)
 
 def summary_logs(results: StreamResults) -> dict[str, float]:
     """Return what is logged after the evaluation of a stream."""
-    content, changed = results.to_dict(), results.changed[-1:]
-    kept = {"eval_forgetting": content["forgetting"], "eval_drift": results.drift[-1]}
-    kept.update({"eval_changed_selections": value for value in changed})
+    content = results.to_dict()
+    changed = {"eval_changed_selections": results.changed[-1]} if results.changed else {}
+    kept = {"eval_forgetting": content["forgetting"], "eval_drift": results.drift[-1], **changed}
     logs = {
         **{f"eval_task_{j + 1}_accuracy": value for j, value in enumerate(results.matrix[-1])},
         "eval_average_accuracy": content["average_accuracy"],

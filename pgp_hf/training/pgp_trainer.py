@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
@@ -11,6 +11,9 @@ from ..methods import ProjectedPrompts
 from ..projection import Projection, ProjectionConfig
 from .arguments import PGPTrainingArguments
 from .trainer import StreamTrainer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class PGPTrainer(StreamTrainer):
@@ -43,6 +46,14 @@ class PGPTrainer(StreamTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, stream, ProjectedPrompts(projection), processing_class, **kwargs)
+
+    @classmethod
+    def _with_method(
+        cls, model: Any, args: PGPTrainingArguments, stream: TaskStream, method: Any, processor: Any, **kwargs: Any
+    ) -> Self:
+        if not isinstance(method, ProjectedPrompts):
+            raise TypeError(f"this run was trained by the method {method.name!r}: use StreamTrainer.from_pretrained.")
+        return cls(model, args, stream, method.config, processor, **kwargs)
 
     @property
     def projection(self) -> Projection:

@@ -120,6 +120,10 @@ class StreamResults:
         sizes = [size for own, positions in places.items() for size in rgb_bytes(images_of(own), positions)]
         self.memory = {"images": len(sizes), "bytes": sum(sizes)}
 
+    def note_task(self, num_tasks: int, training: dict[str, Any], parameters: int) -> None:
+        """Note the number of tasks, the settings and the number of trainable parameters that a task begins with."""
+        self.num_tasks, self.training, self.trainable_parameters = num_tasks, training, parameters
+
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `results.json`."""
         results = {
@@ -230,6 +234,7 @@ class StreamResults:
         self.drift_lacks = list(results.get("drift_lacks", []))
         self.memory = dict(results.get("memory", self.memory))
         self.continues = results.get("continues")
+        self.training = dict(results.get("training", {}))
 
 
 def _rows(results: dict[str, Any], rows: range) -> Rows:

@@ -1,224 +1,29 @@
-"""Resuming: an earlier run's files are checked as a whole before a trainer takes anything over."""
+"""Resuming: a trainer takes over an earlier run, whose files have been checked."""
 
 from __future__ import annotations
 
 import copy
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import hub
-from ..data.stored import Stored, from_tensors
 from ..data.stream import TaskStream
-from ..inference.whole import load_whole
 from ..methods import ContinualMethod, MethodState
-from ..models import StreamModel, load_weights, weights
-from ..report import card, figures
+from ..models import StreamModel, load_weights
 from ..runs.atomic import write_tensors
-from ..runs.folder import DESCRIPTION, EXEMPLARS, MANIFEST, RESULTS, RunFolder, config_name
+from ..runs.folder import RunFolder
 from ..runs.open import open_run
-from ..runs.reading import read_json, read_tensors
-from ..runs.revision import Revision, read_method
+from ..runs.revision import read_method
 from .arguments import PGPTrainingArguments
+from .earlier import EarlierRun, check_method
 from .evaluation import Recorded, References
+from .learning import Room, check_same_task
 from .progress import Progress
-from .results import StreamResults
-
-
-class LoadedTask(NamedTuple):
-    """The state that a run had when a task ended, read and checked.
-
-    Attributes:
-        weights: of the adapter or the whole model, see `pgp_hf.models.weights`.
-        bases: of the projection, and their description.
-        method: what the method remembers; None in a run that was written before methods had files of their own.
-        stored: images of its exemplars, where the run keeps images.
-    """
-
-    revision: Revision
-    weights: dict[str, Tensor]
-    bases: tuple[dict[str, Tensor], dict[str, Any]]
-    method: MethodState | None
-    stored: Stored
-    results: StreamResults
-
-
-class EarlierRun:
-    """An earlier run, compared with the stream, the model and the method that are to continue it.
-
-    Args:
-        source: its folder, or a single revision of it.
-        model: the whole model; not changed here.
-        learner: the `StreamModel` inside it.
-        results: of the trainer that goes on.
-    """
-
-    def __init__(
-        self,
-        source: RunFolder,
-        stream: TaskStream,
-        model: PeftModel | PreTrainedModel,
-        learner: StreamModel,
-        method: ContinualMethod,
-        results: StreamResults,
-    ) -> None:
-        self.source, self.stream, self.model, self.learner = source, stream, model, learner
-        self.method, self.results = method, results
-
-    def load(self, t: int) -> LoadedTask:
-        """Read and check the state after the 0-based task t.
-
-        Raises:
-            ValueError: files that are damaged, or belong to another stream, model, method or setting.
-        """
-        revision, results = self._revision(t), copy.deepcopy(self.results)
-        tensors, bases = self._weights(revision), revision.bases()
-        if isinstance(self.model, PeftModel):
-            revision.check_backbone(self.model.get_base_model())
-        try:
-            results.load(revision.results or {})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{revision.folder / RESULTS} lacks what a run needs to go on ({type(error).__name__}: {error})."
-            ) from error
-        state = self._method_state(revision)
-        return LoadedTask(revision, tensors, bases, state, self._stored(revision, state), results)
-
-    def _weights(self, revision: Revision) -> dict[str, Tensor]:
-        """Read what the model has kept, which must have the names and shapes that this one has."""
-        expected = weights(self.model)
-        if not revision.whole:
-            return revision.weights(expected)
-        tensors = load_whole(revision).state_dict()
-        for name in sorted(expected.keys() | tensors.keys()):
-            here, there = (found[name].shape if name in found else None for found in (expected, tensors))
-            if here != there:
-                raise ValueError(
-                    f"the model in {revision.folder} is another kind than this one: {name!r} has shape {there} there, "
-                    f"{here} here. Continue with the same backbone and head."
-                )
-        return tensors
-
-    def _revision(self, t: int) -> Revision:
-        """Read the revision of task t, which must have this stream, this projection and these settings."""
-        folder = self.source.task(t)
-        revision = Revision.read(folder, f"task-{t + 1}")
-        if revision.manifest is None:
-            raise ValueError(f"{folder} is an adapter without a run: there is nothing to continue.")
-        self.stream.check_manifest(revision.manifest, gone=revision.tasks if self.method.stores_images else 0)
-        projection = self.method.projection
-        if projection is not None:
-            _compare("projection", folder, read_json(folder / DESCRIPTION), projection.config.to_dict())
-        kinds = [
-            "a whole model" if whole else "an adapter"
-            for whole in (revision.whole, not isinstance(self.model, PeftModel))
-        ]
-        if kinds[0] != kinds[1]:
-            raise ValueError(f"{folder} holds {kinds[0]}, and this model is {kinds[1]}: continue with the same.")
-        _compare("adapter", folder, revision.config, self.learner.settings())
-        return revision
-
-    def _method_state(self, revision: Revision) -> MethodState | None:
-        """Return what the method remembers, if it is this method with these settings."""
-        found = revision.method()
-        if found is None:
-            if self.method.name != "projected_prompts":
-                raise ValueError(
-                    f"{revision.folder} does not say by which method it was trained: only projected prompts can be continued."
-                )
-            return None
-        check_method(self.method, found[1], revision.folder)
-        return MethodState(found[0], found[1].get("state", {}))
-
-    def _stored(self, revision: Revision, state: MethodState | None) -> Stored:
-        """Read the images that the method keeps in this state, if the run has stored them."""
-        if state is None or not self.method.stores_images:
-            return {}
-        method = type(self.method)(self.method.config)  # the trainer's own must not change before all is checked
-        method.load_state(state)
-        counts = [len(self.stream.train(t)) for t in range(revision.tasks)]
-        tensors = revision.exemplars()
-        try:
-            return from_tensors(tensors, method.exemplars(), counts)
-        except ValueError as error:
-            raise ValueError(
-                f"{revision.folder / EXEMPLARS} does not fit the method's memory: {error}. Fetch the folder again."
-            ) from error
-
-    # ---- what drift is measured against --------------------------------------------------------------------------
-
-    def load_references(
-        self,
-        loaded: LoadedTask,
-        references: References,
-        record: Callable[[dict[str, Tensor], int], Recorded],
-    ) -> list[int]:
-        """Restore the model's view of each finished task's test images as its task ended.
-
-        They are read from `features/`. Where that is missing, as for a revision from the Hub, they are computed again
-        with the adapter of that time.
-
-        Args:
-            record: predicts a task's test images with an adapter's weights of that time.
-
-        Returns:
-            Tasks for which neither is available, which drift leaves out.
-        """
-        lost, last = [], loaded.revision
-        for j in range(self.results.first, last.tasks):
-            path = self.source.features(j)
-            if path.is_file():
-                tensors = _read_reference(path, len(self.stream.test(j)), j)
-                references.keep(j, tensors["features"], tensors.get("selected"))
-                continue
-            try:
-                then = loaded.weights if j == last.tasks - 1 else self._weights(self._earlier(last, j))
-            except (ValueError, EntryNotFoundError):
-                lost.append(j)
-                continue
-            found = record(then, j)
-            references.keep(j, found.features, found.selected)
-        if new := sorted({*lost} - {*loaded.results.drift_lacks}):
-            warnings.warn(
-                f"{self.source.root}: of tasks {', '.join(str(j + 1) for j in new)} neither features/ nor the revision is "
-                'there, so drift and changed selections leave them out from now on. Continue from "owner/name@task-k" on '
-                "the Hub, or from a folder next to task-1, task-2, ... to have them measured.",
-                stacklevel=6,
-            )
-        return lost
-
-    def _earlier(self, last: Revision, j: int) -> Revision:
-        """Read the revision of the earlier task j; ValueError when there is none, or it is another run's."""
-        revision = self._revision(j)
-        rows = [(found.results or {})["accuracy_matrix"][: j + 1] for found in (revision, last)]
-        if rows[0] != rows[1]:
-            raise ValueError(f"{revision.folder} is another run's: its accuracies differ")
-        return revision
-
-    # ---- its files -----------------------------------------------------------------------------------------------
-
-    def copy_to(self, folder: RunFolder, finished: int) -> None:
-        """Copy the finished tasks that can be found to another run's folder, each whole or not at all."""
-        last, first = Revision.read(self.source.task(finished - 1)), finished - 1
-        while first > self.source.first:
-            try:
-                self._earlier(last, first - 1)
-            except (ValueError, EntryNotFoundError):  # reported with the references
-                break
-            first -= 1
-        folder.start_at(first)
-        for t in range(first, finished):
-            folder.publish(t, partial(_copy_task, self.source.task(t)))
 
 
 def start_new(args: PGPTrainingArguments, progress: Progress, folder: RunFolder) -> None:
@@ -242,6 +47,7 @@ class Resumer:
     Attributes:
         model, learner: the whole model, and the `StreamModel` inside it.
         folder: the trainer's own.
+        room: what the model has room for, which grows with an open stream.
         predict: predicts the test images of a task.
         blank: what the method remembers before its first task.
     """
@@ -253,6 +59,7 @@ class Resumer:
     method: ContinualMethod
     progress: Progress
     folder: RunFolder
+    room: Room
     predict: Callable[[int], Recorded]
     blank: MethodState
 
@@ -269,9 +76,9 @@ class Resumer:
         finished, progress = source.finished_tasks(), self.progress
         following = finished or source.first
         checkpoint = source.last_checkpoint(following) if following < self.stream.num_tasks else None
-        if checkpoint is not None and (found := read_method(checkpoint)) is not None:
-            check_method(self.method, found[1], checkpoint)
-        earlier = EarlierRun(source, self.stream, self.model, self.learner, self.method, progress.results)
+        if checkpoint is not None:
+            self.check_checkpoint(checkpoint, following, source)
+        earlier = self._earlier(source)
         if finished:
             self._take_over(earlier, finished - 1)
         if not finished and progress.interrupted:
@@ -287,6 +94,67 @@ class Resumer:
         if not finished and checkpoint is None:
             warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=4)
         return finished or progress.results.first, checkpoint
+
+    def check_checkpoint(self, checkpoint: Path, t: int, source: RunFolder) -> None:
+        """Raise ValueError unless a checkpoint within the 0-based task t is of this method and of these images."""
+        check_same_task(self.stream, t, source)
+        if (found := read_method(checkpoint)) is not None:
+            check_method(self.method, found[1], checkpoint)
+
+    def go_on(self, source: RunFolder) -> None:
+        """Take over the newest finished task of a run, from which the stream goes on; no file is written yet."""
+        self._take_over(self._earlier(source, going_on=True), source.finished_tasks() - 1)
+
+    def enter(self, source: RunFolder, resume: bool) -> None:
+        """Make `output_dir` the folder of a run that goes on, with the finished tasks that can be found.
+
+        Args:
+            source: of the run.
+            resume: whether the folder may hold tasks of this run already.
+
+        Raises:
+            ValueError: the folder holds another run, or later tasks; whatever was copied is removed if it cannot be all.
+        """
+        here, tasks = RunFolder(self.folder.root), source.finished_tasks()
+        if not self._elsewhere(source) and not source.single:
+            return
+        if not here.is_empty() and here.finished_tasks() >= tasks and (resume or self._is_in(source)):
+            if not resume and here.finished_tasks() > tasks:
+                raise ValueError(
+                    f"output_dir={here.root} holds {here.finished_tasks()} tasks, and this run goes on after {tasks}: choose "
+                    "another output_dir, which gets a copy of the earlier tasks."
+                )
+            self._earlier(here, going_on=True).load(tasks - 1)  # checks that it is this run
+            return
+        if source.root.resolve().is_relative_to(here.root.resolve()):
+            raise ValueError(f"output_dir={here.root} holds {source.root}: continue it in another output_dir.")
+        if not (resume or self.args.overwrite_output_dir):
+            here.check_unused()
+        try:
+            self._prepare_folder(self._earlier(source, going_on=True), tasks)
+        except BaseException:
+            here.clear()
+            raise
+
+    def find(self, t: int) -> tuple[bool, Path | None]:
+        """Look in `output_dir` for the 0-based task t; return whether it is finished, and else its last checkpoint.
+
+        A finished one is taken over.
+        """
+        if self.folder.task(t).is_dir():
+            self._take_over(self._earlier(self.folder, going_on=True), t)
+            return True, None
+        checkpoint = self.folder.last_checkpoint(t)
+        if checkpoint is not None:
+            self.check_checkpoint(checkpoint, t, self.folder)
+        return False, checkpoint
+
+    def _earlier(self, source: RunFolder, going_on: bool = False) -> EarlierRun:
+        return EarlierRun(source, self.stream, self.model, self.learner, self.method, self.progress.results, going_on)
+
+    def _is_in(self, source: RunFolder) -> bool:
+        """Return whether a single revision is one of the tasks in `output_dir`."""
+        return source.root.resolve().parent == self.folder.root.resolve()
 
     def _elsewhere(self, source: RunFolder) -> bool:
         return source.root.resolve() != self.folder.root.resolve()
@@ -311,6 +179,7 @@ class Resumer:
 
     def _take_over(self, earlier: EarlierRun, t: int) -> None:
         """Take over the state that the run had when the 0-based task t ended; all of it is checked before."""
+        self.room.grow(self.learner, t, self.args.seed)
         loaded = earlier.load(t)
         if loaded.method is not None:
             self.method.load_state(loaded.method)  # the one part that may still refuse
@@ -353,48 +222,3 @@ class Resumer:
                 write_tensors(self.folder.features(t), references.tensors(t))
         if finished:
             self.folder.promote(finished - 1)  # the run may have died before doing so
-
-
-def check_method(method: ContinualMethod, saved: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError unless `method.json` names this method with these settings."""
-    _compare("method", folder, saved, {"name": method.name})
-    _compare("method", folder, saved["settings"], method.settings())
-
-
-def _compare(what: str, folder: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raise ValueError at the first setting in which an earlier run differs."""
-    for name, value in own.items():
-        if saved.get(name) != value:
-            raise ValueError(
-                f"the {what} in {folder} has {name}={saved.get(name)!r}, this one {value!r}: continue with the same."
-            )
-
-
-def _read_reference(path: Path, images: int, j: int) -> dict[str, np.ndarray]:
-    tensors = read_tensors(path)
-    if "features" not in tensors or any(tensor.ndim != 2 or len(tensor) != images for tensor in tensors.values()):
-        raise ValueError(f"{path} does not hold a row for each of the {images} test images of task {j + 1}.")
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
-
-
-def _copy_task(source: Path, folder: Path) -> None:
-    """Copy the files of the contract; card and figures are made anew where they are missing.
-
-    Raises:
-        ValueError: a link that leaves the folder, which would copy an unrelated local file into the run.
-    """
-    cache = source.resolve().parent.parent / "blobs"  # the Hub's cache is made of links
-    for path in hub.listed(source, exemplars=True):
-        file = (source / path).resolve()
-        if not file.is_relative_to(source.resolve()) and file.parent != cache:
-            raise ValueError(
-                f"{source / path} is a link to {file}, outside its folder: replace it by the file itself."
-            )
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / path)
-    if not (folder / "README.md").exists():
-        results, manifest, adapter, description = (
-            read_json(folder / name) for name in (RESULTS, MANIFEST, config_name(folder), DESCRIPTION)
-        )
-        figures.save_figures(results, folder / "figures")
-        card.save_card(folder / "README.md", results, manifest, adapter, description)

@@ -32,8 +32,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         )
 
 
-def check_model(model: nn.Module, stream: TaskStream) -> None:
-    """Raise TypeError or ValueError unless the model learns streams and has a head for this one's classes."""
+def check_model(model: nn.Module, stream: TaskStream, classes: int) -> None:
+    """Raise TypeError or ValueError unless the model learns streams and has a head for so many classes."""
     learner = stream_model(model)
     names = learner.class_names
     if not isinstance(model, PeftModel | PreTrainedModel):
@@ -47,12 +47,10 @@ def check_model(model: nn.Module, stream: TaskStream) -> None:
             f"{type(base).__name__} has no classifier: use a model with a head, for example "
             "AutoModelForImageClassification (a CLIPModel takes its class names from ClipPromptConfig.for_classes)."
         )
-    if not isinstance(stream, TaskStream):
-        raise TypeError(f"stream is a {type(stream).__name__}: pass a pgp_hf.TaskStream.")
-    if len(names) != stream.num_classes:
+    if len(names) != classes:
         raise ValueError(
-            f"the model's head has {len(names)} outputs, the stream {stream.num_classes} classes: load the backbone with "
-            f"num_labels={stream.num_classes} (and ignore_mismatched_sizes=True if it had a head)."
+            f"the model's head has {len(names)} outputs, the stream {classes} classes: load the backbone with "
+            f"num_labels={classes} (and ignore_mismatched_sizes=True if it had a head)."
         )
     if isinstance(learner, PlainModel):
         learner.check()
@@ -113,7 +111,7 @@ def new_results(
         method=learner.name if method.name == ProjectedPrompts.name else method.name,
         model=learner.name,
         method_settings=method.settings(),
-        trainable_parameters=sum(parameter.numel() for parameter in learner.trainable().values()),
+        trainable_parameters=trainable_parameters(learner),
         projection="none" if projection is None else projection.config.method,
         head=settings.get("head", "linear"),
         scenario=stream.scenario,
@@ -124,6 +122,11 @@ def new_results(
         compensate_drift=args.compensate_drift,
         first=first,
     )
+
+
+def trainable_parameters(learner: StreamModel) -> int:
+    """Return the number of numbers that learn."""
+    return sum(parameter.numel() for parameter in learner.trainable().values())
 
 
 def set_learning_rates(optimizer: Optimizer, args: PGPTrainingArguments, learner: StreamModel, task: int) -> None:

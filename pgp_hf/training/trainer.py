@@ -3,47 +3,62 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, ProgressCallback, Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import PreTrainedModel, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 
 from .. import hub
 from ..data.images import AugmentedImages, CachedQueries, ImageCollator
 from ..data.scenarios import SCENARIOS
-from ..data.stream import TaskStream
-from ..inference.backbone import quiet
-from ..inference.whole import open_whole
-from ..methods import Batch, ContinualMethod, FineTuning, MethodState, TaskContext
-from ..models import SelectsPrompts, StreamModel, load_weights, stream_model
+from ..data.stream import Task, TaskStream
+from ..methods import ContinualMethod, FineTuning, TaskContext
+from ..models import SelectsPrompts
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
-from ..runs.revision import read_method
 from .arguments import PGPTrainingArguments
-from .callbacks import FollowTraining, StreamProgress, fire
+from .callbacks import FollowTraining, StreamProgress
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
-from .loss import check_finite, image_losses, mean_over_step
+from .learning import (
+    Room,
+    check_next,
+    check_task,
+    differing,
+    open_for_learning,
+    origin,
+    recorded_settings,
+)
+from .loss import mean_over_step
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_push, push_now
-from .results import StreamResults
 from .resume import Resumer, start_new
-from .setup import check_arguments, check_model, check_settings, new_results, refuse_sharding, set_learning_rates
-from .views import Passes, head_inputs
-from .writing import write_method, write_task
+from .setup import (
+    check_arguments,
+    check_model,
+    check_settings,
+    new_results,
+    refuse_sharding,
+    trainable_parameters,
+)
+from .task_trainer import TaskTrainer
+from .views import Passes
+from .writing import write_task
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class StreamTrainer(Trainer):
+class StreamTrainer(TaskTrainer):
     """Learn a `TaskStream` task by task.
 
     After each task the method keeps what it needs from it (from deterministic views of the training images, without
@@ -70,10 +85,6 @@ class StreamTrainer(Trainer):
             the model cannot have.
     """
 
-    args: PGPTrainingArguments
-    model: nn.Module
-    hub_model_id: str | None  # type: ignore[assignment]  # transformers annotates it as None
-
     def __init__(
         self,
         model: PeftModel | PreTrainedModel,
@@ -83,26 +94,29 @@ class StreamTrainer(Trainer):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        check_model(model, stream)
+        model, self._room = Room.of(model, stream)
+        check_model(model, stream, self._room.classes)
         check_arguments({**kwargs, "processing_class": processing_class})
         self.stream = stream
         self.method = FineTuning() if method is None else method
         # a `Trainer` counts the images of a step only for such a function; `compute_loss` calls it with more than that
         kwargs.setdefault("compute_loss_func", mean_over_step)
         kwargs.setdefault("compute_metrics", accuracy)
-        kwargs.setdefault("eval_dataset", {"task_1": stream.test(0)})  # grows with the tasks
+        kwargs.setdefault("eval_dataset", _test_sets(stream, min(1, stream.num_tasks)))  # grows with the tasks
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
         self.training_stream = trained = self.method.training_stream(stream)
-        learner.prepare_stream([list(task.classes) for task in trained.tasks], trained.id2label)
+        names = dict(enumerate(stream.label_names[: self._room.classes]))
+        learner.prepare_stream([list(task.classes) for task in trained.tasks[: self._room.tasks]], names)
         if SCENARIOS[stream.scenario].one_epoch:
             self.args.num_train_epochs = 1
         self.folder = RunFolder(str(self.args.output_dir))
         first = stream.num_tasks - trained.num_tasks
         self.progress = Progress(new_results(self.args, stream, self.method, learner, first))
+        self._source: RunFolder | None = None  # of the run that goes on, until its files are in `output_dir`
         self._context: TaskContext | None = None  # of the task in training
         self._images: AugmentedImages | None = None  # and its images
         self._handles: list[RemovableHandle] = []  # of hooks on the optimizer
@@ -116,28 +130,6 @@ class StreamTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.pop_callback(ProgressCallback)
             self.add_callback(StreamProgress())
-
-    @property
-    def stream_model(self) -> StreamModel:
-        """Return what learns: the prompt tuner inside the `PeftModel`, or the adapter around a plain model."""
-        return stream_model(self._whole_model())
-
-    @property
-    def results(self) -> StreamResults:
-        """Return the `StreamResults` so far."""
-        return self.progress.results
-
-    @property
-    def task(self) -> int | None:
-        """Return the 0-based index of the task in training or trained last; None before the first."""
-        return self.progress.task
-
-    @task.setter
-    def task(self, task: int | None) -> None:
-        self.progress.task = task
-
-    def _whole_model(self) -> PeftModel | PreTrainedModel:
-        return self.accelerator.unwrap_model(self.model)
 
     # ---- the stream ----------------------------------------------------------------------------------------------
 
@@ -182,10 +174,13 @@ class StreamTrainer(Trainer):
         Raises:
             ValueError: a task out of turn, or an earlier one that has failed.
         """
+        self._enter()
         self.progress.begin(t)
         self._note_first(t)
         self.method.begun = True
         learner, own = self.stream_model, t - self.results.first  # the task's index in the training stream
+        self._room.grow(learner, t, self.args.seed)
+        self.results.note_task(self._room.counted(t), recorded_settings(self.args), trainable_parameters(learner))
         with self.progress.timed("train"):
             self._images = images = self._passes().augmented(own)
             self._context = context = self._passes().context(own)
@@ -195,7 +190,7 @@ class StreamTrainer(Trainer):
             before = self._passes().head_features(own) if self.args.compensate_drift and own > 0 else None
         # a function of (seed, task) alone: paired runs and resumed runs see the same random numbers
         set_seed(task_seed(self.args.seed, own))
-        self.eval_dataset = self._test_sets(t)
+        self.eval_dataset = _test_sets(self.stream, t + 1)
         if self.args.reinit_optimizer:
             self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
@@ -215,6 +210,115 @@ class StreamTrainer(Trainer):
         self._fire("on_task_end", task=t, results=self.results.to_dict(), folder=self.folder.task(t))
         return output
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        run_or_repo: str | os.PathLike[str],
+        revision: str | None = None,
+        args: PGPTrainingArguments | None = None,
+        test_dataset: Any = None,
+        *,
+        backbone: str | os.PathLike[str] | PreTrainedModel | None = None,
+        processing_class: Any = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Return the trainer of a finished run, which goes on by `learn`. No image of the run is needed.
+
+        Model, processor, projection, method, head and results are those of the revision. Its tasks are copied to
+        `args.output_dir` when the next one is learned.
+
+        Args:
+            run_or_repo: a run's output folder, one of its task folders or a copy of one, or a repository on the Hub.
+            revision: "task-3" to go on from the state after the third task, by default from the last.
+            args: settings of the tasks to come; those that differ from the recorded ones are printed.
+            test_dataset: the run's own test images, as far as they are there, on which its tasks are evaluated again;
+                without them, the accuracies of old tasks are not measured. See `TaskStream.from_manifest`.
+            backbone: the frozen model, or its Hub id or folder, if the revision does not say where it is.
+            processing_class: an image processor to use instead of the saved one.
+            cache_dir, local_files_only: as in every `from_pretrained`; the token is `args.hub_token`.
+            kwargs: any other argument of the trainer.
+
+        Raises:
+            TypeError: no arguments.
+            ValueError: a revision that is damaged or altered, has another backbone, or was learned as one task.
+        """
+        if args is None:
+            raise TypeError("args are missing: pass PGPTrainingArguments(output_dir, ...) for the tasks to come.")
+        place = {"token": args.hub_token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        opened = open_for_learning(run_or_repo, revision, test_dataset, backbone, processing_class, place)
+        trainer = cls._with_method(opened.model, args, opened.stream, opened.method, opened.processor, **kwargs)
+        trainer._go_on(opened.source, origin(opened.source, run_or_repo, revision))
+        return trainer
+
+    @classmethod
+    def _with_method(
+        cls, model: Any, args: PGPTrainingArguments, stream: TaskStream, method: Any, processor: Any, **kwargs: Any
+    ) -> Self:
+        return cls(model, args, stream, method, processor, **kwargs)
+
+    def _go_on(self, source: RunFolder, origin: dict[str, Any]) -> None:
+        """Take over the newest task of a run."""
+        self._resumer().go_on(source)
+        self._source = source
+        differ = differing(self.results.training, recorded_settings(self.args))
+        if self.folder.root.resolve() not in (source.root.resolve(), source.root.resolve().parent):
+            self.results.continues = origin | ({"continues": own} if (own := self.results.continues) else {})
+        if differ and self.is_world_process_zero():
+            print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)
+
+    def learn(
+        self,
+        dataset: Any,
+        test_dataset: Any = None,
+        *,
+        resume_from_checkpoint: bool | None = None,
+        **columns: Any,
+    ) -> Task:
+        """Learn one more task: classes that nobody foresaw, or new images of known ones.
+
+        The model has room for new classes before it trains, and what it knows of others stays as it is. On an error
+        before training, stream and run are as they were.
+
+        Args:
+            dataset, test_dataset, columns: as `TaskStream.append` takes them.
+            resume_from_checkpoint: True continues the task where it stopped, if `output_dir` holds a checkpoint of it; if it
+                is finished there, it is taken over.
+
+        Returns:
+            The new task.
+
+        Raises:
+            ValueError: a dataset, head or method with which this does not work, tasks of the stream that are not
+                learned yet, an `output_dir` that holds another run.
+        """
+        check_next(self.stream, self.training_stream, len(self.results.matrix), self.args, self.progress.interrupted)
+        task = self.stream.append(dataset, test_dataset, **columns)
+        try:
+            finished, checkpoint = self._prepare(task, bool(resume_from_checkpoint))
+        except BaseException:
+            self.stream.withdraw()
+            raise
+        if not finished:
+            self._fire("on_stream_begin", first_task=task.index)
+            self.train_task(task.index, None if checkpoint is None else str(checkpoint))
+            self._fire("on_stream_end", results=self.results.to_dict())
+        return task
+
+    def _prepare(self, task: Task, resume: bool) -> tuple[bool, Path | None]:
+        """Check an appended task and make room for it; return whether it is finished, else its last checkpoint."""
+        head = self.stream_model.settings().get("head")
+        check_task(self.stream, task, self.method, self.progress.stored, head)
+        if self.args.verify_images and self.is_world_process_zero():
+            self.stream.verify(not self.args.disable_tqdm)
+        if task.index == 0 and not resume:
+            start_new(self.args, self.progress, self.folder)
+        self._enter(resume)
+        self.accelerator.wait_for_everyone()
+        self._room.grow(self.stream_model, task.index, self.args.seed)
+        return self._resumer().find(task.index) if resume else (False, None)
+
     def evaluate_stream(self) -> dict[str, Any]:
         """Evaluate every task trained so far, take the figures into `results`, and return the results file's content.
 
@@ -228,60 +332,6 @@ class StreamTrainer(Trainer):
             measure(self.results, self.progress.references, self.task, self._record, pool_size, self.stream)
         self.log(summary_logs(self.results))
         return self.results.to_dict()
-
-    def _fire(self, event: str, **kwargs: Any) -> None:
-        given = {"model": self.model, "stream": self.stream, "training_stream": self.training_stream, **kwargs}
-        fire(self.callback_handler.callbacks, event, self.args, self.state, self.control, **given)
-
-    # ---- training ------------------------------------------------------------------------------------------------
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer, with the rules of the model and of the method attached to it."""
-        new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        plain, context, learner = getattr(optimizer, "optimizer", optimizer), self._context, self.stream_model
-        if new:
-            set_learning_rates(plain, self.args, learner, 0 if context is None else context.task)
-        for handle in self._handles:  # an optimizer that is kept still has those of the task before
-            handle.remove()
-        self._handles = [plain.register_step_post_hook(lambda *_: learner.after_step())]
-        if context is not None:
-            self._handles += self.method.attach(context, plain)
-        return optimizer
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the method's losses, one for each image, averaged over the whole step's images."""
-        if self.compute_loss_func is not mean_over_step:  # the user's own
-            inputs = {name: value for name, value in inputs.items() if name not in ("task", "index")}
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch = Batch.split(inputs)
-        if self._context is None:
-            raise ValueError("no task has begun: train by train() or train_task(t).")
-        output = model(**batch.inputs)
-        losses = image_losses(self.method, self._context, batch, output, self.args.label_smoothing_factor)
-        loss = mean_over_step(losses, batch.labels, num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, losses summed
-        return (loss, output) if return_outputs else loss
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Train on one batch as a `Trainer` does, and stop at a loss that is not finite.
-
-        Raises:
-            FloatingPointError: such a loss.
-        """
-        self.results.images_trained += len(inputs["pixel_values"]) * self.args.world_size
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        step = f"step {self.state.global_step + 1} of {self.state.max_steps}"
-        at = f"task {(self.task or 0) + 1} at {step} (learning rate {self._get_learning_rate():g})"
-        check_finite(loss, at, self.progress.kept(self.folder))
-        return loss
 
     def _passes(self) -> Passes:
         return Passes(
@@ -299,29 +349,6 @@ class StreamTrainer(Trainer):
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate as a `Trainer` does, after noting the task of the test images by their dataset."""
-        self._scorer.expect(dataloader.dataset)
-        return super().evaluation_loop(dataloader, *args, **kwargs)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Return loss, logits and labels of one evaluation batch; classes that may not win are masked."""
-        inputs, learner, autocast = self._prepare_inputs(inputs), self.stream_model, self.accelerator.autocast
-        labels, tasks, _ = (inputs.pop(name, None) for name in ("labels", "task", "index"))
-        with torch.no_grad(), head_inputs(learner) as features:
-            output = model(**inputs)
-        found = self._scorer.score(learner, inputs, output, features[0], tasks, self.task, autocast)
-        loss = None if labels is None else F.cross_entropy(found["logits"], labels)
-        if prediction_loss_only:
-            return loss, None, None
-        return loss, found if self._scorer.recording else found["logits"], labels
-
     def _record(self, j: int) -> Recorded:
         """Predict the test images of the 0-based task j."""
         images = self.stream.test(j)
@@ -336,9 +363,6 @@ class StreamTrainer(Trainer):
         found: Any = output.predictions  # the dict that prediction_step has returned
         return Recorded(labels=np.asarray(output.label_ids), **found)
 
-    def _test_sets(self, t: int) -> dict[str, Dataset]:
-        return {f"task_{j + 1}": self.stream.test(j) for j in range(t + 1)}
-
     # ---- starting and resuming -----------------------------------------------------------------------------------
 
     def _start(self, resume: str | bool | None) -> tuple[int, str | None]:
@@ -347,7 +371,16 @@ class StreamTrainer(Trainer):
             start_new(self.args, self.progress, self.folder)
             self.accelerator.wait_for_everyone()
             return self.results.first, None
-        resumer = Resumer(
+        first, checkpoint = self._resumer().resume(resume)
+        self.accelerator.wait_for_everyone()
+        if first > self.results.first:
+            self.eval_dataset = _test_sets(self.stream, first)
+        else:
+            self.optimizer = self.lr_scheduler = None
+        return first, None if checkpoint is None else str(checkpoint)
+
+    def _resumer(self) -> Resumer:
+        return Resumer(
             args=self.args,
             stream=self.stream,
             model=self._whole_model(),
@@ -355,38 +388,20 @@ class StreamTrainer(Trainer):
             method=self.method,
             progress=self.progress,
             folder=self.folder,
+            room=self._room,
             predict=self._record,
             blank=self._blank,
         )
-        first, checkpoint = resumer.resume(resume)
-        self.accelerator.wait_for_everyone()
-        if first > self.results.first:
-            self.eval_dataset = self._test_sets(first - 1)
-        else:
-            self.optimizer = self.lr_scheduler = None
-        return first, None if checkpoint is None else str(checkpoint)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if model is None and isinstance(whole := self._whole_model(), PreTrainedModel):
-            # a `Trainer` looks for the names in the model, and the file has those of older versions of transformers
-            load_weights(whole, open_whole(Path(resume_from_checkpoint)).state_dict())
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_method(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is not None:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_method(self, checkpoint: str) -> None:
-        """Give the method what it remembered at a checkpoint; one from before methods had files holds nothing."""
-        if (found := read_method(Path(checkpoint))) is not None:
-            self.method.load_state(MethodState(found[0], found[1].get("state", {})))
+    def _enter(self, resume: bool = False) -> None:
+        """Bring the files of a run that goes on to `output_dir`, unless they are there."""
+        if self._source is not None:
+            if self.is_world_process_zero():
+                self._resumer().enter(self._source, resume)
+            self._source = None
+            self.accelerator.wait_for_everyone()
 
     # ---- files ---------------------------------------------------------------------------------------------------
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.folder.checkpoints(self.task)) if self.task is not None else super()._get_output_dir(trial)
 
     @cached_property
     def _digest(self) -> dict[str, str]:
@@ -413,25 +428,9 @@ class StreamTrainer(Trainer):
             method=self.method,
             processor=self.processing_class,
             progress=self.progress,
-            manifest=self.stream.manifest(),
+            manifest=self.stream.manifest(self.results.num_tasks),
             digest=self._digest,
         )
-
-    # A `Trainer` would upload checkpoints, optimizer state and everything else in `output_dir`; these methods prevent it.
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Set the repository's id; the first upload creates it, since a Hub out of reach must not stop the training."""
-        self.hub_model_id = self.args.hub_repo().repo_id
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Leave checkpoints where they are: `PushTasks` uploads finished tasks."""
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as a `Trainer` does, together with the method's state; nothing is uploaded."""
-        with quiet():
-            super().save_model(output_dir, _internal_call=True)
-        if output_dir is not None and self.args.should_save:
-            write_method(Path(output_dir), self.method)
 
     def push_to_hub(  # type: ignore[override]  # it makes several commits
         self,
@@ -448,3 +447,8 @@ class StreamTrainer(Trainer):
         """
         check_push(blocking, revision)
         return push_now(self.args, self.folder, token, private) if self.is_world_process_zero() else None
+
+
+def _test_sets(stream: TaskStream, tasks: int) -> dict[str, Dataset]:
+    """Return the test images of the first tasks, as far as they are here."""
+    return {f"task_{j + 1}": stream.test(j) for j in range(tasks) if stream.has_test(j)}

@@ -1,12 +1,15 @@
-"""The command line's projection settings are those of `ProjectionConfig`, with its help and its defaults."""
+"""The command line's projection settings are those of `ProjectionConfig`; tasks by number or by size."""
 
 from __future__ import annotations
 
 import pytest
 from transformers import HfArgumentParser
 
-from pgp_hf import ProjectionConfig
-from pgp_hf.cli.arguments import RunArguments
+import pgp_hf.cli.parsing
+from pgp_hf import L2PConfig, ProjectionConfig
+from pgp_hf.cli import baseline_arguments
+from pgp_hf.cli.arguments import DataArguments, RunArguments
+from pgp_hf.cli.settings import differences, record
 from pgp_hf.projection import CONDITIONS
 
 
@@ -63,3 +66,79 @@ def test_help_is_the_dataclass_help(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for name, field in ProjectionConfig.__dataclass_fields__.items():
         assert " ".join(field.metadata["help"].split()) in text, name
+
+
+# ---- tasks by number or by size -------------------------------------------------------------------------------------
+
+
+def prompted(*argv: str):
+    prompts = pgp_hf.cli.parsing.prompt_arguments(L2PConfig)
+    return pgp_hf.cli.parsing.parse("", prompts, "l2p", argv)
+
+
+def baseline(*argv: str):
+    return baseline_arguments.parse("", argv)
+
+
+COMMANDS = pytest.mark.parametrize("command", [prompted, baseline])
+
+
+@COMMANDS
+def test_the_digits_in_tasks_by_size(command):
+    data = command("--init_classes", "4", "--increment=3").data
+    assert (data.num_tasks, data.init_classes, data.increment) == (None, 4, 3)  # whatever the default was
+    stream = data.load(seed=0)
+    assert [len(task.classes) for task in stream.tasks] == [4, 3, 3]
+    assert stream.class_order == command("--num_tasks", "2").data.load(seed=0).class_order
+    command("--increment", "3", "--init-classes", "4").data.load(seed=0).check_manifest(stream.manifest())  # resumed
+    assert [len(task.classes) for task in command("--increment", "6").data.load(seed=0).tasks] == [6, 4]
+
+
+def test_tasks_by_size_replace_those_of_a_preset():
+    data = prompted("--preset", "cifar100-10", "--init-classes", "50", "--increment", "10").data
+    assert (data.num_tasks, data.init_classes, data.increment) == (None, 50, 10)
+    assert prompted("--preset", "cifar100-10").data.num_tasks == 10
+
+
+@COMMANDS
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num_tasks", "3", "--increment", "2"], "--num_tasks and --increment are mutually exclusive"),
+        (["--num-tasks=3", "--init-classes=4", "--increment", "2"], "--num_tasks and --init_classes and --increment"),
+        (["--init_classes", "4"], "--init_classes needs --increment"),
+        (["--init_classes", "4", "--num_tasks", "2"], "--num_tasks and --init_classes are mutually exclusive"),
+    ],
+)
+def test_tasks_by_number_and_by_size(command, argv, message):
+    with pytest.raises(ValueError, match=message):
+        command(*argv)
+
+
+@COMMANDS
+def test_a_dry_run_prints_the_sizes(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command("--init_classes", "4", "--increment", "3", "--dry_run")
+    text = capsys.readouterr().out
+    assert not stop.value.code and '"init_classes": 4' in text and '"increment": 3' in text
+    assert '"num_tasks": null' in text
+
+
+@COMMANDS
+def test_help_shows_the_sizes(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--help")
+    words = " ".join(capsys.readouterr().out.split())
+    assert "number of classes of the first task, with --increment" in words
+    assert "number of classes of each further task, instead of --num_tasks" in words
+
+
+def test_records_without_the_sizes_are_those_of_streams_by_number():
+    arguments = prompted("--num_tasks", "5")
+    mine = record(arguments.model, arguments.data)
+    old = {
+        part: {k: v for k, v in own.items() if k not in ("init_classes", "increment")} for part, own in mine.items()
+    }
+    assert differences(mine, old) == []
+    sized = record(arguments.model, DataArguments(num_tasks=None, increment=2))
+    assert any("data.increment is None there, 2 here" in line for line in differences(sized, old))

@@ -207,8 +207,14 @@ def test_configuration_refuses():
         L2PConfig(head="quadratic")
     with pytest.raises(ValueError, match=r"shrinkage=0 is outside \(0, 1\]"):
         L2PConfig(shrinkage=0)
-    with pytest.raises(ValueError, match="needs classes, which a ViTModel does not name"):
-        tiny.model(kind="backbone", head="statistics")
+
+
+@pytest.mark.parametrize("base", [tiny.backbone("backbone"), tiny.backbone(num_labels=0)])
+def test_a_model_without_a_head_waits_for_its_classes(tmp_path, base):
+    model = tiny.model(base=base, head="statistics")
+    assert model.base_model.class_names is None and len(model.base_model.statistics.counts) == 0
+    with pytest.raises(TypeError, match=f"{type(base).__name__} has no classifier: use a model with a head"):
+        tiny.trainer(tmp_path, model=model)
 
 
 # ---- a stream --------------------------------------------------------------------------------------------------------

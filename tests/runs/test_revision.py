@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from pgp_hf.runs.atomic import write_json, write_tensors
-from pgp_hf.runs.checks import check_results_file, finished_tasks, first_task
+from pgp_hf.runs.checks import check_results_file, check_stream_file, finished_tasks, first_task
 from pgp_hf.runs.folder import METHOD, METHOD_STATE
 from pgp_hf.runs.revision import Revision
 from pgp_hf.runs.sources import REVISION_FILES, RUN_FILES, locate
@@ -102,3 +104,70 @@ def test_the_kind_of_an_adapter_is_a_word(folder, kind):
     write_json(folder / "adapter_config.json", {"peft_type": kind})
     with pytest.raises(ValueError, match="adapter_config.json has peft_type=.*expected the name of a kind of adapter"):
         Revision.read(folder)
+
+
+# ---- stream.json ----------------------------------------------------------------------------------------------------
+
+
+def stream_file(tasks, names=6, order=None):
+    """A manifest as far as a revision reads it; `tasks` are classes, with those that are new where they differ."""
+    entries = [{"classes": own} if not isinstance(own, tuple) else dict(zip(KEYS, own, strict=True)) for own in tasks]
+    new = [c for entry in entries for c in entry.get("new_classes", entry["classes"])]
+    return {
+        "num_tasks": len(tasks),
+        "num_classes": names,
+        "label_names": [str(c) for c in range(names)],
+        "class_order": new if order is None else order,
+        "tasks": entries,
+    }
+
+
+KEYS = ("classes", "new_classes")
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        stream_file([[4, 1], [0], [3, 2, 5]]),
+        stream_file([[4, 1], [0], [3, 2, 5]], order=[0, 1, 2, 3, 4, 5]),  # older files are read by their tasks alone
+        stream_file([[0, 1, 2], ([1, 3], [3]), ([0, 2], []), [5, 4]]),
+        stream_file([[0, 1], ([1, 3], [3])]),  # the names of 2, 4 and 5 are kept for later
+    ],
+)
+def test_streams_that_a_revision_may_have(manifest):
+    check_stream_file(manifest, {"id2label": dict(enumerate(manifest["label_names"]))}, Path("stream.json"))
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        stream_file([[0, 1], []]),
+        stream_file([[0, 1], ([1, 3], [1, 3])]),
+        stream_file([[0, 1], ([1, 3], [])]),
+        stream_file([[0, 1], ([3, 3], [3])]),
+        stream_file([[0, 1], ([1], [3])]),
+        stream_file([[0, 1], [1, 3]]),
+        stream_file([[0, 1], [6]]),
+        stream_file([[0, 1], [-1]]),
+        stream_file([[0, 1], ["2"]]),
+        stream_file([[0, 1], [True]]),
+        stream_file([[0, 1], [2, 3]], order=[0, 1, 2, 3, 4, 5]),  # a task is missing
+        stream_file([[0, 1], [2, 3]], order=[]),
+    ],
+)
+def test_streams_that_contradict_themselves(manifest):
+    with pytest.raises(ValueError, match="stream.json has num_classes=6: expected tasks with the classes 0 to"):
+        check_stream_file(manifest, {}, Path("stream.json"))
+
+
+def test_a_model_of_another_number_of_classes_is_refused():
+    with pytest.raises(ValueError, match="has 7 classes, but id2label in config.json has another number"):
+        check_stream_file(stream_file([[0, 1]], names=7), {"id2label": {0: "0", 1: "1"}}, Path("stream.json"))
+
+
+def test_seen_classes_are_named_once(folder):
+    manifest = stream_file([[4, 1], ([1, 0], [0]), ([4], [])])
+    rows = [[1.0, N, N], [1.0, 1.0, N], [1.0, 1.0, 1.0]]
+    for done, seen in ((1, [4, 1]), (2, [4, 1, 0]), (3, [4, 1, 0])):
+        matrix = rows[:done] + [[N] * 3] * (3 - done)
+        assert Revision(folder, {}, manifest, {"accuracy_matrix": matrix}).seen_classes == seen

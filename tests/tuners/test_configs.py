@@ -25,13 +25,13 @@ def test_help_names_every_field(config):
 @pytest.mark.parametrize(
     ("config", "filled_in"),
     [
-        (L2PConfig(), set()),
-        (DualPromptConfig(learned_entries=2), {"learned_entries"}),
-        (ClipPromptConfig(learned_entries=2, class_tokens=[]), {"learned_entries", "class_tokens"}),
+        (L2PConfig(grow_pool=2, learned_entries=12, added_entries=2), set()),
+        (DualPromptConfig(learned_entries=2), set()),
+        (ClipPromptConfig(learned_entries=2, class_tokens=[]), {"class_tokens", "template"}),
     ],
 )
 def test_settings_leave_out_what_the_stream_fills_in(config, filled_in):
     settings = config.settings()
     own = {field.name for field in fields(config)} - {field.name for field in fields(PeftConfig)}
-    assert own - settings.keys() == {"id2label"} | filled_in
+    assert own - settings.keys() == {"id2label", "learned_entries", "added_entries"} | filled_in
     assert settings["pool_size"] == 10 and settings["head"] == "linear"

@@ -9,10 +9,18 @@
 """
 
 from .card import AdapterCard
-from .config import PromptConfig
+from .config import PoolConfig, PromptConfig
 from .entries import TaskEntryTuner
 from .layer import PromptLayer
 from .model import PromptTuner
 from .vit import ViTPromptTuner
 
-__all__ = ["AdapterCard", "PromptConfig", "PromptLayer", "PromptTuner", "TaskEntryTuner", "ViTPromptTuner"]
+__all__ = [
+    "AdapterCard",
+    "PoolConfig",
+    "PromptConfig",
+    "PromptLayer",
+    "PromptTuner",
+    "TaskEntryTuner",
+    "ViTPromptTuner",
+]

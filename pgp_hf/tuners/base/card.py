@@ -36,6 +36,12 @@ class AdapterCard(NamedTuple):
     from_peft: bool = False
 
 
+def entries(settings: Mapping[str, Any]) -> str:
+    """Return the size of a pool as a card shows it, with the entries that came later."""
+    added = settings.get("added_entries")
+    return str(settings["pool_size"] + added) if added and "pool_size" in settings else setting(settings, "pool_size")
+
+
 def setting(settings: Mapping[str, Any], name: str) -> str:
     """Return a setting as a card shows it, a dash if it is not recorded."""
     value = settings.get(name)

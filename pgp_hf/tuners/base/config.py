@@ -121,3 +121,39 @@ class PromptConfig(PeftConfig):
         """
         parts = f"those of the adapter `{cls.method_name}`, with the settings in `adapter_config.json`"
         return AdapterCard(parts, base_class=cls.base_class)
+
+
+@dataclass
+class PoolConfig(PromptConfig):
+    """Base of the configurations of adapters with a pool of entries, which may grow.
+
+    Args:
+        pool_size: number of entries to begin with.
+        learned_entries: number of entries that prediction chooses among, None for all; filled in by training.
+        added_entries: number of entries that came later, None for none; filled in when the pool grows.
+
+    Raises:
+        ValueError: numbers below 1, or below 0 for `added_entries`.
+    """
+
+    filled_in = (*PromptConfig.filled_in, "learned_entries", "added_entries")
+
+    pool_size: int = field(default=10, metadata={"help": "number of entries to begin with"})
+    learned_entries: int | None = field(
+        default=None,
+        metadata={"help": "number of entries that prediction chooses among, None for all; filled in by training"},
+    )
+    added_entries: int | None = field(
+        default=None, metadata={"help": "number of entries that came later; filled in when the pool grows"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(pool_size=1)
+        if self.added_entries is not None:
+            self._at_least(added_entries=0)
+
+    @property
+    def entries(self) -> int:
+        """Return the number of entries there are."""
+        return self.pool_size + (self.added_entries or 0)

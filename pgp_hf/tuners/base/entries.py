@@ -1,14 +1,15 @@
-"""Give each task an entry of its own among a tuner's parameters: used by that task alone, and never moved after it."""
+"""Grow a tuner's pool of entries, and give each task an entry of its own: used by it alone, and never moved after it."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from ...heads.growing import generator
 from .layer import uniform
 from .model import PromptTuner
 
@@ -17,14 +18,57 @@ class EntryConfig(Protocol):
     """Fields that the configuration of a `TaskEntryTuner` has besides those of `PromptConfig`.
 
     Attributes:
-        pool_size: number of entries.
-        grow_pool: whether a stream with more tasks enlarges the pool.
+        pool_size: number of entries to begin with.
+        grow_pool: whether a stream that is known in advance, with more tasks, enlarges the pool.
         learned_entries: number of entries that tasks have used so far, None before the first.
+        added_entries: number of entries that came with tasks that nobody foresaw, None for none.
+        entries: number of entries there are.
     """
 
     pool_size: int
     grow_pool: bool
     learned_entries: int | None
+    added_entries: int | None
+
+    @property
+    def entries(self) -> int: ...
+
+
+class Draw(Protocol):
+    """A function that draws initial values of a shape."""
+
+    def __call__(self, *shape: int, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+@torch.no_grad()
+def add_entries(
+    containers: Iterable[tuple[nn.ParameterDict, int]],
+    adapter: str,
+    added: range,
+    draw: Draw,
+    seed: int | None = None,
+) -> None:
+    """Lengthen an adapter's parameters by entries; those that are there keep their values.
+
+    Args:
+        containers: of the parameters, with the axis of the entries in each.
+        adapter: its name.
+        added: indices of the new entries.
+        draw: draws their values.
+        seed: each new entry depends on it and its index alone; None to draw from the global generator.
+    """
+    own = [] if seed is None else [generator(seed, "entry", index) for index in added]
+    for container, axis in list(containers):
+        old = container[adapter]
+
+        def shape(count: int, old: Tensor = old, axis: int = axis) -> tuple[int, ...]:
+            return *old.shape[:axis], count, *old.shape[axis + 1 :]
+
+        if seed is None:
+            fresh = draw(*shape(len(added)))
+        else:
+            fresh = torch.cat([draw(*shape(1), generator=one) for one in own], axis)
+        container[adapter] = nn.Parameter(torch.cat([old, fresh.to(old)], axis), requires_grad=old.requires_grad)
 
 
 class TaskEntryTuner(PromptTuner):
@@ -37,9 +81,9 @@ class TaskEntryTuner(PromptTuner):
     def _entries(self) -> Iterator[tuple[nn.ParameterDict, int]]:
         """Yield the containers of such parameters, with the axis of the entries in each."""
 
-    def _fresh(self, *shape: int) -> Tensor:
+    def _fresh(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw the initial values of new entries."""
-        return uniform(*shape)
+        return uniform(*shape, generator=generator)
 
     @property
     def _entry_config(self) -> EntryConfig:
@@ -53,25 +97,30 @@ class TaskEntryTuner(PromptTuner):
         """
         super().prepare_stream(tasks, names)
         config = self._entry_config
-        if len(tasks) <= config.pool_size:
+        if len(tasks) <= config.entries:
             return
         if not config.grow_pool:
             raise ValueError(
-                f"{len(tasks)} tasks need as many entries, pool_size={config.pool_size}: set pool_size={len(tasks)}, "
+                f"{len(tasks)} tasks need as many entries, pool_size={config.entries}: set pool_size={len(tasks)}, "
                 "or grow_pool=True to enlarge the pool."
             )
         self.grow(len(tasks))
 
-    @torch.no_grad()
     def grow(self, pool_size: int) -> None:
         """Enlarge the pool to `pool_size` entries; existing entries keep their values."""
-        name, config = self.adapter, self._entry_config
-        extra = pool_size - config.pool_size
-        for container, axis in self._entries():
-            old = container[name]
-            fresh = self._fresh(*(extra if i == axis else size for i, size in enumerate(old.shape))).to(old)
-            container[name] = nn.Parameter(torch.cat([old, fresh], axis), requires_grad=old.requires_grad)
-        config.pool_size = pool_size
+        config = self._entry_config
+        extra = range(config.entries, pool_size)
+        add_entries(self._entries(), self.adapter, extra, self._fresh)
+        config.pool_size += len(extra)
+
+    def add_task(self, task: int, classes: Sequence[int], seed: int) -> None:
+        """Add an entry for the 0-based task if all are taken, drawn by the seed and its index alone."""
+        super().add_task(task, classes, seed)
+        config = self._entry_config
+        if task >= config.entries:
+            extra = range(config.entries, task + 1)
+            add_entries(self._entries(), self.adapter, extra, self._fresh, seed)
+            config.added_entries = (config.added_entries or 0) + len(extra)
 
     @torch.no_grad()
     def begin_task(self, task: int) -> None:
@@ -82,9 +131,9 @@ class TaskEntryTuner(PromptTuner):
         """
         super().begin_task(task)
         config = self._entry_config
-        if task >= config.pool_size:
+        if task >= config.entries:
             raise ValueError(
-                f"task {task + 1} has no entry: pool_size={config.pool_size}, set it to at least {task + 1}."
+                f"task {task + 1} has no entry: pool_size={config.entries}, set it to at least {task + 1}."
             )
         self._task, config.learned_entries = task, task + 1
         self._start_entry(task)

@@ -1,11 +1,14 @@
-"""Rebuild the classification head from an adapter's class names, before PEFT copies it."""
+"""Rebuild the classification head from an adapter's class names, before PEFT copies it, and grow it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ...heads.growing import grow_classifier
+from ...heads.opening import check_saved
 from .config import PromptConfig
 
 if TYPE_CHECKING:
@@ -49,3 +52,23 @@ def prepare_head(model: ViTForImageClassification, config: PromptConfig) -> None
         model.num_labels = classes
     model.config.id2label = dict(config.id2label)
     model.config.label2id = {name: index for index, name in config.id2label.items()}
+
+
+def grow_head(
+    model: nn.Module, configs: Mapping[str, PromptConfig], adapter: str, new: Sequence[str], seed: int
+) -> None:
+    """Add rows for new classes to the head that adapters share, and their names to the model.
+
+    Raises:
+        TypeError: a model without a head, or one that is not linear.
+        ValueError: a head that is sharded or that the adapter does not save, or adapters of different classes.
+    """
+    known = configs[adapter].id2label or {}
+    check_saved(configs[adapter])
+    for name, config in configs.items():
+        if len(config.id2label or {}) != len(known):
+            raise ValueError(
+                f"the adapter {name!r} has {len(config.id2label or {})} classes, the active adapter {adapter!r} "
+                f"{len(known)}: adapters side by side grow together. Delete the other (model.delete_adapter({name!r}))."
+            )
+    grow_classifier(model, known, new, seed)

@@ -83,9 +83,9 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         return next((name for name in self.active_adapters if name in present), None)
 
 
-def uniform(*shape: int) -> Tensor:
+def uniform(*shape: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw from (-1, 1), as the released code of L2P and DualPrompt initialises prompts and keys."""
-    return torch.empty(*shape).uniform_(-1, 1)
+    return torch.empty(*shape).uniform_(-1, 1, generator=generator)
 
 
 def strip_prompts(output: BaseModelOutputWithPooling, n: int) -> None:

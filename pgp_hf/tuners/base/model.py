@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
+from ...heads.growing import new_names
+from ...heads.opening import open_adapter_head
 from ...heads.statistics import ClassStatistics
 from ...projection.protocol import PerSample, Traced, flat
 from ...runs.digest import backbone_key, backbone_sha256
 from .config import PromptConfig
+from .head import grow_head
 from .layer import PromptLayer
 
 
@@ -135,7 +138,59 @@ class PromptTuner(BaseTuner):
         """
         config = self.adapter_config
         if config.id2label == {label: f"LABEL_{label}" for label in config.id2label or ()}:
-            config.id2label = dict(names)
+            # those that it has: a stream may have come further than a model that grows
+            config.id2label = {label: names.get(label, own) for label, own in (config.id2label or {}).items()}
+
+    def add_classes(self, names: Sequence[str], seed: int) -> None:
+        """Let the head know more classes; nothing that is stored of those before changes.
+
+        Adapters side by side share the classes: the heads of all grow.
+
+        Args:
+            names: of the new classes, whose ids follow those before.
+            seed: of the run; a class's row in a trained head depends on it and the class id alone.
+
+        Raises:
+            TypeError: no head, or one that is not linear.
+            ValueError: a name that is known, a head that is sharded or that the adapter does not save.
+        """
+        new = new_names(names, self.class_names, self.model)
+        configs = cast("dict[str, PromptConfig]", self.peft_config)
+        grow_head(self.model, configs, self.adapter, new, seed)
+        for name, config in configs.items():
+            self._name_new_classes(name, config, new)
+
+    def _name_new_classes(self, adapter: str, config: PromptConfig, new: Sequence[str]) -> None:
+        known = config.id2label or {}
+        config.id2label = {**known, **dict(enumerate(new, len(known)))}
+        if (statistics := self._statistics_of(adapter)) is not None:
+            statistics.add_classes(len(new))
+
+    def add_task(self, task: int, classes: Sequence[int], seed: int) -> None:
+        """Make room for a 0-based task that was not known in advance.
+
+        Args:
+            task: its index; `begin_task` follows.
+            classes: label ids of its images.
+            seed: of the run.
+        """
+
+    def open_head(self) -> None:
+        """Replace the head, if there is one, by one of zero classes, for `add_classes` to grow.
+
+        Raises:
+            TypeError: a head that is not linear, or a model that cannot be given one.
+            ValueError: several adapters, which share the head, or a head that the adapter does not save.
+        """
+        config, adapter, before = self.adapter_config, self.adapter, self.model
+        if (name := open_adapter_head(self, adapter)) is not None:
+            for hook in before.__dict__.pop("_prompt_hooks", []):
+                hook.remove()
+            config.target_modules = [f"{name}.{target}" for target in config.target_modules or ()]
+            self._post_injection_hook(self.model, config, adapter)
+        config.id2label = {}
+        if config.head == "statistics":
+            self._add_statistics(self.layer, config, adapter)
 
     def begin_task(self, task: int) -> None:
         """Prepare for the training of the 0-based task; the trained head classifies from now on."""
@@ -259,16 +314,11 @@ class PromptTuner(BaseTuner):
 
     def _add_statistics(self, layer: PromptLayer, config: PromptConfig, adapter_name: str) -> None:
         """Give the wrapped embeddings, where the adapter's keys are, its class statistics as buffers."""
-        if config.id2label is None:
-            raise ValueError(
-                f"head='statistics' needs classes, which a {type(self.model).__name__} does not name: use a model with a "
-                "head, for example AutoModelForImageClassification (for a CLIPModel, ClipPromptConfig.for_classes)."
-            )
         container = f"{self.prefix}statistics"
         if not hasattr(layer, container):
             setattr(layer, container, nn.ModuleDict())
             layer.other_param_names = (*layer.other_param_names, container)  # PEFT saves what is named here
-        statistics = ClassStatistics(len(config.id2label), self._head_width(config), config.shrinkage)
+        statistics = ClassStatistics(len(config.id2label or {}), self._head_width(config), config.shrinkage)
         getattr(layer, container)[adapter_name] = statistics.to(next(layer.base_layer.parameters()).device)
 
     def _head_width(self, config: Any) -> int:
@@ -278,8 +328,11 @@ class PromptTuner(BaseTuner):
     @property
     def statistics(self) -> ClassStatistics | None:
         """Return the class statistics of the adapter in use; None with a linear head or while it is disabled."""
+        return self._statistics_of(self.layer.adapter)
+
+    def _statistics_of(self, adapter: str | None) -> ClassStatistics | None:
         known = getattr(self.layer, f"{self.prefix}statistics", {})
-        return dict(known.items()).get(self.layer.adapter)
+        return dict(known.items()).get(adapter)
 
     @property
     def uses_statistics_head(self) -> bool:

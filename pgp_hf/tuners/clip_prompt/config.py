@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..base.card import AdapterCard, setting
-from ..base.config import PromptConfig
+from ..base.config import PoolConfig
 
 
 @dataclass
-class ClipPromptConfig(PromptConfig):
+class ClipPromptConfig(PoolConfig):
     """Configure a text context for each task, and image prompts that all share; the defaults are those of PGP's code.
 
     Use `for_classes`, which tokenises the class names: a `CLIPModel` has no head to read them from.
@@ -20,10 +20,13 @@ class ClipPromptConfig(PromptConfig):
         pool_size: number of text contexts, one per task.
         text_length: context tokens before each class name, learned per task; 0 for none.
         image_length: image prompt tokens after CLS, shared by all tasks; 0 for none.
-        grow_pool: add contexts when the stream has more tasks than contexts.
+        grow_pool: add contexts when a stream that is known in advance has more tasks than contexts. A task that nobody
+            foresaw gets its context in any case.
         class_tokens: token ids of each class name, start and end tokens included.
+        template: text around each class name, such as "a photo of a {}."; filled in by `for_classes`.
         id2label: class names.
         learned_entries: number of contexts that tasks have used so far; filled in by training.
+        added_entries: number of contexts that came with tasks that nobody foresaw; filled in.
         interpolate_pos_encoding: interpolate the position embeddings to the input's size, for a backbone trained at
             another.
         head: what classifies: "linear", the similarity with the class names; "statistics", the class means and the
@@ -39,7 +42,7 @@ class ClipPromptConfig(PromptConfig):
 
     method_name = "CLIP_PROMPT"
     base_class = "CLIPModel"
-    filled_in = (*PromptConfig.filled_in, "class_tokens", "learned_entries")
+    filled_in = (*PoolConfig.filled_in, "class_tokens", "template")
     command_line = ("text_length", "image_length")
 
     pool_size: int = field(default=10, metadata={"help": "number of text contexts, one per task"})
@@ -55,13 +58,13 @@ class ClipPromptConfig(PromptConfig):
     class_tokens: list[list[int]] | None = field(
         default=None, metadata={"help": "token ids of each class name, start and end tokens included"}
     )
-    learned_entries: int | None = field(
-        default=None, metadata={"help": "contexts that tasks have used so far; filled in by training"}
+    template: str | None = field(
+        default=None, metadata={"help": "text around each class name; filled in by for_classes"}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(pool_size=1, text_length=0, image_length=0)
+        self._at_least(text_length=0, image_length=0)
         names, tokens = self.id2label or {}, self.class_tokens or []
         if len(names) != len(tokens):
             raise ValueError(
@@ -80,8 +83,8 @@ class ClipPromptConfig(PromptConfig):
             template: text around the name, such as "a photo of a {}.".
             kwargs: any other field.
         """
-        texts = [template.format(str(name).replace("_", " ")) for name in names]
-        return cls(class_tokens=tokenizer(texts)["input_ids"], id2label=dict(enumerate(map(str, names))), **kwargs)
+        tokens = tokenize(tokenizer, list(map(str, names)), template)
+        return cls(class_tokens=tokens, template=template, id2label=dict(enumerate(map(str, names))), **kwargs)
 
     @classmethod
     def card(cls, settings: Mapping[str, Any]) -> AdapterCard:
@@ -98,3 +101,9 @@ class ClipPromptConfig(PromptConfig):
             base_class=cls.base_class,
             scores="logits_per_image",
         )
+
+
+def tokenize(tokenizer: Any, names: Sequence[str], template: str | None) -> list[list[int]]:
+    """Return the token ids of class names, start and end tokens included; underscores are read as blanks."""
+    texts = [(template or "{}").format(name.replace("_", " ")) for name in names]
+    return [list(tokens) for tokens in tokenizer(texts)["input_ids"]] if texts else []

@@ -50,7 +50,7 @@ class ClipImagePrompt(PromptLayer):
 class ClipTextContext(PromptLayer):
     """Wrap `CLIPTextEmbeddings`: the context of the running task takes the place of the tokens 1 to L.
 
-    `clip_prompt_context` `(pool_size, L, d)` holds the contexts (CoOp: generic, class token at the end), the buffer
+    `clip_prompt_context` `(M, L, d)` holds the contexts (CoOp: generic, class token at the end), the buffer
     `clip_prompt_features` `(C, P)` each class's projected text feature: zero-shot until its task has ended, then
     constant, since its context never moves again.
 
@@ -70,7 +70,7 @@ class ClipTextContext(PromptLayer):
 
     def update_layer(self, adapter_name: str, config: ClipPromptConfig, projection_dim: int) -> None:
         width = self.base_layer.token_embedding.embedding_dim
-        context = 0.02 * torch.randn(config.pool_size, config.text_length, width)
+        context = 0.02 * torch.randn(config.entries, config.text_length, width)
         self.clip_prompt_features[adapter_name] = torch.zeros(len(config.class_tokens or []), projection_dim)
         self.add_parameters(adapter_name, config.inference_mode, clip_prompt_context=context)
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import AutoTokenizer
 from transformers.utils.generic import ModelOutput
 
+from ...heads.growing import new_names
 from ..base.consistency import consistency_rows
 from ..base.entries import TaskEntryTuner
 from ..base.layer import strip_prompts
-from .config import ClipPromptConfig
+from .config import ClipPromptConfig, tokenize
 from .layer import ClipImagePrompt, ClipTextContext
 
 if TYPE_CHECKING:
@@ -38,7 +42,8 @@ class ClipPromptModel(TaskEntryTuner):
     _live: list[int] | None = None  # classes whose text features are computed in each pass
     _classifies = False
     _as_tuple = False
-    _tasks: Sequence[Sequence[int]] = ()
+    _tasks: Mapping[int, Sequence[int]] = MappingProxyType({})
+    _tokenizer: Any = None
     _head_hook: RemovableHandle | None = None  # on the image embeddings, for one forward pass
     _scores: Tensor | None = None  # of the statistics head, in that pass
 
@@ -49,19 +54,23 @@ class ClipPromptModel(TaskEntryTuner):
         if not all(hasattr(model, name) for name in ("vision_model", "text_model", "visual_projection")):
             raise ValueError(f"{type(model).__name__} has no vision and text towers: CLIP prompts need a CLIPModel.")
         self._check_width(config, model.config.vision_config.hidden_size)
-        room = model.config.text_config.max_position_embeddings
-        longest = max((len(tokens) for tokens in config.class_tokens or []), default=0) + config.text_length
-        if longest > room:
-            raise ValueError(
-                f"the longest class name takes {longest} tokens with text_length={config.text_length}, the text "
-                f"tower has {room} positions: shorten text_length to at most {config.text_length - longest + room}."
-            )
-        words = model.config.text_config.vocab_size
-        strange = [token for tokens in config.class_tokens or [] for token in tokens if not 0 <= token < words]
-        if strange:
-            raise ValueError(f"class_tokens hold {strange[0]!r}, the text tower knows the tokens 0 to {words - 1}.")
+        self._check_tokens(config.class_tokens or [], config.text_length)
         config.target_modules = ["vision_model.embeddings", "text_model.embeddings"]
         return config
+
+    def _check_tokens(self, names: Sequence[Sequence[int]], text_length: int) -> None:
+        """Raise ValueError for class names that the text tower cannot read."""
+        room = self.model.config.text_config.max_position_embeddings
+        longest = max((len(tokens) for tokens in names), default=0) + text_length
+        if longest > room:
+            raise ValueError(
+                f"the longest class name takes {longest} tokens with text_length={text_length}, the text "
+                f"tower has {room} positions: shorten text_length to at most {text_length - longest + room}."
+            )
+        words = self.model.config.text_config.vocab_size
+        strange = [token for tokens in names for token in tokens if not 0 <= token < words]
+        if strange:
+            raise ValueError(f"class_tokens hold {strange[0]!r}, the text tower knows the tokens 0 to {words - 1}.")
 
     def _wrap(
         self, config: ClipPromptConfig, adapter_name: str, target: nn.Module, name: str
@@ -138,17 +147,98 @@ class ClipPromptModel(TaskEntryTuner):
         config = self.adapter_config
         return self._text_features(range(len(config.class_tokens or [])), None, config)
 
+    # ---- classes that nobody foresaw -----------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the tokenizer of class names: the one that was set, or else that of the backbone.
+
+        Raises:
+            ValueError: there is none where the backbone came from.
+        """
+        if self._tokenizer is None:
+            config = self.adapter_config
+            source = config.base_model_name_or_path or self.model.name_or_path
+            try:
+                if not source:
+                    raise OSError("nothing says where the backbone came from")
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    source, revision=config.revision or "main", trust_remote_code=False
+                )
+            except (OSError, ValueError, KeyError) as error:
+                raise ValueError(
+                    f"no tokenizer for new class names can be loaded from {source or 'the backbone'} ({error}): set the "
+                    "checkpoint's own, model.base_model.tokenizer = AutoTokenizer.from_pretrained(...)."
+                ) from error
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @torch.no_grad()
+    def add_classes(self, names: Sequence[str], seed: int) -> None:
+        """Let the active adapter know more classes, which are zero-shot until their task has ended.
+
+        Args:
+            names: of the new classes, whose ids follow those before.
+            seed: not used: a name's text features are not random.
+
+        Raises:
+            TypeError: an adapter without class names, or names that are not strings.
+            ValueError: a name that is known or too long, or another tokenizer than that of the names before.
+        """
+        config, adapter = self.adapter_config, self.adapter
+        new = new_names(names, self.class_names, self.model)
+        tokens = self._new_tokens(new, config)
+        grown = copy.copy(config)
+        grown.class_tokens = [*(config.class_tokens or []), *tokens]
+        table = self.text_layer.clip_prompt_features[adapter]
+        # one by one: the text features of a batch round by its longest name
+        rows = [self._text_features([len(table) + i], None, grown).to(table) for i in range(len(new))]
+        self.text_layer.clip_prompt_features[adapter] = torch.cat([table, *rows])
+        config.class_tokens = grown.class_tokens
+        self._name_new_classes(adapter, config, new)
+
+    def _new_tokens(self, new: Sequence[str], config: ClipPromptConfig) -> list[list[int]]:
+        """Tokenize new class names, in the way that those before were."""
+        known = list((config.id2label or {}).values())
+        found = tokenize(self.tokenizer, [*known, *new], config.template) if new else []
+        for name, tokens, own in zip(known, found, config.class_tokens or [], strict=False):
+            if tokens != list(own):
+                raise ValueError(
+                    f"the tokenizer makes {tokens} of the class name {name!r} with template={config.template or '{}'!r}, "
+                    f"the adapter has {list(own)}: set model.base_model.tokenizer and the configuration's template to those "
+                    "that its class names were made with."
+                )
+        self._check_tokens(found, config.text_length)
+        return found[len(known) :]
+
+    @torch.no_grad()
+    def open_head(self) -> None:
+        """Forget the active adapter's class names, if it has any, for `add_classes` to add others."""
+        config, adapter = self.adapter_config, self.adapter
+        table = self.text_layer.clip_prompt_features[adapter]
+        self.text_layer.clip_prompt_features[adapter] = table[:0].clone()
+        config.id2label, config.class_tokens = {}, []
+        if config.head == "statistics":
+            self._add_statistics(self.layer, config, adapter)
+
     # ---- tasks ---------------------------------------------------------------------------------------------------
 
     def _entries(self) -> Iterator[tuple[nn.ParameterDict, int]]:
         yield self.text_layer.clip_prompt_context, 0
 
-    def _fresh(self, *shape: int) -> Tensor:
-        return 0.02 * torch.randn(*shape)
+    def _fresh(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
+        return 0.02 * torch.randn(*shape, generator=generator)
 
     def prepare_stream(self, tasks: list[list[int]], names: Mapping[int, str]) -> None:
         super().prepare_stream(tasks, names)
-        self._tasks = tasks
+        self._tasks = dict(enumerate(tasks))
+
+    def add_task(self, task: int, classes: Sequence[int], seed: int) -> None:
+        super().add_task(task, classes, seed)
+        self._tasks = {**self._tasks, task: list(classes)}
 
     def begin_task(self, task: int) -> None:
         super().begin_task(task)
@@ -206,7 +296,7 @@ class ClipPromptModel(TaskEntryTuner):
         if not config.class_tokens:
             raise ValueError(
                 "the adapter has no class names: make its configuration by ClipPromptConfig.for_classes(tokenizer, "
-                "names), or pass input_ids."
+                "names), learn a first task, or pass input_ids."
             )
         return_dict = kwargs.get("return_dict")
         self._as_tuple = not (model.config.return_dict if return_dict is None else return_dict)

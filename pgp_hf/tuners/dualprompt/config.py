@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..base.card import AdapterCard, setting
-from ..base.config import PromptConfig
+from ..base.card import AdapterCard, entries, setting
+from ..base.config import PoolConfig
 
 
 @dataclass
-class DualPromptConfig(PromptConfig):
+class DualPromptConfig(PoolConfig):
     """Configure general prompts, which all tasks share, and an expert entry for each task; the defaults are PGP's.
 
     Both are prefixes, put in front of the keys and values of an attention.
@@ -22,10 +22,12 @@ class DualPromptConfig(PromptConfig):
         expert_length: length of the expert prefixes; 0 leaves them out.
         general_layers: layers, counted from 0, that take the general prefixes.
         expert_layers: layers, counted from 0, that take the expert prefixes.
-        grow_pool: enlarge the pool when the stream has more tasks than entries.
+        grow_pool: enlarge the pool when a stream that is known in advance has more tasks than entries. A task that nobody
+            foresaw gets its entry in any case.
         copy_previous: start a task's expert entry as a copy of the previous task's.
         learned_entries: number of entries that tasks have used so far, among which prediction chooses; filled in by
             training.
+        added_entries: number of entries that came with tasks that nobody foresaw; filled in.
         pull_constraint_coeff: weight of the pull term, which draws a task's key towards its queries.
         interpolate_pos_encoding: interpolate the position embeddings to the input's size, for a backbone trained at
             another.
@@ -40,7 +42,6 @@ class DualPromptConfig(PromptConfig):
     """
 
     method_name = "DUALPROMPT"
-    filled_in = (*PromptConfig.filled_in, "learned_entries")
     command_line = (
         "pool_size",
         "general_length",
@@ -70,16 +71,10 @@ class DualPromptConfig(PromptConfig):
     pull_constraint_coeff: float = field(
         default=1.0, metadata={"help": "weight of the pull term, which draws a task's key towards its queries"}
     )
-    learned_entries: int | None = field(
-        default=None,
-        metadata={
-            "help": "entries that tasks have used so far; prediction chooses among these. Filled in by training"
-        },
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(pool_size=1, general_length=0, expert_length=0)
+        self._at_least(general_length=0, expert_length=0)
         for name in ("general_layers", "expert_layers"):
             layers = list(getattr(self, name))
             if len(set(layers)) != len(layers) or any(layer < 0 for layer in layers):
@@ -93,7 +88,7 @@ class DualPromptConfig(PromptConfig):
             return f"{kind} prefixes of length {length} in layers {layers}"
 
         parts = [] if settings.get("general_length") == 0 else [prefixes("general")]
-        parts += [f"{setting(settings, 'pool_size')} {prefixes('expert')}, one per task, found by key"]
+        parts += [f"{entries(settings)} {prefixes('expert')}, one per task, found by key"]
         return AdapterCard(
             parts=" and ".join(parts),
             selects=True,

@@ -22,7 +22,7 @@ class DualPromptEmbeddings(PromptLayer):
     dualprompt_key: nn.ParameterDict
 
     def update_layer(self, adapter_name: str, config: DualPromptConfig) -> None:
-        key = uniform(config.pool_size, self.position_embeddings.shape[-1])
+        key = uniform(config.entries, self.position_embeddings.shape[-1])
         self.add_parameters(adapter_name, config.inference_mode, dualprompt_key=key)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -69,7 +69,7 @@ class DualPromptAttention(PromptLayer):
             parameters["dualprompt_general_key"] = uniform(heads, config.general_length, width)
             parameters["dualprompt_general_value"] = uniform(heads, width, config.general_length)
         if expert:
-            shape = heads, config.pool_size, config.expert_length, width
+            shape = heads, config.entries, config.expert_length, width
             parameters["dualprompt_expert_key"] = uniform(*shape)
             parameters["dualprompt_expert_value"] = uniform(*shape)
         self.add_parameters(adapter_name, config.inference_mode, **parameters)

@@ -80,14 +80,14 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
 
     @property
     def pool_size(self) -> int:
-        return self.adapter_config.pool_size
+        return self.adapter_config.entries
 
     def _select(self, query: Tensor, config: DualPromptConfig) -> Tensor:
         similarity = cosine_similarity(query, self.layer.dualprompt_key[self.adapter])
         if self.training and self._task is not None:
             selected = torch.full((len(query), 1), self._task, device=query.device)
         else:
-            known = config.learned_entries or config.pool_size
+            known = config.learned_entries or config.entries
             selected = similarity.detach()[:, :known].argmax(-1, keepdim=True)
         for layer in self.layers:
             layer.selected = selected

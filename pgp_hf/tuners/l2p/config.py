@@ -7,20 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..base.card import AdapterCard, setting
-from ..base.config import PromptConfig
+from ..base.card import AdapterCard, entries, setting
+from ..base.config import PoolConfig
 
 HEAD_TYPES = ("prompt", "token")
 
 
 @dataclass
-class L2PConfig(PromptConfig):
+class L2PConfig(PoolConfig):
     """Configure a prompt pool on a frozen ViT; the defaults are those that PGP used.
 
     Args:
         pool_size: number of prompts in the pool, each with a key.
         prompt_length: tokens per prompt; 0 leaves the model as it is.
         top_k: number of prompts selected for each image.
+        grow_pool: number of prompts that each task from the second on adds to the pool, where images can select them
+            from then on; None for a pool of fixed size.
         head_type: what the head reads: "prompt", the mean of the prompt tokens; "token", the CLS token.
         batchwise_prompt: let each batch vote on its prompts, as the released code does. It is for comparison only,
             since a prediction then depends on the other images in its batch.
@@ -31,6 +33,8 @@ class L2PConfig(PromptConfig):
             finished tasks.
         shrinkage: how far the statistics head's covariance is drawn towards an isotropic one, in (0, 1].
         modules_to_save: names of modules that are trained and saved whole; the classifier by default, [] for none.
+        learned_entries: number of prompts that images can select so far, None for all; filled in with `grow_pool`.
+        added_entries: number of prompts that tasks have added; filled in with `grow_pool`.
         hidden_size, id2label, target_modules, exclude_modules: filled in when the adapter is added; leave them out.
 
     Raises:
@@ -42,6 +46,7 @@ class L2PConfig(PromptConfig):
         "pool_size",
         "prompt_length",
         "top_k",
+        "grow_pool",
         "pull_constraint_coeff",
         "head_type",
         "batchwise_prompt",
@@ -50,6 +55,10 @@ class L2PConfig(PromptConfig):
     pool_size: int = field(default=10, metadata={"help": "number of prompts in the pool, each with a key"})
     prompt_length: int = field(default=5, metadata={"help": "tokens per prompt; 0 leaves the model as it is"})
     top_k: int = field(default=5, metadata={"help": "prompts selected for each image"})
+    grow_pool: int | None = field(
+        default=None,
+        metadata={"help": "prompts that each task from the second on adds to the pool; none by default"},
+    )
     head_type: str = field(
         default="prompt",
         metadata={"help": "what the head reads: 'prompt', the mean of the prompt tokens; 'token', the CLS token"},
@@ -64,7 +73,14 @@ class L2PConfig(PromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(pool_size=1, prompt_length=0, top_k=0)
+        self._at_least(prompt_length=0, top_k=0)
+        if self.grow_pool is not None:
+            self._at_least(grow_pool=1)
+        if self.learned_entries is not None and not self.pool_size <= self.learned_entries <= self.entries:
+            raise ValueError(
+                f"learned_entries={self.learned_entries} is out of range: expected {self.pool_size} to {self.entries}, the "
+                "pool as it began and as it is. Leave it out."
+            )
         if self.top_k > self.pool_size:
             raise ValueError(
                 f"top_k={self.top_k} is above pool_size={self.pool_size}: an image cannot select more prompts than "
@@ -82,7 +98,7 @@ class L2PConfig(PromptConfig):
 
     @classmethod
     def card(cls, settings: Mapping[str, Any]) -> AdapterCard:
-        pool, length, top_k = (setting(settings, name) for name in ("pool_size", "prompt_length", "top_k"))
+        pool, length, top_k = entries(settings), setting(settings, "prompt_length"), setting(settings, "top_k")
         each = "batch" if settings.get("batchwise_prompt") else "image"
         features = "the mean of the prompt tokens" if settings.get("head_type") == "prompt" else "the CLS token"
         return AdapterCard(

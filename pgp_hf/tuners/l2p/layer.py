@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class L2PEmbeddings(PromptLayer):
     """Wrap `ViTEmbeddings`: CLS, then the selected prompts, then the patches.
 
-    Parameters per adapter: `l2p_prompt` `(pool_size, prompt_length, d)` and `l2p_key` `(pool_size, d)`. Each prompt
+    Parameters per adapter: `l2p_prompt` `(M, prompt_length, d)` and `l2p_key` `(M, d)`, M the size of the pool. Each prompt
     token gets the position embedding of CLS (L2P's released code).
 
     Attributes:
@@ -38,8 +38,8 @@ class L2PEmbeddings(PromptLayer):
         self.add_parameters(
             adapter_name,
             config.inference_mode,
-            l2p_prompt=uniform(config.pool_size, config.prompt_length, width),
-            l2p_key=uniform(config.pool_size, width),
+            l2p_prompt=uniform(config.entries, config.prompt_length, width),
+            l2p_key=uniform(config.entries, width),
         )
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:

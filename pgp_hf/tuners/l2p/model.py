@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 
 from ...projection.protocol import Traced
 from ..base.consistency import consistency_rows
-from ..base.layer import strip_prompts
+from ..base.entries import add_entries
+from ..base.layer import strip_prompts, uniform
 from ..base.pool import cosine_similarity, select_top_k
 from ..base.vit import ViTPromptTuner
 from .config import L2PConfig
@@ -43,11 +45,73 @@ class L2PModel(ViTPromptTuner):
         layer.update_layer(adapter_name, config)
         return layer
 
+    # ---- tasks ---------------------------------------------------------------------------------------------------
+
+    def prepare_stream(self, tasks: list[list[int]], names: Mapping[int, str]) -> None:
+        """Take the classes' names, and add what all tasks' `grow_pool` makes; later tasks' entries cannot be selected yet."""
+        super().prepare_stream(tasks, names)
+        self._grow_to(self._selectable(len(tasks) - 1))
+
+    def add_task(self, task: int, classes: Sequence[int], seed: int) -> None:
+        """Add the 0-based task's entries, if `grow_pool` says so, drawn by the seed and their indices alone."""
+        super().add_task(task, classes, seed)
+        self._grow_to(self._selectable(task), seed)
+
+    def begin_task(self, task: int) -> None:
+        """Let images select the 0-based task's entries as well.
+
+        Raises:
+            ValueError: they have not been added.
+        """
+        super().begin_task(task)
+        self._select_among(task)
+
+    def resume_after(self, task: int) -> None:
+        super().resume_after(task)
+        self._select_among(task)
+
+    def as_before_task(self, task: int) -> AbstractContextManager[None] | None:
+        return None if self.adapter_config.grow_pool is None else self._among_entries_before(task)
+
+    @contextmanager
+    def _among_entries_before(self, task: int) -> Iterator[None]:
+        config, learned = self.adapter_config, self.adapter_config.learned_entries
+        config.learned_entries = self._selectable(task - 1)
+        try:
+            yield
+        finally:
+            config.learned_entries = learned
+
+    def _selectable(self, task: int) -> int:
+        """Return the number of entries that images can select once the 0-based task has begun."""
+        config = self.adapter_config
+        return config.pool_size + (config.grow_pool or 0) * max(task, 0)
+
+    def _grow_to(self, size: int, seed: int | None = None) -> None:
+        config, layer = self.adapter_config, self.layer
+        added = range(config.entries, size)
+        if not added:
+            return
+        add_entries([(layer.l2p_prompt, 0), (layer.l2p_key, 0)], self.adapter, added, uniform, seed)
+        config.learned_entries = config.learned_entries or config.entries
+        config.added_entries = size - config.pool_size
+
+    def _select_among(self, task: int) -> None:
+        config = self.adapter_config
+        if config.grow_pool is None:
+            return
+        if (size := self._selectable(task)) > config.entries:
+            raise ValueError(
+                f"task {task + 1} selects among {size} entries (pool_size={config.pool_size}, grow_pool="
+                f"{config.grow_pool}), and there are {config.entries}: call add_task({task}, classes, seed) first."
+            )
+        config.learned_entries = size
+
     # ---- a forward pass ------------------------------------------------------------------------------------------
 
     @property
     def pool_size(self) -> int:
-        return self.adapter_config.pool_size
+        return self.adapter_config.entries
 
     def _check_call(self, config: L2PConfig, kwargs: dict[str, Any]) -> None:
         if kwargs.get("attention_mask") is not None and config.top_k * config.prompt_length:
@@ -59,7 +123,8 @@ class L2PModel(ViTPromptTuner):
     def _select(self, query: Tensor, config: L2PConfig) -> Tensor:
         layer = self.layer
         similarity = cosine_similarity(query, layer.l2p_key[self.adapter])
-        layer.selected = select_top_k(similarity.detach(), config.top_k, config.batchwise_prompt)
+        known = similarity.detach()[:, : config.learned_entries]
+        layer.selected = select_top_k(known, config.top_k, config.batchwise_prompt)
         return similarity.gather(1, layer.selected).sum(-1)
 
     def _after_backbone(
@@ -143,7 +208,7 @@ class L2PModel(ViTPromptTuner):
 
     def _by_entry(self, values: Tensor, selected: Tensor) -> Tensor:
         """Return values `(B, k, ...)` of the selected entries as `(M, B, ...)` of all, zero for the others."""
-        entries = values.new_zeros(self.adapter_config.pool_size, *values.shape[:1], *values.shape[2:])
+        entries = values.new_zeros(self.adapter_config.entries, *values.shape[:1], *values.shape[2:])
         entries[selected, torch.arange(len(values), device=values.device)[:, None]] = values
         return entries
 

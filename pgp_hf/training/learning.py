@@ -1,0 +1,247 @@
+"""Learning on: take up a finished run, and make room in its model for classes that nobody foresaw."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peft import PeftModel
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from ..data.stream import Task, TaskStream
+from ..inference.opening import open_model
+from ..methods import ContinualMethod, ProjectedPrompts, create
+from ..models import StreamModel, open_head, stream_model
+from ..runs.folder import MANIFEST, RunFolder
+from ..runs.open import open_finished
+from ..runs.reading import read_json
+from ..runs.revision import Revision
+
+if TYPE_CHECKING:
+    from .arguments import PGPTrainingArguments
+
+# the settings of a `Trainer` and of this package that the result of a task depends on
+RECORDED = (
+    *("seed", "data_seed", "num_train_epochs", "max_steps", "optim", "optim_args", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("learning_rate", "head_learning_rate", "later_prompt_learning_rate", "label_smoothing_factor", "bf16", "fp16"),
+    *("augmentation", "crop_min_scale", "train_mask", "eval_mask", "compensate_drift"),
+)
+
+
+@dataclass
+class Room:
+    """The room that a model has for classes and tasks; it grows with an open stream.
+
+    Attributes:
+        stream: the tasks.
+        tasks: number of tasks that there is room for: all of those that were known when the trainer was made.
+    """
+
+    stream: TaskStream
+    tasks: int
+
+    @classmethod
+    def of(cls, model: PeftModel | PreTrainedModel, stream: TaskStream) -> tuple[PeftModel | PreTrainedModel, Room]:
+        """Return the model to train, and the room in it.
+
+        A stream that began with nothing takes any head, or none, and replaces it by one without classes.
+
+        Raises:
+            TypeError: something else than a stream.
+        """
+        if not isinstance(stream, TaskStream):
+            raise TypeError(f"stream is a {type(stream).__name__}: pass a pgp_hf.TaskStream.")
+        if not stream.is_open:
+            return model, cls(stream, stream.num_tasks)
+        if stream.begins_empty:
+            return open_head(model), cls(stream, 0)
+        names = stream_model(model).class_names
+        known = stream.num_tasks
+        if names is not None and len(names) != stream.num_classes:  # it fits the tasks before those that were appended
+            known = next((t for t in range(known) if stream.classes_after(t) > len(names)), known)
+        return model, cls(stream, known)
+
+    @property
+    def classes(self) -> int:
+        """Return the number of classes that there is room for."""
+        return self.stream.classes_after(self.tasks - 1) if self.tasks else 0
+
+    def counted(self, t: int) -> int:
+        """Return how many tasks a run lists once the 0-based task t has been learned."""
+        return max(self.tasks, t + 1)
+
+    def grow(self, model: StreamModel, t: int, seed: int) -> None:
+        """Make room for the tasks up to the 0-based task t; what there is stays as it is.
+
+        Raises:
+            ValueError: a model that cannot grow.
+        """
+        if t < self.tasks:
+            return
+        names, known = self.stream.label_names[: self.stream.classes_after(t)], len(model.class_names or ())
+        if len(names) > known:
+            model.add_classes(names[known:], seed)
+        for task in range(self.tasks, t + 1):
+            model.add_task(task, self.stream.tasks[task].classes, seed)
+            self.tasks = task + 1
+
+
+class Opened(NamedTuple):
+    """A finished run, ready to go on.
+
+    Attributes:
+        model: as trainable as it was.
+        source: where the files of its tasks are.
+    """
+
+    model: PeftModel | PreTrainedModel
+    method: ContinualMethod
+    processor: BaseImageProcessor
+    stream: TaskStream
+    source: RunFolder
+
+
+def open_for_learning(
+    run_or_repo: str | os.PathLike[str],
+    revision: str | None,
+    test_dataset: Any,
+    backbone: str | os.PathLike[str] | PreTrainedModel | None,
+    processor: Any,
+    hub: dict[str, Any],
+) -> Opened:
+    """Open a revision to go on from it; for the arguments see `StreamTrainer.from_pretrained`.
+
+    Raises:
+        ValueError: no such revision, files that do not fit together, or another backbone.
+    """
+    source = open_finished(os.fspath(run_or_repo), revision, **hub)
+    tasks = source.finished_tasks()
+    found = Revision.read(source.task(tasks - 1), f"task-{tasks}")
+    if found.manifest is None or found.learned != tasks:
+        raise ValueError(
+            f"{run_or_repo} has learned {found.tasks} tasks as one, which takes the images of all of them: make a new run "
+            "with all tasks."
+        )
+    method = saved_method(found)
+    local = Path(run_or_repo).is_dir()
+    model, processor = open_model(found, backbone, processor, local, hub, trainable=True)
+    stream = TaskStream.from_manifest(found.manifest, test_dataset, num_tasks=tasks)
+    return Opened(model, method, processor, stream, source)
+
+
+def origin(source: RunFolder, run_or_repo: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
+    """Return what `results.json` says of the revision that a run goes on from."""
+    tasks = source.finished_tasks()
+    on_hub = not Path(run_or_repo).is_dir()
+    return {
+        "repo": str(run_or_repo) if on_hub else None,
+        "revision": f"task-{tasks}",
+        "commit": source.root.name if on_hub else None,  # the Hub's cache calls folders by it
+        "tasks": tasks,
+    }
+
+
+def saved_method(found: Revision) -> ContinualMethod:
+    """Return a new instance of the method of a revision, with its settings.
+
+    Raises:
+        ValueError: a method that is not registered here.
+    """
+    saved = found.method()
+    if saved is None:  # a run from before methods had files
+        return ProjectedPrompts(found.projection_config())
+    try:
+        return create(saved[1]["name"], **saved[1]["settings"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{found.folder} was trained by the method {saved[1]['name']!r}, which cannot be made here ({error})."
+        ) from error
+
+
+# ---- before a task trains --------------------------------------------------------------------------------------------
+
+
+def check_next(
+    stream: TaskStream, trained: TaskStream, learned: int, args: PGPTrainingArguments, interrupted: bool
+) -> None:
+    """Raise ValueError unless a trainer can learn one more task now.
+
+    Args:
+        stream: all tasks.
+        trained: what is trained on.
+        learned: number of tasks learned so far.
+        interrupted: whether a task has begun and not ended.
+    """
+    if interrupted:
+        raise ValueError(
+            f"task {learned + 1} has begun and not ended: make the trainer again (from_pretrained), and go on by "
+            "learn(..., resume_from_checkpoint=True)."
+        )
+    if trained is not stream:
+        raise ValueError("a method that learns all tasks as one cannot learn on: make a new run with all tasks.")
+    if learned < stream.num_tasks:
+        raise ValueError(
+            f"{stream.num_tasks - learned} tasks of the stream are not learned yet: train() them before more are added."
+        )
+    if not args.reinit_optimizer:
+        raise ValueError(
+            "reinit_optimizer=False carries the optimizer's state from task to task, and the parameters of a model that "
+            "grows are new ones: leave it True."
+        )
+
+
+def check_task(
+    stream: TaskStream, task: Task, method: ContinualMethod, stored: Mapping[int, Any], head: str | None
+) -> None:
+    """Raise ValueError for a task that the method cannot learn without images that are not here; warn about one class.
+
+    Args:
+        stored: images of older tasks that the run has kept, by task.
+        head: the kind of head.
+    """
+    needed = sorted({place[0] for place in method.exemplars()})
+    gone = [t for t in needed if t not in stored and not stream.has_train(t)]
+    if gone:
+        raise ValueError(
+            f"method {method.name!r} trains on images of task {gone[0] + 1} again, which are not here: a run with "
+            "memory_stores='images' keeps its own and can learn on without the data set."
+        )
+    if len(task.classes) == 1 and len(stream.seen_classes(task.index)) == 1 and head != "statistics":
+        warnings.warn(
+            f"task {task.index + 1} has a single class and there is no other to tell it from: a linear head learns nothing "
+            "from it. Begin with two classes or more, or use head='statistics'.",
+            stacklevel=3,
+        )
+
+
+def check_same_task(stream: TaskStream, t: int, folder: RunFolder) -> None:
+    """Raise ValueError if a task's checkpoints belong to other images than those of the stream."""
+    path = folder.checkpoints(t) / MANIFEST
+    if path.exists():  # there is none in a run that was interrupted before they were written
+        stream.check_manifest(read_json(path), tasks=t + 1)
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def recorded_settings(args: PGPTrainingArguments) -> dict[str, Any]:
+    """Return the settings that a task's result depends on, ready for JSON."""
+    found = {name: getattr(args, name) for name in RECORDED}
+    # whatever their division among processes and micro-batches, since that changes nothing
+    found["images_per_step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    # enums have their value
+    return {name: getattr(value, "value", value) for name, value in found.items()}
+
+
+def differing(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe each setting that differs from the recorded one."""
+    return [
+        f"{name}: {now[name]!r}, was {recorded[name]!r}"
+        for name in now
+        if name in recorded and recorded[name] != now[name]
+    ]

@@ -1,0 +1,192 @@
+"""Train on the task in hand: the steps, losses, predictions and checkpoints of a stream's trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..data.stream import TaskStream
+from ..inference.backbone import quiet
+from ..inference.whole import open_whole
+from ..methods import Batch, ContinualMethod, MethodState, TaskContext
+from ..models import StreamModel, load_weights, stream_model
+from ..runs.folder import RunFolder
+from ..runs.revision import read_method
+from .arguments import PGPTrainingArguments
+from .callbacks import fire
+from .evaluation import Scorer
+from .loss import check_finite, image_losses, mean_over_step
+from .progress import Progress
+from .results import StreamResults
+from .setup import set_learning_rates
+from .views import head_inputs
+from .writing import write_method
+
+
+class TaskTrainer(Trainer):
+    """A `Trainer` that learns the task in hand by a method, on a model that learns streams.
+
+    `StreamTrainer`, the only class made of it, chooses the tasks and sets what is annotated here.
+    """
+
+    args: PGPTrainingArguments
+    model: nn.Module
+    hub_model_id: str | None  # type: ignore[assignment]  # transformers annotates it as None
+    stream: TaskStream
+    training_stream: TaskStream
+    method: ContinualMethod
+    folder: RunFolder
+    progress: Progress
+    _scorer: Scorer
+    _context: TaskContext | None  # of the task in training
+    _handles: list[RemovableHandle]  # of hooks on the optimizer
+
+    @property
+    def stream_model(self) -> StreamModel:
+        """Return what learns: the prompt tuner inside the `PeftModel`, or the adapter around a plain model."""
+        return stream_model(self._whole_model())
+
+    @property
+    def results(self) -> StreamResults:
+        """Return the `StreamResults` so far."""
+        return self.progress.results
+
+    @property
+    def task(self) -> int | None:
+        """Return the 0-based index of the task in training or trained last; None before the first."""
+        return self.progress.task
+
+    @task.setter
+    def task(self, task: int | None) -> None:
+        self.progress.task = task
+
+    def _whole_model(self) -> PeftModel | PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _fire(self, event: str, **kwargs: Any) -> None:
+        given = {"model": self.model, "stream": self.stream, "training_stream": self.training_stream, **kwargs}
+        fire(self.callback_handler.callbacks, event, self.args, self.state, self.control, **given)
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer, with the rules of the model and of the method attached to it."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        plain, context, learner = getattr(optimizer, "optimizer", optimizer), self._context, self.stream_model
+        if new:
+            set_learning_rates(plain, self.args, learner, 0 if context is None else context.task)
+        for handle in self._handles:  # an optimizer that is kept still has those of the task before
+            handle.remove()
+        self._handles = [plain.register_step_post_hook(lambda *_: learner.after_step())]
+        if context is not None:
+            self._handles += self.method.attach(context, plain)
+        return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the method's losses, one for each image, averaged over the whole step's images."""
+        if self.compute_loss_func is not mean_over_step:  # the user's own
+            inputs = {name: value for name, value in inputs.items() if name not in ("task", "index")}
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = Batch.split(inputs)
+        if self._context is None:
+            raise ValueError("no task has begun: train by train() or train_task(t).")
+        output = model(**batch.inputs)
+        losses = image_losses(self.method, self._context, batch, output, self.args.label_smoothing_factor)
+        loss = mean_over_step(losses, batch.labels, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, losses summed
+        return (loss, output) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Train on one batch as a `Trainer` does, and stop at a loss that is not finite.
+
+        Raises:
+            FloatingPointError: such a loss.
+        """
+        self.results.images_trained += len(inputs["pixel_values"]) * self.args.world_size
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = f"step {self.state.global_step + 1} of {self.state.max_steps}"
+        at = f"task {(self.task or 0) + 1} at {step} (learning rate {self._get_learning_rate():g})"
+        check_finite(loss, at, self.progress.kept(self.folder))
+        return loss
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate as a `Trainer` does, after noting the task of the test images by their dataset."""
+        if not self.stream_model.class_names:
+            raise ValueError("the model knows no class yet: learn(dataset) or train() comes before predictions.")
+        self._scorer.expect(dataloader.dataset)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Tensor | None]:
+        """Return loss, logits and labels of one evaluation batch; classes that may not win are masked."""
+        inputs, learner, autocast = self._prepare_inputs(inputs), self.stream_model, self.accelerator.autocast
+        labels, tasks, _ = (inputs.pop(name, None) for name in ("labels", "task", "index"))
+        with torch.no_grad(), head_inputs(learner) as features:
+            output = model(**inputs)
+        found = self._scorer.score(learner, inputs, output, features[0], tasks, self.task, autocast)
+        loss = None if labels is None else F.cross_entropy(found["logits"], labels)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, found if self._scorer.recording else found["logits"], labels
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as a `Trainer` does, together with the method's state; nothing is uploaded."""
+        with quiet():
+            super().save_model(output_dir, _internal_call=True)
+        if output_dir is not None and self.args.should_save:
+            write_method(Path(output_dir), self.method)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if model is None and isinstance(whole := self._whole_model(), PreTrainedModel):
+            # a `Trainer` looks for the names in the model, and the file has those of older versions of transformers
+            load_weights(whole, open_whole(Path(resume_from_checkpoint)).state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_method(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is not None:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_method(self, checkpoint: str) -> None:
+        """Give the method what it remembered at a checkpoint; one from before methods had files holds nothing."""
+        if (found := read_method(Path(checkpoint))) is not None:
+            self.method.load_state(MethodState(found[0], found[1].get("state", {})))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.folder.checkpoints(self.task)) if self.task is not None else super()._get_output_dir(trial)
+
+    # A `Trainer` would upload checkpoints, optimizer state and everything else in `output_dir`; these methods prevent it.
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Set the repository's id; the first upload creates it, since a Hub out of reach must not stop the training."""
+        self.hub_model_id = self.args.hub_repo().repo_id
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Leave checkpoints where they are: `PushTasks` uploads finished tasks."""
