@@ -7,7 +7,7 @@ import os
 import shutil
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 from accelerate.utils import set_seed
@@ -46,8 +46,8 @@ from .task_trainer import TaskTrainer
 from .views import Passes
 from .writing import write_task
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+
+Kind = TypeVar("Kind", bound="StreamTrainer")
 
 
 class StreamTrainer(TaskTrainer):
@@ -206,7 +206,7 @@ class StreamTrainer(TaskTrainer):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Kind],
         run_or_repo: str | os.PathLike[str],
         revision: str | None = None,
         args: PGPTrainingArguments | None = None,
@@ -218,7 +218,7 @@ class StreamTrainer(TaskTrainer):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Kind:
         """Return the trainer of a finished run, which goes on by `learn`. No image of the run is needed.
 
         Model, processor, projection, method, head and results are those of the revision. Its tasks are copied to
@@ -244,15 +244,18 @@ class StreamTrainer(TaskTrainer):
         token = args.hub_token if token is None else token
         place = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         opened = learning.open_for_learning(run_or_repo, revision, test_dataset, backbone, processing_class, place)
-        trainer = cls._with_method(opened.model, args, opened.stream, opened.method, opened.processor, **kwargs)
+        trainer = cls.with_method(
+            opened.model, args, opened.stream, opened.method, processing_class=opened.processor, **kwargs
+        )
         trainer._go_on(opened.source, learning.origin(opened.source, run_or_repo, revision))
         return trainer
 
     @classmethod
-    def _with_method(
-        cls, model: Any, args: PGPTrainingArguments, stream: TaskStream, method: Any, processor: Any, **kwargs: Any
-    ) -> Self:
-        return cls(model, args, stream, method, processor, **kwargs)
+    def with_method(
+        cls: type[Kind], model: Any, args: PGPTrainingArguments, stream: TaskStream, method: Any, **kwargs: Any
+    ) -> Kind:
+        """Return a trainer with the method of a finished run."""
+        return cls(model, args, stream, method, **kwargs)
 
     def _go_on(self, source: RunFolder, origin: dict[str, Any]) -> None:
         """Take over the newest task of a run."""

@@ -171,7 +171,9 @@ def test_killed_in_the_third_and_resumed(straight: tuple[str, Path], base: Path,
     trainer = fresh(base, folder, case)
     for classes in PARTS:
         trainer.learn(part(*classes), resume_from_checkpoint=True)
-    ours, theirs = ({**found, "continues": None, "sha256": None} for found in (trainer.results.to_dict(), _results(run)))
+    ours, theirs = (
+        {**found, "continues": None, "sha256": None} for found in (trainer.results.to_dict(), _results(run))
+    )
     assert {name for name in ours if not tiny.same_results({name: ours[name]}, {name: theirs[name]})} == set()
 
 
