@@ -407,7 +407,8 @@ class StreamTrainer(TaskTrainer):
 
     def _write_task(self, t: int) -> None:
         if self.is_world_process_zero():
-            write_tensors(self.folder.features(t), self.progress.references.tensors(t))
+            if tensors := self.progress.references.tensors(t):  # there may be no test image
+                write_tensors(self.folder.features(t), tensors)
             self.folder.publish(t, self._write_files)
             if self.args.save_full_weights == "last" and not self.args.push_to_hub:  # `PushTasks` waits for the Hub
                 self.folder.drop_large(before=t)
