@@ -128,7 +128,7 @@ class BiC(ExemplarMethod):
         if count := int(share * min(fewest, quota) + 1e-9):  # a product such as 0.29 * 100 falls just short
             return count
         needed = math.ceil(1 / share - 1e-9)
-        if fewest < needed:
+        if fewest < min(needed, quota):
             what, fix = f"{fewest} images of a class", f"choose classes with at least {needed} training images"
         else:
             name, factor = ("memory_per_class", 1) if self.config.memory_size is None else ("memory_size", old)
