@@ -3,7 +3,8 @@
 python -m pgp_hf.hub push OUTPUT_DIR --repo_id OWNER/NAME
 """
 
-from .push import Outcome, Pushed, PushError, TaskRepo, command, main, missing, push
+from .command_line import main
+from .push import Outcome, Pushed, PushError, TaskRepo, command, missing, push
 from .snapshot import UPLOADED_FILES, listed, snapshot
 
 __all__ = [

@@ -335,6 +335,18 @@ def test_the_package_is_a_command(hub, home, expected):
     check_complete(hub.repos["me/run"], expected[0])
 
 
+def test_the_console_command_pushes_alike(hub, python, expected):
+    code = "from pgp_hf.cli.main import main; result = main(['push', *argv])"
+    argv = [str(expected[0]), "run", "--private", "--base_model", "me/backbone"]
+    done = python(code, argv=argv)
+    assert done.value == 0, done.out
+    assert done.out.splitlines() == [f"task-{k} uploaded: {hub.url}/me/run/tree/task-{k}" for k in (1, 2, 3)]
+    assert hub.repos["me/run"].private
+    assert python(code, argv=argv).out.count("is there already") == 3
+    refused = python(code, argv=[str(expected[0].parent), "me/run"])
+    assert refused.value == 1 and refused.out.startswith(f"error: {expected[0].parent} holds no finished task")
+
+
 def test_pushing_again_changes_nothing(hub, python, expected):
     argv = [str(expected[0]), "--repo_id", "team/run"]
     plain, hub.lfs = hub.lfs, lambda path: False  # a Hub that takes everything as plain git files
