@@ -167,8 +167,8 @@ class EarlierRun:
         try:
             stored = from_tensors(tensors, method.exemplars(), counts)
             for t, images in stored.items():
-                known = {None, *self.stream.tasks[t].classes}
-                if unknown := sorted({image.label for image in images.values()} - known):
+                labels = {image.label for image in images.values() if image.label is not None}
+                if unknown := sorted(labels - {*self.stream.tasks[t].classes}):
                     raise ValueError(f"it has images of class {unknown[0]} in task {t + 1}, which lacks it")
             return stored
         except ValueError as error:
