@@ -132,8 +132,8 @@ class Plan:
             settings = METHODS[self.row.method](self.method).settings()
             own = {"method": {"name": self.row.method, **settings}, "run": asdict(self.learner)}
         elif self.projection is not None:
-            surprises: Settings = {"surprises": True} if self.row.surprises else {}
-            own = {"prompt": _prompt(self.prompt), "projection": self.projection.to_dict(), **surprises}
+            own = {"prompt": _prompt(self.prompt), "projection": self.projection.to_dict()}
+            own |= {"run": {"surprises": True}} if self.row.surprises else {}
         return {**found, **own, "training": training}
 
     def _defaults(self) -> Settings:

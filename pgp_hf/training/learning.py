@@ -242,11 +242,15 @@ def check_task(stream: TaskStream, task: Task, method: ContinualMethod, stored: 
         )
 
 
-def check_same_task(stream: TaskStream, t: int, folder: RunFolder) -> None:
-    """Raise ValueError if a task's checkpoints belong to other images than those of the stream."""
-    path = folder.checkpoints(t) / MANIFEST
-    if path.exists():  # there is none in a run that was interrupted before they were written
-        stream.check_manifest(read_json(path), tasks=t + 1)
+def check_same_task(stream: TaskStream, t: int, checkpoint: Path, gone: int) -> None:
+    """Raise ValueError if a checkpoint within the 0-based task t belongs to other images than those of the stream.
+
+    Args:
+        gone: number of first tasks whose training images may be gone.
+    """
+    path = checkpoint / MANIFEST
+    if path.exists():  # earlier versions did not write it
+        stream.check_manifest(read_json(path), gone=gone, tasks=t + 1)
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ class PGPTrainer(StreamTrainer):
     ) -> Kind:
         if not isinstance(method, ProjectedPrompts):
             raise TypeError(f"this run was trained by the method {method.name!r}: use StreamTrainer.from_pretrained.")
-        return cls(model, args, stream, method.config, **kwargs)
+        make: Any = cls  # which takes a projection where its base takes a method
+        return make(model, args, stream, method.config, **kwargs)
 
     @property
     def projection(self) -> Projection:

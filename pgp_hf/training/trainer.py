@@ -46,7 +46,6 @@ from .task_trainer import TaskTrainer
 from .views import Passes
 from .writing import write_task
 
-
 Kind = TypeVar("Kind", bound="StreamTrainer")
 
 
@@ -244,11 +243,11 @@ class StreamTrainer(TaskTrainer):
         token = args.hub_token if token is None else token
         place = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         opened = learning.open_for_learning(run_or_repo, revision, test_dataset, backbone, processing_class, place)
-        trainer = cls.with_method(
+        made = cls.with_method(
             opened.model, args, opened.stream, opened.method, processing_class=opened.processor, **kwargs
         )
-        trainer._go_on(opened.source, learning.origin(opened.source, run_or_repo, revision))
-        return trainer
+        made._go_on(opened.source, learning.origin(opened.source, run_or_repo, revision))
+        return made
 
     @classmethod
     def with_method(
@@ -268,12 +267,7 @@ class StreamTrainer(TaskTrainer):
             print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)
 
     def learn(
-        self,
-        dataset: Any,
-        test_dataset: Any = None,
-        *,
-        resume_from_checkpoint: bool | None = None,
-        **columns: Any,
+        self, dataset: Any, test_dataset: Any = None, *, resume_from_checkpoint: bool | None = None, **columns: Any
     ) -> Task:
         """Learn one more task: classes that nobody foresaw, or new images of known ones.
 
@@ -315,7 +309,6 @@ class StreamTrainer(TaskTrainer):
         if task.index == 0 and not resume:
             start_new(self.args, self.progress, self.folder)
         self._enter(resume)
-        self.accelerator.wait_for_everyone()
         found = self._resumer().find(task.index) if resume else (False, None)
         self._room.grow(self.stream_model, task.index, self.args.seed)
         return found
@@ -396,11 +389,10 @@ class StreamTrainer(TaskTrainer):
 
     def _enter(self, resume: bool = False) -> None:
         """Bring the files of a run that goes on to `output_dir`, unless they are there."""
-        if self._source is not None:
-            if self.is_world_process_zero():
-                self._resumer().enter(self._source, resume)
-            self._source = None
-            self.accelerator.wait_for_everyone()
+        if self._source is not None and self.is_world_process_zero():
+            self._resumer().enter(self._source, resume)
+        self._source = None
+        self.accelerator.wait_for_everyone()
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
@@ -415,7 +407,8 @@ class StreamTrainer(TaskTrainer):
 
     def _write_task(self, t: int) -> None:
         if self.is_world_process_zero():
-            write_tensors(self.folder.features(t), self.progress.references.tensors(t))
+            if tensors := self.progress.references.tensors(t):  # there may be no test image
+                write_tensors(self.folder.features(t), tensors)
             self.folder.publish(t, self._write_files)
             if self.args.save_full_weights == "last" and not self.args.push_to_hub:  # `PushTasks` waits for the Hub
                 self.folder.drop_large(before=t)
@@ -444,7 +437,7 @@ class StreamTrainer(TaskTrainer):
     ) -> hub.Pushed | None:
         """Upload the finished tasks that are not on the Hub yet, as `hub.push` does; None on all but the main process.
 
-        `token` and `private` replace those in `args`. Each task has its own message and card, so no others are used.
+        `token` and `private` replace those in `args`. Each task has its own message and card.
         """
         check_push(blocking, revision)
         return push_now(self.args, self.folder, token, private) if self.is_world_process_zero() else None

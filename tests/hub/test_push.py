@@ -21,6 +21,7 @@ from loopback.server import Repo, metadata_errors
 
 from pgp_hf import PGPTrainingArguments, ProjectionConfig
 from pgp_hf.cli import experiment
+from pgp_hf.hub.push import _title
 from pgp_hf.hub.snapshot import is_ours
 from pgp_hf.training.pushing import PushTasks
 
@@ -462,3 +463,12 @@ def test_private_repositories_are_closed_to_strangers(hub, python, expected):
 def test_a_folder_without_tasks(hub, python, tmp_path):
     answer = python(PUSH, argv=[str(tmp_path), "--repo_id", "me/run"])
     assert answer.value == 1 and "holds no finished task" in answer.out and hub.repos == {}
+
+
+@pytest.mark.parametrize(
+    ("average", "lost", "said"),
+    [(71.234, 2.0, "71.23 %, forgetting 2.00"), (71.234, None, "71.23 %"), (None, None, "not measured")],
+)
+def test_a_commit_says_what_was_measured(average, lost, said):
+    results = {"num_tasks": 4, "average_accuracy": average, "forgetting": lost}
+    assert _title(2, results) == f"Task 3 of 4: average accuracy {said}"
