@@ -165,7 +165,12 @@ class EarlierRun:
         counts = [self.stream.num_images("train", t) for t in range(revision.tasks)]
         tensors = revision.exemplars()
         try:
-            return from_tensors(tensors, method.exemplars(), counts)
+            stored = from_tensors(tensors, method.exemplars(), counts)
+            for t, images in stored.items():
+                labels = {image.label for image in images.values() if image.label is not None}
+                if unknown := sorted(labels - {*self.stream.tasks[t].classes}):
+                    raise ValueError(f"it has images of class {unknown[0]} in task {t + 1}, which lacks it")
+            return stored
         except ValueError as error:
             raise ValueError(
                 f"{revision.folder / EXEMPLARS} does not fit the method's memory: {error}. Fetch the folder again."

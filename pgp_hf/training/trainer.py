@@ -305,7 +305,7 @@ class StreamTrainer(TaskTrainer):
         head = self.stream_model.settings().get("head")
         learning.check_task(self.stream, task, self.method, self.progress.stored, head)
         if self.args.verify_images and self.is_world_process_zero():
-            self.stream.verify(not self.args.disable_tqdm)
+            self.stream.verify(not self.args.disable_tqdm, task.index if self.method.stores_images else 0)
         if task.index == 0 and not resume:
             start_new(self.args, self.progress, self.folder)
         self._enter(resume)
