@@ -243,7 +243,7 @@ def _metadata(run: _Run, name: str) -> ModelCardData:
         datasets=[name for name in run.datasets if is_owned(name)] or None,
         metrics=["accuracy"],
         model_name=name,
-        eval_results=eval_results(run.results, next(iter(run.datasets), None), run.trained),
+        eval_results=eval_results(run.results, run.datasets, run.trained),
     )
 
 

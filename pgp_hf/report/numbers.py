@@ -86,16 +86,17 @@ def task_rows(
     return rows
 
 
-def eval_results(results: Mapping[str, Any], dataset: str | None, trained: int) -> list[EvalResult] | None:
+def eval_results(results: Mapping[str, Any], datasets: Sequence[str], trained: int) -> list[EvalResult] | None:
     """Return average accuracy and forgetting, where known, in the form that the Hub's leaderboards read.
 
     Args:
         results: content of `results.json`.
-        dataset: the dataset's name; a path is named by its last part.
+        datasets: names of those that the tasks are from; a path is named by its last part.
         trained: number of finished tasks.
     """
     scenario, num_tasks = results["scenario"], int(results["num_tasks"])
-    public = public_name(dataset) if dataset else "unnamed dataset"
+    names = list(map(public_name, datasets)) or ["unnamed dataset"]
+    public = names[0] if len(names) == 1 else " and ".join(name.split("/")[-1] for name in names)
     so_far = f", after task {trained}" if trained < num_tasks else ""
     conditions = {"after_task": trained, "head": results.get("head"), "eval_mask": results.get("eval_mask")}
     found = [

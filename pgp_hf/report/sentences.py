@@ -177,11 +177,8 @@ def describe_origin(results: Mapping[str, Any]) -> str | None:
     at = f"[`{revision}`]({_address(repo)}/tree/{revision})"
     commit = origin.get("commit")
     exactly = f" (commit [`{commit[:7]}`]({_address(repo)}/commit/{commit}))" if commit else ""
-    what = "task 1 is" if tasks == 1 else f"tasks 1 to {tasks} are"
-    return (
-        f"Continues [`{repo}`]({_address(repo)}) at {at}{exactly}: the revision{'s' * (tasks > 1)} after {what} not "
-        'repeated here, and linked under "Task by task".'
-    )
+    which = "the revision of task 1 is" if tasks == 1 else f"the revisions of the first {tasks} tasks are"
+    return f'Continues [`{repo}`]({_address(repo)}) at {at}{exactly}; {which} linked under "Task by task".'
 
 
 def earlier_revisions(results: Mapping[str, Any]) -> dict[int, str]:

@@ -113,18 +113,39 @@ def _check_matrix(results: dict[str, Any], size: int, path: Path) -> int:
             "the stream, and one from 0 to below it."
         )
     rows = range(first, tasks)
-    if told:  # within the rows, null stands for a task whose test images were not there
-        if any(value is not None for i, row in enumerate(matrix) if i not in rows for value in row[: i + 1]):
-            raise ValueError(
-                f"{path}: accuracy_matrix has values outside the rows {first} to {tasks - 1}, which finished_tasks={tasks} "
-                f"and first_task={first} allow."
-            )
+    if told:
+        _check_gaps(results, rows, path)
     elif not rows or any((value is None) == (i in rows) for i, row in enumerate(matrix) for value in row[: i + 1]):
         raise ValueError(
             f"{path}: accuracy_matrix lacks entries: row i has tasks 0 to i once task i has ended, and only the first rows "
             "may be missing, each as a whole."
         )
     return tasks
+
+
+def _check_gaps(results: dict[str, Any], rows: range, path: Path) -> None:
+    """Raise ValueError unless an accuracy matrix has values in these rows alone, and lacks those that no average has.
+
+    Within the rows, null stands for a task whose test images were not there.
+    """
+    matrix, averages = results["accuracy_matrix"], results.get("per_task_average_accuracy")
+    if any(value is not None for i, row in enumerate(matrix) if i not in rows for value in row[: i + 1]):
+        raise ValueError(
+            f"{path}: accuracy_matrix has values outside the rows {rows.start} to {rows.stop - 1}, which finished_tasks and "
+            "first_task allow."
+        )
+    if not isinstance(averages, list) or len(averages) != rows.stop:
+        raise ValueError(
+            f"{path}: per_task_average_accuracy={str(averages)[:60]} is not {rows.stop} values, one per finished task."
+        )
+    for i in rows:
+        lacks = None in matrix[i][: i + 1]
+        if lacks != (averages[i] is None):
+            what = "lacks entries" if lacks else "lacks no entry"
+            raise ValueError(
+                f"{path}: accuracy_matrix {what} in row {i}, and per_task_average_accuracy[{i}] is {averages[i]}: expected "
+                f"{'null' if lacks else 'their mean'}."
+            )
 
 
 def _check_lists(results: dict[str, Any], tasks: int, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,11 +107,21 @@ def test_the_other_methods_on_the_embedded_default(tmp_path, method, label):
 
 def test_a_table_of_tasks_learned_one_by_one_and_as_one():
     matrices = {"L2P": [[90.0, None], [80.0, 95.0]], "joint": [[None, None], [85.0, 95.0]]}
-    rows = {name: {**metrics.summarize(matrix), "drift": [0.0, 0.125]} for name, matrix in matrices.items()}
+    rows = {
+        name: {"accuracy_matrix": matrix, **metrics.summarize(matrix), "drift": [0.0, 0.125]}
+        for name, matrix in matrices.items()
+    }
     header, _, own, joint = experiment.table(rows).splitlines()
     assert header.split() == ["task", "1", "task", "2", "avg", "acc", "forgetting", "drift"]
     assert own.split() == ["L2P", "90.00", "87.50", "87.50", "10.00", "0.125"]
     assert joint.split() == ["joint", "–", "90.00", "90.00", "–", "0.125"]
+
+
+def test_a_table_says_what_was_not_measured():
+    matrix = [[90.0, None], [None, 95.0]]
+    row = {"finished_tasks": 2, "accuracy_matrix": matrix, **metrics.summarize(matrix), "drift": [0.0, None]}
+    own = experiment.table({"L2P": row}).splitlines()[-1]
+    assert re.split(" {2,}", own) == ["L2P", "90.00", *["not measured"] * 4]
 
 
 def arguments(*argv, method="l2p", config=L2PConfig):

@@ -115,9 +115,12 @@ def two_heads(inputs: dict) -> dict:
     """The same run with a statistics head, half of whose accuracies the linear head has."""
     half = [[None if a is None else a / 2 for a in row] for row in inputs["results"]["accuracy_matrix"]]
     heads = {"linear": half, "statistics": inputs["results"]["accuracy_matrix"]}
+    tasks = inputs["results"].get("finished_tasks")
     inputs["results"] |= {
         "head": "statistics",
-        "heads": {name: {"accuracy_matrix": matrix, **metrics.summarize(matrix)} for name, matrix in heads.items()},
+        "heads": {
+            name: {"accuracy_matrix": matrix, **metrics.summarize(matrix, tasks)} for name, matrix in heads.items()
+        },
         "changed_selections": [0.0, 0.125, 0.25],
     }
     inputs["adapter_config"]["head"] = "statistics"
@@ -799,7 +802,7 @@ def test_one_task():
     assert "2 classes in 1 task\n" in card.text and "1 tasks" not in card.text
 
 
-def test_null_entries_show_as_dashes_and_stay_out_of_the_index():
+def test_what_is_null_was_not_measured_and_stays_out_of_the_index():
     inputs = make_inputs()
     inputs["results"] |= {
         "accuracy_matrix": [[90.0, N, N], [N, 95.0, N], [85.0, N, 70.0]],
@@ -816,9 +819,128 @@ def test_null_entries_show_as_dashes_and_stay_out_of_the_index():
     _, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert [result.metric_name for result in found] == ["Average accuracy"]
     check_as_a_reader(card)
-    assert ["76.67", "–", "12.50", "–", "85.00", "–"] in table_rows(card)
-    assert ["2", "–", "– / –", "95.0", "–", "87.5", "–"] in table_rows(card)
+    assert ["76.67", "not measured", "12.50", "–", "85.00", "not measured"] in table_rows(card)
+    assert ["2", "–", "– / –", "95.0", "not measured", "87.5", "not measured"] in table_rows(card)
     assert "unnamed dataset" in card.text
+
+
+def goes_on(matrix, **results) -> dict:
+    """A run without the old test images."""
+    tasks = len(matrix)
+    inputs = make_inputs([[50.0] * tasks] * tasks, num_tasks=tasks)
+    drift = [None if i and row[:i] == [None] * i else 0.01 * i for i, row in enumerate(matrix)]
+    inputs["results"] |= {"accuracy_matrix": matrix, **metrics.summarize(matrix, tasks), "finished_tasks": tasks}
+    inputs["results"] |= {"drift": drift, **results}
+    return inputs
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize(
+    ("matrix", "run", "tasks"),
+    [
+        ([[90.0, N, N], [80.0, 95.0, N], [N, N, 70.0]], [N, N, 85.0, N], [[90, N, 90], [95, N, 87.5], [70, 70, N]]),
+        ([[90.0, N], [80.0, N]], [N, 10.0, N, 0.01], [[90, 80, 90], [N, N, N]]),
+        ([[N]], [N, 0.0, N, 0.0], [[N, N, N]]),
+        ([[88.5]], [88.5, 0.0, 88.5, 0.0], [[88.5, 88.5, 88.5]]),
+    ],
+)
+def test_what_was_not_measured_is_said_and_stays_out_of_the_index(matrix, run, tasks, heads):
+    inputs = two_heads(goes_on(matrix)) if heads else goes_on(matrix)
+    if heads:
+        changed = [None if value is None else value / 2 for value in inputs["results"]["drift"]]
+        inputs["results"]["changed_selections"] = changed
+    card = render(inputs)
+    check_as_a_reader(card)
+
+    def shown(value, digits):
+        return "not measured" if value is None else f"{value:.{digits}f}"
+
+    first, second = tables(card)[:2]
+    row = dict(zip(first[0], first[1], strict=True))
+    digits = {"Average accuracy": 2, "Forgetting": 2, "Learning accuracy": 2, "Drift": 3}
+    assert [row[title] for title in digits] == [shown(value, n) for value, n in zip(run, digits.values(), strict=True)]
+    for own, expected in zip(second[1:], tasks, strict=True):
+        assert own[3:6] == [shown(value, 1) for value in expected]
+    gaps = any(None in row[: i + 1] for i, row in enumerate(matrix))
+    assert ("Not measured: this needs test images" in card.text) is gaps
+    index = card.data.to_dict().get("model-index")
+    found = model_index_to_eval_results(index)[1] if index else []
+    measured = {name: value for name, value in zip(("accuracy", "forgetting"), run, strict=False) if value is not None}
+    assert {result.metric_type: result.metric_value for result in found} == measured
+
+
+ORIGIN = {"repo": "me/first", "revision": "task-2", "commit": "0123456789abcdef", "tasks": 2}
+
+
+def test_a_run_that_goes_on_names_and_links_what_it_continues():
+    inputs = goes_on([[90.0, N, N], [80.0, 95.0, N], [N, N, 70.0]], continues=ORIGIN)
+    card = render(inputs, repo_id="me/second")
+    check_as_a_reader(card)
+    hub = "https://huggingface.co/me/first"
+    assert (
+        f"\n\nContinues [`me/first`]({hub}) at [`task-2`]({hub}/tree/task-2) "
+        f"(commit [`0123456`]({hub}/commit/0123456789abcdef)); the revisions of the first 2 tasks are linked"
+    ) in card.text
+    assert [row[0] for row in tables(card)[1][1:]] == [f"[1]({hub}/tree/task-1)", f"[2]({hub}/tree/task-2)", "3"]
+    assert "Continues" not in render(make_inputs()).text
+    # a run that goes on from one that went on: each task is linked where it was pushed
+    inputs["results"]["continues"] = {
+        **ORIGIN,
+        "continues": {**ORIGIN, "repo": "you/zero", "commit": None, "tasks": 1},
+    }
+    links = [row[0] for row in tables(render(inputs))[1][1:]]
+    assert links == ["[1](https://huggingface.co/you/zero/tree/task-1)", f"[2]({hub}/tree/task-2)", "3"]
+
+
+@pytest.mark.parametrize("repo", [None, "/home/somebody/secret/run", "C:\\somebody\\run"])
+def test_a_local_run_that_is_continued_is_not_linked(repo):
+    inputs = goes_on(
+        [[90.0, N], [N, 95.0]], continues={"repo": repo, "revision": "task-1", "commit": None, "tasks": 1}
+    )
+    text = render(inputs).text
+    named = " named `run`" if repo else ""
+    assert f"\n\nContinues an earlier run, from a local folder{named}, at `task-1`.\n" in text
+    assert "somebody" not in text and [row[0] for row in tables(render(inputs))[1][1:]] == ["1", "2"]
+
+
+def appended(inputs: dict, tasks: dict[int, dict]) -> dict:
+    """The same run, some of whose tasks were appended from datasets of their own."""
+    for t, source in tasks.items():
+        inputs["manifest"]["tasks"][t]["source"] = source
+    return inputs
+
+
+def test_datasets_of_appended_tasks_are_named():
+    source = {"dataset": {"name": "me/photos"}, "test_fraction": 0.2}
+    card = render(appended(make_inputs(), {2: source}))
+    check_as_a_reader(card)
+    photos = "[me/photos](https://huggingface.co/datasets/me/photos)"
+    known = "[uoft-cs/cifar100](https://huggingface.co/datasets/uoft-cs/cifar100)"
+    assert f"- **Data:** {known}, {photos}, 6 classes in 3 tasks; limits and shares held out differ" in card.text
+    assert "drawn with stream seed 3, then as the tasks arrived;" in card.text
+    assert card.data.datasets == ["uoft-cs/cifar100", "me/photos"]
+    _, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert {(result.dataset_type, result.dataset_name.split(" (")[0]) for result in found} == {
+        ("cifar100-and-photos", "Split cifar100 and photos")
+    }
+    inputs = appended(make_inputs(), {t: source for t in range(3)})  # a stream that began with nothing
+    inputs["manifest"]["dataset"]["name"] = None
+    card = render(inputs)
+    assert f"- **Data:** {photos}, 6 classes in 3 tasks; 20 % of the images held out for testing\n" in card.text
+    assert "**Class order:** as the tasks arrived;" in card.text and card.data.datasets == ["me/photos"]
+
+
+def test_new_images_of_a_known_class_and_names_without_images():
+    inputs = make_inputs()
+    inputs["manifest"] |= {"num_classes": 9, "label_names": [f"name {c}" for c in range(9)]}
+    inputs["manifest"]["tasks"][2] |= {"classes": [5, 1], "new_classes": [1]}
+    text = render(inputs).text
+    assert "5 classes in 3 tasks" in text and "- It knows 5 classes, and" in text
+    assert "(1, 9): one column per class" in text
+    inputs = make_inputs([[50.0]], num_tasks=1)
+    inputs["manifest"]["tasks"][0]["classes"] = [1]
+    text = render(inputs).text
+    assert "1 class in 1 task\n" in text and "- It knows 1 class, and" in text and "1 classes" not in text
 
 
 @pytest.mark.parametrize("heads", [False, True])

@@ -420,3 +420,102 @@ def test_heads_of_long_names_need_no_legend_where_they_share_a_line(tmp_path):
     results["heads"]["nearest mean of the classes' features"] = results["heads"].pop("statistics")
     for path in plots.save_figures(results, tmp_path):
         assert Image.open(path).size[0] > 100
+
+
+def measured(full: dict, here) -> dict:
+    """The run again, in which the test images of task j were there after task i only where `here(i, j)`."""
+    matrix = [
+        [value if j > i or here(i, j) else None for j, value in enumerate(row)]
+        for i, row in enumerate(full["accuracy_matrix"])
+    ]
+    tasks = len(matrix)
+    shares = {
+        name: [
+            0 if i == 0 else value if any(here(i, j) for j in range(i)) else None for i, value in enumerate(full[name])
+        ]
+        for name in ("drift", "changed_selections")
+    }
+    usage = [row if here(tasks - 1, j) else None for j, row in enumerate(full["prompt_usage"])]
+    found = {**full, "accuracy_matrix": matrix, **metrics.summarize(matrix, tasks), **shares, "finished_tasks": tasks}
+    return {**found, "prompt_usage": usage if any(usage) else None}
+
+
+def hatched(fig) -> set[tuple[int, int]]:
+    """Cells of a heat-map that are hatched; a legend then says what that means."""
+    found = set()
+    for patch in fig.axes[0].patches:
+        assert patch.get_hatch() and patch.get_height() == 1
+        row, start = round(patch.get_y() + 0.5), round(patch.get_x() + 0.5)
+        found |= {(row, start + k) for k in range(round(patch.get_width()))}
+    assert [[text.get_text() for text in legend.get_texts()] for legend in fig.legends] == [["not measured"]] * bool(
+        found
+    )
+    return found
+
+
+ABSENT = {
+    "nothing": lambda i, j: True,
+    "the tasks before the third": lambda i, j: i < 2 or j >= 2,
+    "the first task": lambda i, j: j > 0,
+    "the last task": lambda i, j: i != 3 or j < 3,
+    "all but each task's own": lambda i, j: i == j,
+    "everything": lambda i, j: False,
+}
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+def test_what_was_not_measured_is_hatched_and_has_no_point(tmp_path, figures, absent):
+    here, full = ABSENT[absent], make_results(4)
+    results = measured(full, here)
+    results = with_heads(results) if absent in ("the last task", "everything") else results
+    written = [path.name for path in plots.save_figures(results, tmp_path)]
+    drawn = dict(zip(written, figures, strict=True))
+    below = {(i, j) for i in range(4) for j in range(i + 1)}
+    gaps = {(i, j) for i, j in below if not here(i, j)}
+    assert hatched(drawn["accuracy_matrix.png"]) == gaps and cells(drawn["accuracy_matrix.png"]).keys() == below - gaps
+    if "prompt_usage.png" in written:
+        rows = {j for j in range(4) if not here(3, j)}
+        assert hatched(drawn["prompt_usage.png"]) == {(j, entry) for j in rows for entry in range(10)}
+    averages = [all(here(i, j) for j in range(i + 1)) for i in range(4)]
+    compared = [i > 0 and any(here(i, j) for j in range(i)) for i in range(4)]
+    lost = [all(here(k, j) for k in range(4) for j in range(k) if k <= i) for i in range(4)]
+    assert ("task_curves.png" in written) is any(averages)
+    assert ("prompt_usage.png" in written) is (results["prompt_usage"] is not None)
+    for fig in drawn.values():
+        for title, own in lines(fig).items():
+            for values in own.values():
+                points = np.isfinite(values).tolist()
+                assert any(points), "a panel without a point"
+                if title.startswith("Average accuracy"):
+                    assert points == averages
+                elif title.startswith(("Drift", "Changed")):
+                    assert points == [True, *compared[1:]] and any(points[1:])
+                elif title.startswith("Forgetting"):
+                    assert not any(point and not known for point, known in zip(points[1:], lost[1:], strict=True))
+                else:
+                    assert all(points)  # the rank needs no image
+    assert ("Drift of old features (relative)" in lines(drawn["stability.png"])) is any(compared)
+
+
+def test_runs_with_and_without_gaps_share_panels(tmp_path, figures):
+    full = make_results(3)
+    runs = {
+        "whole": full,
+        "goes on": measured(full, lambda i, j: i < 1 or j >= 1),
+        "blind": measured(full, lambda i, j: False),
+    }
+    plots.task_curves(runs, tmp_path / "a.png")
+    drawn = lines(figures[0])
+    assert (
+        list(drawn["Average accuracy (%)"]) == ["whole", "goes on"] and len(drawn["Protected rank (directions)"]) == 3
+    )
+    with pytest.raises(ValueError, match="no values of accuracy"):
+        plots.task_curves({"blind": runs["blind"]}, tmp_path / "b.png", panels=["accuracy"])
+
+
+@pytest.mark.parametrize("tasks", [1, 30])
+def test_one_task_or_many_without_any_measured(tmp_path, figures, tasks):
+    results = measured(make_results(tasks), lambda i, j: False)
+    assert [path.name for path in plots.save_figures(results, tmp_path)] == plots.figure_names(results)
+    assert hatched(figures[0]) == {(i, j) for i in range(tasks) for j in range(i + 1)}
+    assert len(figures[0].axes[0].patches) == tasks  # one for each row, however many cells

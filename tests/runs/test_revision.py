@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgp_hf import metrics
 from pgp_hf.runs.atomic import write_json, write_tensors
 from pgp_hf.runs.checks import check_results_file, check_stream_file, finished_tasks, first_task
 from pgp_hf.runs.folder import METHOD, METHOD_STATE
@@ -68,8 +69,8 @@ def test_a_matrix_tells_how_many_tasks_have_ended_and_how_many_were_learned_alon
     manifest = {"scenario": "online", "num_tasks": 3, "num_classes": 3, "label_names": ["a", "b", "c"]}
     results = {"scenario": "online", "num_tasks": 3, "accuracy_matrix": rows}
     results |= {"drift": [0.0] * tasks, "projection_rank": [0] * tasks}
-    assert check_results_file(results, manifest, folder / "results.json") == finished_tasks(rows) == tasks
-    assert first_task(rows) == first
+    assert check_results_file(results, manifest, folder / "results.json") == finished_tasks(results) == tasks
+    assert first_task(results) == first
     found = Revision(folder, {}, {**manifest, "tasks": [{"classes": [label]} for label in (2, 0, 1)]}, results)
     assert (found.tasks, found.learned, found.seen_classes) == (tasks, tasks - first, [2, 0, 1][:tasks])
 
@@ -97,6 +98,84 @@ def test_a_matrix_with_holes_is_refused(folder, rows):
         ValueError, match="accuracy_matrix lacks entries: row i has .*only the first rows may be missing"
     ):
         check_results_file(results, {"scenario": "online", "num_tasks": 3}, folder / "results.json")
+
+
+def told(rows, **others) -> dict:
+    """The results of a run that says how many tasks have ended."""
+    tasks = others.get("finished_tasks", len(rows))
+    drift = [0.1 if i and any(value is not None for value in row[:i]) else N for i, row in enumerate(rows[:tasks])]
+    return {
+        "scenario": "online",
+        "num_tasks": len(rows),
+        "finished_tasks": tasks,
+        "accuracy_matrix": rows,
+        "per_task_average_accuracy": metrics.summarize(rows, tasks)["per_task_average_accuracy"],
+        "drift": [0.0, *drift[1:]],
+        "projection_rank": [0] * tasks,
+        **others,
+    }
+
+
+MANIFEST = {"scenario": "online", "num_tasks": 3}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[90, N, N], [80, 95, N], [N, N, 70]],  # a run that goes on without the old test images
+        [[90, N, N], [N, 95, N], [N, N, N]],
+        [[N, N, N], [N, 95, N], [85, N, 70]],  # the first task's came later
+        [[N, N, N], [N, N, N], [N, N, N]],
+        [[90, 5, N], [80, 95, N], [85, 75, 70]],
+    ],
+)
+def test_test_images_may_be_absent_from_any_task_of_a_run_that_tells_how_many_have_ended(rows):
+    results = told(rows)
+    assert check_results_file(results, MANIFEST, "results.json") == finished_tasks(results) == 3
+    assert first_task(results) == 0 and Revision("folder", {}, MANIFEST, results).learned == 3
+    del results["finished_tasks"]
+    if any(N in row[: i + 1] for i, row in enumerate(rows)):
+        with pytest.raises(ValueError, match="lacks entries|is not .* numbers from 0"):
+            check_results_file(results, MANIFEST, "results.json")
+
+
+GAPS = [[90, N, N], [80, 95, N], [N, N, 70]]
+ORIGIN = {"repo": "me/run", "revision": "task-2", "commit": "abc1234", "tasks": 2}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"finished_tasks": 2}, "values outside the rows 0 to 1"),
+        ({"finished_tasks": 4}, "finished_tasks=4, first_task=0: expected"),
+        ({"finished_tasks": 0}, "finished_tasks=0"),
+        ({"finished_tasks": True}, "finished_tasks=True"),
+        ({"finished_tasks": "3"}, "finished_tasks='3'"),
+        ({"first_task": 3}, "first_task=3"),
+        ({"first_task": 1}, "values outside the rows 1 to 2"),
+        ({"first_task": None}, "first_task=None"),
+        ({"accuracy_matrix": [[90, N, N], [80, N, N], [N, N, 70]]}, "lacks entries in row 1, .* expected null"),
+        ({"accuracy_matrix": [[90, N, N], [80, 95, N], [1, 1, 70]]}, "lacks no entry in row 2, .* their mean"),
+        ({"per_task_average_accuracy": [90, 85]}, "per_task_average_accuracy=.90, 85. is not 3 values"),
+        ({"per_task_average_accuracy": None}, "per_task_average_accuracy=None is not 3 values"),
+        ({"drift": [0.0, 0.1]}, "drift=.0.0, 0.1. is not 3 numbers"),
+        ({"drift": [0.0, 0.1, 0.1]}, "drift.2.=0.1, but no accuracy of an earlier task"),
+        ({"drift": [N, 0.1, N]}, "drift=.None, 0.1, None. is not 3 numbers"),
+        ({"projection_rank": [0, 1, N]}, "projection_rank=.* is not 3 numbers"),
+        ({"continues": {**ORIGIN, "tasks": 3}}, "continues=.*expected repo"),
+        ({"continues": {**ORIGIN, "tasks": 0}}, "continues="),
+        ({"continues": {**ORIGIN, "repo": 5}}, "continues="),
+        ({"continues": {**ORIGIN, "revision": "a) [b](c"}}, "continues="),
+        ({"continues": {**ORIGIN, "commit": "no commit"}}, "continues="),
+        ({"continues": {**ORIGIN, "continues": ORIGIN}}, "from 1 to below 2"),
+        ({"continues": ["me/run"]}, "continues="),
+    ],
+)
+def test_gaps_that_contradict_the_rest_of_the_file_are_refused(changed, message):
+    results = told(GAPS, continues={**ORIGIN, "continues": {**ORIGIN, "repo": N, "commit": N, "tasks": 1}})
+    assert check_results_file(results, MANIFEST, "results.json") == 3
+    with pytest.raises(ValueError, match=message):
+        check_results_file({**results, **changed}, MANIFEST, "results.json")
 
 
 @pytest.mark.parametrize("kind", [None, 3, ["L2P"], {"a": 1}])

@@ -346,7 +346,7 @@ BAD = {
     ),
     "a matrix whose first row is missing in part": (
         content("results.json", accuracy_matrix=lambda found: [[None, 50.0, None], *found[1:]]),
-        "only the first rows may be missing, each as a whole",
+        "accuracy_matrix lacks entries",
     ),
     "a matrix that ends in a hole behind missing rows": (
         content("results.json", accuracy_matrix=lambda found: [[None] * 3, [50.0, None, None], found[2]]),
