@@ -3,6 +3,7 @@
 python -m pgp_hf.hub push OUTPUT_DIR --repo_id OWNER/NAME
 """
 
+from .origin import check_origin, choose_repo, origin_of
 from .push import Outcome, Pushed, PushError, TaskRepo, command, main, missing, push
 from .snapshot import UPLOADED_FILES, listed, snapshot
 
@@ -12,10 +13,13 @@ __all__ = [
     "PushError",
     "Pushed",
     "TaskRepo",
+    "check_origin",
+    "choose_repo",
     "command",
     "listed",
     "main",
     "missing",
+    "origin_of",
     "push",
     "snapshot",
 ]
