@@ -170,7 +170,8 @@ for k in range(3):
     answer = learn(code, folder=str(tmp_path / "run"))
     repo = hub.repos["me/run"]
     assert list(repo.tags) == ["task-1", "task-2", "task-3"] and repo.main == repo.tags["task-3"]
-    assert "Not on the Hub" not in answer.out
+    said = [line for line in answer.out.splitlines() if "on the Hub" in line]
+    assert said == [f"All {k} tasks are on the Hub: {hub.url}/me/run" for k in (1, 2, 3)]
     same_task(straight / "task-3", tmp_path / "run" / "task-3")
     # what this process has uploaded is not compared again
     assert not any(re.search("/tree/task-", one.path) for one in hub.requests)
@@ -178,7 +179,7 @@ for k in range(3):
     code = """
 trainer = go_on(folder, None, folder, push_to_hub=True, hub_model_id="me/run")
 trainer.learn(part(0, test=False))
-result = trainer.results.to_dict()["continues"]
+result = trainer.results.continues
 """
     assert learn(code, folder=str(tmp_path / "run")).value is None  # in its own folder, it is the same run
     assert list(repo.tags) == [f"task-{k}" for k in (1, 2, 3, 4)]
@@ -237,7 +238,12 @@ except ValueError as error: result = [str(error), trainer.stream.num_tasks, trai
     for t in (1, 2, 3):
         assert len(load_pretrained(tmp_path / "on", f"task-{t}", backbone=tiny.backbone()).classes) == 2 * t
     again = {"source": str(tmp_path / "on"), "folder": str(tmp_path / "on"), "revision": None}
-    answer = learn(LEARN.replace("part(2)", "part(0)"), settings=own, **again)
+    code = (
+        LEARN.replace("part(2)", "part(0)")
+        + "pushed = trainer.push_to_hub()\nresult = pushed.present, pushed.elsewhere"
+    )
+    answer = learn(code, settings=own, **again)
+    assert answer.value == [["task-3", "task-4"], ["task-1", "task-2"]]
     assert list(mine.tags) == ["task-3", "task-4"] and "Not on the Hub" not in answer.out
     answer = python(PUSH, argv=[str(tmp_path / "on"), "--repo_id", "me/other"])
     left_out = "left out, since it is in the repository that the run goes on from"
