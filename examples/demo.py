@@ -116,12 +116,9 @@ def known(classifier: PromptClassifier) -> str:
     brought, after = manifest["tasks"][count - 1]["classes"], f"task {count} of {manifest['num_tasks']}"
     if first_task(results):
         brought, after = classifier.classes, f"{count} tasks, learned as one"
-    measured = {
-        "Average accuracy {:.1f} %": summary["average_accuracy"],
-        "forgetting {:.1f} points": summary["forgetting"],
-    }
-    figures = [words.format(value) for words, value in measured.items() if value is not None]
-    accuracy = ", ".join(figures if summary["average_accuracy"] is not None else ["Average accuracy not measured"])
+    average, lost = summary["average_accuracy"], summary["forgetting"]
+    accuracy = "Average accuracy not measured" if average is None else f"Average accuracy {average:.1f} %"
+    accuracy += "" if lost is None else f", forgetting {lost:.1f} points"
     names = ", ".join(html.escape(classifier.id2label[c]) for c in brought[:NAMED])
     more = f" and {len(brought) - NAMED} more" if len(brought) > NAMED else ""
     return (

@@ -80,6 +80,15 @@ def _hand_in_readers() -> None:
     projection.set_readers(config=reader("load_projection_config"), projection=reader("load_projection"))
 
 
+def _hand_in_trainer() -> None:
+    """Give the classifier, which predicts without any code for training, the function behind its `trainer`."""
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        return importlib.import_module(f"{__name__}.training.pgp_trainer").trainer_of(*args, **kwargs)
+
+    importlib.import_module(f"{__name__}.inference.classifier").set_trainer(make)
+
+
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Call a function right after a module is imported, whoever imports it.
 
@@ -108,7 +117,12 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-for _module, _then in {"peft": _register_tuners, f"{__name__}.projection": _hand_in_readers}.items():
+_THEN = {
+    "peft": _register_tuners,
+    f"{__name__}.projection": _hand_in_readers,
+    f"{__name__}.inference.classifier": _hand_in_trainer,
+}
+for _module, _then in _THEN.items():
     if _module in sys.modules:
         _then()
     else:

@@ -93,7 +93,7 @@ def test_the_layout_is_the_tested_one():
     told = [{Path(one).stem for one in re.findall(r"`pgp_hf/([\w.]+)`", row)} for row in rows]
     alias, below = {"arguments"}, {"version"}
     assert told[::-1] == [row for row in LAYERS if row not in (alias, below)]
-    assert {"convert", "__init__"} == APART and "`pgp_hf/convert.py` stands apart" in CONTRIBUTING
+    assert {"convert", "__init__", "__main__"} == APART and "`pgp_hf/convert.py` stands apart" in CONTRIBUTING
 
 
 def test_bounded_dependencies_are_those_that_move_fast():

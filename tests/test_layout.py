@@ -23,7 +23,7 @@ LAYERS = [
     {"cli", "benchmark"},
     {"arguments"},  # an alias
 ]
-APART = {"convert", "__init__"}
+APART = {"convert", "__init__", "__main__"}
 LONGEST = 450  # lines: about 400, and the trainer, most of which are methods that transformers calls
 
 

@@ -133,7 +133,7 @@ class Plan:
             own = {"method": {"name": self.row.method, **settings}, "run": asdict(self.learner)}
         elif self.projection is not None:
             own = {"prompt": _prompt(self.prompt), "projection": self.projection.to_dict()}
-            own |= {"surprises": True} if self.row.surprises else {}
+            own |= {"run": {"surprises": True}} if self.row.surprises else {}
         return {**found, **own, "training": training}
 
     def _defaults(self) -> Settings:

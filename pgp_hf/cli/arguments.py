@@ -139,15 +139,9 @@ class DataArguments:
         Raises:
             ValueError: arguments that contradict each other or the data; the message has the fix.
         """
-        if self.dataset_name and self.train_dir:
-            raise ValueError("give --dataset_name or --train_dir, not both.")
-        if self.train_dir:
-            source = self._folders(self.train_dir)
-        else:
-            source = self._named(self.dataset_name) if self.dataset_name else embedded.digits()
-        train, test, _ = source_data.resolve_splits(source, None, None)
+        train, test, _ = source_data.resolve_splits(self.source(), None, None)
         label, image = source_data.resolve_columns(train, self.label_column_name, self.image_column_name)
-        train, test = _string_labels_as_classes(train, test, label)
+        train, test = string_labels_as_classes(train, test, label)
         return TaskStream.from_dataset(
             train,
             test_dataset=test,
@@ -164,6 +158,18 @@ class DataArguments:
             max_train_samples_per_class=self.max_train_samples_per_class,
             max_eval_samples_per_class=self.max_eval_samples_per_class,
         )
+
+    def source(self) -> datasets.DatasetDict:
+        """Load the splits of the source that is named, or else the embedded digits.
+
+        Raises:
+            ValueError: two sources, images without labels, a split that is not there.
+        """
+        if self.dataset_name and self.train_dir:
+            raise ValueError("give --dataset_name or --train_dir, not both.")
+        if self.train_dir:
+            return self._folders(self.train_dir)
+        return self._named(self.dataset_name) if self.dataset_name else embedded.digits()
 
     def _folders(self, train_dir: str) -> datasets.DatasetDict:
         folders = {"train": f"{train_dir}/**"}
@@ -197,7 +203,7 @@ class DataArguments:
         return splits
 
 
-def _string_labels_as_classes(
+def string_labels_as_classes(
     train: datasets.Dataset, test: datasets.Dataset | None, column: str
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Return both splits, with `column` turned into a `ClassLabel` if it holds strings."""

@@ -57,6 +57,16 @@ def copied_fields(config: type[DataclassInstance], names: Iterable[str]) -> list
     ]
 
 
+def new_parser(kinds: Sequence[type], **settings: Any) -> HfArgumentParser:
+    """Make the parser of options that are the fields of dataclasses; `settings` are argparse's own."""
+    return HfArgumentParser(
+        kinds,  # type: ignore[arg-type]  # annotated with a NewType, which no class can match
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,  # `option` would not recognise them
+        **settings,
+    )
+
+
 def read(
     kinds: Sequence[type], argv: Sequence[str], defaults: Mapping[str, Any], description: str | None
 ) -> tuple[Any, ...]:
@@ -72,12 +82,7 @@ def read(
         ValueError: an unknown argument.
         SystemExit: after `--help`, and for a value that an option refuses.
     """
-    parser = HfArgumentParser(
-        kinds,  # type: ignore[arg-type]  # annotated with a NewType, which no class can match
-        description=description,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,  # `option` would not recognise them
-    )
+    parser = new_parser(kinds, description=description)
     # argparse reads text as if it were on the command line, and leaves lists as they are
     parser.set_defaults(**{name: each if isinstance(each, list) else str(each) for name, each in defaults.items()})
     return parser.parse_args_into_dataclasses(list(argv))

@@ -21,14 +21,11 @@ from .earlier import find_test_images
 from .manifest import SPLITS, check_complete, check_form, compare, copied, first_tasks, new_settings, train_hashes
 from .rows import verify_images
 from .scenarios import SCENARIOS, check_scenario
-from .tasks import ImageItem, Part, Task, TaskImages, by_source, hash_parts
+from .tasks import ImageItem, Part, Parts, Task, TaskImages, by_source, hash_parts, read_entries, write_entries
 
 __all__ = ["ImageItem", "Task", "TaskImages", "TaskStream"]
 
 Data: TypeAlias = datasets.Dataset | datasets.DatasetDict | str | os.PathLike[str]
-Parts: TypeAlias = dict[str, list[Part]]
-
-_OWN = {"classes", "new_classes", *SPLITS}  # what a stream itself knows of a task in a manifest
 
 
 class TaskStream:
@@ -92,7 +89,7 @@ class TaskStream:
 
     @property
     def begins_empty(self) -> bool:
-        """True for a stream that began with `empty`, whatever was appended since."""
+        """Return True for a stream that began with `empty`, whatever was appended since."""
         return self._begun_open and len(self._names_before) == self.num_tasks and not self.classes_after(-1)
 
     def classes_after(self, t: int) -> int:
@@ -213,18 +210,10 @@ class TaskStream:
         if num_tasks is not None:
             settings = first_tasks(settings, check_int("num_tasks", num_tasks, 0, len(settings["tasks"])))
         entries = settings.pop("tasks")
-        tasks = [
-            Task(t, tuple(entry["classes"]), tuple(entry.get("new_classes", entry["classes"])))
-            for t, entry in enumerate(entries)
-        ]
-        parts = {
-            split: [Part.absent(entry[split]["num_images"], entry[split]["sha256"]) for entry in entries]
-            for split in SPLITS
-        }
+        tasks, parts, notes = read_entries(entries)
         if test_dataset is not None:
             found = find_test_images(test_dataset, settings, entries)
             parts["test"] = [there or absent for there, absent in zip(found, parts["test"], strict=True)]
-        notes = [{key: value for key, value in entry.items() if key not in _OWN} for entry in entries]
         return cls(settings, tasks, parts, settings["label_names"], notes, begun_open=True)
 
     def append(
@@ -372,14 +361,7 @@ class TaskStream:
         """
         for split in SPLITS:
             hash_parts(self._parts[split])
-        tasks = []
-        for task, note in zip(self.tasks, self._notes, strict=True):
-            entry: dict[str, Any] = {"classes": list(task.classes)}
-            if task.new_classes != task.classes:
-                entry["new_classes"] = list(task.new_classes)
-            for split in SPLITS:
-                entry[split] = self._parts[split][task.index].entry()
-            tasks.append({**entry, **copied(note)})
+        tasks = write_entries(self.tasks, self._parts, copied(self._notes))
         own = {"num_tasks": self.num_tasks, "num_classes": self.num_classes, "label_names": self.label_names}
         content = {**copied({**self._settings, **own, "class_order": self.class_order}), "tasks": tasks}
         if num_tasks is None or num_tasks == self.num_tasks:

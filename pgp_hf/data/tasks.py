@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from .manifest import SPLITS
 from .rows import ImageRows
 
 
@@ -126,6 +127,7 @@ class Part:
         return {"num_images": self.num_images, "sha256": self.sha256}
 
 
+Parts = dict[str, list[Part]]  # by split, for each task
 Group = tuple[ImageRows, list[Part]]
 
 
@@ -143,3 +145,27 @@ def hash_parts(parts: Iterable[Part]) -> None:
     for source, unknown in by_source(part for part in parts if part.sha256 is None):
         for part, sha256 in zip(unknown, source.digests([part.rows for part in unknown]), strict=True):
             part.sha256 = sha256
+
+
+def read_entries(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Task], Parts, list[dict[str, Any]]]:
+    """Return the tasks in a manifest, their images, all absent, and what else the manifest says of each task."""
+    tasks = [
+        Task(t, tuple(entry["classes"]), tuple(entry.get("new_classes", entry["classes"])))
+        for t, entry in enumerate(entries)
+    ]
+    parts = {
+        split: [Part.absent(entry[split]["num_images"], entry[split]["sha256"]) for entry in entries]
+        for split in SPLITS
+    }
+    known = {"classes", "new_classes", *SPLITS}
+    return tasks, parts, [{key: value for key, value in entry.items() if key not in known} for entry in entries]
+
+
+def write_entries(tasks: Sequence[Task], parts: Parts, notes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the tasks as a manifest has them, from what [`read_entries`] returns; the hashes must be known."""
+    entries = []
+    for task, note in zip(tasks, notes, strict=True):
+        new = {} if task.new_classes == task.classes else {"new_classes": list(task.new_classes)}
+        images = {split: parts[split][task.index].entry() for split in SPLITS}
+        entries.append({"classes": list(task.classes), **new, **images, **note})
+    return entries

@@ -3,8 +3,9 @@
 python -m pgp_hf.hub push OUTPUT_DIR --repo_id OWNER/NAME
 """
 
+from .command_line import main
 from .origin import check_origin, choose_repo, origin_of
-from .push import Outcome, Pushed, PushError, TaskRepo, command, main, missing, push
+from .push import Outcome, Pushed, PushError, TaskRepo, command, missing, push
 from .snapshot import UPLOADED_FILES, listed, snapshot
 
 __all__ = [

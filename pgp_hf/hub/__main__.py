@@ -1,6 +1,6 @@
 """Run the command line: `python -m pgp_hf.hub`."""
 
-from .push import main
+from .command_line import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

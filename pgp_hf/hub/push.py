@@ -10,11 +10,10 @@ stores follow only with `--exemplars`.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -323,57 +322,3 @@ def missing(uploads: Uploads, tasks: int, output_dir: str | Path, repo: TaskRepo
         f"Not on the Hub: {shown}. {reason}\nNothing is lost. This finishes the upload, with the token of HF_TOKEN or "
         f"`hf auth login`:\n  {command(output_dir, repo)}"
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0 if everything is on the Hub, 1 if not."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pgp_hf.hub", description="Share finished tasks on the Hugging Face Hub."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser(
-        "push",
-        help="upload the finished tasks of a run that are missing on the Hub",
-        description="Upload the finished tasks of a run that are missing on the Hub, each as a commit on main and a "
-        "tag task-1, task-2, ... Running it again changes nothing.",
-    )
-    one.add_argument("output_dir", help="the run's folder, which holds task-1, task-2, ...")
-    one.add_argument(
-        "--repo_id", "--repo-id", required=True, help="owner/name, or name alone for a repository of your own"
-    )
-    one.add_argument(
-        "--private",
-        action=argparse.BooleanOptionalAction,
-        help="whether a new repository is private; by default as its owner's settings say",
-    )
-    one.add_argument("--token", help="by default that of HF_TOKEN, or the one that `hf auth login` stored")
-    one.add_argument(
-        "--base_model", "--base-model", help="Hub id of the backbone, if the run loaded it from a local folder"
-    )
-    one.add_argument(
-        "--exemplars",
-        action="store_true",
-        help="also upload training images that the run stores (memory_stores 'images')",
-    )
-    one.add_argument(
-        "--wait",
-        type=float,
-        default=WAIT,
-        help="seconds without progress after which to give up (default: %(default)g)",
-    )
-    args = parser.parse_args(argv)
-    try:
-        push(
-            args.output_dir,
-            args.repo_id,
-            token=args.token,
-            private=args.private,
-            base_model=args.base_model,
-            exemplars=args.exemplars,
-            wait=args.wait,
-            say=lambda line: print(line, flush=True),
-        )
-    except (PushError, ValueError) as error:
-        print(f"error: {error}", flush=True)
-        return 1
-    return 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -29,8 +30,18 @@ from .opening import open_model
 
 if TYPE_CHECKING:
     from ..methods import ContinualMethod
+    from ..training.arguments import PGPTrainingArguments
+    from ..training.trainer import StreamTrainer
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | np.ndarray[Any, Any] | Tensor"
+
+
+_makes_trainers: list[Callable[..., StreamTrainer]] = []  # handed in, since nothing here imports code for training
+
+
+def set_trainer(make: Callable[..., StreamTrainer]) -> None:
+    """Hand in the function behind `PromptClassifier.trainer`: called with a method's name, and from_pretrained's arguments."""
+    _makes_trainers[:] = [make]
 
 
 class Prediction(NamedTuple):
@@ -62,10 +73,11 @@ class PromptClassifier:
         processor: BaseImageProcessor,
         revision: Revision,
         classes: list[int] | None,
+        source: Mapping[str, Any],
     ) -> None:
         self.model, self.processor, self.classes = model, processor, classes
         self.manifest, self.results = revision.manifest, revision.results
-        self._revision = revision
+        self._revision, self._source = revision, source
 
     def __repr__(self) -> str:
         known = self.id2label if self.classes is None else self.classes
@@ -94,6 +106,28 @@ class PromptClassifier:
             ValueError: an adapter that was saved without a run.
         """
         return self._revision.projection()
+
+    def trainer(self, args: PGPTrainingArguments, test_dataset: Any = None, **kwargs: Any) -> StreamTrainer:
+        """Return the trainer that goes on from this revision by `learn`, with a model of its own.
+
+        It is what `PGPTrainer.from_pretrained` returns for the revision or, for other methods, `StreamTrainer`'s.
+
+        Args:
+            args, test_dataset, kwargs: as there.
+
+        Raises:
+            ValueError: an adapter that was saved without a run; see `StreamTrainer.from_pretrained`.
+        """
+        if self.results is None:
+            raise ValueError(f"{self._revision.folder} is an adapter without a run: there is nothing to continue.")
+        method = self._revision.method()
+        source = {**self._source, "processing_class": self.processor, **kwargs}
+        if isinstance(source["backbone"], nn.Module):  # it has the adapter, which another model must not share
+            tuner: Any = self.model.base_model
+            source["backbone"] = copy.deepcopy(tuner).unload()
+        name = "projected_prompts" if method is None else method[1]["name"]
+        (make,) = _makes_trainers
+        return make(name, args=args, test_dataset=test_dataset, **source)
 
     def predict(
         self, images: ImageLike | Iterable[ImageLike], top_k: int = 1, batch_size: int = 32
@@ -190,12 +224,16 @@ def load_pretrained(
     found = Revision.read(folder, revision)
     method = _adjusting_method(found)
     local = Path(repo_or_dir).is_dir()
+    model: Any  # a PreTrainedModel, or a PeftModel
     model, processor = open_model(found, backbone, processor, local, hub, attn_implementation)
     if found.learned:
         stream_model(model).resume_after(found.learned - 1)
     classes = None if eval_mask == "none" else found.seen_classes
     _make_classifier(model, classes, method)
-    return PromptClassifier(model.to(device=device, dtype=dtype).eval(), processor, found, classes)
+    # by its commit, since a branch moves on
+    source = {"run_or_repo": repo_or_dir, "revision": revision if local else folder.name, "backbone": backbone, **hub}
+    model = model.to(device=device, dtype=dtype).eval()
+    return PromptClassifier(model, processor, found, classes, source)
 
 
 def to_image(image: ImageLike) -> PIL.Image.Image:

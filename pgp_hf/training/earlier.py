@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from huggingface_hub.errors import EntryNotFoundError
@@ -103,7 +103,8 @@ class EarlierRun:
         if not revision.whole:
             if not self.stream.is_open or not isinstance(self.model, PeftModel):
                 return revision.weights(expected)
-            before = expected_weights(self.model.get_base_model(), read_adapter(revision).config)
+            base = cast(PreTrainedModel, self.model.get_base_model())
+            before = expected_weights(base, read_adapter(revision).config)
             return _enlarged(revision.weights(before), expected)
         tensors = load_whole(revision).state_dict()
         if self.stream.is_open:

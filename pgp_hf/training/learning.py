@@ -16,7 +16,7 @@ from ..data.stream import Task, TaskStream
 from ..inference.opening import open_model
 from ..methods import ContinualMethod, ProjectedPrompts, create
 from ..models import StreamModel, open_head, stream_model
-from ..runs.folder import MANIFEST, RunFolder
+from ..runs.folder import MANIFEST, PROCESSOR, RunFolder
 from ..runs.open import open_finished
 from ..runs.reading import read_json
 from ..runs.revision import Revision
@@ -128,10 +128,25 @@ def open_for_learning(
             "with all tasks."
         )
     method = saved_method(found)
+    if processor is not None:
+        check_same_size(processor, found)
     local = Path(run_or_repo).is_dir()
     model, processor = open_model(found, backbone, processor, local, hub, trainable=True)
     stream = TaskStream.from_manifest(found.manifest, test_dataset, num_tasks=tasks)
     return Opened(model, method, processor, stream, source)
+
+
+def check_same_size(processor: Any, found: Revision) -> None:
+    """Raise ValueError if an image processor makes images of another size than the run was trained on."""
+    path = found.folder / PROCESSOR
+    saved = read_json(path) if path.exists() else {}
+    own = processor.to_dict() if hasattr(processor, "to_dict") else {}
+    for name in ("size", "crop_size"):
+        if saved.get(name) is not None and name in own and dict(own[name] or {}) != saved[name]:
+            raise ValueError(
+                f"processing_class has {name}={dict(own[name] or {})}, the run was trained with {saved[name]}: prompts and "
+                "statistics belong to that size. Leave processing_class out, or pass one of the same size."
+            )
 
 
 def origin(source: RunFolder, run_or_repo: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftModel
 
@@ -10,10 +10,7 @@ from ..data.stream import TaskStream
 from ..methods import ProjectedPrompts
 from ..projection import Projection, ProjectionConfig
 from .arguments import PGPTrainingArguments
-from .trainer import StreamTrainer
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .trainer import Kind, StreamTrainer
 
 
 class PGPTrainer(StreamTrainer):
@@ -48,12 +45,13 @@ class PGPTrainer(StreamTrainer):
         super().__init__(model, args, stream, ProjectedPrompts(projection), processing_class, **kwargs)
 
     @classmethod
-    def _with_method(
-        cls, model: Any, args: PGPTrainingArguments, stream: TaskStream, method: Any, processor: Any, **kwargs: Any
-    ) -> Self:
+    def with_method(
+        cls: type[Kind], model: Any, args: PGPTrainingArguments, stream: TaskStream, method: Any, **kwargs: Any
+    ) -> Kind:
         if not isinstance(method, ProjectedPrompts):
             raise TypeError(f"this run was trained by the method {method.name!r}: use StreamTrainer.from_pretrained.")
-        return cls(model, args, stream, method.config, processor, **kwargs)
+        make: Any = cls  # which takes a projection where its base takes a method
+        return make(model, args, stream, method.config, **kwargs)
 
     @property
     def projection(self) -> Projection:
@@ -64,3 +62,14 @@ class PGPTrainer(StreamTrainer):
     def tuner(self) -> Any:
         """The prompt tuner inside the `PeftModel`."""
         return self.stream_model
+
+
+def trainer_of(method: str, **source: Any) -> StreamTrainer:
+    """Return the trainer of a finished run.
+
+    Args:
+        method: the registered name of its method.
+        source: arguments of `from_pretrained`.
+    """
+    kind = PGPTrainer if method == ProjectedPrompts.name else StreamTrainer
+    return kind.from_pretrained(**source)

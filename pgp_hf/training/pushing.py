@@ -136,9 +136,15 @@ def check_push(blocking: bool, revision: str | None) -> None:
         )
 
 
-def check_origin(args: PGPTrainingArguments, origin: dict[str, Any] | None, finished: int) -> None:
-    """Raise ValueError if a run that goes on from a revision on the Hub is to be uploaded to where it cannot go."""
+def check_origin(args: PGPTrainingArguments, origin: dict[str, Any] | None, *folders: RunFolder) -> None:
+    """Raise ValueError if a run that goes on from a revision on the Hub is to be uploaded to where it cannot go.
+
+    Args:
+        origin: the revision.
+        folders: hold tasks that the run has finished.
+    """
     if args.push_to_hub and origin:
+        finished = max(folder.finished_tasks() for folder in folders)
         hub.check_origin(args.hub_model_id, origin, finished, args.hub_token)
 
 

@@ -239,6 +239,7 @@ class StreamResults:
         self.drift_lacks = list(results.get("drift_lacks", []))
         self.memory = dict(results.get("memory", self.memory))
         self.continues = results.get("continues")
+        self.trainable_parameters = results.get("trainable_parameters", self.trainable_parameters)
         self.training = dict(results.get("training", {}))
 
 

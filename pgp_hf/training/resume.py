@@ -16,8 +16,9 @@ from ..data.stream import TaskStream
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, load_weights
 from ..runs.atomic import write_tensors
-from ..runs.folder import RunFolder
+from ..runs.folder import MANIFEST, RunFolder
 from ..runs.open import open_run
+from ..runs.reading import read_json
 from ..runs.revision import read_method
 from .arguments import PGPTrainingArguments
 from .earlier import EarlierRun, check_method
@@ -142,6 +143,9 @@ class Resumer:
         A finished one is taken over.
         """
         if self.folder.task(t).is_dir():
+            self.stream.check_manifest(
+                read_json(self.folder.task(t) / MANIFEST), tasks=t + 1
+            )  # before the model grows
             self._take_over(self._earlier(self.folder, going_on=True), t)
             return True, None
         checkpoint = self.folder.last_checkpoint(t)

@@ -186,8 +186,7 @@ class TaskTrainer(Trainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Set the repository's id; the first upload creates it, since a Hub out of reach must not stop the training."""
-        origin = self.results.origin if hasattr(self, "progress") else None  # a `Trainer` asks when it is made
-        self.hub_model_id = self.args.hub_repo(origin).repo_id
+        self.hub_model_id = self.args.hub_repo().repo_id
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Leave checkpoints where they are: `PushTasks` uploads finished tasks."""

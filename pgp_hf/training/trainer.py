@@ -7,7 +7,7 @@ import os
 import shutil
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 from accelerate.utils import set_seed
@@ -26,18 +26,10 @@ from ..methods import ContinualMethod, FineTuning, TaskContext
 from ..models import SelectsPrompts
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
+from . import learning
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
-from .learning import (
-    Room,
-    check_next,
-    check_task,
-    differing,
-    open_for_learning,
-    origin,
-    recorded_settings,
-)
 from .loss import mean_over_step
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
@@ -54,8 +46,7 @@ from .task_trainer import TaskTrainer
 from .views import Passes
 from .writing import write_task
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+Kind = TypeVar("Kind", bound="StreamTrainer")
 
 
 class StreamTrainer(TaskTrainer):
@@ -94,7 +85,7 @@ class StreamTrainer(TaskTrainer):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        model, self._room = Room.of(model, stream)
+        model, self._room = learning.Room.of(model, stream)
         check_model(model, stream, self._room.classes)
         check_arguments({**kwargs, "processing_class": processing_class})
         self.stream = stream
@@ -180,7 +171,9 @@ class StreamTrainer(TaskTrainer):
         self.method.begun = True
         learner, own = self.stream_model, t - self.results.first  # the task's index in the training stream
         self._room.grow(learner, t, self.args.seed)
-        self.results.note_task(self._room.counted(t), recorded_settings(self.args), trainable_parameters(learner))
+        self.results.note_task(
+            self._room.counted(t), learning.recorded_settings(self.args), trainable_parameters(learner)
+        )
         with self.progress.timed("train"):
             self._images = images = self._passes().augmented(own)
             self._context = context = self._passes().context(own)
@@ -212,7 +205,7 @@ class StreamTrainer(TaskTrainer):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Kind],
         run_or_repo: str | os.PathLike[str],
         revision: str | None = None,
         args: PGPTrainingArguments | None = None,
@@ -220,10 +213,11 @@ class StreamTrainer(TaskTrainer):
         *,
         backbone: str | os.PathLike[str] | PreTrainedModel | None = None,
         processing_class: Any = None,
+        token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Kind:
         """Return the trainer of a finished run, which goes on by `learn`. No image of the run is needed.
 
         Model, processor, projection, method, head and results are those of the revision. Its tasks are copied to
@@ -237,7 +231,7 @@ class StreamTrainer(TaskTrainer):
                 without them, the accuracies of old tasks are not measured. See `TaskStream.from_manifest`.
             backbone: the frozen model, or its Hub id or folder, if the revision does not say where it is.
             processing_class: an image processor to use instead of the saved one.
-            cache_dir, local_files_only: as in every `from_pretrained`; the token is `args.hub_token`.
+            token, cache_dir, local_files_only: as in every `from_pretrained`; `args.hub_token` by default.
             kwargs: any other argument of the trainer.
 
         Raises:
@@ -246,42 +240,39 @@ class StreamTrainer(TaskTrainer):
         """
         if args is None:
             raise TypeError("args are missing: pass PGPTrainingArguments(output_dir, ...) for the tasks to come.")
-        place = {"token": args.hub_token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        opened = open_for_learning(run_or_repo, revision, test_dataset, backbone, processing_class, place)
-        trainer = cls._with_method(opened.model, args, opened.stream, opened.method, opened.processor, **kwargs)
-        trainer._go_on(opened.source, origin(opened.source, run_or_repo, revision))
-        return trainer
+        token = args.hub_token if token is None else token
+        place = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        opened = learning.open_for_learning(run_or_repo, revision, test_dataset, backbone, processing_class, place)
+        made = cls.with_method(
+            opened.model, args, opened.stream, opened.method, processing_class=opened.processor, **kwargs
+        )
+        made._go_on(opened.source, learning.origin(opened.source, run_or_repo, revision))
+        return made
 
     @classmethod
-    def _with_method(
-        cls, model: Any, args: PGPTrainingArguments, stream: TaskStream, method: Any, processor: Any, **kwargs: Any
-    ) -> Self:
-        return cls(model, args, stream, method, processor, **kwargs)
+    def with_method(
+        cls: type[Kind], model: Any, args: PGPTrainingArguments, stream: TaskStream, method: Any, **kwargs: Any
+    ) -> Kind:
+        """Return a trainer with the method of a finished run."""
+        return cls(model, args, stream, method, **kwargs)
 
     def _go_on(self, source: RunFolder, origin: dict[str, Any]) -> None:
         """Take over the newest task of a run."""
         self._resumer().go_on(source)
         self._source = source
-        differ = differing(self.results.training, recorded_settings(self.args))
+        differ = learning.differing(self.results.training, learning.recorded_settings(self.args))
         if self.folder.root.resolve() not in (source.root.resolve(), source.root.resolve().parent):
             self.results.continues = origin | ({"continues": own} if (own := self.results.continues) else {})
-        if self.args.push_to_hub:
-            self.init_hf_repo()
+        self.hub_model_id = self.hub_model_id and self.args.hub_repo(self.results.origin).repo_id
         if differ and self.is_world_process_zero():
             print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)
 
     def learn(
-        self,
-        dataset: Any,
-        test_dataset: Any = None,
-        *,
-        resume_from_checkpoint: bool | None = None,
-        **columns: Any,
+        self, dataset: Any, test_dataset: Any = None, *, resume_from_checkpoint: bool | None = None, **columns: Any
     ) -> Task:
         """Learn one more task: classes that nobody foresaw, or new images of known ones.
 
-        The model has room for new classes before it trains, and what it knows of others stays as it is. On an error
-        before training, stream and run are as they were.
+        What the model knows of other classes stays as it is. On an error before training, the run is as it was.
 
         Args:
             dataset, test_dataset, columns: as `TaskStream.append` takes them.
@@ -295,7 +286,9 @@ class StreamTrainer(TaskTrainer):
             ValueError: a dataset, head or method with which this does not work, tasks of the stream that are not
                 learned yet, an `output_dir` that holds another run.
         """
-        check_next(self.stream, self.training_stream, len(self.results.matrix), self.args, self.progress.interrupted)
+        learning.check_next(
+            self.stream, self.training_stream, len(self.results.matrix), self.args, self.progress.interrupted
+        )
         task = self.stream.append(dataset, test_dataset, **columns)
         try:
             finished, checkpoint = self._prepare(task, bool(resume_from_checkpoint))
@@ -311,15 +304,15 @@ class StreamTrainer(TaskTrainer):
     def _prepare(self, task: Task, resume: bool) -> tuple[bool, Path | None]:
         """Check an appended task and make room for it; return whether it is finished, else its last checkpoint."""
         head = self.stream_model.settings().get("head")
-        check_task(self.stream, task, self.method, self.progress.stored, head)
+        learning.check_task(self.stream, task, self.method, self.progress.stored, head)
         if self.args.verify_images and self.is_world_process_zero():
             self.stream.verify(not self.args.disable_tqdm)
         if task.index == 0 and not resume:
             start_new(self.args, self.progress, self.folder)
         self._enter(resume)
-        self.accelerator.wait_for_everyone()
+        found = self._resumer().find(task.index) if resume else (False, None)
         self._room.grow(self.stream_model, task.index, self.args.seed)
-        return self._resumer().find(task.index) if resume else (False, None)
+        return found
 
     def evaluate_stream(self) -> dict[str, Any]:
         """Evaluate every task trained so far, take the figures into `results`, and return the results file's content.
@@ -398,12 +391,11 @@ class StreamTrainer(TaskTrainer):
     def _enter(self, resume: bool = False) -> None:
         """Bring the files of a run that goes on to `output_dir`, unless they are there."""
         if self._source is not None:
-            finished = max(self._source.finished_tasks(), self.folder.finished_tasks() if resume else 0)
-            check_origin(self.args, self.results.origin, finished)
+            check_origin(self.args, self.results.origin, self._source, *([self.folder] if resume else []))
             if self.is_world_process_zero():
                 self._resumer().enter(self._source, resume)
-            self._source = None
-            self.accelerator.wait_for_everyone()
+        self._source = None
+        self.accelerator.wait_for_everyone()
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
@@ -447,7 +439,7 @@ class StreamTrainer(TaskTrainer):
     ) -> hub.Pushed | None:
         """Upload the finished tasks that are not on the Hub yet, as `hub.push` does; None on all but the main process.
 
-        `token` and `private` replace those in `args`. Each task has its own message and card, so no others are used.
+        `token` and `private` replace those in `args`. Each task has its own message and card.
         """
         check_push(blocking, revision)
         return push_now(self.args, self.folder, token, private) if self.is_world_process_zero() else None

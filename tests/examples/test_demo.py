@@ -152,6 +152,23 @@ def test_tasks_learned_as_one_have_no_forgetting(demo):
     assert "Average accuracy 60.0 %." in known and "forgetting" not in known
 
 
+@pytest.mark.parametrize(
+    ("matrix", "said"),
+    [
+        ([[50.0, None], [None, 70.0]], "Average accuracy not measured."),
+        ([[50.0, None], [40.0, None]], "Average accuracy not measured, forgetting 10.0 points."),
+        ([[None, None], [None, None]], "Average accuracy not measured."),
+        ([[None, None], [40.0, 70.0]], "Average accuracy 55.0 %."),
+    ],
+)
+def test_what_was_not_measured_is_said(demo, matrix, said):
+    manifest = {"num_tasks": 2, "tasks": [{"classes": [3, 1]}, {"classes": [0]}]}
+    results = {"accuracy_matrix": matrix, "finished_tasks": 2}
+    names = {i: f"class {i}" for i in range(4)}
+    known = demo.known(SimpleNamespace(id2label=names, manifest=manifest, results=results, classes=[3, 1, 0]))
+    assert "after task 2 of 2, which brought: class 0." in known and said in known
+
+
 def test_an_adapter_without_a_run(demo):
     fake = SimpleNamespace(id2label={0: "a", 1: "b"}, manifest=None, results=None, classes=None)
     assert "2 of 2 classes known" in demo.known(fake) and "without a run" in demo.known(fake)

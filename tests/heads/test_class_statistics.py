@@ -248,3 +248,40 @@ def test_processes_gather_one_task_together():
 
     for earlier, task in processes.run(2, work):
         assert same(earlier, whole, rtol=1e-9) and same(task, expected, rtol=1e-9)
+
+
+# ---- classes that come later -----------------------------------------------------------------------------------------
+
+
+def test_classes_that_come_later_are_classes_known_before():
+    generator = torch.Generator().manual_seed(4)
+    batches = [(torch.randn(12, D, generator=generator), torch.arange(12) % count) for count in (2, 3, 5)]
+    known = ClassStatistics(5, D)
+    grown = ClassStatistics(0, D)
+    for (features, labels), count in zip(batches, (2, 1, 2), strict=True):
+        assert grown.add_classes(count) is grown
+        for statistics in (known, grown):
+            statistics.merge(statistics.fresh().update(features, labels))
+    for name, value in known.state_dict().items():
+        assert torch.equal(grown.state_dict()[name], value)
+    assert torch.equal(grown(batches[0][0]), known(batches[0][0]))
+
+
+def test_classes_that_come_later_leave_the_scores_before():
+    features = torch.randn(30, D, generator=torch.Generator().manual_seed(4))
+    statistics = ClassStatistics(3, D).update(features, torch.arange(30) % 3)
+    before, scatter = statistics(features), statistics.scatter
+    assert torch.equal(statistics(features), before)  # the solution is kept, and made anew below
+    statistics.add_classes(4)
+    after = statistics(features)
+    assert torch.equal(after[:, :3].argmax(-1), before.argmax(-1)) and torch.isneginf(after[:, 3:]).all()
+    assert (after[:, :3] - before).abs().max() <= 1e-6 * before.abs().max() and statistics.scatter is scatter
+    assert statistics.fresh().means.shape == (7, D) and statistics.counts.dtype == torch.int64
+
+
+def test_without_any_class_there_is_nothing_to_say():
+    empty = ClassStatistics(0, D)
+    with pytest.raises(ValueError, match="knows no class yet"):
+        empty(torch.zeros(2, D))
+    with pytest.raises(ValueError, match="labels in 0..0: expected 0..-1"):
+        empty.update(torch.zeros(1, D), torch.zeros(1, dtype=torch.int64))

@@ -21,6 +21,7 @@ from loopback.server import Repo, metadata_errors
 
 from pgp_hf import PGPTrainingArguments, ProjectionConfig
 from pgp_hf.cli import experiment
+from pgp_hf.hub.push import _title
 from pgp_hf.hub.snapshot import is_ours
 from pgp_hf.training.pushing import PushTasks
 
@@ -335,6 +336,18 @@ def test_the_package_is_a_command(hub, home, expected):
     check_complete(hub.repos["me/run"], expected[0])
 
 
+def test_the_console_command_pushes_alike(hub, python, expected):
+    code = "from pgp_hf.cli.main import main; result = main(['push', *argv])"
+    argv = [str(expected[0]), "run", "--private", "--base_model", "me/backbone"]
+    done = python(code, argv=argv)
+    assert done.value == 0, done.out
+    assert done.out.splitlines() == [f"task-{k} uploaded: {hub.url}/me/run/tree/task-{k}" for k in (1, 2, 3)]
+    assert hub.repos["me/run"].private
+    assert python(code, argv=argv).out.count("is there already") == 3
+    refused = python(code, argv=[str(expected[0].parent), "me/run"])
+    assert refused.value == 1 and refused.out.startswith(f"error: {expected[0].parent} holds no finished task")
+
+
 def test_pushing_again_changes_nothing(hub, python, expected):
     argv = [str(expected[0]), "--repo_id", "team/run"]
     plain, hub.lfs = hub.lfs, lambda path: False  # a Hub that takes everything as plain git files
@@ -450,3 +463,12 @@ def test_private_repositories_are_closed_to_strangers(hub, python, expected):
 def test_a_folder_without_tasks(hub, python, tmp_path):
     answer = python(PUSH, argv=[str(tmp_path), "--repo_id", "me/run"])
     assert answer.value == 1 and "holds no finished task" in answer.out and hub.repos == {}
+
+
+@pytest.mark.parametrize(
+    ("average", "lost", "said"),
+    [(71.234, 2.0, "71.23 %, forgetting 2.00"), (71.234, None, "71.23 %"), (None, None, "not measured")],
+)
+def test_a_commit_says_what_was_measured(average, lost, said):
+    results = {"num_tasks": 4, "average_accuracy": average, "forgetting": lost}
+    assert _title(2, results) == f"Task 3 of 4: average accuracy {said}"

@@ -277,15 +277,25 @@ def test_joint_and_fine_tuning_do_not_continue_each_other(run, tmp_path):
             tiny.trainer(folder, method=other()).train(resume_from_checkpoint=True)
 
 
-def test_results_that_were_altered_are_not_continued(run, tmp_path):
+@pytest.mark.parametrize(
+    ("alone", "message"),
+    [
+        (True, "values outside the rows 2 to 2"),
+        (False, "accuracies from task 1 on, this one will have them from task 3 on"),
+    ],
+)
+def test_results_that_were_altered_are_not_continued(run, tmp_path, alone, message):
     folder = tmp_path / "run"
     shutil.copytree(run[1], folder)
     for path in (folder, folder / "task-3"):
         results = content(path)
         results["accuracy_matrix"][:2] = [[50.0, None, None], [50.0, 50.0, None]]
+        if not alone:  # the other entries fit
+            results["per_task_average_accuracy"][:2] = [50.0, 50.0]
+            del results["first_task"]
         (path / "results.json").write_text(json.dumps(results))
     trainer = tiny.trainer(folder, method=Joint())
-    with pytest.raises(ValueError, match="accuracies from task 1 on, this one will have them from task 3 on"):
+    with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=True)
     assert not trainer.results.matrix
 

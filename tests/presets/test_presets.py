@@ -103,6 +103,7 @@ def test_l2p_is_as_in_the_table(capsys, name):
         "pool_size": 10,
         "prompt_length": length,
         "top_k": top_k,
+        "grow_pool": None,
         "pull_constraint_coeff": 0.1,
         "head_type": head,
         "batchwise_prompt": False,  # predictions depend on their own image alone; see `differs`

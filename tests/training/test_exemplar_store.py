@@ -29,8 +29,9 @@ class Losing(StreamCallback):
 
 def lose(stream, tasks):
     """Leave the rows of the first tasks' training images without an image."""
-    source, rows = stream._splits["train"]
-    gone, encoded = {row for part in rows[:tasks] for row in part.tolist()}, source.encoded
+    parts = stream._parts["train"]  # all of one source
+    source = parts[0].source
+    gone, encoded = {row for part in parts[:tasks] for row in part.rows.tolist()}, source.encoded
     source.encoded = lambda asked: [
         None if row in gone else found for row, found in zip(asked, encoded(asked), strict=True)
     ]

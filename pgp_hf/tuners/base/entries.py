@@ -120,6 +120,7 @@ class TaskEntryTuner(PromptTuner):
         if task >= config.entries:
             extra = range(config.entries, task + 1)
             add_entries(self._entries(), self.adapter, extra, self._fresh, seed)
+            config.learned_entries = config.learned_entries or config.entries  # prediction chooses as it did
             config.added_entries = (config.added_entries or 0) + len(extra)
 
     @torch.no_grad()

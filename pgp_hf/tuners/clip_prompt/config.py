@@ -37,7 +37,8 @@ class ClipPromptConfig(PoolConfig):
         hidden_size, target_modules, exclude_modules: filled in when the adapter is added; leave them out.
 
     Raises:
-        ValueError: sizes that are negative; class names and tokens that do not agree.
+        ValueError: sizes that are negative; class names and tokens that do not agree; a template without a place for
+            the name.
     """
 
     method_name = "CLIP_PROMPT"
@@ -65,6 +66,9 @@ class ClipPromptConfig(PoolConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(text_length=0, image_length=0)
+        if self.template is not None and (self.template.count("{}"), self.template.count("{")) != (1, 1):
+            # nothing else that `str.format` knows: the template may come from anybody's file
+            raise ValueError(f"template={self.template!r:.80}: expected a text with one {{}} for the class name.")
         names, tokens = self.id2label or {}, self.class_tokens or []
         if len(names) != len(tokens):
             raise ValueError(
@@ -105,5 +109,5 @@ class ClipPromptConfig(PoolConfig):
 
 def tokenize(tokenizer: Any, names: Sequence[str], template: str | None) -> list[list[int]]:
     """Return the token ids of class names, start and end tokens included; underscores are read as blanks."""
-    texts = [(template or "{}").format(name.replace("_", " ")) for name in names]
+    texts = [(template or "{}").replace("{}", name.replace("_", " ")) for name in names]
     return [list(tokens) for tokens in tokenizer(texts)["input_ids"]] if texts else []

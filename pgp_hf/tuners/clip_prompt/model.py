@@ -158,12 +158,13 @@ class ClipPromptModel(TaskEntryTuner):
         """
         if self._tokenizer is None:
             config = self.adapter_config
-            source = config.base_model_name_or_path or self.model.name_or_path
+            source = self.model.name_or_path or config.base_model_name_or_path
+            pinned = config.revision if source == config.base_model_name_or_path else None
             try:
                 if not source:
                     raise OSError("nothing says where the backbone came from")
                 self._tokenizer = AutoTokenizer.from_pretrained(
-                    source, revision=config.revision or "main", trust_remote_code=False
+                    source, revision=pinned or "main", trust_remote_code=False
                 )
             except (OSError, ValueError, KeyError) as error:
                 raise ValueError(

@@ -1,0 +1,120 @@
+"""Classify images with a finished run: a folder that a training left, or a repository on the Hub.
+
+    pgp-hf predict out/l2p_pgp photo.jpg folder/of/images --top_k 3
+    pgp-hf predict me/l2p-pgp-cifar100 photos --revision task-3 --json_lines > predictions.jsonl
+
+Folders are searched for images, including subfolders. Neither a task id nor the training packages are needed. Files
+that cannot be read are named at the end, and the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ..inference import Prediction, PromptClassifier, load_pretrained, to_image
+from .folders import image_files
+
+PROGRESS_FROM = 20  # with fewer images, a progress bar would be gone before it is read
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = __doc__) -> int:
+    """Print the predictions; return 1 if the model or a file was refused.
+
+    Args:
+        argv: the command line without the program, `sys.argv[1:]` by default.
+        prog: name of the program in its help.
+        description: shown by `--help`.
+    """
+    args = _parse(argv, prog, description)
+    files, errors = _find(args.images)
+    try:
+        classifier = load_pretrained(
+            args.model, args.revision, backbone=args.backbone, device=args.device, token=args.token
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    width = max((len(str(file)) for file in files), default=0)
+    for file, prediction in _classify(classifier, files, errors, args.top_k, args.batch_size):
+        if args.json_lines:
+            found = {"image": str(file), "predictions": prediction.labels}
+            lines = [json.dumps(found if prediction.prompts is None else {**found, "prompts": prediction.prompts})]
+        else:
+            named = [f"{label['score']:7.2%}  {label['label']}" for label in prediction.labels]
+            lines = [f"{str(file) if i == 0 else '':{width}}  {line}" for i, line in enumerate(named)]
+        tqdm.write("\n".join(lines), file=sys.stdout)  # above the bar, where there is one
+    sys.stdout.flush()
+    for message in errors:
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def _parse(argv: Sequence[str] | None, prog: str | None, description: str | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a run's folder, one of its task folders, or a repository on the Hub")
+    parser.add_argument("images", nargs="+", type=Path, help="image files and folders of images")
+    parser.add_argument("--revision", help="task-1, task-2, ...: the state after that task (default: the last)")
+    parser.add_argument("--backbone", help="Hub id or folder of the frozen model, if the run does not name it")
+    parser.add_argument("--top_k", type=_positive, default=1, help="number of classes to name per image (default: 1)")
+    parser.add_argument(
+        "--batch_size", type=_positive, default=32, help="number of images in a forward pass (default: 32)"
+    )
+    parser.add_argument("--json_lines", action="store_true", help="print one JSON object per line instead of a table")
+    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: a GPU if there is one)")
+    parser.add_argument("--token", help="for a private repository; by default that of HF_TOKEN or `hf auth login`")
+    args = parser.parse_args(argv)
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
+
+
+def _positive(text: str) -> int:
+    """Parse a whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def _find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Return the image files among `paths`, with folders searched by file ending, and errors about the other paths."""
+    files, errors = [], []
+    for path in paths:
+        if path.is_dir():
+            inside = image_files(path)
+            files += inside
+            if not inside:
+                errors.append(f"{path} holds no images.")
+        elif path.is_file():
+            files.append(path)
+        else:
+            errors.append(f"{path} does not exist.")
+    return list(dict.fromkeys(files)), errors
+
+
+def _classify(
+    classifier: PromptClassifier, files: Sequence[Path], errors: list[str], top_k: int, batch_size: int
+) -> Iterator[tuple[Path, Prediction]]:
+    """Yield each file that can be read with its prediction, batch by batch; add an error for each that cannot."""
+    with tqdm(total=len(files), unit="img", file=sys.stderr, disable=len(files) < PROGRESS_FROM) as bar:
+        for start in range(0, len(files), batch_size):
+            batch = files[start : start + batch_size]
+            read: dict[Path, Image.Image] = {}
+            for file in batch:
+                try:
+                    read[file] = to_image(file)
+                except ValueError as error:
+                    errors.append(str(error))
+            yield from zip(read, classifier.classify(list(read.values()), top_k, batch_size), strict=True)
+            bar.update(len(batch))

@@ -1,0 +1,71 @@
+"""Run uploads from a command line: the options of a push, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from .push import WAIT, PushError, push
+
+PUSH = (
+    "Upload the finished tasks of a run that are missing on the Hub, each as a commit on main and a tag task-1, task-2, "
+    "... Running it again changes nothing."
+)
+REPO_ID = "owner/name, or name alone for a repository of your own"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a push, but for the run and the repository."""
+    parser.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        help="whether a new repository is private; by default as its owner's settings say",
+    )
+    parser.add_argument("--token", help="by default that of HF_TOKEN, or the one that `hf auth login` stored")
+    parser.add_argument(
+        "--base_model", "--base-model", help="Hub id of the backbone, if the run loaded it from a local folder"
+    )
+    parser.add_argument(
+        "--exemplars",
+        action="store_true",
+        help="also upload training images that the run stores (memory_stores 'images')",
+    )
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=WAIT,
+        help="seconds without progress after which to give up (default: %(default)g)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Upload `args.output_dir` to `args.repo_id`; return 0 if everything is on the Hub, 1 if not."""
+    try:
+        push(
+            args.output_dir,
+            args.repo_id,
+            token=args.token,
+            private=args.private,
+            base_model=args.base_model,
+            exemplars=args.exemplars,
+            wait=args.wait,
+            say=lambda line: print(line, flush=True),
+        )
+    except (PushError, ValueError) as error:
+        print(f"error: {error}", flush=True)
+        return 1
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `python -m pgp_hf.hub`; return 0 if everything is on the Hub, 1 if not."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pgp_hf.hub", description="Share finished tasks on the Hugging Face Hub."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    help = "upload the finished tasks of a run that are missing on the Hub"
+    one = commands.add_parser("push", help=help, description=PUSH)
+    one.add_argument("output_dir", help="the run's folder, which holds task-1, task-2, ...")
+    one.add_argument("--repo_id", "--repo-id", required=True, help=REPO_ID)
+    add_options(one)
+    return run(parser.parse_args(argv))
