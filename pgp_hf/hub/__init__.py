@@ -4,6 +4,7 @@ python -m pgp_hf.hub push OUTPUT_DIR --repo_id OWNER/NAME
 """
 
 from .command_line import main
+from .origin import check_origin, choose_repo, origin_of
 from .push import Outcome, Pushed, PushError, TaskRepo, command, missing, push
 from .snapshot import UPLOADED_FILES, listed, snapshot
 
@@ -13,10 +14,13 @@ __all__ = [
     "PushError",
     "Pushed",
     "TaskRepo",
+    "check_origin",
+    "choose_repo",
     "command",
     "listed",
     "main",
     "missing",
+    "origin_of",
     "push",
     "snapshot",
 ]

@@ -11,7 +11,6 @@ stores follow only with `--exemplars`.
 from __future__ import annotations
 
 import hashlib
-import re
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from ..runs.folder import EXEMPLARS, MODEL, MODEL_CONFIG, RESULTS, RunFolder
 from ..runs.reading import read_json
+from .origin import origin_of, task_numbers
 from .queue import Refused, Uploads, explain
 from .snapshot import CARD, UPLOADED_FILES, is_ours, listed, snapshot
 
@@ -49,12 +49,14 @@ class Pushed:
         uploaded: tags that are new.
         present: tags that were there before.
         left_out: tags of tasks whose weights the run has not kept, see `save_full_weights` of the training arguments.
+        elsewhere: tags of tasks that are in the repository that the run goes on from.
     """
 
     repo_id: str
     uploaded: list[str]
     present: list[str]
     left_out: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
 
 
 class Outcome(Enum):
@@ -63,6 +65,7 @@ class Outcome(Enum):
     UPLOADED = "uploaded"
     PRESENT = "is there already"
     LEFT_OUT = "left out, since the run has not kept its weights"
+    ELSEWHERE = "left out, since it is in the repository that the run goes on from"
 
 
 # ---- one repository ---------------------------------------------------------------------------------------------------
@@ -77,8 +80,9 @@ class TaskRepo:
         token: as everywhere in `huggingface_hub`; `HF_TOKEN` or the stored one by default.
         private: whether a new repository is private; by default, as its owner's settings say.
         base_model: Hub id of a backbone that was loaded from a local folder.
-        new_run: whether the run is just starting, so that the repository must not hold any task yet.
+        new_run: whether the run is just starting, so that the repository must not hold any task of it yet.
         exemplars: whether training images that the run stores are uploaded too.
+        origin: the revision that the run goes on from, if it is on the Hub: its tasks are not uploaded.
     """
 
     repo_id: str
@@ -87,6 +91,7 @@ class TaskRepo:
     base_model: str | None = None
     new_run: bool = False
     exemplars: bool = False
+    origin: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("repo_id", self.repo_id), ("base_model", self.base_model)):
@@ -102,6 +107,11 @@ class TaskRepo:
         """Return the address of the repository."""
         return f"{self._api.endpoint}/{self.repo_id}"
 
+    @property
+    def begins(self) -> int:
+        """Return the 0-based index of the first task to upload."""
+        return self.origin["tasks"] if self.origin else 0
+
     def create(self) -> None:
         """Create the repository unless it exists, and set `repo_id` to its full id.
 
@@ -114,15 +124,16 @@ class TaskRepo:
                 f"{self.repo_id} exists and is public, which private=True does not change: make it private in its "
                 "settings, choose another repository, or leave private out."
             )
-        held = sorted(tag for tag in self._tags() if re.fullmatch(r"task-\d+", tag)) if self.new_run else []
+        held = [n for n in task_numbers(self._tags()) if n > self.begins] if self.new_run else []
         if held:
+            begins = f"goes on after task-{self.begins}" if self.begins else "is a new one"
             raise Refused(
-                f"{self.repo_id} already holds a run (tag {held[0]}), and this is a new one: choose another repository, or "
-                f"delete the old tags first (hf repos tag delete {self.repo_id} {held[0]}, and so on)."
+                f"{self.repo_id} already holds a run (tag task-{held[0]}), and this {begins}: choose another repository, or "
+                f"delete the old tags first (hf repos tag delete {self.repo_id} task-{held[0]}, and so on)."
             )
 
     def put(self, t: int, folder: Path) -> Outcome:
-        """Upload the task with 0-based index t from `folder` unless it is there, or its weights are gone.
+        """Upload the task with 0-based index t from `folder` unless it is there or elsewhere, or its weights are gone.
 
         Afterwards `main` holds exactly this task's files, and files of other kinds as before. A commit whose answer was
         lost is not made twice, and `main` is not overwritten if somebody else has moved it in the meantime.
@@ -131,6 +142,8 @@ class TaskRepo:
             Refused: the tag exists with other content, or `main` holds later tasks.
         """
         tag, tags = f"task-{t + 1}", self._tags()
+        if t < self.begins and tag not in tags:
+            return Outcome.ELSEWHERE
         with tempfile.TemporaryDirectory(prefix="pgp_hf-") as copy, disable_progress_bars():
             files = snapshot(
                 folder, Path(copy), repo_id=self.repo_id, base_model=self.base_model, exemplars=self.exemplars
@@ -141,7 +154,7 @@ class TaskRepo:
                 return Outcome.PRESENT
             if MODEL_CONFIG in wanted and MODEL not in wanted:
                 return Outcome.LEFT_OUT
-            later = sorted(name for name in tags if re.fullmatch(r"task-\d+", name) and int(name[5:]) > t + 1)
+            later = [f"task-{n}" for n in task_numbers(tags) if n > t + 1]
             commit = self._find(t, wanted) if later else self._head(t, wanted)
             if commit is None:
                 raise Refused(
@@ -252,6 +265,8 @@ def push(
 
     Connection errors, time-outs and 5xx answers are retried with exponential backoff.
 
+    A run that goes on from a revision on the Hub uploads the tasks after it.
+
     Args:
         output_dir: the run's folder.
         repo_id, token, private, base_model, exemplars: as for [`TaskRepo`].
@@ -266,13 +281,13 @@ def push(
     tasks = folder.finished_tasks()
     if not tasks:
         raise ValueError(f"{folder.root} holds no finished task (task-1): give the output_dir of a run.")
-    repo = TaskRepo(repo_id, token, private, base_model, exemplars=exemplars)
+    repo = TaskRepo(repo_id, token, private, base_model, exemplars=exemplars, origin=origin_of(folder))
     tags: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
 
     def put(t: int) -> None:
         outcome = repo.put(t, folder.task(t))
         tags[outcome].append(f"task-{t + 1}")
-        where = "" if outcome == Outcome.LEFT_OUT else f": {repo.url}/tree/task-{t + 1}"
+        where = f": {repo.url}/tree/task-{t + 1}" if outcome in (Outcome.UPLOADED, Outcome.PRESENT) else ""
         say(f"task-{t + 1} {outcome.value}{where}")
 
     # silent on the way, since the error below reports everything
@@ -283,8 +298,8 @@ def push(
         done = uploads.done
     uploads.close()
     if uploads.done < tasks:
-        raise PushError(missing(uploads, tasks, command(folder.root, repo)))
-    return Pushed(repo.repo_id, tags[Outcome.UPLOADED], tags[Outcome.PRESENT], tags[Outcome.LEFT_OUT])
+        raise PushError(missing(uploads, tasks, folder.root, repo))
+    return Pushed(repo.repo_id, *tags.values())
 
 
 def command(output_dir: str | Path, repo: TaskRepo) -> str:
@@ -296,12 +311,14 @@ def command(output_dir: str | Path, repo: TaskRepo) -> str:
     return shlex.join(parts)
 
 
-def missing(uploads: Uploads, tasks: int, finish: str) -> str:
-    """Return a report of the tasks that are not on the Hub, with the command that uploads them."""
-    names = [f"task-{t + 1}" for t in range(uploads.done, tasks)]
+def missing(uploads: Uploads, tasks: int, output_dir: str | Path, repo: TaskRepo) -> str:
+    """Return a report of the tasks that are not on the Hub, with the command that uploads them; empty if all are there."""
+    names = [f"task-{t + 1}" for t in range(max(uploads.done, repo.begins), tasks)]
+    if not names:
+        return ""
     shown = ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
     reason = "The upload has not finished." if uploads.error is None else explain(uploads.error, uploads.token)
     return (
         f"Not on the Hub: {shown}. {reason}\nNothing is lost. This finishes the upload, with the token of HF_TOKEN or "
-        f"`hf auth login`:\n  {finish}"
+        f"`hf auth login`:\n  {command(output_dir, repo)}"
     )

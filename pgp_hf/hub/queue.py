@@ -93,7 +93,7 @@ class Uploads:
                 prepared = self._prepared
                 attempt = partial(self._put, self.done) if prepared else self._prepare
             try:
-                _within(ATTEMPT, attempt)
+                within(ATTEMPT, attempt)
             except Exception as error:  # no failed upload may stop the training
                 lasting = not is_transient(error)
                 with self._changed:
@@ -114,7 +114,7 @@ class Uploads:
                     self._changed.notify_all()
 
 
-def _within(seconds: float, attempt: Callable[[], object]) -> None:
+def within(seconds: float, attempt: Callable[[], object]) -> None:
     """Call `attempt` on a new daemon thread; raise TimeoutError if it takes longer, and leave it running."""
     errors: list[Exception] = []
 

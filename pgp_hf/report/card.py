@@ -117,7 +117,7 @@ def render_card(
         code=_code(run, source, own_processor),
         bring=_bring(run, source, own_processor),
         weights_may_go=run.whole and source.tag is None,
-        **_opening(run),
+        **_opening(run, repo_id),
         **_protocol(run, processor),
         **_numbers(run),
     )
@@ -270,7 +270,7 @@ def _bring(run: _Run, source: Source, own_processor: bool) -> str | None:
     return f"The backbone was {found}: insert its path in the code above."
 
 
-def _opening(run: _Run) -> dict[str, Any]:
+def _opening(run: _Run, repo_id: str | None) -> dict[str, Any]:
     """Return the template's values for what was trained, and how."""
     tasks: Sequence[Mapping[str, Any]] = run.manifest.get("tasks") or []
     known = len({label for task in tasks[: run.trained] for label in task.get("classes") or []})
@@ -285,7 +285,7 @@ def _opening(run: _Run) -> dict[str, Any]:
         "trained": run.trained,
         "as_one": run.as_one,
         "known": known,
-        "origin": describe_origin(run.results),
+        "origin": describe_origin(run.results, repo_id),
         "statistics": run.config.get("head") == "statistics",
         "compensated": _compensated(run),
     }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Resampling
 
 from ..data.scenarios import Scenario
+from ..runs.checks import origin_on_hub
 from .formatting import MISSING, as_number, as_text, is_number
 from .names import is_hub_id, name_dataset, public_name
 
@@ -165,10 +166,18 @@ def tasks_without_drift(results: Mapping[str, Any]) -> str | None:
     return " and ".join(filter(None, [", ".join(lacking[:-1]), lacking[-1]])) if lacking else None
 
 
-def describe_origin(results: Mapping[str, Any]) -> str | None:
-    """Say in Markdown which revision the run goes on from; None for a run from its first task."""
-    origin = results.get("continues")
-    if not origin:
+def describe_origin(results: Mapping[str, Any], repo_id: str | None = None) -> str | None:
+    """Say in Markdown which revision the run goes on from; None for a run from its first task.
+
+    Args:
+        results: content of `results.json`.
+        repo_id: the repository that the card is for; a revision in the same repository is not mentioned.
+    """
+    newest = results.get("continues")
+    origin = origin_on_hub(results)
+    while origin and origin["repo"] == repo_id:
+        newest, origin = origin.get("continues"), origin_on_hub(origin)
+    if not (origin := origin or newest):
         return None
     repo, revision, tasks = origin.get("repo"), origin["revision"], origin["tasks"]
     if not is_hub_id(repo):
@@ -183,11 +192,11 @@ def describe_origin(results: Mapping[str, Any]) -> str | None:
 
 def earlier_revisions(results: Mapping[str, Any]) -> dict[int, str]:
     """Return by 0-based index the addresses of tasks' revisions in the repositories that the run goes on from."""
-    origin, found = results.get("continues"), {}
+    origin, found = origin_on_hub(results), {}
     while origin:
-        before = origin.get("continues") or {}
-        if is_hub_id(origin.get("repo")):
-            own = range(before.get("tasks", 0), origin["tasks"])
+        before = origin_on_hub(origin)  # whose tasks were not copied
+        if is_hub_id(origin["repo"]):
+            own = range(before["tasks"] if before else 0, origin["tasks"])
             found.update({t: f"{_address(origin['repo'])}/tree/task-{t + 1}" for t in own})
         origin = before
     return found

@@ -64,6 +64,17 @@ def first_task(results: Mapping[str, Any]) -> int:
     return next((i for i, row in enumerate(matrix) if any(value is not None for value in row or ())), 0)
 
 
+def origin_on_hub(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the newest revision on the Hub that a run goes on from, be it through local folders; None if there is none.
+
+    The tasks of that revision are in its repository, or linked there.
+    """
+    origin = results.get("continues")
+    while origin and not origin.get("repo"):
+        origin = origin.get("continues")
+    return origin or None
+
+
 def check_basis(name: str, shape: tuple[int, ...], parameter: tuple[int, ...] | None, info: Any, path: Path) -> None:
     """Raise ValueError unless a basis `(*batch, n, r)` fits its parameter and its description."""
     if parameter is None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..projection import Projection, ProjectionConfig
+from .checks import origin_on_hub
 from .folder import RunFolder, config_name
 from .revision import Revision
 from .sources import TASK, locate
@@ -60,12 +61,12 @@ def open_run(where: str | Path, **hub: Any) -> RunFolder:
     repo, at, revision = str(where).rpartition("@")
     if at and not folder.exists():
         folder = locate(repo, revision, card=True, **hub)
-        return RevisionRun(
-            folder,
-            _finished_tasks(folder, revision),
-            folder,
-            lambda t: locate(repo, f"task-{t + 1}", card=True, **hub),
-        )
+        results = Revision.read(folder, revision).results or {}
+
+        def earlier(t: int) -> Path:
+            return locate(_repo_of(t, repo, results), f"task-{t + 1}", card=True, **hub)
+
+        return RevisionRun(folder, _finished_tasks(folder, revision), folder, earlier)
     run = RunFolder(folder)
     if run.is_empty() and (folder / config_name(folder)).is_file():
         folder = locate(folder)
@@ -104,6 +105,16 @@ def load_projection_config(repo_or_dir: str | Path, revision: str | None = None,
 def load_projection(repo_or_dir: str | Path, revision: str | None = None, **hub: Any) -> Projection:
     """Read a revision's projection with its bases: `Projection.from_pretrained`."""
     return Revision.read(locate(repo_or_dir, revision, **hub), revision).projection()
+
+
+def _repo_of(t: int, repo: str, results: Mapping[str, Any]) -> str:
+    """Return the repository that has the 0-based task t of a run: its own, or that of a revision that it goes on from."""
+    origin = origin_on_hub(results)
+    while origin and t < origin["tasks"]:
+        repo, origin = origin["repo"], origin_on_hub(origin)
+        if Path(repo).is_dir():
+            raise ValueError(f"task {t + 1} is in the repository {repo!r}, and here is a folder of that name.")
+    return repo
 
 
 def _finished_tasks(folder: Path, revision: str | None = None) -> int:

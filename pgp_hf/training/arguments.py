@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from ..hub import TaskRepo
+from ..hub import TaskRepo, choose_repo
 
 
 @dataclass
@@ -123,7 +122,10 @@ class PGPTrainingArguments(TrainingArguments):
     )
     hub_model_id: str | None = field(
         default=None,
-        metadata={"help": "repository to upload to: owner/name, or name for your own; output_dir's name by default"},
+        metadata={
+            "help": "repository to upload to: owner/name, or name for your own; by default output_dir's name or, where the "
+            "run goes on from the newest revision of a repository on the Hub that the token may write to, that repository"
+        },
     )
     hub_private_repo: bool | None = field(
         default=None,
@@ -217,15 +219,21 @@ class PGPTrainingArguments(TrainingArguments):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
 
-    def hub_repo(self, new_run: bool = False) -> TaskRepo:
-        """Return the repository to upload to: `hub_model_id`, or the token's user and the name of `output_dir`."""
+    def hub_repo(self, origin: dict[str, Any] | None = None, new_run: bool = False) -> TaskRepo:
+        """Return the repository to upload to: `hub_model_id`, or the token's user and the name of `output_dir`.
+
+        Args:
+            origin: the revision on the Hub that the run goes on from, whose repository is then the default.
+            new_run: as `TaskRepo` has it.
+        """
         return TaskRepo(
-            self.hub_model_id or Path(str(self.output_dir)).absolute().name,
+            choose_repo(self.hub_model_id, str(self.output_dir), origin),
             token=self.hub_token,
             private=self.hub_private_repo,
             base_model=self.hub_base_model,
             new_run=new_run,
             exemplars=self.hub_exemplars,
+            origin=origin,
         )
 
     def check_hub(self) -> None:

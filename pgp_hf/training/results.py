@@ -16,7 +16,7 @@ from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskImages
 from ..methods import ContinualMethod
 from ..methods.memory import rgb_bytes
-from ..runs.checks import finished_tasks, first_task
+from ..runs.checks import finished_tasks, first_task, origin_on_hub
 from ..version import __version__
 
 
@@ -110,6 +110,11 @@ class StreamResults:
     memory: dict[str, int] = field(default_factory=lambda: {"images": 0, "bytes": 0})
     continues: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """Return the newest revision on the Hub that the run goes on from, None if there is none."""
+        return origin_on_hub({"continues": self.continues})
 
     def measure_method(self, method: ContinualMethod, task: int, images_of: Callable[[int], TaskImages]) -> None:
         """Note the rank and the memory of a method that has just ended a task; `images_of` returns those of a task."""

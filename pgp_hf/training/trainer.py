@@ -32,7 +32,7 @@ from .callbacks import FollowTraining, StreamProgress
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
 from .loss import mean_over_step
 from .progress import Progress, task_seed
-from .pushing import PushTasks, check_push, push_now
+from .pushing import PushTasks, check_origin, check_push, push_now
 from .resume import Resumer, start_new
 from .setup import (
     check_arguments,
@@ -117,7 +117,7 @@ class StreamTrainer(TaskTrainer):
         self.add_callback(FollowTraining(learner, lambda: (self._images, self.train_dataset)))
         if self.args.push_to_hub:
             self.args.check_hub()  # set_push_to_hub() comes after the arguments' own checks
-            self.add_callback(PushTasks())
+            self.add_callback(PushTasks(lambda: self.results.origin))
         if not self.args.disable_tqdm:
             self.pop_callback(ProgressCallback)
             self.add_callback(StreamProgress())
@@ -263,6 +263,7 @@ class StreamTrainer(TaskTrainer):
         differ = learning.differing(self.results.training, learning.recorded_settings(self.args))
         if self.folder.root.resolve() not in (source.root.resolve(), source.root.resolve().parent):
             self.results.continues = origin | ({"continues": own} if (own := self.results.continues) else {})
+        self.hub_model_id = self.hub_model_id and self.args.hub_repo(self.results.origin).repo_id
         if differ and self.is_world_process_zero():
             print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)
 
@@ -294,10 +295,10 @@ class StreamTrainer(TaskTrainer):
         except BaseException:
             self.stream.withdraw()
             raise
+        self._fire("on_stream_begin", first_task=task.index + finished)
         if not finished:
-            self._fire("on_stream_begin", first_task=task.index)
             self.train_task(task.index, None if checkpoint is None else str(checkpoint))
-            self._fire("on_stream_end", results=self.results.to_dict())
+        self._fire("on_stream_end", results=self.results.to_dict())
         return task
 
     def _prepare(self, task: Task, resume: bool) -> tuple[bool, Path | None]:
@@ -389,8 +390,10 @@ class StreamTrainer(TaskTrainer):
 
     def _enter(self, resume: bool = False) -> None:
         """Bring the files of a run that goes on to `output_dir`, unless they are there."""
-        if self._source is not None and self.is_world_process_zero():
-            self._resumer().enter(self._source, resume)
+        if self._source is not None:
+            check_origin(self.args, self.results.origin, self._source, *([self.folder] if resume else []))
+            if self.is_world_process_zero():
+                self._resumer().enter(self._source, resume)
         self._source = None
         self.accelerator.wait_for_everyone()
 

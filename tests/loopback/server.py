@@ -117,6 +117,7 @@ class Fault:
     delay: float = 0.0  # seconds before the request is looked at
     gate: threading.Event | None = None  # no answer until it is set
     message: str = "injected fault"
+    code: str = ""  # the name that the Hub gives the error, such as "GatedRepo"
     times: int | None = 1
     hits: int = 0
 
@@ -250,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._cut()
         self.body = self.body or self._read()
         if fault is not None and fault.status is not None:
-            return self._send(_error(fault.status, fault.message))
+            return self._send(_error(fault.status, fault.message, fault.code))
         try:
             with self.server.lock:
                 if match is None:
@@ -374,6 +375,14 @@ class _Handler(BaseHTTPRequestHandler):
                 "siblings": [{"rfilename": path} for path in commit.tree],
             },
         )
+
+    def auth_check(self) -> None:
+        self._repo()
+        raise _Reply(200)
+
+    def auth_check_write(self) -> None:
+        self._repo(write=True)
+        raise _Reply(200)
 
     def refs(self) -> None:
         repo = self._repo()
@@ -552,6 +561,8 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", r"/api/validate-yaml", _Handler.validate_yaml),
     ("GET", _API, _Handler.info),
     ("GET", _API + r"/revision/(?P<revision>[^/]+)", _Handler.info),
+    ("GET", _API + r"/auth-check", _Handler.auth_check),
+    ("GET", _API + r"/auth-check/write", _Handler.auth_check_write),
     ("GET", _API + r"/refs", _Handler.refs),
     ("GET", _API + r"/commits/(?P<revision>[^/]+)", _Handler.commits),
     ("GET", _API + r"/tree/(?P<revision>[^/]+)", _Handler.tree),
