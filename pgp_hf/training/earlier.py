@@ -138,10 +138,7 @@ class EarlierRun:
         ]
         if kinds[0] != kinds[1]:
             raise ValueError(f"{folder} holds {kinds[0]}, and this model is {kinds[1]}: continue with the same.")
-        settings = self.learner.settings()
-        if self.stream.is_open:
-            settings.pop("pool_size", None)  # it grows
-        _compare("adapter", folder, revision.config, settings)
+        _compare("adapter", folder, revision.config, self.learner.settings())
         return revision
 
     def _method_state(self, revision: Revision) -> MethodState | None:
