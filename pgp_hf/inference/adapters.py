@@ -96,11 +96,20 @@ def _read_lora(fields: dict[str, Any], manifest: dict[str, Any] | None) -> Adapt
     return Adapter(LoraConfig(**fields), dict(enumerate(manifest["label_names"])), "AutoModelForImageClassification")
 
 
-def expected_weights(base: PreTrainedModel, config: PeftConfig) -> dict[str, Tensor]:
-    """Return the adapter's tensors on this backbone, on the meta device; the backbone is not touched."""
+def expected_weights(
+    base: PreTrainedModel, config: PeftConfig, names: dict[int, str] | None = None
+) -> dict[str, Tensor]:
+    """Return the adapter's tensors on this backbone, on the meta device; the backbone is not touched.
+
+    Args:
+        names: of the classes that its head has; those of the backbone by default.
+    """
+    own = copy.deepcopy(base.config)
+    if names is not None:
+        own.id2label = names
     try:
         with torch.device("meta"):
-            return weights(wrap(type(base)(copy.deepcopy(base.config)), copy.deepcopy(config)))
+            return weights(wrap(type(base)(own), copy.deepcopy(config)))
     except UNFIT as error:
         raise ValueError(f"the adapter does not fit this {type(base).__name__}: {error}") from error
 

@@ -104,7 +104,8 @@ class EarlierRun:
             if not self.stream.is_open or not isinstance(self.model, PeftModel):
                 return revision.weights(expected)
             base = cast(PreTrainedModel, self.model.get_base_model())
-            before = expected_weights(base, read_adapter(revision).config)
+            adapter = read_adapter(revision)
+            before = expected_weights(base, adapter.config, adapter.class_names)
             return _enlarged(revision.weights(before), expected)
         tensors = load_whole(revision).state_dict()
         if self.stream.is_open:

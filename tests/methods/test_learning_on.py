@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from pgp_hf import PGPTrainingArguments, StreamTrainer, TaskStream
+from pgp_hf import PGPTrainingArguments, StreamTrainer, TaskStream, load_pretrained
 from pgp_hf.methods import create
 from pgp_hf.methods.derpp import dark_experience
 from pgp_hf.methods.ewc import Quadratic
@@ -314,6 +314,50 @@ def test_after_a_stream_that_was_known(tmp_path, tasks, name):
     own.learn(tasks[2])
     going_on(tmp_path / "copy", tmp_path / "on").learn(tasks[2])
     assert same(tmp_path / "run" / "task-3", tmp_path / "on" / "task-3")
+
+
+@pytest.mark.parametrize("name", [*STORES, "ewc", "lwf", "null_space_adam"])
+def test_from_the_middle_of_a_stream_that_was_known(tmp_path, name):
+    """Classes whose tasks were still to come keep their places in the head; the second task is then the same."""
+    known = TaskStream.from_dataset(DATA, tasks=[[0, 1], [2, 3], [4, 5]])
+    tiny.trainer(tmp_path / "run", method=method(name), stream=known, model=tiny.plain("last:1"), **ARGUMENTS).train()
+    following = going_on(tmp_path / "run" / "task-1", tmp_path / "on")
+    assert len(following.stream_model.class_names) == 6
+    assert following.learn(task([2, 3])).new_classes == tuple(known.tasks[1].classes)
+    assert same(tmp_path / "on" / "task-2", tmp_path / "run" / "task-2")
+
+
+@pytest.mark.parametrize("name", ["icarl", "bic", "der_mcg"])
+def test_predictions_of_a_grown_run(tmp_path, tasks, name):
+    own = beginning(tmp_path, name, "last:1")
+    for images in tasks[:2]:
+        own.learn(images)
+    pixels = [item["image"] for item in DATA["test"]]
+    now = load_pretrained(tmp_path).predict(pixels, top_k=4)
+    own.learn(tasks[2])
+    assert load_pretrained(tmp_path / "task-2").predict(pixels, top_k=4) == now
+    assert len(now[0]) == 4 and len(load_pretrained(tmp_path).predict(pixels, top_k=6)[0]) == 6
+    found = [named[0]["label"] for named in load_pretrained(tmp_path).predict(tasks[2]["test"]["image"])]
+    names = [DATA["test"].features["label"].int2str(label) for label in tasks[2]["test"]["label"]]
+    right = sum(a == b for a, b in zip(found, names, strict=True))
+    assert own.results.matrix[-1][-1] == pytest.approx(100 * right / len(names))
+
+
+@pytest.mark.parametrize("model", ["lora:2", "last:1"])
+def test_drift_is_measured_without_the_features_of_that_time(tmp_path, tasks, model):
+    own = beginning(tmp_path / "run", "fine_tuning", model)
+    for images in tasks[:2]:
+        own.learn(images)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "features")
+    own.learn(tasks[2])
+    args = PGPTrainingArguments(str(tmp_path / "on"), **ARGUMENTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        following = StreamTrainer.from_pretrained(tmp_path / "copy", args=args, test_dataset=DATA["test"])
+    following.learn(tasks[2])
+    assert following.results.drift == pytest.approx(own.results.drift, rel=1e-4) and own.results.drift[-1] > 0
+    assert following.results.matrix == own.results.matrix
 
 
 # ---- images that are not here ----------------------------------------------------------------------------------------
