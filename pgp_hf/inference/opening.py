@@ -54,6 +54,8 @@ def open_model(
         name = (found.results or {}).get("model", "full")
         set_trainable(model, "all" if name == "full" else name)
         PlainModel(model).check()
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()  # products round by alignment in memory, and a file has one of its own
     return model, processor
 
 

@@ -166,7 +166,7 @@ class ContinualMethod:
     `pgp_hf.methods.register`; its trainer calls the parts in this order:
 
         check                   once, when the trainer is made
-        training_stream         then: the tasks that it trains on
+        training_stream         then, and for each task that is appended: the tasks that it trains on
         train_images            before a task: which images it trains on
         begin_task, attach      before its first step
         classes, loss           at each step
@@ -227,7 +227,8 @@ class ContinualMethod:
         """Return the stream to train on: `stream` itself, or `stream.joined()` to learn all its tasks as one.
 
         Results, test images and files are those of `stream` in any case; tasks that are learned as one are evaluated
-        once, after the last of them.
+        once, after the last of them. Where the stream has no end, it is called for each task that is appended, before
+        anything is trained on it: only to raise. `stream.has_train` then tells which training images are there.
 
         Raises:
             ValueError: a stream on which the method does not work, with the fix.

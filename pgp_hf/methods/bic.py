@@ -71,7 +71,8 @@ class BiC(ExemplarMethod):
     `0.1 * beta^2 / 2`. Predictions are corrected by the last task's pair alone.
 
     Validation images are as many of every class, old and new, drawn by the run's seed. They are not trained on in this
-    task; the exemplars among them may be in the next. Where each image's task is known, the correction would change
+    task; the exemplars among them may be in the next. A known class of which new images come is one of the new classes.
+    Where each image's task is known, the correction would change
     nothing, since only classes of one task compete: the task-incremental scenario is not BiC's.
 
     Args:
@@ -110,19 +111,24 @@ class BiC(ExemplarMethod):
             ValueError: some of its classes have too few exemplars or images for a validation image.
         """
         super().training_stream(stream)
-        if stream.num_tasks > 1:
-            self._held_out(stream, stream.num_tasks - 1)  # the most classes, and the fewest exemplars of each
+        last = stream.num_tasks - 1  # it has the most classes, and the fewest exemplars of each
+        if last > 0 and stream.has_train(last):
+            self._held_out(stream, last)
         return stream
 
     def _held_out(self, stream: TaskStream, t: int) -> int:
         """Return how many images of each class are for validation in the 0-based task t, which is not the first."""
         old, share = len(stream.seen_classes(t - 1)), self.config.validation_share
-        counts = np.bincount(np.concatenate([stream.train(j).labels for j in range(t + 1)]))
+        here = [stream.train(j).labels for j in range(t + 1) if stream.has_train(j)]
+        kept = [
+            label for label, rows in self.memory.kept.items() for j in rows[:, 0].tolist() if not stream.has_train(j)
+        ]
+        counts = np.bincount(np.concatenate([*here, np.array(kept, dtype=np.int64)]))
         fewest, quota = int(counts[counts > 0].min()), self.config.quota(old)
         if count := int(share * min(fewest, quota) + 1e-9):  # a product such as 0.29 * 100 falls just short
             return count
         needed = math.ceil(1 / share - 1e-9)
-        if fewest < needed:
+        if fewest < min(needed, quota):
             what, fix = f"{fewest} images of a class", f"choose classes with at least {needed} training images"
         else:
             name, factor = ("memory_per_class", 1) if self.config.memory_size is None else ("memory_size", old)
@@ -142,7 +148,8 @@ class BiC(ExemplarMethod):
         count, own = self._held_out(context.stream, context.task), context.stream.train(context.task).labels
         places = {label: rows[:, :2].tolist() for label, rows in self.memory.kept.items()}
         for label in context.stream.tasks[context.task].classes:
-            places[label] = [[context.task, position] for position in np.flatnonzero(own == label).tolist()]
+            new = [[context.task, position] for position in np.flatnonzero(own == label).tolist()]
+            places[label] = [*places.get(label, []), *new]
         trained: list[list[int]] = []
         for label, known in places.items():
             order = np.random.default_rng([context.seed, context.task, label]).permutation(len(known))
@@ -160,7 +167,8 @@ class BiC(ExemplarMethod):
     def loss(self, context: TaskContext, batch: Batch, output: ModelOutput, losses: Tensor) -> Tensor:
         if self.teacher is None:
             return losses
-        old = context.stream.seen_classes(context.task - 1)
+        if not (old := self.older_classes(context)):
+            return losses
         weight = len(old) / len(self.classes(context))
         taught = self._teachers(teacher_logits(context, batch, self.teacher))
         logits = context.model.class_logits(output)
@@ -174,7 +182,7 @@ class BiC(ExemplarMethod):
         if context.task:
             places, labels = zip(*self.validation, strict=True)
             logits = context.observe(places).logits
-            new, old = context.stream.tasks[context.task].classes, context.stream.seen_classes(context.task - 1)
+            new, old = context.stream.tasks[context.task].classes, self.older_classes(context)
             self.bias = fit_bias(logits, torch.tensor(labels), new, old)
             if self.bias.alpha <= 0:
                 warnings.warn(

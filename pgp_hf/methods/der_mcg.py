@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from .exemplars import ExemplarConfig, ExemplarMethod
 from .gate import Gate, combine, read_features, task_scores
 from .registry import register
 from .stages import descend, from_main_process, steps, tune_heads
+
+if TYPE_CHECKING:
+    from ..data.stream import TaskStream
 
 AUXILIARY, CENTROIDS, GATE, TUNING = 0, 1, 2, 3  # last numbers of the keys that random draws are a function of
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of the gate
@@ -124,7 +127,8 @@ class DERMCG(ExemplarMethod):
     As in the code, centroids are matched to the classes of a batch alone: a class may change its centroid from batch to
     batch. Dropout is off in whatever does not learn, and in the gate.
 
-    `train_mask` and label smoothing do not matter. The auxiliary head learns at the rate of the head, and is no part of the
+    New images of known classes are learned together with new classes, as exemplars are; a task of known classes alone,
+    whose expert would have no class to score, is refused. `train_mask` and label smoothing do not matter. The auxiliary head learns at the rate of the head, and is no part of the
     norm by which gradients are clipped. Every process trains heads and gate on the same batches; the main one's are kept.
     Each checkpoint, and each task's folder, holds all experts and the gate. Drift, in the results, is that of the newest
     expert, while older ones do not move.
@@ -194,6 +198,21 @@ class DERMCG(ExemplarMethod):
                 f"{type(model.head).__name__}: use another model or another method."
             )
 
+    def training_stream(self, stream: TaskStream) -> TaskStream:
+        """Return the stream.
+
+        Raises:
+            ValueError: there is no room for exemplars, or a task has known classes alone.
+        """
+        for task in super().training_stream(stream).tasks:
+            if not task.new_classes:
+                raise ValueError(
+                    f"method 'der_mcg' trains a new expert for each task, which scores the classes that no older one does, and "
+                    f"task {task.index + 1} has new images of known classes alone: bring new classes along, or choose "
+                    "another method."
+                )
+        return stream
+
     # ---- an expert -----------------------------------------------------------------------------------------------
 
     def begin_task(self, context: TaskContext) -> None:
@@ -202,7 +221,7 @@ class DERMCG(ExemplarMethod):
             self.experts.append({name: value.detach().clone() for name, value in own.items()})
         elif self.config.gate_epochs and not SCENARIOS[context.stream.scenario].task_known:
             self.gate.backbone = {name: value.detach().clone() for name, value in own.items() if name not in head}
-        self.tasks.append(list(context.stream.tasks[context.task].classes))
+        self.tasks.append(list(context.stream.tasks[context.task].new_classes))
         weight = next(iter(head.values()))
         self._to(weight.device)
         self._stop_watching()
@@ -222,6 +241,7 @@ class DERMCG(ExemplarMethod):
         if self.auxiliary is None:
             return ()
         head = next(iter(_head_of(context.model).values()))
+        self._to(head.device)  # a checkpoint that has been loaded is on the CPU
         self.auxiliary = nn.Parameter(self.auxiliary.detach().to(head.device))
         like = next(group for group in groups if any(one is head for one in group["params"]))
         rate = like.get("initial_lr", like["lr"])  # that of an optimizer which is kept has decayed

@@ -52,12 +52,15 @@ def dark_experience(logits: Tensor, then: Tensor, others: Tensor, labels: Tensor
     """Return `alpha * MSE(z, h) + beta * CE(z', y')` for each pair of kept images, `(B,)`, over all classes.
 
     The squared error is the mean over classes, as in the released code; the paper's squared norm is C times as large.
+    Classes that a kept image was not scored for, since they have come later, are left out of it.
 
     Args:
-        logits, then: z and h, `(B, C)`: scores of kept images now and when they were taken in.
+        logits, then: z and h, `(B, C)`: scores of kept images now and when they were taken in; there, NaN for classes that
+            have come since.
         others, labels: z' and y', `(B, C)` and `(B,)`: scores and labels of other kept images.
     """
-    error = (logits.float() - then).square().mean(-1)
+    known = ~then.isnan()
+    error = torch.where(known, logits.float() - then.nan_to_num(), 0.0).square().sum(-1) / known.sum(-1)
     return alpha * error + beta * F.cross_entropy(others.float(), labels, reduction="none")
 
 
@@ -109,6 +112,7 @@ class DERpp(ContinualMethod):
         )
 
     def begin_task(self, context: TaskContext) -> None:
+        self.memory.widen(len(context.model.class_names or ()))
         self._shown = []
 
     def attach(self, context: TaskContext, optimizer: Optimizer) -> Iterable[RemovableHandle]:

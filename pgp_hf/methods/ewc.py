@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from ..models import KeepsClassStatistics
@@ -84,9 +86,19 @@ class Quadratic(NamedTuple):
         return torch.stack(terms).sum() / 2
 
     def to(self, parameters: Mapping[str, Tensor]) -> Quadratic:
-        """Return the same on the parameters' devices."""
-        moved = ({name: tensor.to(parameters[name].device) for name, tensor in part.items()} for part in self)
+        """Return the same on the parameters' devices and in their shapes; what they have grown by is free to move."""
+        moved = ({name: _grown(tensor, parameters[name]) for name, tensor in part.items()} for part in self)
         return Quadratic(*moved)
+
+
+def _grown(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return a tensor on a parameter's device, with zeros where the parameter has grown."""
+    tensor = tensor.to(parameter.device)
+    if tensor.shape == parameter.shape:
+        return tensor
+    grown = tensor.new_zeros(parameter.shape)
+    grown[tuple(slice(length) for length in tensor.shape)] = tensor
+    return grown
 
 
 def squared_gradients(logits: Tensor, weights: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -167,9 +179,11 @@ class EWC(ContinualMethod):
             citation="Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017",
         )
 
-    def begin_task(self, context: TaskContext) -> None:
+    def attach(self, context: TaskContext, optimizer: Optimizer) -> Iterable[RemovableHandle]:
+        """Bring the penalties to the parameters' devices and shapes: a checkpoint has been loaded, if there is one."""
         parameters = context.model.trainable()
         self.terms = [term.to(parameters) for term in self.terms]
+        return ()
 
     def loss(self, context: TaskContext, batch: Batch, output: ModelOutput, losses: Tensor) -> Tensor:
         if not self.terms or not self.config.strength:

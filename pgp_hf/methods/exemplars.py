@@ -69,7 +69,8 @@ class ExemplarMethod(ContinualMethod):
     """Train on each task's images and on exemplars of all older classes together, next to a teacher.
 
     When a task ends, its classes get as many exemplars as each class may have by then, and older classes give up those
-    chosen last. Exemplars are known by task and position: they are read from the stream and augmented afresh, and no file
+    chosen last. A known class that has come again has its exemplars chosen anew, among those that it had and the new
+    images. Exemplars are known by task and position: they are read from the stream and augmented afresh, and no file
     of the run holds any unless `memory_stores` is "images". The cross-entropy is over all classes seen so far, whatever
     `train_mask` is. A model in which each task has prompts of its own, such as DualPrompt, trains exemplars with those of
     the task in training.
@@ -104,10 +105,11 @@ class ExemplarMethod(ContinualMethod):
         Raises:
             ValueError: it has more classes than there is room for exemplars.
         """
-        if self.config.quota(stream.num_classes) < 1:
+        classes = len(stream.class_order)
+        if classes and self.config.quota(classes) < 1:
             raise ValueError(
-                f"memory_size={self.config.memory_size} leaves no exemplar for some of the {stream.num_classes} classes: set "
-                f"it to at least {stream.num_classes}, or give memory_per_class."
+                f"memory_size={self.config.memory_size} leaves no exemplar for some of the {classes} classes: set it to at "
+                f"least {classes}, or give memory_per_class."
             )
         return stream
 
@@ -120,6 +122,11 @@ class ExemplarMethod(ContinualMethod):
     def classes(self, context: TaskContext) -> Sequence[int]:
         return context.stream.seen_classes(context.task)
 
+    def older_classes(self, context: TaskContext) -> list[int]:
+        """Return the classes of which the task in training, not the first, has exemplars alone."""
+        own = context.stream.tasks[context.task].classes
+        return [label for label in context.stream.seen_classes(context.task - 1) if label not in own]
+
     def end_task(self, context: TaskContext) -> None:
         """Choose exemplars of the task's classes; older classes make room for them."""
         quota = self.config.quota(len(self.classes(context)))
@@ -129,9 +136,13 @@ class ExemplarMethod(ContinualMethod):
             positions = torch.from_numpy(np.flatnonzero(images.labels == label))
             if not len(positions):  # a class of which there are test images alone
                 continue
-            places = torch.stack([torch.full_like(positions, context.task), positions], 1)
-            chosen = places[herd(context.observe(places.tolist()).features, quota)]
-            self.memory.add(label, chosen, rgb_bytes(images, chosen[:, 1].tolist()))
+            before = self.memory.kept.get(label, positions.new_empty(0, 3))
+            own = torch.stack([torch.full_like(positions, context.task), positions, torch.zeros_like(positions)], 1)
+            candidates = torch.cat([before, own])
+            chosen = candidates[herd(context.observe(candidates[:, :2].tolist()).features, quota)]
+            new = chosen[:, 0] == context.task
+            chosen[new, 2] = torch.tensor(rgb_bytes(images, chosen[new, 1].tolist()), dtype=torch.int64)
+            self.memory.add(label, chosen[:, :2], chosen[:, 2].tolist())
 
     def exemplars(self) -> Sequence[Sequence[int]]:
         return self.memory.places()

@@ -45,7 +45,7 @@ class ICaRL(ExemplarMethod):
 
         loss = sum over old classes of BCE(z_c, sigmoid(teacher_c)) + sum over new classes of BCE(z_c, [c = y])
 
-    It takes the place of the cross-entropy, so that `train_mask` and label smoothing do not matter; a loss of the model's
+    A known class of which new images come is one of the new classes. The loss takes the place of the cross-entropy, so that `train_mask` and label smoothing do not matter; a loss of the model's
     own, such as L2P's pull term, stays. It is a sum over classes, as in the paper's Algorithm 3; the released code takes
     the mean, and goes with a learning rate that is as many times as large.
 
@@ -86,7 +86,7 @@ class ICaRL(ExemplarMethod):
     def loss(self, context: TaskContext, batch: Batch, output: ModelOutput, losses: Tensor) -> Tensor:
         new, old, taught = context.stream.tasks[context.task].classes, list[int](), None
         if self.teacher is not None:
-            old = context.stream.seen_classes(context.task - 1)
+            old = self.older_classes(context)
             taught = teacher_logits(context, batch, self.teacher)
         found = binary_cross_entropy(context.model.class_logits(output), batch.labels, new, old, taught)
         own = context.model.auxiliary_loss(output)
@@ -96,7 +96,7 @@ class ICaRL(ExemplarMethod):
         """Choose exemplars of the task's classes, and compute the means of all classes by the features as they are now."""
         super().end_task(context)
         features = context.observe(self.memory.places()).features
-        self.means = unit_means(features, self.memory.labels(), context.stream.num_classes)
+        self.means = unit_means(features, self.memory.labels(), len(context.model.class_names or ()))
 
     def adjust_logits(self, logits: Tensor, features: Tensor) -> Tensor:
         return logits if self.means is None else nearest_mean_scores(features, self.means)

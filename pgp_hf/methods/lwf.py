@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -79,6 +80,12 @@ class LwF(ContinualMethod):
 
     def begin_task(self, context: TaskContext) -> None:
         self._teacher = teacher_of(context) if self.config.strength else None
+        if self._teacher is not None and all(len(classes) == 1 for classes in _competing(context)):
+            warnings.warn(
+                f"LwF holds nothing in task {context.task + 1}: an old class that competes with no other has the same "
+                "probability whatever its score is. Begin with two classes or more, or choose another method.",
+                stacklevel=2,
+            )
 
     def loss(self, context: TaskContext, batch: Batch, output: ModelOutput, losses: Tensor) -> Tensor:
         if self._teacher is None:

@@ -53,7 +53,7 @@ class MemoryConfig:
             return "Kept images are named in the files by task and position only: continuing takes the same data."
         return (
             f"Kept images are with the run as 8-bit RGB ({EXEMPLARS}), which is uploaded only if asked for: continuing takes "
-            "that file, and the same data for its labels and later tasks."
+            "that file, and no training image of an older task."
         )
 
 
@@ -63,7 +63,7 @@ class Examples(NamedTuple):
     Attributes:
         places: 0-based task and position within it, `(N, 2)`.
         labels: `(N,)`.
-        logits: the model's scores when they were taken in, float32, `(N, C)`.
+        logits: the model's scores when they were taken in, float32, `(N, C)`; NaN for classes that it did not know yet.
     """
 
     places: Tensor
@@ -97,6 +97,12 @@ class Reservoir:
 
     def __len__(self) -> int:
         return 0 if self.examples is None else len(self.examples.labels)
+
+    def widen(self, classes: int) -> None:
+        """Make room in the scores for classes that have come since."""
+        if self.examples is not None and (more := classes - self.examples.logits.shape[1]) > 0:
+            logits = F.pad(self.examples.logits, (0, more), value=float("nan"))
+            self.examples = self.examples._replace(logits=logits)
 
     def add(self, examples: Examples, key: Sequence[int]) -> None:
         """Present examples, in their order.
@@ -132,8 +138,17 @@ class Reservoir:
         return torch.from_numpy(np.random.default_rng(key).integers(len(self), size=(rows, columns)))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is kept, by name; empty before the first example."""
-        return {} if self.examples is None else self.examples._asdict()
+        """Return what is kept, by name; empty before the first example.
+
+        Files hold finite numbers: where scores lack classes, these are zero, and "classes" is the number known, `(N,)`.
+        """
+        if self.examples is None:
+            return {}
+        unknown = self.examples.logits.isnan()
+        if not unknown.any():
+            return self.examples._asdict()
+        known = {"logits": self.examples.logits.masked_fill(unknown, 0.0), "classes": (~unknown).sum(1)}
+        return {**self.examples._asdict(), **known}
 
     def load(self, tensors: Mapping[str, Tensor], presented: int) -> None:
         """Take over what `tensors` returned.
@@ -145,13 +160,18 @@ class Reservoir:
             self.examples, self.presented = None, 0
             return
         size = min(presented, self.capacity)
-        if tensors.keys() != set(Examples._fields) or any(len(part) != size for part in tensors.values()):
+        names = set(Examples._fields)
+        if tensors.keys() - {"classes"} != names or any(len(part) != size for part in tensors.values()):
             shapes = {name: tuple(part.shape) for name, part in tensors.items()}
             raise ValueError(
                 f"a memory of {self.capacity} images after {presented} holds {', '.join(Examples._fields)} of {size} rows, "
                 f"this one {shapes}: it is another's."
             )
-        self.examples, self.presented = Examples(**tensors), presented
+        self.examples, self.presented = Examples(*(tensors[name] for name in Examples._fields)), presented
+        if (classes := tensors.get("classes")) is not None:
+            logits = self.examples.logits
+            unknown = torch.arange(logits.shape[1]) >= classes[:, None]
+            self.examples = self.examples._replace(logits=logits.masked_fill(unknown, float("nan")))
 
 
 def rgb_bytes(images: TaskImages, positions: Sequence[int]) -> list[int]:
@@ -201,7 +221,7 @@ class HerdedMemory:
         return sum(int(rows[:, 2].sum()) for rows in self.kept.values())
 
     def add(self, label: int, places: Tensor, sizes: Sequence[int]) -> None:
-        """Keep images of a new class.
+        """Keep images of a class, in place of those that it has.
 
         Args:
             label: of the class.

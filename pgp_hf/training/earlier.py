@@ -138,10 +138,7 @@ class EarlierRun:
         ]
         if kinds[0] != kinds[1]:
             raise ValueError(f"{folder} holds {kinds[0]}, and this model is {kinds[1]}: continue with the same.")
-        settings = self.learner.settings()
-        if self.stream.is_open:
-            settings.pop("pool_size", None)  # it grows
-        _compare("adapter", folder, revision.config, settings)
+        _compare("adapter", folder, revision.config, self.learner.settings())
         return revision
 
     def _method_state(self, revision: Revision) -> MethodState | None:
@@ -165,7 +162,12 @@ class EarlierRun:
         counts = [self.stream.num_images("train", t) for t in range(revision.tasks)]
         tensors = revision.exemplars()
         try:
-            return from_tensors(tensors, method.exemplars(), counts)
+            stored = from_tensors(tensors, method.exemplars(), counts)
+            for t, images in stored.items():
+                labels = {image.label for image in images.values() if image.label is not None}
+                if unknown := sorted(labels - {*self.stream.tasks[t].classes}):
+                    raise ValueError(f"it has images of class {unknown[0]} in task {t + 1}, which lacks it")
+            return stored
         except ValueError as error:
             raise ValueError(
                 f"{revision.folder / EXEMPLARS} does not fit the method's memory: {error}. Fetch the folder again."

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from peft import PeftModel
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..data.stored import Stored
 from ..data.stream import Task, TaskStream
 from ..inference.opening import open_model
 from ..methods import ContinualMethod, ProjectedPrompts, create
@@ -210,22 +211,29 @@ def check_next(
         )
 
 
-def check_task(
-    stream: TaskStream, task: Task, method: ContinualMethod, stored: Mapping[int, Any], head: str | None
-) -> None:
-    """Raise ValueError for a task that the method cannot learn without images that are not here; warn about one class.
+def check_task(stream: TaskStream, task: Task, method: ContinualMethod, stored: Stored, head: str | None) -> None:
+    """Raise ValueError for a task that the method cannot learn, such as without images that are not here.
+
+    Warn about a single class.
 
     Args:
-        stored: images of older tasks that the run has kept, by task.
+        stored: images of older tasks that the run has kept.
         head: the kind of head.
     """
     needed = sorted({place[0] for place in method.exemplars()})
-    gone = [t for t in needed if t not in stored and not stream.has_train(t)]
-    if gone:
+    gone = [t for t in needed if not stream.has_train(t)]
+    if lacking := [t for t in gone if t not in stored]:
         raise ValueError(
-            f"method {method.name!r} trains on images of task {gone[0] + 1} again, which are not here: a run with "
-            "memory_stores='images' keeps its own and can learn on without the data set."
+            f"method {method.name!r} trains on images of task {lacking[0] + 1} again, which are not here: a run with "
+            "memory_stores='images' keeps its own and can learn on without the data set. With it, make a trainer with "
+            "the run's own stream, train(resume_from_checkpoint=True), and learn there."
         )
+    if lacking := [t for t in gone if any(image.label is None for image in stored[t].values())]:
+        raise ValueError(
+            f"the stored images of task {lacking[0] + 1} are of a version that did not keep their labels: make a trainer "
+            "with the run's own stream, train(resume_from_checkpoint=True), and learn there."
+        )
+    method.training_stream(stream)
     if len(task.classes) == 1 and len(stream.seen_classes(task.index)) == 1 and head != "statistics":
         warnings.warn(
             f"task {task.index + 1} has a single class and there is no other to tell it from: a linear head learns nothing "
@@ -234,11 +242,15 @@ def check_task(
         )
 
 
-def check_same_task(stream: TaskStream, t: int, folder: RunFolder) -> None:
-    """Raise ValueError if a task's checkpoints belong to other images than those of the stream."""
-    path = folder.checkpoints(t) / MANIFEST
-    if path.exists():  # there is none in a run that was interrupted before they were written
-        stream.check_manifest(read_json(path), tasks=t + 1)
+def check_same_task(stream: TaskStream, t: int, checkpoint: Path, gone: int) -> None:
+    """Raise ValueError if a checkpoint within the 0-based task t belongs to other images than those of the stream.
+
+    Args:
+        gone: number of first tasks whose training images may be gone.
+    """
+    path = checkpoint / MANIFEST
+    if path.exists():  # earlier versions did not write it
+        stream.check_manifest(read_json(path), gone=gone, tasks=t + 1)
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class Resumer:
         following = finished or source.first
         checkpoint = source.last_checkpoint(following) if following < self.stream.num_tasks else None
         if checkpoint is not None:
-            self.check_checkpoint(checkpoint, following, source)
+            self.check_checkpoint(checkpoint, following)
         earlier = self._earlier(source)
         if finished:
             self._take_over(earlier, finished - 1)
@@ -96,9 +96,9 @@ class Resumer:
             warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=4)
         return finished or progress.results.first, checkpoint
 
-    def check_checkpoint(self, checkpoint: Path, t: int, source: RunFolder) -> None:
+    def check_checkpoint(self, checkpoint: Path, t: int) -> None:
         """Raise ValueError unless a checkpoint within the 0-based task t is of this method and of these images."""
-        check_same_task(self.stream, t, source)
+        check_same_task(self.stream, t, checkpoint, gone=t if self.method.stores_images else 0)
         if (found := read_method(checkpoint)) is not None:
             check_method(self.method, found[1], checkpoint)
 
@@ -150,7 +150,7 @@ class Resumer:
             return True, None
         checkpoint = self.folder.last_checkpoint(t)
         if checkpoint is not None:
-            self.check_checkpoint(checkpoint, t, self.folder)
+            self.check_checkpoint(checkpoint, t)
         return False, checkpoint
 
     def _earlier(self, source: RunFolder, going_on: bool = False) -> EarlierRun:

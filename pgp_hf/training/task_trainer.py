@@ -19,7 +19,8 @@ from ..inference.backbone import quiet
 from ..inference.whole import open_whole
 from ..methods import Batch, ContinualMethod, MethodState, TaskContext
 from ..models import StreamModel, load_weights, stream_model
-from ..runs.folder import RunFolder
+from ..runs.atomic import write_json
+from ..runs.folder import MANIFEST, RunFolder
 from ..runs.revision import read_method
 from .arguments import PGPTrainingArguments
 from .callbacks import fire
@@ -161,6 +162,8 @@ class TaskTrainer(Trainer):
             super().save_model(output_dir, _internal_call=True)
         if output_dir is not None and self.args.should_save:
             write_method(Path(output_dir), self.method)
+            if _internal_call and self.task is not None:  # a checkpoint, which belongs to these tasks alone
+                write_json(Path(output_dir) / MANIFEST, self.stream.manifest(self.results.num_tasks))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is None and isinstance(whole := self._whole_model(), PreTrainedModel):

@@ -306,7 +306,7 @@ class StreamTrainer(TaskTrainer):
         head = self.stream_model.settings().get("head")
         learning.check_task(self.stream, task, self.method, self.progress.stored, head)
         if self.args.verify_images and self.is_world_process_zero():
-            self.stream.verify(not self.args.disable_tqdm)
+            self.stream.verify(not self.args.disable_tqdm, task.index if self.method.stores_images else 0)
         if task.index == 0 and not resume:
             start_new(self.args, self.progress, self.folder)
         self._enter(resume)
@@ -410,7 +410,8 @@ class StreamTrainer(TaskTrainer):
 
     def _write_task(self, t: int) -> None:
         if self.is_world_process_zero():
-            write_tensors(self.folder.features(t), self.progress.references.tensors(t))
+            if tensors := self.progress.references.tensors(t):  # there may be no test image
+                write_tensors(self.folder.features(t), tensors)
             self.folder.publish(t, self._write_files)
             if self.args.save_full_weights == "last" and not self.args.push_to_hub:  # `PushTasks` waits for the Hub
                 self.folder.drop_large(before=t)

@@ -198,8 +198,10 @@ class Passes:
 
     def images_of(self, t: int) -> TaskImages:
         """Return a task's training images: the stored ones if there are any, else the stream's."""
-        images = self.stream.train(t)
-        return StoredImages(images, self.stored[t]) if t in self.stored else images
+        if t not in self.stored:
+            return self.stream.train(t)
+        labels = self.stream.train(t).labels if self.stream.has_train(t) else None
+        return StoredImages(t, self.stored[t], labels, self.stream.num_images("train", t))
 
     def augmented(self, t: int) -> AugmentedImages:
         """Return a task's training images as the arguments augment them."""

@@ -31,7 +31,9 @@ def launch(folder: Path, processes: int, batch: int, method: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("method", ["functional", pytest.param("pgp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["functional", *(pytest.param(m, marks=pytest.mark.slow) for m in ("pgp", "surprises"))]
+)
 def test_one_process_is_two_processes(tmp_path, method):
     launch(tmp_path / "one", 1, 4, method)
     launch(tmp_path / "two", 2, 2, method)

@@ -82,7 +82,9 @@ def test_what_is_kept(runs, kind):
     assert [(folder / f"task-{t}" / FILE).exists() for t in (1, 2, 3)] == [False, False, True]
     stored, stream = load_file(folder / FILE), tiny.stream()
     places = load_file(folder / "method.safetensors")["places"].tolist()
+    labels = {(task, position): label for task, position, label in stored.pop("labels").tolist()}
     assert stored.keys() == {f"{task + 1}/{position}" for task, position in places} and len({t for t, _ in places}) > 1
+    assert labels == {(task, position): stream.train(task).labels[position] for task, position in places}
     for name, pixels in stored.items():
         task, position = map(int, name.split("/"))
         image = stream.train(task - 1)[position]["image"]
@@ -197,12 +199,17 @@ def test_there_and_back():
     stream, places = tiny.stream(), [[1, 3], [0, 5], [1, 3]]
     stored = keep_images(places, stream.train)
     again = from_tensors(to_tensors(stored), places, [16, 16])
-    images = StoredImages(lose(stream, 2).train(1), again[1])
+    images = StoredImages(1, again[1], lose(stream, 2).train(1).labels)
     assert len(images) == 16 and images.labels.tolist() == stream.train(1).labels.tolist()
     item, expected = images[3], tiny.stream().train(1)[3]
     assert item.pop("image").tobytes() == expected.pop("image").tobytes() and item == expected
     with pytest.raises(ValueError, match="image 4 of task 2 is not among the 1 that the run has kept"):
         images[4]
+    alone = StoredImages(1, again[1], count=16)
+    assert alone.labels.tolist() == [expected["label"] if i == 3 else -1 for i in range(16)] and alone[3] == {
+        **item,
+        "image": alone[3]["image"],
+    }
 
 
 def test_only_methods_with_exemplars_have_the_setting():

@@ -300,6 +300,16 @@ def test_entries_that_are_free_are_taken_first(kind):
         stream_model(model).begin_task(4)
 
 
+def test_an_entry_is_not_chosen_before_its_task():
+    """Also in an adapter that no task has trained, where prediction chooses among all that there are."""
+    model = made("dualprompt")
+    known = logits(model)
+    stream_model(model).add_task(3, [6], seed=3)
+    with torch.no_grad():
+        model.base_model.layer.dualprompt_key["default"][3:] = model.base_model.query(PIXELS).mean(0)
+    assert torch.equal(logits(model), known)
+
+
 @pytest.mark.parametrize("kind", ["dualprompt", "clip"])
 def test_a_stream_known_in_advance_draws_what_it_drew(kind):
     model = made(kind, grow_pool=True)
