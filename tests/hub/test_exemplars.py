@@ -41,7 +41,7 @@ def test_images_are_uploaded_only_if_asked_for(hub, python, tmp_path):
         assert python(PUSH, repo="me/open", options={}, **push).value == [[], ["task-1", "task-2"]]
         # what is published stays
         answer = python(
-            "from pgp_hf.hub.push import main; result = main(argv)",
+            "from pgp_hf.hub import main; result = main(argv)",
             argv=["push", str(tmp_path / "run"), "--repo_id", "me/run", "--exemplars"],
         )
         assert answer.value == 1 and "me/run has task-2 without exemplars.safetensors" in answer.out
