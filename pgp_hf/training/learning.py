@@ -211,14 +211,14 @@ def check_next(
         )
 
 
-def check_task(stream: TaskStream, task: Task, method: ContinualMethod, stored: Stored, head: str | None) -> None:
+def check_task(stream: TaskStream, task: Task, method: ContinualMethod, stored: Stored, model: StreamModel) -> None:
     """Raise ValueError for a task that the method cannot learn, such as without images that are not here.
 
     Warn about a single class.
 
     Args:
         stored: images of older tasks that the run has kept.
-        head: the kind of head.
+        model: whose head may learn nothing from a single class.
     """
     needed = sorted({place[0] for place in method.exemplars()})
     gone = [t for t in needed if not stream.has_train(t)]
@@ -234,7 +234,8 @@ def check_task(stream: TaskStream, task: Task, method: ContinualMethod, stored: 
             "with the run's own stream, train(resume_from_checkpoint=True), and learn there."
         )
     method.training_stream(stream)
-    if len(task.classes) == 1 and len(stream.seen_classes(task.index)) == 1 and head != "statistics":
+    alone = len(task.classes) == 1 and len(stream.seen_classes(task.index)) == 1
+    if alone and model.settings().get("head") != "statistics":
         warnings.warn(
             f"task {task.index + 1} has a single class and there is no other to tell it from: a linear head learns nothing "
             "from it. Begin with two classes or more, or use head='statistics'.",

@@ -303,8 +303,7 @@ class StreamTrainer(TaskTrainer):
 
     def _prepare(self, task: Task, resume: bool) -> tuple[bool, Path | None]:
         """Check an appended task and make room for it; return whether it is finished, else its last checkpoint."""
-        head = self.stream_model.settings().get("head")
-        learning.check_task(self.stream, task, self.method, self.progress.stored, head)
+        learning.check_task(self.stream, task, self.method, self.progress.stored, self.stream_model)
         if self.args.verify_images and self.is_world_process_zero():
             self.stream.verify(not self.args.disable_tqdm, task.index if self.method.stores_images else 0)
         if task.index == 0 and not resume:
