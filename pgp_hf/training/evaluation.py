@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import EvalPrediction
 from transformers.utils.generic import ModelOutput
 
@@ -25,6 +26,11 @@ from .results import StreamResults, changed_share, percent, relative_drift
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Return the share of right predictions in percent, as a `Trainer`'s `compute_metrics`."""
     return {"accuracy": percent(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))}
+
+
+def test_sets(stream: TaskStream, tasks: int) -> dict[str, Dataset]:
+    """Return the test images of the first tasks as `eval_dataset`, as far as they are here."""
+    return {f"task_{j + 1}": stream.test(j) for j in range(tasks) if stream.has_test(j)}
 
 
 class Recorded(NamedTuple):

@@ -29,7 +29,7 @@ from ..runs.folder import RunFolder
 from . import learning
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
-from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
+from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs, test_sets
 from .loss import mean_over_step
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
@@ -93,7 +93,7 @@ class StreamTrainer(TaskTrainer):
         # a `Trainer` counts the images of a step only for such a function; `compute_loss` calls it with more than that
         kwargs.setdefault("compute_loss_func", mean_over_step)
         kwargs.setdefault("compute_metrics", accuracy)
-        kwargs.setdefault("eval_dataset", _test_sets(stream, min(1, stream.num_tasks)))  # grows with the tasks
+        kwargs.setdefault("eval_dataset", test_sets(stream, min(1, stream.num_tasks)))  # grows with the tasks
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -183,7 +183,7 @@ class StreamTrainer(TaskTrainer):
             before = self._passes().head_features(own) if self.args.compensate_drift and own > 0 else None
         # a function of (seed, task) alone: paired runs and resumed runs see the same random numbers
         set_seed(task_seed(self.args.seed, own))
-        self.eval_dataset = _test_sets(self.stream, t + 1)
+        self.eval_dataset = test_sets(self.stream, t + 1)
         if self.args.reinit_optimizer:
             self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
@@ -361,6 +361,8 @@ class StreamTrainer(TaskTrainer):
 
     def _start(self, resume: str | bool | None) -> tuple[int, str | None]:
         """Begin a new run, or take over an earlier one; return the first task, and the checkpoint to enter it by."""
+        if not self.stream.num_tasks:
+            raise ValueError("the stream has no task yet: learn(dataset), or stream.append(dataset) before train().")
         if not resume:
             start_new(self.args, self.progress, self.folder)
             self.accelerator.wait_for_everyone()
@@ -368,7 +370,7 @@ class StreamTrainer(TaskTrainer):
         first, checkpoint = self._resumer().resume(resume)
         self.accelerator.wait_for_everyone()
         if first > self.results.first:
-            self.eval_dataset = _test_sets(self.stream, first)
+            self.eval_dataset = test_sets(self.stream, first)
         else:
             self.optimizer = self.lr_scheduler = None
         return first, None if checkpoint is None else str(checkpoint)
@@ -443,8 +445,3 @@ class StreamTrainer(TaskTrainer):
         """
         check_push(blocking, revision)
         return push_now(self.args, self.folder, token, private) if self.is_world_process_zero() else None
-
-
-def _test_sets(stream: TaskStream, tasks: int) -> dict[str, Dataset]:
-    """Return the test images of the first tasks, as far as they are here."""
-    return {f"task_{j + 1}": stream.test(j) for j in range(tasks) if stream.has_test(j)}

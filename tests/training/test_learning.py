@@ -12,10 +12,11 @@ import datasets
 import numpy as np
 import pytest
 import tiny
+import tokens
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import TrainerCallback, ViTForImageClassification, ViTModel
+from transformers import CLIPModel, TrainerCallback, ViTForImageClassification, ViTModel
 
 from pgp_hf import PGPTrainer, PGPTrainingArguments, ProjectionConfig, StreamTrainer, TaskStream, load_pretrained
 
@@ -251,6 +252,64 @@ def test_at_the_moment_of_growth_nothing_known_changes(straight: tuple[str, Path
             assert torch.equal(old, before[name]), name
 
 
+@pytest.mark.parametrize("labels", [0, 2, 9])
+def test_any_head_is_replaced_by_one_that_grows(labels: int, base: Path, tmp_path: Path) -> None:
+    runs = []
+    for name, backbone in (
+        ("none", ViTModel.from_pretrained(base)),
+        ("some", ViTForImageClassification.from_pretrained(base, num_labels=labels)),
+    ):
+        with tiny.seeded(5):
+            model = get_peft_model(backbone, tiny.config("l2p"))
+        with tiny.seeded(5):  # whatever the head has drawn
+            for prompt in model.base_model.prompt_parameters().values():
+                torch.nn.init.uniform_(prompt)
+        stream = TaskStream.empty(seed=0)
+        trainer = PGPTrainer(model, args(tmp_path / name), stream, processing_class=tiny.processor())
+        trainer.learn(part(0, 1))
+        trainer.learn(part(2))
+        assert trainer.model.get_base_model().classifier.weight.shape == (3, 24)
+        runs.append(tmp_path / name)
+    assert_same(*runs, tasks=2)
+
+
+@pytest.mark.parametrize("what", ["full", "head", "lora:2"])
+def test_a_model_without_prompts(what: str, base: Path, tmp_path: Path) -> None:
+    model = tiny.plain(what, ViTForImageClassification.from_pretrained(base, num_labels=0))
+    trainer = StreamTrainer(model, args(tmp_path / "run"), TaskStream.empty(), processing_class=tiny.processor())
+    trainer.learn(part(0, 1))
+    again = StreamTrainer.from_pretrained(tmp_path / "run", args=args(tmp_path / "more"))
+    assert again.stream_model.name == what
+    again.learn(part(2, 3))
+    trainer.learn(part(2, 3))
+    ours, theirs = trainer.stream_model.trainable(), again.stream_model.trainable()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert load_pretrained(tmp_path / "more").classes == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("head", ["linear", "statistics"])
+def test_clip(head: str, tmp_path: Path) -> None:
+    tiny.backbone("clip").save_pretrained(tmp_path / "clip")
+
+    def named(trainer: PGPTrainer) -> PGPTrainer:
+        trainer.tuner.tokenizer = tokens.tokenizer
+        return trainer
+
+    with tiny.seeded(5):
+        config = tiny.config("clip", head=head, pool_size=2, class_tokens=None, id2label=None)
+        model = get_peft_model(CLIPModel.from_pretrained(tmp_path / "clip"), config)
+    trainer = named(
+        PGPTrainer(model, args(tmp_path / "1"), TaskStream.empty(seed=0), processing_class=tiny.processor())
+    )
+    for classes in PARTS:
+        trainer.learn(part(*classes))
+    loaded = PGPTrainer.from_pretrained(tmp_path / "1", "task-1", args(tmp_path / "2"), DATA["test"])
+    named(loaded).learn(part(2, 3))
+    named(again(tmp_path / "2", tmp_path / "3")).learn(part(4, 5))
+    assert_same(tmp_path / "1", tmp_path / "3")
+    assert load_pretrained(tmp_path / "3").classes == [0, 1, 2, 3, 4, 5]
+
+
 # ---- streams and datasets of all kinds -------------------------------------------------------------------------------
 
 
@@ -377,8 +436,9 @@ def test_online(base: Path, tmp_path: Path) -> None:
 
 def test_before_the_first_task(base: Path, tmp_path: Path) -> None:
     trainer = fresh(base, tmp_path / "run")
-    for call in (lambda: trainer.predict(TaskStream.from_dataset(DATA, num_tasks=1).test(0)), trainer.evaluate_stream):
-        with pytest.raises(ValueError, match="no class yet|no task has been"):
+    images = TaskStream.from_dataset(DATA, num_tasks=1).test(0)
+    for call in (lambda: trainer.predict(images), trainer.evaluate_stream, trainer.train):
+        with pytest.raises(ValueError, match="no class yet|no task has been|no task yet"):
             call()
 
 
