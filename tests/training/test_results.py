@@ -157,8 +157,8 @@ def test_a_stream_that_goes_on_keeps_its_rows_and_takes_other_settings():
             going_on.load(earlier)
     origin = going_on.continues
     going_on.load(earlier, going_on=True)
-    assert going_on.continues is None  # that of the earlier run
-    going_on.continues = origin
+    assert going_on.continues is None and not going_on.training  # those of the earlier run
+    going_on.continues, going_on.training = origin, {"learning_rate": 0.1}
     assert {name: getattr(going_on, name) for name in settings} == settings and going_on.num_tasks == len(TASKS)
     learn(going_on, lambda t, j: j >= 2, start=2)
     content = check(going_on, **settings)
