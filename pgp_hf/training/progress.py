@@ -71,9 +71,7 @@ class Progress:
             self.stored = keep_images(method.exemplars(), images_of)
 
     def check_new(self) -> None:
-        """Raise ValueError if a task has been begun already, or there is none."""
-        if not self.results.num_tasks:
-            raise ValueError("the stream has no task yet: learn(dataset), or stream.append(dataset) before train().")
+        """Raise ValueError if a task has been begun already."""
         if self.task is None:
             return
         if self.interrupted:

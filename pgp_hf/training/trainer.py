@@ -308,7 +308,7 @@ class StreamTrainer(TaskTrainer):
         if self.args.verify_images and self.is_world_process_zero():
             self.stream.verify(not self.args.disable_tqdm, task.index if self.method.stores_images else 0)
         if task.index == 0 and not resume:
-            start_new(self.args, self.progress, self.folder)
+            start_new(self.args, self.stream, self.progress, self.folder)
         self._enter(resume)
         found = self._resumer().find(task.index) if resume else (False, None)
         self._room.grow(self.stream_model, task.index, self.args.seed)
@@ -363,7 +363,7 @@ class StreamTrainer(TaskTrainer):
     def _start(self, resume: str | bool | None) -> tuple[int, str | None]:
         """Begin a new run, or take over an earlier one; return the first task, and the checkpoint to enter it by."""
         if not resume:
-            start_new(self.args, self.progress, self.folder)
+            start_new(self.args, self.stream, self.progress, self.folder)
             self.accelerator.wait_for_everyone()
             return self.results.first, None
         first, checkpoint = self._resumer().resume(resume)
