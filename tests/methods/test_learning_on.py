@@ -474,3 +474,10 @@ def test_all_tasks_as_one(tmp_path, tasks):
     own.train()
     with pytest.raises(ValueError, match="a method that learns all tasks as one cannot learn on"):
         own.learn(tasks[2])
+
+
+def test_a_stream_without_a_task(tmp_path, tasks):
+    own = beginning(tmp_path, "ewc")
+    with pytest.raises(ValueError, match="the stream has no task yet: learn"):
+        own.train()
+    assert own.learn(tasks[0]).index == 0
