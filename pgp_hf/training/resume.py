@@ -27,14 +27,12 @@ from .learning import Room, check_same_task
 from .progress import Progress
 
 
-def start_new(args: PGPTrainingArguments, stream: TaskStream, progress: Progress, folder: RunFolder) -> None:
+def start_new(args: PGPTrainingArguments, progress: Progress, folder: RunFolder) -> None:
     """Prepare the folder of a new run.
 
     Raises:
-        ValueError: no task, or this trainer has begun a run, or the folder holds an earlier one.
+        ValueError: this trainer has begun a run, or the folder holds an earlier one.
     """
-    if not stream.num_tasks:
-        raise ValueError("the stream has no task yet: learn(dataset), or stream.append(dataset) before train().")
     progress.check_new()
     if args.process_index == 0:
         if args.overwrite_output_dir:

@@ -307,7 +307,7 @@ class StreamTrainer(TaskTrainer):
         if self.args.verify_images and self.is_world_process_zero():
             self.stream.verify(not self.args.disable_tqdm, task.index if self.method.stores_images else 0)
         if task.index == 0 and not resume:
-            start_new(self.args, self.stream, self.progress, self.folder)
+            start_new(self.args, self.progress, self.folder)
         self._enter(resume)
         found = self._resumer().find(task.index) if resume else (False, None)
         self._room.grow(self.stream_model, task.index, self.args.seed)
@@ -364,7 +364,7 @@ class StreamTrainer(TaskTrainer):
         if not self.stream.num_tasks:
             raise ValueError("the stream has no task yet: learn(dataset), or stream.append(dataset) before train().")
         if not resume:
-            start_new(self.args, self.stream, self.progress, self.folder)
+            start_new(self.args, self.progress, self.folder)
             self.accelerator.wait_for_everyone()
             return self.results.first, None
         first, checkpoint = self._resumer().resume(resume)
