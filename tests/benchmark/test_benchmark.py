@@ -101,7 +101,8 @@ def test_every_row_has_its_method(script, planned):
             assert (plan.training.num_train_epochs, plan.training.per_device_train_batch_size) == (2, 4)
             assert plan.settings()["method"]["name"] == row.method == name and plan.prompt is plan.projection is None
         if row.prompt is not None:
-            kind, _, method = name.partition("-")
+            kind, _, method = name.removesuffix("-surprises").partition("-")
+            assert row.surprises == name.endswith("-surprises") == ("run" in plan.settings())
             assert plan.prompt.peft_type.value.lower().removesuffix("_prompt") == kind
             assert plan.model.kind == ("clip" if kind == "clip" else "vit")
             without = dict.fromkeys(("joint", "control"), "none")
@@ -631,7 +632,7 @@ def test_nothing_named_means_the_embedded_digits(script):
     bench, model, data, training = script.parse(["--dataset_name", "x", "--num_tasks", "20"])
     assert (model.image_size, data.num_tasks, data.max_train_samples_per_class) == (112, 20, 50)
     assert (training.learning_rate, training.num_train_epochs, training.augmentation) == (0.0075, 3, "flip")
-    assert bench.rows == list(script.ROWS) and bench.seeds == [0, 1, 2]
+    assert bench.rows == [name for name in script.ROWS if name not in script.SURPRISES] and bench.seeds == [0, 1, 2]
 
 
 @pytest.mark.slow
@@ -906,6 +907,8 @@ def test_the_accuracy_figure_shows_plain_rows_and_the_best_without_prompts(folde
         "pgp",
         "control",
         "functional",
+        "control-surprises",
+        "functional-surprises",
     }  # its name is longest
     assert not any("@" in label for name in prompts for label in panels[name])
     runs_of = rows_of(folder)["l2p-pgp"]
