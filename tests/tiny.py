@@ -199,12 +199,9 @@ def features(model: PeftModel, pixels: Tensor) -> Tensor:
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def trainer(folder: Path | str, **settings: Any) -> StreamTrainer:
-    """Return a `StreamTrainer` where a `method` is given, else a `PGPTrainer`.
-
-    Of `settings`, the fields of `PGPTrainingArguments` go there and the others to the trainer.
-    """
-    arguments: dict[str, Any] = {
+def arguments(folder: Path | str, **settings: Any) -> PGPTrainingArguments:
+    """Return the arguments of a short run."""
+    defaults: dict[str, Any] = {
         "use_cpu": True,
         "num_train_epochs": 2,
         "per_device_train_batch_size": 4,
@@ -213,11 +210,18 @@ def trainer(folder: Path | str, **settings: Any) -> StreamTrainer:
         "disable_tqdm": True,
         "seed": 3,
     }
-    for name in {field.name for field in fields(PGPTrainingArguments)} & settings.keys():
-        arguments[name] = settings.pop(name)
+    return PGPTrainingArguments(str(folder), **{**defaults, **settings})
+
+
+def trainer(folder: Path | str, **settings: Any) -> StreamTrainer:
+    """Return a `StreamTrainer` where a `method` is given, else a `PGPTrainer`.
+
+    Of `settings`, the fields of `PGPTrainingArguments` go there and the others to the trainer.
+    """
+    given = {field.name for field in fields(PGPTrainingArguments)} & settings.keys()
+    args = arguments(folder, **{name: settings.pop(name) for name in given})
     own = {"processing_class": processor(), **settings}
     own["model"], own["stream"] = own.get("model") or model(), own.get("stream") or stream()
-    args = PGPTrainingArguments(str(folder), **arguments)
     if "method" in own:
         return StreamTrainer(args=args, **own)
     own["projection"] = own.get("projection") or ProjectionConfig(energy=0.9, key_energy=0.9)

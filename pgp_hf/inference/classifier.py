@@ -29,17 +29,17 @@ from ..runs.sources import locate
 from .opening import open_model
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from ..methods import ContinualMethod
-    from ..training.arguments import PGPTrainingArguments
-    from ..training.trainer import StreamTrainer
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | np.ndarray[Any, Any] | Tensor"
 
 
-_makes_trainers: list[Callable[..., StreamTrainer]] = []  # handed in, since nothing here imports code for training
+_makes_trainers: list[Callable[..., Any]] = []  # handed in, since nothing here imports code for training
 
 
-def set_trainer(make: Callable[..., StreamTrainer]) -> None:
+def set_trainer(make: Callable[..., Any]) -> None:
     """Hand in the function behind `PromptClassifier.trainer`: called with a method's name, and from_pretrained's arguments."""
     _makes_trainers[:] = [make]
 
@@ -107,13 +107,14 @@ class PromptClassifier:
         """
         return self._revision.projection()
 
-    def trainer(self, args: PGPTrainingArguments, test_dataset: Any = None, **kwargs: Any) -> StreamTrainer:
+    def trainer(self, args: TrainingArguments, test_dataset: Any = None, **kwargs: Any) -> Any:
         """Return the trainer that goes on from this revision by `learn`, with a model of its own.
 
         It is what `PGPTrainer.from_pretrained` returns for the revision or, for other methods, `StreamTrainer`'s.
 
         Args:
-            args, test_dataset, kwargs: as there.
+            args: `PGPTrainingArguments` of the tasks to come.
+            test_dataset, kwargs: as there.
 
         Raises:
             ValueError: an adapter that was saved without a run; see `StreamTrainer.from_pretrained`.

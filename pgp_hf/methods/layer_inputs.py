@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,7 +103,7 @@ class Inputs:
     moment: Tensor | None = None
 
 
-class LayerInputs(ContinualMethod):
+class LayerInputs(ContinualMethod, ABC):
     """Keep the outputs of linear layers on older tasks' images, the base of [`GPM`] and [`NullSpaceAdam`].
 
     Let x be a row that a layer reads, such as a token. `W x + b` stays what it is if the movement of `[W b]` is
@@ -153,6 +154,7 @@ class LayerInputs(ContinualMethod):
         """Return the largest rank of the bases."""
         return max((own.basis.rank for own in self.inputs.values()), default=0)
 
+    @abstractmethod
     def extended(self, basis: Basis, moment: SecondMoment) -> Basis:
         """Return the basis after a task.
 
@@ -160,7 +162,6 @@ class LayerInputs(ContinualMethod):
             basis: the one before.
             moment: of the task; of all tasks for a method that pools them.
         """
-        raise NotImplementedError
 
     def check(self, model: StreamModel) -> None:
         plain = _plain(model, self.name)

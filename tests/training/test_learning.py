@@ -18,7 +18,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import CLIPModel, TrainerCallback, ViTForImageClassification, ViTModel
 
-from pgp_hf import PGPTrainer, PGPTrainingArguments, ProjectionConfig, StreamTrainer, TaskStream, load_pretrained
+from pgp_hf import PGPTrainer, ProjectionConfig, StreamTrainer, TaskStream, load_pretrained
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -40,19 +40,6 @@ def part(*classes: int, data: datasets.DatasetDict = DATA) -> datasets.DatasetDi
     )
 
 
-def args(folder: Path, **settings: Any) -> PGPTrainingArguments:
-    defaults = {
-        "use_cpu": True,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "augmentation": "flip",
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    return PGPTrainingArguments(str(folder), **{**defaults, **settings})
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone without any head, in a folder."""
@@ -69,7 +56,7 @@ def fresh(base: Path, folder: Path, case: str = "l2p", **settings: Any) -> PGPTr
         model = get_peft_model(ViTModel.from_pretrained(base), tiny.config(adapter, head=head, pool_size=2))
     return PGPTrainer(
         model,
-        args(folder, **settings),
+        tiny.arguments(folder, **settings),
         TaskStream.empty(seed=0),
         projection=ProjectionConfig(method=projection, energy=0.9),
         processing_class=tiny.processor(),
@@ -78,7 +65,7 @@ def fresh(base: Path, folder: Path, case: str = "l2p", **settings: Any) -> PGPTr
 
 def again(run: Path, folder: Path, **settings: Any) -> PGPTrainer:
     """Return the trainer of a run, which knows its old test images."""
-    return PGPTrainer.from_pretrained(run, args=args(folder), test_dataset=DATA["test"], **settings)
+    return PGPTrainer.from_pretrained(run, args=tiny.arguments(folder), test_dataset=DATA["test"], **settings)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -216,7 +203,7 @@ class StopInTask(Stop):
 
 def test_without_old_test_images(straight: tuple[str, Path], tmp_path: Path) -> None:
     case, run = straight
-    trainer = PGPTrainer.from_pretrained(run, "task-2", args(tmp_path / "run"))
+    trainer = PGPTrainer.from_pretrained(run, "task-2", tiny.arguments(tmp_path / "run"))
     trainer.learn(part(4, 5))
     assert_same(run, tmp_path / "run", results=False)
     results = json.loads((tmp_path / "run/results.json").read_text())
@@ -233,7 +220,7 @@ def test_without_old_test_images(straight: tuple[str, Path], tmp_path: Path) -> 
 
 def test_at_the_moment_of_growth_nothing_known_changes(straight: tuple[str, Path], tmp_path: Path) -> None:
     _, run = straight
-    trainer = PGPTrainer.from_pretrained(run, "task-2", args(tmp_path / "run"))
+    trainer = PGPTrainer.from_pretrained(run, "task-2", tiny.arguments(tmp_path / "run"))
     model, learner = trainer.model.eval(), trainer.stream_model
     pixels = tiny.images(7)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -265,7 +252,7 @@ def test_any_head_is_replaced_by_one_that_grows(labels: int, base: Path, tmp_pat
             for prompt in model.base_model.prompt_parameters().values():
                 torch.nn.init.uniform_(prompt)
         stream = TaskStream.empty(seed=0)
-        trainer = PGPTrainer(model, args(tmp_path / name), stream, processing_class=tiny.processor())
+        trainer = PGPTrainer(model, tiny.arguments(tmp_path / name), stream, processing_class=tiny.processor())
         trainer.learn(part(0, 1))
         trainer.learn(part(2))
         assert trainer.model.get_base_model().classifier.weight.shape == (3, 24)
@@ -276,9 +263,11 @@ def test_any_head_is_replaced_by_one_that_grows(labels: int, base: Path, tmp_pat
 @pytest.mark.parametrize("what", ["full", "head", "lora:2"])
 def test_a_model_without_prompts(what: str, base: Path, tmp_path: Path) -> None:
     model = tiny.plain(what, ViTForImageClassification.from_pretrained(base, num_labels=0))
-    trainer = StreamTrainer(model, args(tmp_path / "run"), TaskStream.empty(), processing_class=tiny.processor())
+    trainer = StreamTrainer(
+        model, tiny.arguments(tmp_path / "run"), TaskStream.empty(), processing_class=tiny.processor()
+    )
     trainer.learn(part(0, 1))
-    again = StreamTrainer.from_pretrained(tmp_path / "run", args=args(tmp_path / "more"))
+    again = StreamTrainer.from_pretrained(tmp_path / "run", args=tiny.arguments(tmp_path / "more"))
     assert again.stream_model.name == what
     again.learn(part(2, 3))
     trainer.learn(part(2, 3))
@@ -299,11 +288,11 @@ def test_clip(head: str, tmp_path: Path) -> None:
         config = tiny.config("clip", head=head, pool_size=2, class_tokens=None, id2label=None)
         model = get_peft_model(CLIPModel.from_pretrained(tmp_path / "clip"), config)
     trainer = named(
-        PGPTrainer(model, args(tmp_path / "1"), TaskStream.empty(seed=0), processing_class=tiny.processor())
+        PGPTrainer(model, tiny.arguments(tmp_path / "1"), TaskStream.empty(seed=0), processing_class=tiny.processor())
     )
     for classes in PARTS:
         trainer.learn(part(*classes))
-    loaded = PGPTrainer.from_pretrained(tmp_path / "1", "task-1", args(tmp_path / "2"), DATA["test"])
+    loaded = PGPTrainer.from_pretrained(tmp_path / "1", "task-1", tiny.arguments(tmp_path / "2"), DATA["test"])
     named(loaded).learn(part(2, 3))
     named(again(tmp_path / "2", tmp_path / "3")).learn(part(4, 5))
     assert_same(tmp_path / "1", tmp_path / "3")
@@ -329,7 +318,7 @@ def test_known_classes_come_again(base: Path, tmp_path: Path) -> None:
 def test_a_single_class_learns_something(base: Path, tmp_path: Path, case: str) -> None:
     trainer = fresh(base, tmp_path / "run", case)
     trainer.learn(part(0, 1))
-    untrained = PGPTrainer.from_pretrained(tmp_path / "run", args=args(tmp_path / "other"))
+    untrained = PGPTrainer.from_pretrained(tmp_path / "run", args=tiny.arguments(tmp_path / "other"))
     untrained.stream_model.add_classes(["class 2"], seed=3)
     trainer.learn(part(2))
     now, then = (each.model.get_base_model().classifier.weight for each in (trainer, untrained))
@@ -372,7 +361,7 @@ def test_any_revision(where: str, base: Path, tmp_path: Path) -> None:
         source = (tmp_path / "copy",)
     elif where == "older task":
         source = (run, "task-1")
-    trainer = PGPTrainer.from_pretrained(*source, args=args(tmp_path / "run"), backbone=str(base))
+    trainer = PGPTrainer.from_pretrained(*source, args=tiny.arguments(tmp_path / "run"), backbone=str(base))
     learned = len(trainer.results.matrix)
     assert learned == (1 if where == "older task" else 3)
     new = datasets.DatasetDict(
@@ -404,7 +393,7 @@ def test_the_trainer_of_a_classifier(straight: tuple[str, Path], tmp_path: Path)
     classifier = load_pretrained(run, "task-2")
     image = DATA["test"][0]["image"]
     before = classifier.predict(image, top_k=9)
-    trainer = classifier.trainer(args(tmp_path / "run"), test_dataset=DATA["test"])
+    trainer = classifier.trainer(tiny.arguments(tmp_path / "run"), test_dataset=DATA["test"])
     assert isinstance(trainer, PGPTrainer)
     trainer.learn(part(4, 5))
     assert_same(run, tmp_path / "run")
@@ -415,9 +404,9 @@ def test_the_settings_that_differ_are_printed(
     straight: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, run = straight
-    PGPTrainer.from_pretrained(run, args=args(tmp_path / "run"))
+    PGPTrainer.from_pretrained(run, args=tiny.arguments(tmp_path / "run"))
     assert "differ" not in capsys.readouterr().out
-    PGPTrainer.from_pretrained(run, args=args(tmp_path / "run", learning_rate=0.5, num_train_epochs=7))
+    PGPTrainer.from_pretrained(run, args=tiny.arguments(tmp_path / "run", learning_rate=0.5, num_train_epochs=7))
     out = capsys.readouterr().out
     assert "learning_rate: 0.5, was 0.01" in out and "num_train_epochs: 7, was 2" in out and "seed" not in out
 
@@ -426,9 +415,11 @@ def test_online(base: Path, tmp_path: Path) -> None:
     adapter = tiny.config("l2p", head="statistics")
     model = get_peft_model(ViTModel.from_pretrained(base), adapter)
     stream = TaskStream.empty(scenario="online")
-    trainer = PGPTrainer(model, args(tmp_path / "run"), stream, processing_class=tiny.processor())
+    trainer = PGPTrainer(model, tiny.arguments(tmp_path / "run"), stream, processing_class=tiny.processor())
     trainer.learn(part(0, 1))
-    assert PGPTrainer.from_pretrained(tmp_path / "run", args=args(tmp_path / "more")).args.num_train_epochs == 1
+    assert (
+        PGPTrainer.from_pretrained(tmp_path / "run", args=tiny.arguments(tmp_path / "more")).args.num_train_epochs == 1
+    )
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -453,7 +444,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 def test_a_refused_dataset_changes_nothing(straight: tuple[str, Path], tmp_path: Path) -> None:
     _, run = straight
     files = listing(run)
-    trainer = PGPTrainer.from_pretrained(run, "task-2", args(tmp_path / "run"))
+    trainer = PGPTrainer.from_pretrained(run, "task-2", tiny.arguments(tmp_path / "run"))
     manifest, weights = state(trainer)
     broken = part(4, 5)
     broken["train"] = (
@@ -486,7 +477,7 @@ def test_a_full_disk_while_the_run_is_copied(
 ) -> None:
     _, run = straight
     files = listing(run)
-    trainer = PGPTrainer.from_pretrained(run, "task-2", args(tmp_path / "run"))
+    trainer = PGPTrainer.from_pretrained(run, "task-2", tiny.arguments(tmp_path / "run"))
     copied: list[Any] = []
     copy = shutil.copyfile
 
@@ -510,23 +501,23 @@ def test_what_does_not_belong_together(straight: tuple[str, Path], base: Path, t
     other = tiny.backbone("backbone", seed=8)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="digest"):
-        PGPTrainer.from_pretrained(run, args=args(tmp_path / "run"), backbone=str(tmp_path / "other"))
+        PGPTrainer.from_pretrained(run, args=tiny.arguments(tmp_path / "run"), backbone=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="size.*was trained with"):
         larger = tiny.ViTImageProcessorPil(size={"height": 30, "width": 30})
-        PGPTrainer.from_pretrained(run, args=args(tmp_path / "run"), processing_class=larger)
+        PGPTrainer.from_pretrained(run, args=tiny.arguments(tmp_path / "run"), processing_class=larger)
     with pytest.raises(ValueError, match="test images"):
-        PGPTrainer.from_pretrained(run, args=args(tmp_path / "run"), test_dataset=tiny.data(seed=5)["test"])
+        PGPTrainer.from_pretrained(run, args=tiny.arguments(tmp_path / "run"), test_dataset=tiny.data(seed=5)["test"])
     with pytest.raises(TypeError, match="args are missing"):
         PGPTrainer.from_pretrained(run)
     with pytest.raises(ValueError, match="no finished task"):
         (tmp_path / "empty").mkdir()
-        PGPTrainer.from_pretrained(tmp_path / "empty", args=args(tmp_path / "run"))
+        PGPTrainer.from_pretrained(tmp_path / "empty", args=tiny.arguments(tmp_path / "run"))
     with pytest.raises(ValueError, match="later|holds 3 tasks"):  # task 3 would be trained over
         shutil.copytree(run, tmp_path / "whole")
-        PGPTrainer.from_pretrained(tmp_path / "whole", "task-2", args(tmp_path / "whole")).learn(part(4, 5))
+        PGPTrainer.from_pretrained(tmp_path / "whole", "task-2", tiny.arguments(tmp_path / "whole")).learn(part(4, 5))
     assert_same(run, tmp_path / "whole")
     with pytest.raises(ValueError, match="reinit_optimizer"):
-        PGPTrainer.from_pretrained(run, args=args(tmp_path / "run", reinit_optimizer=False)).learn(part(0))
+        PGPTrainer.from_pretrained(run, args=tiny.arguments(tmp_path / "run", reinit_optimizer=False)).learn(part(0))
     with pytest.raises(ValueError, match="holds an earlier run"):
         again(run, tmp_path / "whole").learn(part(0))
 
