@@ -5,31 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.images import AugmentedImages, CachedQueries
 from ..data.stream import TaskStream
 from ..inference.backbone import quiet
 from ..inference.whole import open_whole
 from ..methods import Batch, ContinualMethod, MethodState, TaskContext
-from ..models import StreamModel, load_weights, stream_model
+from ..models import SelectsPrompts, StreamModel, load_weights, stream_model
 from ..runs.atomic import write_json
 from ..runs.folder import MANIFEST, RunFolder
 from ..runs.revision import read_method
 from .arguments import PGPTrainingArguments
 from .callbacks import fire
-from .evaluation import Scorer
+from .evaluation import Recorded, Scorer, measure, summary_logs
 from .loss import check_finite, image_losses, mean_over_step
 from .progress import Progress
 from .results import StreamResults
 from .setup import set_learning_rates
-from .views import head_inputs
+from .views import Passes, head_inputs
 from .writing import write_method
 
 
@@ -49,7 +51,9 @@ class TaskTrainer(Trainer):
     progress: Progress
     _scorer: Scorer
     _context: TaskContext | None  # of the task in training
+    _images: AugmentedImages | None  # and its images
     _handles: list[RemovableHandle]  # of hooks on the optimizer
+    _test_queries: dict[int, Tensor | None]
 
     @property
     def stream_model(self) -> StreamModel:
@@ -128,6 +132,48 @@ class TaskTrainer(Trainer):
         return loss
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate_stream(self) -> dict[str, Any]:
+        """Evaluate every task trained so far, take the figures into `results`, and return the results file's content.
+
+        A prediction may be any class seen so far; in the task-incremental scenario, any class of its own task.
+        """
+        if self.task is None:
+            raise ValueError("no task has been trained yet: call train() or train_task(0) first.")
+        learner = self.stream_model
+        pool_size = learner.pool_size if isinstance(learner, SelectsPrompts) else 0
+        with self.progress.timed("evaluation"):
+            measure(self.results, self.progress.references, self.task, self._record, pool_size, self.stream)
+        self.log(summary_logs(self.results))
+        return self.results.to_dict()
+
+    def _passes(self) -> Passes:
+        return Passes(
+            args=self.args,
+            accelerator=self.accelerator,
+            stream=self.training_stream,
+            stored=self.progress.stored,
+            model=self.model,
+            learner=self.stream_model,
+            images=self._images,
+            collate=self.data_collator,
+            prepare=self._prepare_inputs,
+            test_loader=self.get_test_dataloader,
+        )
+
+    def _record(self, j: int) -> Recorded:
+        """Predict the test images of the 0-based task j."""
+        images = self.stream.test(j)
+        if j not in self._test_queries:
+            self._test_queries[j] = self._passes().queries(images)
+        seen: Dataset[Any] = images if (queries := self._test_queries[j]) is None else CachedQueries(images, queries)
+        compute_metrics, self.compute_metrics, self._scorer.recording = self.compute_metrics, None, True
+        try:
+            output = self.predict(seen, metric_key_prefix=f"eval_task_{j + 1}")
+        finally:
+            self.compute_metrics, self._scorer.recording = compute_metrics, False
+        found: Any = output.predictions  # the dict that prediction_step has returned
+        return Recorded(labels=np.asarray(output.label_ids), **found)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as a `Trainer` does, after noting the task of the test images by their dataset."""

@@ -9,27 +9,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from .. import hub
-from ..data.images import AugmentedImages, CachedQueries, ImageCollator
+from ..data.images import AugmentedImages, ImageCollator
 from ..data.scenarios import SCENARIOS
 from ..data.stream import Task, TaskStream
 from ..methods import ContinualMethod, FineTuning, TaskContext
-from ..models import SelectsPrompts
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
 from . import learning
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
-from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs, test_sets
+from .evaluation import Scorer, accuracy, test_sets
 from .loss import mean_over_step
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
@@ -43,7 +40,6 @@ from .setup import (
     trainable_parameters,
 )
 from .task_trainer import TaskTrainer
-from .views import Passes
 from .writing import write_task
 
 Kind = TypeVar("Kind", bound="StreamTrainer")
@@ -312,50 +308,6 @@ class StreamTrainer(TaskTrainer):
         found = self._resumer().find(task.index) if resume else (False, None)
         self._room.grow(self.stream_model, task.index, self.args.seed)
         return found
-
-    def evaluate_stream(self) -> dict[str, Any]:
-        """Evaluate every task trained so far, take the figures into `results`, and return the results file's content.
-
-        A prediction may be any class seen so far; in the task-incremental scenario, any class of its own task.
-        """
-        if self.task is None:
-            raise ValueError("no task has been trained yet: call train() or train_task(0) first.")
-        learner = self.stream_model
-        pool_size = learner.pool_size if isinstance(learner, SelectsPrompts) else 0
-        with self.progress.timed("evaluation"):
-            measure(self.results, self.progress.references, self.task, self._record, pool_size, self.stream)
-        self.log(summary_logs(self.results))
-        return self.results.to_dict()
-
-    def _passes(self) -> Passes:
-        return Passes(
-            args=self.args,
-            accelerator=self.accelerator,
-            stream=self.training_stream,
-            stored=self.progress.stored,
-            model=self.model,
-            learner=self.stream_model,
-            images=self._images,
-            collate=self.data_collator,
-            prepare=self._prepare_inputs,
-            test_loader=self.get_test_dataloader,
-        )
-
-    # ---- evaluation ----------------------------------------------------------------------------------------------
-
-    def _record(self, j: int) -> Recorded:
-        """Predict the test images of the 0-based task j."""
-        images = self.stream.test(j)
-        if j not in self._test_queries:
-            self._test_queries[j] = self._passes().queries(images)
-        seen: Dataset[Any] = images if (queries := self._test_queries[j]) is None else CachedQueries(images, queries)
-        compute_metrics, self.compute_metrics, self._scorer.recording = self.compute_metrics, None, True
-        try:
-            output = self.predict(seen, metric_key_prefix=f"eval_task_{j + 1}")
-        finally:
-            self.compute_metrics, self._scorer.recording = compute_metrics, False
-        found: Any = output.predictions  # the dict that prediction_step has returned
-        return Recorded(labels=np.asarray(output.label_ids), **found)
 
     # ---- starting and resuming -----------------------------------------------------------------------------------
 
