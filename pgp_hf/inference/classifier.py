@@ -208,7 +208,8 @@ def load_pretrained(
             stays as it was.
         processor: an image processor to use instead of the saved one. The saved one is loaded with `backend="pil"`.
         device: where to run; by default the backbone's device, which is the CPU for one that is loaded here.
-        dtype: precision of the weights; by default the backbone's.
+        dtype: precision of the weights, beneath an adapter of the frozen ones alone; by default that of a backbone that
+            is passed, or else the one that the run was trained in, float32 unless it was asked for another.
         attn_implementation: "eager", "sdpa", ...; transformers' choice by default.
         eval_mask: "seen": a prediction may be any class of the finished tasks; "none": classes without any training
             compete as well.
@@ -226,14 +227,14 @@ def load_pretrained(
     method = _adjusting_method(found)
     local = Path(repo_or_dir).is_dir()
     model: Any  # a PreTrainedModel, or a PeftModel
-    model, processor = open_model(found, backbone, processor, local, hub, attn_implementation)
+    model, processor = open_model(found, backbone, processor, local, hub, attn_implementation, dtype=dtype)
     if found.learned:
         stream_model(model).resume_after(found.learned - 1)
     classes = None if eval_mask == "none" else found.seen_classes
     _make_classifier(model, classes, method)
     # by its commit, since a branch moves on
     source = {"run_or_repo": repo_or_dir, "revision": revision if local else folder.name, "backbone": backbone, **hub}
-    model = model.to(device=device, dtype=dtype).eval()
+    model = model.to(device=device).eval()
     return PromptClassifier(model, processor, found, classes, source)
 
 

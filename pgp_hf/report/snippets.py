@@ -72,7 +72,9 @@ def predict_code(source: Source) -> str:
     return _predict(source, "" if source.found else f", backbone={_quoted(source.backbone)}")
 
 
-def peft_code(source: Source, adapter: AdapterCard, num_classes: int, own_processor: bool) -> str:
+def peft_code(
+    source: Source, adapter: AdapterCard, num_classes: int, own_processor: bool, precision: str = "float32"
+) -> str:
     """Return the code that scores a photo with PEFT alone.
 
     The size of the head comes with an adapter of this package.
@@ -82,10 +84,11 @@ def peft_code(source: Source, adapter: AdapterCard, num_classes: int, own_proces
         adapter: how the backbone is loaded, and where the scores are.
         num_classes: number of scores.
         own_processor: whether the run saved its image processor; otherwise the backbone's is used.
+        precision: of the backbone in training; transformers would take that of its file.
     """
     package = "\nfrom pgp_hf import embedded" if source.inside else ""
     registers = "" if adapter.from_peft else "import pgp_hf  # registers the adapter with PEFT\n"
-    base = source.base
+    base = f"{source.base}, dtype=torch.{precision}"
     if adapter.from_peft:
         base = f"\n    {base}, num_labels={num_classes}, ignore_mismatched_sizes=True\n"
     return f"""{registers}import torch

@@ -188,6 +188,7 @@ class PromptTuner(BaseTuner):
                 hook.remove()
             config.target_modules = [f"{name}.{target}" for target in config.target_modules or ()]
             self._post_injection_hook(self.model, config, adapter)
+            self._cast_adapter_dtype(adapter)  # the new head has the backbone's precision
         config.id2label = {}
         if config.head == "statistics":
             self._add_statistics(self.layer, config, adapter)
@@ -248,6 +249,14 @@ class PromptTuner(BaseTuner):
             setattr(parent, target_name, layer)
         if layer is self.layer and config.head == "statistics":
             self._add_statistics(layer, config, adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep what trains in float32 beneath any backbone: as PEFT does it for prompts, the head and all that is saved."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in self.model.modules() if autocast_adapter_dtype else ():
+            copies = getattr(module, "modules_to_save", None)
+            if isinstance(copies, nn.ModuleDict) and adapter_name in copies:
+                copies[adapter_name].to(torch.promote_types(next(self.model.parameters()).dtype, torch.float32))
 
     def unload(self) -> nn.Module:
         """Return the base model without adapter and hooks, as it was before."""

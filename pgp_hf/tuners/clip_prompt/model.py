@@ -252,7 +252,8 @@ class ClipPromptModel(TaskEntryTuner):
         super().end_task(task)
         if self._live:
             features = self._text_features(self._live, task, self.adapter_config)
-            self.text_layer.clip_prompt_features[self.adapter][self._live] = features
+            table = self.text_layer.clip_prompt_features[self.adapter]
+            table[self._live] = features.to(table)
         self._live = None
 
     def resume_after(self, task: int) -> None:
