@@ -93,7 +93,7 @@ def peft_code(
         base = f"\n    {base}, num_labels={num_classes}, ignore_mismatched_sizes=True\n"
     return f"""{registers}import torch
 from peft import PeftModel{package}
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, {adapter.base_class}
 
 base = {adapter.base_class}.from_pretrained({base})
@@ -119,7 +119,7 @@ def transformers_code(source: Source, num_classes: int, own_processor: bool) -> 
     """
     package = "from pgp_hf import embedded\n" if source.inside and not own_processor else ""
     return f"""import torch
-{package}from PIL import Image
+{package}from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 model = AutoModelForImageClassification.from_pretrained({source.saved}).eval()
@@ -141,7 +141,8 @@ def _processor(source: Source, own: bool) -> str:
 
 def _scores(source: Source, attribute: str, num_classes: int, own_processor: bool) -> str:
     return f"""{_processor(source, own_processor)}
-pixels = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")["pixel_values"]
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")  # upright, as in training
+pixels = processor(photo, return_tensors="pt")["pixel_values"]
 with torch.no_grad():
     scores = model(pixel_values=pixels).{attribute}  # (1, {num_classes}): one column per class"""
 

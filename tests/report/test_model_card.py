@@ -689,7 +689,10 @@ def test_weights_that_may_go_are_promised_only_where_they_stay(what, repo_id, to
 def test_lora_is_told_as_far_as_a_sentence_can(lora, parts):
     text = render(of_model("lora:8", **lora)).text
     assert f": PEFT's {parts} It was trained with" in text
-    assert f'"{BASE}", dtype=torch.float32, num_labels=6, ignore_mismatched_sizes=True\n' in text and "import pgp_hf  #" not in text
+    assert (
+        f'"{BASE}", dtype=torch.float32, num_labels=6, ignore_mismatched_sizes=True\n' in text
+        and "import pgp_hf  #" not in text
+    )
 
 
 # ---- other adapters and scenarios ------------------------------------------------------------------------------------

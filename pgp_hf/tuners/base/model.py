@@ -319,6 +319,24 @@ class PromptTuner(BaseTuner):
         """Return the pool entries `(B, k)` of the last forward pass; None where nothing is selected."""
         return self.layer.selected
 
+    def _check_size(self, pixel_values: Tensor) -> None:
+        """Note the images' size in training; in prediction, refuse images that another processor has made.
+
+        Raises:
+            ValueError: images of another size than in training.
+        """
+        config, size = self.adapter_config, list(pixel_values.shape[-2:])
+        if self.model.training and self._in_task:
+            config.image_size = size if config.image_size in (None, size) else []
+        elif config.image_size not in (None, [], size):
+            height, width = config.image_size
+            raise ValueError(
+                f"pixel_values are {size[0]} x {size[1]}, and the prompts were trained on {height} x {width}: use the image "
+                "processor in the adapter's folder. transformers.pipeline(..., model=FOLDER) takes the backbone's, unless "
+                "image_processor=FOLDER names it. To predict at another size all the same, set the adapter configuration's "
+                "image_size to None."
+            )
+
     # ---- heads ---------------------------------------------------------------------------------------------------
 
     def _add_statistics(self, layer: PromptLayer, config: PromptConfig, adapter_name: str) -> None:

@@ -149,6 +149,7 @@ class ViTPromptTuner(PromptTuner):
         if config.interpolate_pos_encoding and kwargs.get("interpolate_pos_encoding") is None:
             kwargs["interpolate_pos_encoding"] = True
         pixel_values = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        self._check_size(pixel_values)
         if query is None:
             position = {k: v for k, v in kwargs.items() if k == "interpolate_pos_encoding" and v is not None}
             query = self.query(pixel_values, **position)

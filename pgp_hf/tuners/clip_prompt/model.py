@@ -295,6 +295,8 @@ class ClipPromptModel(TaskEntryTuner):
         if self.text_layer.adapter is None or args or kwargs.get("input_ids") is not None:
             return None
         config, kwargs = self.adapter_config, dict(kwargs)
+        if kwargs.get("pixel_values") is not None:
+            self._check_size(kwargs["pixel_values"])
         kwargs.pop("num_items_in_batch", None)
         if not config.class_tokens:
             raise ValueError(
