@@ -35,8 +35,8 @@ def _unlike_vit(backbone: Any) -> Iterator[str]:
     positions, count = (
         getattr(*given, None) for given in ((embeddings, "position_embeddings"), (patches, "num_patches"))
     )
-    flat = isinstance(getattr(patches, "projection", None), nn.Conv2d)  # those of videos are cuboids
-    if getattr(backbone, "main_input_name", "pixel_values") != "pixel_values" or not flat:
+    deep = any(isinstance(module, nn.Conv3d) for module in patches.modules())  # for videos
+    if getattr(backbone, "main_input_name", "pixel_values") != "pixel_values" or deep:
         yield "it does not read single images"
     if not isinstance(positions, Tensor) or positions.ndim != 3:
         yield "it adds no position embeddings to its tokens, which prompts would get as well"
