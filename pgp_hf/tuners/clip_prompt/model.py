@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -118,11 +119,7 @@ class ClipPromptModel(TaskEntryTuner):
 
     def watch_features(self, callback: Callable[[Tensor], object]) -> RemovableHandle:
         """Call `callback` with the image embeddings `(B, P)` that the class names are compared with."""
-
-        def show(projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            callback(output)
-
-        return self.model.visual_projection.register_forward_hook(show)
+        return self.model.visual_projection.register_forward_hook(partial(_show_output, callback))
 
     def _head_width(self, config: ClipPromptConfig) -> int:
         return self.model.config.projection_dim
@@ -381,6 +378,12 @@ class ClipPromptModel(TaskEntryTuner):
             width, length = consistency_rows(tokens, norms, first.self_attn, self.layer.inserted)
             yield name, "prompt", width.flatten(0, 2)
             yield f"{name}.T", "value", length.flatten(0, 2)
+
+
+def _show_output(
+    callback: Callable[[Tensor], object], projection: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> None:
+    callback(output)
 
 
 def _unit(features: Tensor) -> Tensor:
