@@ -107,7 +107,8 @@ def snapshot(
         if public == content:
             shutil.copyfile(folder / path, target / path)
         else:
-            write_json(target / path, public)
+            # an earlier version wrote, and perhaps uploaded, results in the other form
+            write_json(target / path, public, rows=path == RESULTS and digests is not None)
     contents[config]["base_model_name_or_path"] = named or base  # a card shows the last part of a local path
     model_card.save_card(target / CARD, *contents.values(), repo_id=repo_id)
     if digests is not None:

@@ -71,7 +71,7 @@ def write_task(
         written.append(EXEMPLARS)
     digests = {name: sha256(folder / name) for name in written}
     results = {**progress.results.to_dict(), "sha256": {**digests, **digest}}
-    write_json(folder / RESULTS, results)
+    write_json(folder / RESULTS, results, rows=True)
     figures.save_figures(results, folder / "figures")
     card.save_card(folder / "README.md", results, manifest, config, description)
     Digests.of(folder, features, known=digests).write()
