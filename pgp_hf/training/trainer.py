@@ -258,7 +258,7 @@ class StreamTrainer(TaskTrainer):
         self._source = source
         differ = learning.differing(self.results.training, learning.recorded_settings(self.args))
         if self.folder.root.resolve() not in (source.root.resolve(), source.root.resolve().parent):
-            self.results.continues = origin | ({"continues": own} if (own := self.results.continues) else {})
+            self.results.continues = learning.with_origin(origin, self.results.continues)
         self.hub_model_id = self.hub_model_id and self.args.hub_repo(self.results.origin).repo_id
         if differ and self.is_world_process_zero():
             print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)

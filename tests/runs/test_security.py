@@ -46,7 +46,9 @@ def sound(tmp_path_factory):
 
 @pytest.fixture
 def folder(sound, tmp_path):
+    """A copy without digests: a stranger who alters a file can alter its digest as well."""
     shutil.copytree(sound, tmp_path / "bad")
+    (tmp_path / "bad" / "digests.json").unlink()
     return tmp_path / "bad"
 
 
