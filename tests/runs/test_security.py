@@ -238,7 +238,7 @@ BAD = {
     "numbers for names": (content(CONFIG, id2label={"0": 1, "1": 2}), "does not name the classes|another number"),
     "classes with gaps": (
         content(CONFIG, id2label={str(2 * c): f"class {c}" for c in range(6)}),
-        "does not name the classes 0, 1",
+        "names class 1 'class 1', but id2label in adapter_config.json names it None",
     ),
     "fewer classes than the stream": (content(CONFIG, id2label={"0": "a", "1": "b"}), "has 6 classes, but id2label"),
     "not a number among the weights": (
