@@ -130,7 +130,11 @@ def spoil(path: Path, damage: tuple[str, float]) -> None:
 def actions(name: str) -> list[str]:
     """The revision that a file belongs to, and the whole run."""
     top = name.partition("/")[0]
-    return ["resume"] if top == "features" or name == "continued.json" else [f"load {top}" if "/" in name else "load", "resume"]
+    return (
+        ["resume"]
+        if top == "features" or name == "continued.json"
+        else [f"load {top}" if "/" in name else "load", "resume"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -177,5 +181,7 @@ def test_all_damage_is_named_or_changes_nothing(pair, made, tmp_path):
         for damage in DAMAGES
         for action in actions(name)
     ]
-    loads = [outcome for action, name, outcome in outcomes if action.startswith("load") and Path(name).stem != "exemplars"]
+    loads = [
+        outcome for action, name, outcome in outcomes if action.startswith("load") and Path(name).stem != "exemplars"
+    ]
     assert loads and set(loads) == {"named"}  # whatever is loaded is covered
