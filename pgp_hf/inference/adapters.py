@@ -8,6 +8,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,8 +21,11 @@ from ..runs.folder import ADAPTER_CONFIG
 from ..runs.revision import Revision
 from ..tuners.base.config import PromptConfig
 
-# what PEFT and the tuners raise for impossible settings
-UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, OverflowError, StopIteration)
+# what transformers, PEFT and the tuners raise for impossible settings
+UNFIT = (
+    *(TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, ArithmeticError, StopIteration),
+    StrictDataclassError,
+)
 
 # settings of LoRA that a prediction depends on, or that do not matter to it; any other must be at its default, since
 # some change the backbone or name modules to import
