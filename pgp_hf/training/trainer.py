@@ -31,6 +31,7 @@ from .loss import mean_over_step
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
 from .resume import Resumer, start_new
+from .settings import differing, recorded_settings
 from .setup import (
     check_arguments,
     check_model,
@@ -167,9 +168,7 @@ class StreamTrainer(TaskTrainer):
         self.method.begun = True
         learner, own = self.stream_model, t - self.results.first  # the task's index in the training stream
         self._room.grow(learner, t, self.args.seed)
-        self.results.note_task(
-            self._room.counted(t), learning.recorded_settings(self.args), trainable_parameters(learner)
-        )
+        self.results.note_task(self._room.counted(t), recorded_settings(self.args), trainable_parameters(learner))
         with self.progress.timed("train"):
             self._images = images = self._passes().augmented(own)
             self._context = context = self._passes().context(own)
@@ -256,7 +255,7 @@ class StreamTrainer(TaskTrainer):
         """Take over the newest task of a run."""
         self._resumer().go_on(source)
         self._source = source
-        differ = learning.differing(self.results.training, learning.recorded_settings(self.args))
+        differ = differing(self.results.training, recorded_settings(self.args))
         if self.folder.root.resolve() not in (source.root.resolve(), source.root.resolve().parent):
             self.results.continues = origin | ({"continues": own} if (own := self.results.continues) else {})
         self.hub_model_id = self.hub_model_id and self.args.hub_repo(self.results.origin).repo_id
