@@ -272,9 +272,10 @@ class CheckpointTrainer(Trainer):
     def _load_model(self, folder: Path) -> None:
         """Give the model and the method what they were at a checkpoint."""
         whole = self._whole_model()
-        # a whole model's file has the names of older versions of transformers
-        plain = isinstance(whole, PreTrainedModel)
-        load_weights(whole, open_whole(folder).state_dict() if plain else read_tensors(folder / ADAPTER))
+        if isinstance(whole, PreTrainedModel):  # its file has the names of older versions of transformers
+            load_weights(whole, open_whole(folder).state_dict())
+        else:
+            load_weights(whole, read_tensors(folder / ADAPTER))
         if (found := read_method(folder)) is not None:
             self.method.load_state(MethodState(found[0], found[1].get("state", {})))
 
