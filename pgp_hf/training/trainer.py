@@ -85,6 +85,7 @@ class StreamTrainer(TaskTrainer):
         model, self._room = learning.Room.of(model, stream)
         check_model(model, stream, self._room.classes)
         check_arguments({**kwargs, "processing_class": processing_class})
+        args.check()  # set_push_to_hub() and others come after the arguments' own checks
         self.stream = stream
         self.method = FineTuning() if method is None else method
         # a `Trainer` counts the images of a step only for such a function; `compute_loss` calls it with more than that
@@ -96,6 +97,7 @@ class StreamTrainer(TaskTrainer):
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
+        self._check_choice()
         self.training_stream = trained = self.method.training_stream(stream)
         names = dict(enumerate(stream.label_names[: self._room.classes]))
         learner.prepare_stream([list(task.classes) for task in trained.tasks[: self._room.tasks]], names)
@@ -113,7 +115,6 @@ class StreamTrainer(TaskTrainer):
         self._blank = copy.deepcopy(self.method.state())
         self.add_callback(FollowTraining(learner, lambda: (self._images, self.train_dataset)))
         if self.args.push_to_hub:
-            self.args.check_hub()  # set_push_to_hub() comes after the arguments' own checks
             self.add_callback(PushTasks(lambda: self.results.origin))
         if not self.args.disable_tqdm:
             self.pop_callback(ProgressCallback)
@@ -299,6 +300,7 @@ class StreamTrainer(TaskTrainer):
     def _prepare(self, task: Task, resume: bool) -> tuple[bool, Path | None]:
         """Check an appended task and make room for it; return whether it is finished, else its last checkpoint."""
         learning.check_task(self.stream, task, self.method, self.progress.stored, self.stream_model)
+        self._check_choice()
         if self.args.verify_images and self.is_world_process_zero():
             self.stream.verify(not self.args.disable_tqdm, task.index if self.method.stores_images else 0)
         if task.index == 0 and not resume:
