@@ -3,7 +3,7 @@
 output_dir/  the last finished task's files (large ones as hard links), and
   task-1/ ... task-T/   the same files as they were when each task ended
   features/task-1.safetensors ...   head inputs and pool entries of each task's test images when it ended
-  checkpoints/task-t/checkpoint-N/  Trainer checkpoints of the task in training, removed when it ends
+  checkpoints/task-t/checkpoint-N/  checkpoints of the task in training, removed when it ends; see `runs.checkpoint`
   continued.json        in a run continued from a single revision, or one that learns all tasks as one, the last: the
                         number of tasks that are not here
 """
@@ -13,10 +13,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from .atomic import replacing, write_json
+from .checkpoint import check_checkpoint, checkpoints
 from .reading import read_json
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -58,14 +60,20 @@ class RunFolder:
         return self.root / CHECKPOINTS / f"task-{t + 1}"
 
     def last_checkpoint(self, t: int) -> Path | None:
-        """Return a task's newest complete Trainer checkpoint, None if there is none."""
-        found = [
-            folder
-            for folder in self.checkpoints(t).glob("checkpoint-*")
-            # the state file is the one that a Trainer writes last
-            if folder.name.removeprefix("checkpoint-").isdecimal() and (folder / "trainer_state.json").is_file()
-        ]
-        return max(found, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+        """Return a task's newest checkpoint whose files are all as they were written; None if there is none.
+
+        Those that are passed over are named in a warning.
+        """
+        for folder in checkpoints(self.checkpoints(t)):
+            try:
+                check_checkpoint(folder)
+            except ValueError as error:
+                warnings.warn(
+                    f"{error}. The checkpoint before it is used, or else the task starts anew.", stacklevel=3
+                )
+            else:
+                return folder
+        return None
 
     def finished_tasks(self) -> int:
         """Return the number of tasks that have ended, counted from the first of the stream."""
