@@ -28,6 +28,7 @@ BASES, DESCRIPTION = "projection.safetensors", "projection.json"
 METHOD_STATE, METHOD = "method.safetensors", "method.json"
 EXEMPLARS = "exemplars.safetensors"  # images, where the method keeps some and the run stores them
 MANIFEST, RESULTS = "stream.json", "results.json"
+DIGESTS = "digests.json"  # of all other files of a task, written last
 FEATURES, CHECKPOINTS, CONTINUED = "features", "checkpoints", "continued.json"
 LARGE = (MODEL, EXEMPLARS)  # by default kept for the newest task alone
 
@@ -145,8 +146,8 @@ class RunFolder:
         return self.task(t)
 
     def promote(self, t: int) -> None:
-        """Copy a finished task's files to the top level."""
-        for file in sorted(self.task(t).rglob("*")):
+        """Copy a finished task's files to the top level, their digests last."""
+        for file in sorted(self.task(t).rglob("*"), key=lambda file: (file.name == DIGESTS, file)):
             if file.is_file():
                 with replacing(self.root / file.relative_to(self.task(t))) as temporary:
                     _link(file, temporary) if file.name in LARGE else shutil.copyfile(file, temporary)

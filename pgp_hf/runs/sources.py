@@ -26,6 +26,7 @@ from .folder import (
     BASES,
     CHECKPOINTS,
     DESCRIPTION,
+    DIGESTS,
     EXEMPLARS,
     MANIFEST,
     METHOD,
@@ -39,8 +40,8 @@ from .folder import (
 
 RUN_FILES = (MANIFEST, RESULTS, DESCRIPTION, BASES)
 """Files that every finished task has; an adapter without a run has none of them."""
-REVISION_FILES = (ADAPTER_CONFIG, ADAPTER, PROCESSOR, *RUN_FILES, METHOD_STATE, METHOD)
-"""All files of a revision that are read; runs of earlier versions lack those of the method."""
+REVISION_FILES = (ADAPTER_CONFIG, ADAPTER, PROCESSOR, *RUN_FILES, METHOD_STATE, METHOD, DIGESTS)
+"""All files of a revision that are read; runs of earlier versions lack the digests and those of the method."""
 MODEL_FILES = (MODEL_CONFIG, MODEL, *REVISION_FILES[2:])
 """The same where a whole model has learned, and not an adapter."""
 # files that other loaders read: this package only searches them for requests to run code

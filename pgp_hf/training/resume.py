@@ -220,9 +220,9 @@ class Resumer:
         if elsewhere and self.args.overwrite_output_dir:
             self.folder.clear()
         if finished and (elsewhere or earlier.source.single):
-            earlier.copy_to(self.folder, finished)
             references = self.progress.references
             for t in references.features:
                 write_tensors(self.folder.features(t), references.tensors(t))
+            earlier.copy_to(self.folder, finished)  # with the digests of these features
         if finished:
             self.folder.promote(finished - 1)  # the run may have died before doing so

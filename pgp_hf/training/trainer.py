@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -366,13 +366,13 @@ class StreamTrainer(TaskTrainer):
         if self.is_world_process_zero():
             if tensors := self.progress.references.tensors(t):  # there may be no test image
                 write_tensors(self.folder.features(t), tensors)
-            self.folder.publish(t, self._write_files)
+            self.folder.publish(t, partial(self._write_files, features=self.folder.features(t) if tensors else None))
             if self.args.save_full_weights == "last" and not self.args.push_to_hub:  # `PushTasks` waits for the Hub
                 self.folder.drop_large(before=t)
             shutil.rmtree(self.folder.checkpoints(t).parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def _write_files(self, folder: Path) -> None:
+    def _write_files(self, folder: Path, features: Path | None) -> None:
         write_task(
             folder,
             model=self._whole_model(),
@@ -381,6 +381,7 @@ class StreamTrainer(TaskTrainer):
             progress=self.progress,
             manifest=self.stream.manifest(self.results.num_tasks),
             digest=self._digest,
+            features=features,
         )
 
     def push_to_hub(  # type: ignore[override]  # it makes several commits
