@@ -178,6 +178,12 @@ class PGPTrainingArguments(TrainingArguments):
                 "leaves test images in pieces: leave it True.",
             ),
             (
+                "enable_jit_checkpoint",
+                self.enable_jit_checkpoint,
+                True,
+                "would end a task before its last step and count it as finished: leave it False, a run saves on SIGTERM.",
+            ),
+            (
                 "remove_unused_columns",
                 self.remove_unused_columns,
                 True,

@@ -31,6 +31,7 @@ from .loss import check_finite, image_losses, mean_over_step
 from .progress import Progress
 from .results import StreamResults
 from .setup import set_learning_rates
+from .signals import StopOnSignal
 from .views import Passes, head_inputs
 from .writing import write_method
 
@@ -54,6 +55,7 @@ class TaskTrainer(Trainer):
     _images: AugmentedImages | None  # and its images
     _handles: list[RemovableHandle]  # of hooks on the optimizer
     _test_queries: dict[int, Tensor | None]
+    stops: StopOnSignal
 
     @property
     def stream_model(self) -> StreamModel:
@@ -201,6 +203,19 @@ class TaskTrainer(Trainer):
         return loss, found if self._scorer.recording else found["logits"], labels
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Log, save and evaluate as a `Trainer` does; after a signal, save in any case, and leave."""
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if self.stops.is_due():
+            if self.stops.saved != self.state.global_step:
+                self._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # a process that leaves may take others with it
+            self.stops.leave(
+                self.state, self.folder.checkpoints(self.task or 0) / f"checkpoint-{self.state.global_step}"
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as a `Trainer` does, together with the method's state; nothing is uploaded."""
