@@ -82,7 +82,11 @@ class Digests:
 
     @classmethod
     def of(
-        cls, folder: Path, features: Path | None = None, earlier: Iterable[Path] = (), known: Mapping[str, str] | None = None
+        cls,
+        folder: Path,
+        features: Path | None = None,
+        earlier: Iterable[Path] = (),
+        known: Mapping[str, str] | None = None,
     ) -> Digests:
         """Return the digests of the files in a folder.
 
@@ -119,7 +123,9 @@ class Digests:
             features = content["features"]
             return cls(folder, files, features if features is None else Digest.parse(features), earlier)
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): fetch the folder again, or use the revision before it.") from error
+            raise ValueError(
+                f"{path} is damaged ({error}): fetch the folder again, or use the revision before it."
+            ) from error
 
     def write(self, folder: Path | None = None) -> None:
         """Write `digests.json`, by default into the folder of the files."""
@@ -151,7 +157,9 @@ class Digests:
                 listed = self._listed(name)
                 listed.check(path) if name.endswith(".json") else listed.check_size(path)
             elif name in self.files and name not in LARGE:
-                raise ValueError(f"{self.folder} has no {name}, which {DIGESTS} lists: the download or copy is incomplete.")
+                raise ValueError(
+                    f"{self.folder} has no {name}, which {DIGESTS} lists: the download or copy is incomplete."
+                )
 
     def check_features(self, path: Path, own: bool) -> None:
         """Raise ValueError unless a file with the features of test images is the one that the run wrote.
@@ -162,7 +170,9 @@ class Digests:
         """
         digest = self.features if own else self.earlier_features.get(path.name)
         if digest is None:
-            raise ValueError(f"{path} is not listed in {self.folder / DIGESTS}: it is not a file of this run. Remove it.")
+            raise ValueError(
+                f"{path} is not listed in {self.folder / DIGESTS}: it is not a file of this run. Remove it."
+            )
         digest.check(path)
 
     def _listed(self, name: str) -> Digest:

@@ -35,6 +35,7 @@ from .folder import (
     MODEL_CONFIG,
     PROCESSOR,
     RESULTS,
+    TASK,
     config_name,
 )
 
@@ -46,7 +47,6 @@ MODEL_FILES = (MODEL_CONFIG, MODEL, *REVISION_FILES[2:])
 """The same where a whole model has learned, and not an adapter."""
 # files that other loaders read: this package only searches them for requests to run code
 OTHERS = (MODEL_CONFIG, "processor_config.json")
-TASK = re.compile(r"task-([1-9]\d{0,5})")
 _TO_CONTINUE = re.compile(rf"README\.md|figures/[\w-]+\.png|{re.escape(EXEMPLARS)}")
 
 

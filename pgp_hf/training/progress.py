@@ -13,8 +13,8 @@ import numpy as np
 from ..data.stored import Stored, keep_images
 from ..data.stream import TaskImages
 from ..methods import ContinualMethod
-from ..runs.folder import RunFolder
 from ..metrics._running import Accuracies
+from ..runs.folder import RunFolder
 from .evaluation import References
 from .results import StreamResults
 

@@ -16,9 +16,9 @@ from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskImages
 from ..methods import ContinualMethod
 from ..methods.memory import rgb_bytes
+from ..metrics._running import Accuracies, Row
 from ..runs.checks import finished_tasks, first_task, origin_on_hub
 from ..version import __version__
-from ..metrics._running import Accuracies, Row
 
 
 def relative_drift(before: np.ndarray, after: np.ndarray) -> float:

@@ -23,6 +23,7 @@ from .choosing import check_choice, summarize
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
 from .loss import check_finite, image_losses, mean_over_step
 from .setup import set_learning_rates
+from .signals import StopOnSignal
 from .views import Passes, head_inputs
 
 
@@ -39,6 +40,7 @@ class TaskTrainer(CheckpointTrainer):
     _images: AugmentedImages | None  # and its images
     _handles: list[RemovableHandle]  # of hooks on the optimizer
     _test_queries: dict[int, Tensor | None]
+    stops: StopOnSignal
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         given = {"model": self.model, "stream": self.stream, "training_stream": self.training_stream, **kwargs}
@@ -93,6 +95,19 @@ class TaskTrainer(CheckpointTrainer):
         at = f"task {(self.task or 0) + 1} at {step} (learning rate {self._get_learning_rate():g})"
         check_finite(loss, at, self.progress.kept(self.folder))
         return loss
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Log, save and evaluate as a `Trainer` does; after a signal, save in any case, and leave."""
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if self.stops.is_due():
+            if self.stops.saved != self.state.global_step:
+                self._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # a process that leaves may take others with it
+            self.stops.leave(
+                self.state, self.folder.checkpoints(self.task or 0) / f"checkpoint-{self.state.global_step}"
+            )
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 

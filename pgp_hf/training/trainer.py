@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +29,7 @@ from .evaluation import Scorer, accuracy, test_sets
 from .loss import mean_over_step
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
-from .resume import Resumer, start_new
+from .resume import Resumer, check_new, delete_earlier
 from .settings import differing, recorded_settings
 from .setup import (
     check_arguments,
@@ -40,6 +39,7 @@ from .setup import (
     refuse_sharding,
     trainable_parameters,
 )
+from .signals import StopOnSignal, holding
 from .task_trainer import TaskTrainer
 from .writing import write_task
 
@@ -66,6 +66,7 @@ class StreamTrainer(TaskTrainer):
         training_stream: what is trained on: the stream, or all of its tasks as one; tasks count from `results.first`.
         folder: the `RunFolder` that is written to.
         progress: how far the run has come: `results`, the `task`, and what drift is measured against.
+        stops: stops the run on a signal.
 
     Raises:
         TypeError: a model of another kind, or one without a head.
@@ -113,6 +114,8 @@ class StreamTrainer(TaskTrainer):
         self._test_queries: dict[int, Tensor | None] = {}
         self._scorer = Scorer(stream, self.method, self.args.eval_mask)
         self._blank = copy.deepcopy(self.method.state())
+        self.stops = StopOnSignal(self.folder, self.is_world_process_zero())
+        self.add_callback(self.stops)
         self.add_callback(FollowTraining(learner, lambda: (self._images, self.train_dataset)))
         if self.args.push_to_hub:
             self.add_callback(PushTasks(lambda: self.results.origin))
@@ -122,6 +125,7 @@ class StreamTrainer(TaskTrainer):
 
     # ---- the stream ----------------------------------------------------------------------------------------------
 
+    @holding
     def train(  # type: ignore[override]  # trial and the rest are passed on by keyword
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> TrainOutput:
@@ -137,15 +141,20 @@ class StreamTrainer(TaskTrainer):
             Steps and mean training loss over the tasks trained by this call; `metrics` is the results file's content.
 
         Raises:
-            ValueError: images that do not decode, an `output_dir` that holds another run, a run that does not fit.
+            ValueError: images that do not decode, an `output_dir` that holds another run or that another process writes
+                to, a run that does not fit.
             FloatingPointError: a loss that is not finite; the tasks finished before stay as they are.
+            SystemExit: after SIGTERM, SIGHUP or Ctrl-C, for which it is a KeyboardInterrupt as well. Within a task, the
+                step in hand is finished and saved before; the code is 128 + the signal's number.
         """
         first, checkpoint = self._start(resume_from_checkpoint)
-        self._note_first(first)  # uploads, which begin with the stream, need it
         if self.args.verify_images:
             if self.is_world_process_zero():
                 self.stream.verify(not self.args.disable_tqdm, gone=first if self.method.stores_images else 0)
             self.accelerator.wait_for_everyone()
+        if not resume_from_checkpoint:
+            delete_earlier(self.args, self.folder)
+        self._note_first(first)  # uploads, which begin with the stream, need it
         self._fire("on_stream_begin", first_task=first)
         steps, loss = 0, 0.0
         for t in range(first, self.stream.num_tasks):
@@ -155,16 +164,22 @@ class StreamTrainer(TaskTrainer):
         self._fire("on_stream_end", results=results)
         return TrainOutput(steps, loss / max(self.stream.num_tasks - first, 1), results)
 
+    @holding
     def train_task(self, t: int, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Learn the task with 0-based index t, then gather statistics, evaluate, and write its folder.
 
         For a method that learns all tasks as one, t is the last.
 
         Raises:
-            ValueError: a task out of turn, or an earlier one that has failed.
+            ValueError: a task out of turn, or an earlier one that has failed; an `output_dir` that holds another run.
         """
         self._enter()
+        if self.task is None and self.stops.depth == 1 and resume_from_checkpoint is None:  # not by `train` or `learn`
+            check_new(self.args, self.progress, self.folder)
+            delete_earlier(self.args, self.folder)
         self.progress.begin(t)
+        if self.is_world_process_zero():
+            self.folder.check_free(t)
         self._note_first(t)
         self.method.begun = True
         learner, own = self.stream_model, t - self.results.first  # the task's index in the training stream
@@ -263,6 +278,7 @@ class StreamTrainer(TaskTrainer):
         if differ and self.is_world_process_zero():
             print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)
 
+    @holding
     def learn(
         self, dataset: Any, test_dataset: Any = None, *, resume_from_checkpoint: bool | None = None, **columns: Any
     ) -> Task:
@@ -304,7 +320,8 @@ class StreamTrainer(TaskTrainer):
         if self.args.verify_images and self.is_world_process_zero():
             self.stream.verify(not self.args.disable_tqdm, task.index if self.method.stores_images else 0)
         if task.index == 0 and not resume:
-            start_new(self.args, self.progress, self.folder)
+            check_new(self.args, self.progress, self.folder)
+            delete_earlier(self.args, self.folder)
         self._enter(resume)
         found = self._resumer().find(task.index) if resume else (False, None)
         self._room.grow(self.stream_model, task.index, self.args.seed)
@@ -317,8 +334,7 @@ class StreamTrainer(TaskTrainer):
         if not self.stream.num_tasks:
             raise ValueError("the stream has no task yet: learn(dataset), or stream.append(dataset) before train().")
         if not resume:
-            start_new(self.args, self.progress, self.folder)
-            self.accelerator.wait_for_everyone()
+            check_new(self.args, self.progress, self.folder)
             return self.results.first, None
         first, checkpoint = self._resumer().resume(resume)
         self.accelerator.wait_for_everyone()
@@ -369,7 +385,7 @@ class StreamTrainer(TaskTrainer):
             self.folder.publish(t, partial(self._write_files, features=self.folder.features(t) if tensors else None))
             if self.args.save_full_weights == "last" and not self.args.push_to_hub:  # `PushTasks` waits for the Hub
                 self.folder.drop_large(before=t)
-            shutil.rmtree(self.folder.checkpoints(t).parent, ignore_errors=True)
+            self.folder.drop_checkpoints()
         self.accelerator.wait_for_everyone()
 
     def _write_files(self, folder: Path, features: Path | None) -> None:

@@ -88,7 +88,9 @@ def test_a_file_has_null_where_images_were_absent_and_the_same_numbers_elsewhere
     for found, whole in pairs:
         if "by_task" in whole:
             now = [value if here(3, j) else N for j, value in enumerate(whole["by_task"]["now"])]
-            learned = [value if j >= first and here(j, j) else N for j, value in enumerate(whole["by_task"]["when_learned"])]
+            learned = [
+                value if j >= first and here(j, j) else N for j, value in enumerate(whole["by_task"]["when_learned"])
+            ]
             assert (found["by_task"]["now"], found["by_task"]["when_learned"]) == (now, learned)
         averages = [all(here(i, j) for j in range(i + 1)) and i >= first for i in range(len(TASKS))]
         assert [value is not None for value in found["per_task_average_accuracy"]] == averages
