@@ -27,6 +27,7 @@ from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
 from .evaluation import Scorer, accuracy, test_sets
 from .loss import mean_over_step
+from .optimizers import check_optimizer
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
 from .resume import Resumer, check_new, delete_earlier
@@ -96,6 +97,7 @@ class StreamTrainer(TaskTrainer):
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        check_optimizer(self)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
         self._check_choice()
