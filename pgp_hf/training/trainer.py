@@ -37,6 +37,7 @@ from .setup import (
     check_settings,
     new_results,
     refuse_sharding,
+    spare_buffers,
     trainable_parameters,
 )
 from .task_trainer import TaskTrainer
@@ -93,6 +94,7 @@ class StreamTrainer(TaskTrainer):
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        spare_buffers(self.accelerator.ddp_handler, self.args, self.model)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
         self.training_stream = trained = self.method.training_stream(stream)
