@@ -24,6 +24,7 @@ from ..methods import ContinualMethod, FineTuning, TaskContext
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
 from . import learning
+from .agreement import check_same_images
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
 from .evaluation import Scorer, accuracy, test_sets
@@ -302,6 +303,7 @@ class StreamTrainer(TaskTrainer):
     def _prepare(self, task: Task, resume: bool) -> tuple[bool, Path | None]:
         """Check an appended task and make room for it; return whether it is finished, else its last checkpoint."""
         learning.check_task(self.stream, task, self.method, self.progress.stored, self.stream_model)
+        check_same_images(self.args, self.stream)
         if self.args.verify_images and self.is_world_process_zero():
             self.stream.verify(not self.args.disable_tqdm, task.index if self.method.stores_images else 0)
         if task.index == 0 and not resume:
@@ -317,6 +319,7 @@ class StreamTrainer(TaskTrainer):
         """Begin a new run, or take over an earlier one; return the first task, and the checkpoint to enter it by."""
         if not self.stream.num_tasks:
             raise ValueError("the stream has no task yet: learn(dataset), or stream.append(dataset) before train().")
+        check_same_images(self.args, self.stream)
         if not resume:
             start_new(self.args, self.progress, self.folder)
             self.accelerator.wait_for_everyone()
