@@ -89,7 +89,7 @@ class Accuracies:
         if "accuracy_matrix" in content:
             return cls.of(content["accuracy_matrix"][: rows.stop])
         own, tasks = content["by_task"], rows.stop
-        lists = (own["now"], own["when_learned"], own["best_before"])
+        lists: tuple[Any, ...] = (own["now"], own["when_learned"], own["best_before"])
         lists = (*lists, content["per_task_average_accuracy"], content["per_task_forgetting"])
         for values, length in zip(lists, (tasks, tasks, max(tasks - 1, 0), tasks, tasks), strict=True):
             if not isinstance(values, list) or len(values) != length or not all(map(_is_measured, values)):

@@ -344,6 +344,8 @@ def _accuracies(run: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, Va
     Args:
         head: with an accuracy matrix, or what is kept instead of it, unless its matrix is the run's.
     """
+    average: Any
+    lost: Any
     if "per_task_forgetting" in head:
         average, lost = head["per_task_average_accuracy"], head["per_task_forgetting"]
     else:

@@ -21,6 +21,7 @@ from ..runs.folder import MANIFEST, RunFolder
 from ..runs.open import open_run
 from ..runs.reading import read_json
 from ..runs.revision import read_method
+from .agreement import check_agreement
 from .arguments import PGPTrainingArguments
 from .earlier import EarlierRun, check_method
 from .evaluation import Recorded, References
@@ -106,6 +107,7 @@ class Resumer:
         finished, progress = source.finished_tasks(), self.progress
         following = finished or source.first
         checkpoint = source.last_checkpoint(following) if following < self.stream.num_tasks else None
+        self._check_shared(source, finished, checkpoint)
         if checkpoint is not None:
             self.check_checkpoint(checkpoint, following)
         elif not finished and where is not True:  # nothing is deleted or begun for a path that holds nothing
@@ -177,16 +179,24 @@ class Resumer:
         A finished one is taken over.
         """
         self.folder.check_gaps()
-        if t in self.folder.tasks():
+        finished = t in self.folder.tasks()
+        checkpoint = None if finished else self.folder.last_checkpoint(t)
+        self._check_shared(self.folder, t + finished, checkpoint)
+        if finished:
             self.stream.check_manifest(
                 read_json(self.folder.task(t) / MANIFEST), tasks=t + 1
             )  # before the model grows
             self._take_over(self._earlier(self.folder, going_on=True), t)
             return True, None
-        checkpoint = self.folder.last_checkpoint(t)
         if checkpoint is not None:
             self.check_checkpoint(checkpoint, t)
         return False, checkpoint
+
+    def _check_shared(self, source: RunFolder, finished: int, checkpoint: Path | None) -> None:
+        """Raise ValueError unless all processes have found the same state of a run."""
+        found = f"{finished} finished tasks and {'no checkpoint' if checkpoint is None else checkpoint.name}"
+        fix = f"{source.root} must be one folder, shared by all machines."
+        check_agreement(self.args, "the run to go on with", found, fix)
 
     def _earlier(self, source: RunFolder, going_on: bool = False) -> EarlierRun:
         return EarlierRun(source, self.stream, self.model, self.learner, self.method, self.progress.results, going_on)

@@ -23,6 +23,7 @@ from ..methods import ContinualMethod, FineTuning, TaskContext
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
 from . import learning
+from .agreement import check_same_images
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
 from .evaluation import Scorer, accuracy, test_sets
@@ -38,6 +39,7 @@ from .setup import (
     check_settings,
     new_results,
     refuse_sharding,
+    spare_buffers,
     trainable_parameters,
 )
 from .signals import StopOnSignal, holding
@@ -98,6 +100,7 @@ class StreamTrainer(TaskTrainer):
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
         check_optimizer(self)
+        spare_buffers(self.accelerator.ddp_handler, self.args, self.model)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
         self._check_choice()
@@ -319,6 +322,7 @@ class StreamTrainer(TaskTrainer):
         """Check an appended task and make room for it; return whether it is finished, else its last checkpoint."""
         learning.check_task(self.stream, task, self.method, self.progress.stored, self.stream_model)
         self._check_choice()
+        check_same_images(self.args, self.stream)
         if self.args.verify_images and self.is_world_process_zero():
             self.stream.verify(not self.args.disable_tqdm, task.index if self.method.stores_images else 0)
         if task.index == 0 and not resume:
@@ -335,6 +339,7 @@ class StreamTrainer(TaskTrainer):
         """Begin a new run, or take over an earlier one; return the first task, and the checkpoint to enter it by."""
         if not self.stream.num_tasks:
             raise ValueError("the stream has no task yet: learn(dataset), or stream.append(dataset) before train().")
+        check_same_images(self.args, self.stream)
         if not resume:
             check_new(self.args, self.progress, self.folder)
             return self.results.first, None
