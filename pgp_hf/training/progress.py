@@ -13,6 +13,7 @@ import numpy as np
 from ..data.stored import Stored, keep_images
 from ..data.stream import TaskImages
 from ..methods import ContinualMethod
+from ..metrics._running import Accuracies
 from ..runs.folder import RunFolder
 from .evaluation import References
 from .results import StreamResults
@@ -84,9 +85,8 @@ class Progress:
 
     def forget(self) -> None:
         """Go back to before the first task."""
-        blank: dict[str, Any] = {
-            name: [] for name in ("matrix", "within", "linear_matrix", "linear_within", "drift", "changed", "rank")
-        }
+        blank: dict[str, Any] = {name: [] for name in ("matrix", "drift", "changed", "rank")}
+        blank |= {name: Accuracies() for name in ("within", "linear", "linear_within")}
         self.stored = {}
         self.results, self.task = replace(self.results, usage=None, memory={"images": 0, "bytes": 0}, **blank), None
 

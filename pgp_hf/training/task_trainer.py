@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.hooks import RemovableHandle
+from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.images import AugmentedImages, CachedQueries
@@ -18,9 +19,11 @@ from ..methods import Batch, TaskContext
 from ..models import SelectsPrompts
 from .callbacks import fire
 from .checkpoints import CheckpointTrainer
-from .evaluation import Recorded, Scorer, measure, summary_logs
+from .choosing import check_choice, summarize
+from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
 from .loss import check_finite, image_losses, mean_over_step
 from .setup import set_learning_rates
+from .signals import StopOnSignal
 from .views import Passes, head_inputs
 
 
@@ -37,6 +40,7 @@ class TaskTrainer(CheckpointTrainer):
     _images: AugmentedImages | None  # and its images
     _handles: list[RemovableHandle]  # of hooks on the optimizer
     _test_queries: dict[int, Tensor | None]
+    stops: StopOnSignal
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         given = {"model": self.model, "stream": self.stream, "training_stream": self.training_stream, **kwargs}
@@ -92,6 +96,19 @@ class TaskTrainer(CheckpointTrainer):
         check_finite(loss, at, self.progress.kept(self.folder))
         return loss
 
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Log, save and evaluate as a `Trainer` does; after a signal, save in any case, and leave."""
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if self.stops.is_due():
+            if self.stops.saved != self.state.global_step:
+                self._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # a process that leaves may take others with it
+            self.stops.leave(
+                self.state, self.folder.checkpoints(self.task or 0) / f"checkpoint-{self.state.global_step}"
+            )
+
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
     def evaluate_stream(self) -> dict[str, Any]:
@@ -135,6 +152,37 @@ class TaskTrainer(CheckpointTrainer):
             self.compute_metrics, self._scorer.recording = compute_metrics, False
         found: Any = output.predictions  # the dict that prediction_step has returned
         return Recorded(labels=np.asarray(output.label_ids), **found)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate as a `Trainer` does; of the stream's tasks, also under the names that a checkpoint is chosen by."""
+        if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        handler = self.callback_handler
+        callbacks = handler.callbacks
+        # it looks for its metric in each task's evaluation, and says that it is disabled where that is another task's
+        handler.callbacks = [one for one in callbacks if not isinstance(one, EarlyStoppingCallback)]
+        try:
+            metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
+        finally:
+            handler.callbacks = callbacks
+        summary = summarize(metrics, self._current_sets(), list(self.eval_dataset), metric_key_prefix)
+        self.log(dict(summary))
+        metrics.update(summary)
+        self.control = handler.on_evaluate(self.args, self.state, self.control, dict(metrics))
+        return metrics
+
+    def _current_sets(self) -> list[str]:
+        """Return the names in `eval_dataset` of the test images of the task in training; of all, if learned as one."""
+        sets = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+        return [name for name in sets if self.results.first or name == f"task_{(self.task or 0) + 1}"]
+
+    def _check_choice(self) -> None:
+        check_choice(self.args, self.stream, self.callback_handler.callbacks, self.compute_metrics is not accuracy)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as a `Trainer` does, after noting the task of the test images by their dataset."""
