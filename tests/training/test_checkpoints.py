@@ -472,6 +472,71 @@ def test_a_model_alone_is_not_gone_on_from(tmp_path):
     assert same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
+# ---- the best checkpoint ---------------------------------------------------------------------------------------------
+
+
+def choosing(folder, **settings):
+    """A run that goes back to the first of its checkpoints, which is the worst, when its task ends."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_current_loss", "greater_is_better": True}
+    held_out = tiny.stream(num_tasks=1, train_val_split=0.25)
+    return short(folder, stream=held_out, eval_strategy="steps", eval_steps=2, **best, **settings)
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chosen")
+    trainer = choosing(folder)
+    trainer.train()
+    assert trainer.state.best_global_step == 2 and trainer.state.global_step == 6
+    return folder
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2])
+def test_the_best_checkpoint_is_kept_and_found_again_by_a_run_that_has_moved(tmp_path, chosen, limit):
+    stop(choosing(tmp_path / "before", save_total_limit=limit))
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    found = {path.name for path in (tmp_path / "after" / "checkpoints" / "task-1").iterdir()}
+    assert found == {"checkpoint-2", "checkpoint-4"}
+    assert resume(choosing(tmp_path / "after", save_total_limit=limit)) == {0: 2}
+    assert same_run(chosen, tmp_path / "after")
+
+
+def test_the_best_checkpoint_comes_along_to_another_folder(tmp_path):
+    """Where the run is stopped again, and goes on by itself."""
+    choosing(tmp_path / "straight", max_steps=8).train()
+    stop(choosing(tmp_path / "first", max_steps=8))
+    again = choosing(tmp_path / "second", max_steps=8)
+    again.add_callback(stopping := StopAt(7))
+    stopping.trainer = again
+    with pytest.raises(KeyboardInterrupt):
+        again.train(resume_from_checkpoint=str(tmp_path / "first"))
+    shutil.rmtree(tmp_path / "first")
+    assert resume(choosing(tmp_path / "second", max_steps=8)) == {0: 2}
+    assert same_run(tmp_path / "straight", tmp_path / "second")
+
+
+class Damage(TrainerCallback):
+    """Cuts a file of the first checkpoint before the last step."""
+
+    def __init__(self, folder):
+        self.path = folder / "checkpoints" / "task-1" / "checkpoint-2" / "adapter_model.safetensors"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            self.path.write_bytes(self.path.read_bytes()[:-3])
+
+
+def test_a_best_checkpoint_that_is_damaged_is_not_loaded_and_trained_again(tmp_path, chosen):
+    trainer = choosing(tmp_path, callbacks=[Damage(tmp_path)])
+    with pytest.raises(
+        ValueError, match="best checkpoint cannot be loaded: .*adapter_model.safetensors is damaged.*Go on"
+    ):
+        trainer.train()
+    with pytest.warns(UserWarning, match="checkpoint-6 goes back to the best checkpoint when training ends, and"):
+        assert resume(choosing(tmp_path)) == {0: 6}
+    assert same_run(chosen, tmp_path)
+
+
 # ---- what a checkpoint cannot hold, and what no file holds -----------------------------------------------------------
 
 
