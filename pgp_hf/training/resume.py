@@ -17,6 +17,7 @@ from ..data.stream import TaskStream
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, load_weights
 from ..runs.atomic import write_tensors
+from ..runs.checkpoint import step_of
 from ..runs.folder import MANIFEST, RunFolder
 from ..runs.open import open_run
 from ..runs.reading import read_json
@@ -52,6 +53,8 @@ def find_run(where: str | Path, **hub: Any) -> RunFolder:
     Raises:
         ValueError: a path that holds no run, or one that lacks a task before another one.
     """
+    if step_of(Path(where)) is not None:  # it lacks what the run has measured
+        raise _no_run(where)
     source = open_run(where, **hub)
     if source.single:
         return source

@@ -421,6 +421,14 @@ def test_a_checkpoint_that_is_asked_for_by_name_is_checked(tmp_path):
         short(tmp_path / "new").train_task(0, resume_from_checkpoint=str(folder))
 
 
+@pytest.mark.parametrize("where", [("checkpoint-4",), ()])
+def test_a_checkpoint_in_place_of_its_run_says_which_folder_to_pass(tmp_path, where):
+    stop(short(tmp_path / "run"))
+    folder = (tmp_path / "run" / "checkpoints" / "task-1").joinpath(*where)
+    with pytest.raises(ValueError, match=f"expected a run's folder.* inside of the run {tmp_path / 'run'}: pass that"):
+        short(tmp_path / "new").train(resume_from_checkpoint=str(folder))
+
+
 def test_a_step_that_is_reached_again_replaces_its_checkpoint_and_those_behind_it(tmp_path):
     stop(short(tmp_path))
     four = RunFolder(tmp_path).last_checkpoint(0)
