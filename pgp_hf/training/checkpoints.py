@@ -29,7 +29,7 @@ from ..runs.revision import read_method
 from ..runs.states import encode, read_state, write_state
 from .arguments import PGPTrainingArguments
 from .callbacks import ends_epoch
-from .optimizer_state import check_optimizer, load_optimizer, plain
+from .optimizer_state import check_optimizer_state, load_optimizer, plain
 from .progress import Progress
 from .random_states import gather_random_states, scatter_random_states
 from .results import StreamResults
@@ -153,7 +153,7 @@ class CheckpointTrainer(Trainer):
     def check_states(self) -> None:
         """Raise ValueError if something has state that a checkpoint cannot hold, or an optimizer is about to."""
         try:
-            check_optimizer(plain(self.optimizer))
+            check_optimizer_state(plain(self.optimizer))
             encode(self.lr_scheduler.state_dict(), "scheduler")
         except ValueError as error:
             raise ValueError(

@@ -21,7 +21,7 @@ def plain(optimizer: Any) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
+def check_optimizer_state(optimizer: Optimizer) -> None:
     """Raise ValueError if an optimizer has state, or will have, that is neither tensor nor JSON.
 
     Most optimizers make their state in the first step, which is tried on stand-ins for a few parameters. Where that does

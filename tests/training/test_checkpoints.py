@@ -204,6 +204,20 @@ def test_models_without_prompts_and_their_dropout(tmp_path, name):
     assert same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
+def test_the_scale_of_gradients_goes_on_as_it_was(tmp_path):
+    """As of float16, which a CPU does not train in; it doubles every third step, and clipping sees it."""
+
+    def make(folder):
+        trainer = short(folder, optim="sgd")
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=3)
+        return trainer
+
+    straight, resumed, _ = twice(tmp_path, make)
+    states = [trainer.accelerator.scaler.state_dict() for trainer in (straight, resumed)]
+    assert states[0] == states[1] and states[0]["scale"] == 8.0
+    assert same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
 # ---- where a run stops -----------------------------------------------------------------------------------------------
 
 
