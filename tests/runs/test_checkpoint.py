@@ -184,13 +184,13 @@ def test_what_was_being_written_is_swept_and_nothing_else(stopped, tmp_path):
 @pytest.mark.parametrize("seal_too", [True, False])
 def test_only_what_was_written_is_deleted(stopped, tmp_path, seal_too):
     folder = shutil.copytree(newest(stopped), tmp_path / "checkpoint-4")
-    (folder / "inner").mkdir()
     if not seal_too:
         (folder / SEAL).write_text("{")
     (folder / "optimizer.pt").write_bytes(b"")
     (folder / "rng_state_0.pth").write_bytes(b"")
     kept = shutil.copytree(folder, tmp_path / "checkpoint-6")
     (kept / "notes.txt").write_text("mine")
+    (kept / "inner").mkdir()
     (kept / "inner" / "more.csv").write_text("mine")
     for each in (folder, kept):
         delete_checkpoint(each)
