@@ -85,7 +85,9 @@ def test_integers_are_not_matched_with_names(lacks):
         return relabelled(data, INTEGER, NAMES.index)
 
     train, test = (numbers(TRAIN), TEST) if lacks == "train" else (TRAIN, numbers(TEST))
-    with pytest.raises(ValueError, match=rf"integers alone in the {lacks} split.*{lacks}\.cast_column.*names=\[") as found:
+    with pytest.raises(
+        ValueError, match=rf"integers alone in the {lacks} split.*{lacks}\.cast_column.*names=\["
+    ) as found:
         TaskStream.from_dataset(train, test_dataset=test, num_tasks=2)
     assert ".features[" not in str(found.value)  # whose order may be another
 
