@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from accelerate.utils import DistributedDataParallelKwargs
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -62,6 +63,18 @@ def check_model(model: nn.Module, stream: TaskStream, classes: int) -> None:
             )
     if isinstance(learner, PlainModel):
         learner.check()
+
+
+def spare_buffers(handler: DistributedDataParallelKwargs | None, args: PGPTrainingArguments, model: nn.Module) -> None:
+    """Send buffers between processes only where training changes them, unless the arguments say otherwise.
+
+    Class statistics are buffers as well; with every step they would be more than the gradients of all prompts.
+    """
+    if handler is not None and args.ddp_broadcast_buffers is None:
+        # before each task all buffers are those of the main process
+        handler.broadcast_buffers = any(
+            isinstance(module, nn.modules.batchnorm._NormBase) for module in model.modules()
+        )
 
 
 def refuse_sharding(sharded: bool) -> None:
