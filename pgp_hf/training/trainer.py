@@ -36,9 +36,9 @@ from .setup import (
     check_arguments,
     check_model,
     check_settings,
+    keep_statistics_local,
     new_results,
     refuse_sharding,
-    spare_buffers,
     trainable_parameters,
 )
 from .task_trainer import TaskTrainer
@@ -95,7 +95,7 @@ class StreamTrainer(TaskTrainer):
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        spare_buffers(self.accelerator.ddp_handler, self.args, self.model)
+        keep_statistics_local(self.model)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
         self.training_stream = trained = self.method.training_stream(stream)

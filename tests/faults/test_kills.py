@@ -41,7 +41,10 @@ class Straight:
             return [f"{why}: exit code {code}, {log.read_text()[-700:]}"]
         found = kills.content(folder)
         names = [name for name in sorted({*found, *self.content}) if found.get(name) != self.content.get(name)]
-        return [f"{why}: {name} {'differs' if name in found and name in self.content else 'is not in both'}" for name in names]
+        return [
+            f"{why}: {name} {'differs' if name in found and name in self.content else 'is not in both'}"
+            for name in names
+        ]
 
     def after_kills(self, places: list[int], folder: Path) -> list[str]:
         """Go on from the states before and within some operations; return the differences."""
