@@ -37,9 +37,9 @@ from .setup import (
     check_arguments,
     check_model,
     check_settings,
+    keep_statistics_local,
     new_results,
     refuse_sharding,
-    spare_buffers,
     trainable_parameters,
 )
 from .signals import StopOnSignal, holding
@@ -100,7 +100,7 @@ class StreamTrainer(TaskTrainer):
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
         check_optimizer(self)
-        spare_buffers(self.accelerator.ddp_handler, self.args, self.model)
+        keep_statistics_local(self.model)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
         self._check_choice()
