@@ -156,7 +156,7 @@ class RunFolder:
 
     def is_empty(self) -> bool:
         """Return whether the folder holds no run: neither finished tasks nor checkpoints."""
-        return not self.tasks() and not self._all_checkpoints()
+        return not self._left()
 
     def check_unused(self) -> None:
         """Raise ValueError if the folder holds an earlier run, or files that a run would replace."""
@@ -302,7 +302,11 @@ class RunFolder:
         ]
 
     def _left(self) -> list[Path]:
-        return [*(self.task(t) for t in self.tasks()), *self._all_checkpoints()]
+        """Return the folders of finished tasks and checkpoints."""
+        begun = (
+            folder for folder in self._all_checkpoints() if any((folder / name).exists() for name in _CHECKPOINT_FILES)
+        )
+        return [*(self.task(t) for t in self.tasks()), *begun]
 
 
 def config_name(folder: Path) -> str:

@@ -216,7 +216,7 @@ class EarlierRun:
                 f"{self.source.root}: of tasks {', '.join(str(j + 1) for j in new)} neither features/ nor the revision is "
                 'there, so drift and changed selections leave them out from now on. Continue from "owner/name@task-k" on '
                 "the Hub, or from a folder next to task-1, task-2, ... to have them measured.",
-                stacklevel=6,
+                stacklevel=7,
             )
         return lost
 

@@ -130,7 +130,7 @@ class Resumer:
             self._prepare_folder(earlier, finished)
             self.folder.drop_checkpoints(before=finished)  # the run may have died before doing so
         if not finished and checkpoint is None:
-            warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=4)
+            warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=5)
         return finished or progress.results.first, checkpoint
 
     def check_checkpoint(self, checkpoint: Path, t: int) -> None:
