@@ -235,11 +235,11 @@ def check_task(stream: TaskStream, task: Task, method: ContinualMethod, stored: 
 
 
 def check_same_task(stream: TaskStream, t: int, checkpoint: Path, gone: int) -> None:
-    """Raise ValueError if a checkpoint within the 0-based task t belongs to other images than those of the stream.
+    """Raise ValueError if a checkpoint within the 0-based task t belongs to other images or tasks than the stream's.
 
     Args:
         gone: number of first tasks whose training images may be gone.
     """
     path = checkpoint / MANIFEST
     if path.exists():  # earlier versions did not write it
-        stream.check_manifest(read_json(path), gone=gone, tasks=t + 1)
+        stream.check_manifest(read_json(path), gone=gone, tasks=t + 1 if stream.is_open else None)

@@ -32,7 +32,7 @@ from .optimizers import check_optimizer
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
 from .resume import Resumer, check_new, delete_earlier
-from .settings import differing, recorded_settings
+from .settings import print_differing, recorded_settings
 from .setup import (
     check_arguments,
     check_model,
@@ -276,12 +276,11 @@ class StreamTrainer(TaskTrainer):
         """Take over the newest task of a run."""
         self._resumer().go_on(source)
         self._source = source
-        differ = differing(self.results.training, recorded_settings(self.args))
         if self.folder.root.resolve() not in (source.root.resolve(), source.root.resolve().parent):
             self.results.continues = origin | ({"continues": own} if (own := self.results.continues) else {})
         self.hub_model_id = self.hub_model_id and self.args.hub_repo(self.results.origin).repo_id
-        if differ and self.is_world_process_zero():
-            print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)
+        if self.is_world_process_zero():
+            print_differing(self.results.training, recorded_settings(self.args))
 
     @holding
     def learn(
