@@ -22,7 +22,7 @@ from pathlib import Path
 
 from . import removal
 from .atomic import replacing, write_json
-from .checkpoint import UNFINISHED, check_checkpoint, checkpoints, delete_checkpoint
+from .checkpoint import UNFINISHED, check_checkpoint, checkpoints, delete_checkpoint, was_begun
 from .reading import read_json
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -303,10 +303,7 @@ class RunFolder:
 
     def _left(self) -> list[Path]:
         """Return the folders of finished tasks and checkpoints."""
-        begun = (
-            folder for folder in self._all_checkpoints() if any((folder / name).exists() for name in _CHECKPOINT_FILES)
-        )
-        return [*(self.task(t) for t in self.tasks()), *begun]
+        return [*(self.task(t) for t in self.tasks()), *filter(was_begun, self._all_checkpoints())]
 
 
 def config_name(folder: Path) -> str:

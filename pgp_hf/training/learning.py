@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from peft import PeftModel
 from transformers import BaseImageProcessor, PreTrainedModel
 
@@ -105,6 +106,7 @@ def open_for_learning(
     backbone: str | os.PathLike[str] | PreTrainedModel | None,
     processor: Any,
     hub: dict[str, Any],
+    dtype: torch.dtype | None = None,
 ) -> Opened:
     """Open a revision to go on from it; for the arguments see `StreamTrainer.from_pretrained`.
 
@@ -123,7 +125,7 @@ def open_for_learning(
     if processor is not None:
         check_same_size(processor, found)
     local = Path(run_or_repo).is_dir()
-    model, processor = open_model(found, backbone, processor, local, hub, trainable=True)
+    model, processor = open_model(found, backbone, processor, local, hub, trainable=True, dtype=dtype)
     stream = TaskStream.from_manifest(found.manifest, test_dataset, num_tasks=tasks)
     return Opened(model, method, processor, stream, source)
 
