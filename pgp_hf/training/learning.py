@@ -17,6 +17,7 @@ from ..data.stream import Task, TaskStream
 from ..inference.opening import open_model
 from ..methods import ContinualMethod, ProjectedPrompts, create
 from ..models import StreamModel, open_head, stream_model
+from ..runs.checks import origin_on_hub
 from ..runs.folder import MANIFEST, PROCESSOR, RunFolder
 from ..runs.open import open_finished
 from ..runs.reading import read_json
@@ -153,6 +154,16 @@ def origin(source: RunFolder, run_or_repo: str | os.PathLike[str], revision: str
         "commit": source.root.name if on_hub else None,  # the Hub's cache calls folders by it
         "tasks": tasks,
     }
+
+
+def with_origin(origin: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """Return an origin with its own, `before`; of folders that a run went through one after another, the newest alone.
+
+    Otherwise a run that learns each task in a new folder nests them without end.
+    """
+    if origin["repo"] is None:
+        before = origin_on_hub({"continues": before})
+    return origin | ({"continues": before} if before else {})
 
 
 def saved_method(found: Revision) -> ContinualMethod:

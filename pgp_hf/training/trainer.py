@@ -285,7 +285,7 @@ class StreamTrainer(TaskTrainer):
         self._resumer().go_on(source)
         self._source = source
         if self.folder.root.resolve() not in (source.root.resolve(), source.root.resolve().parent):
-            self.results.continues = origin | ({"continues": own} if (own := self.results.continues) else {})
+            self.results.continues = learning.with_origin(origin, self.results.continues)
         self.hub_model_id = self.hub_model_id and self.args.hub_repo(self.results.origin).repo_id
         if self.is_world_process_zero():
             print_differing(self.results.training, recorded_settings(self.args))
