@@ -103,6 +103,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def was_begun(folder: Path) -> bool:
+    """Return True if a checkpoint's folder holds a file of it."""
+    return any((folder / name).exists() for name in _FILES)
+
+
 def delete_checkpoint(folder: Path) -> None:
     """Delete the files of a checkpoint, and the folder unless it holds anything else."""
     states = [path.name for path in folder.glob("rng_state_*.pth")]  # of several processes, by an earlier version

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from . import removal
 from .atomic import replacing, write_json
-from .checkpoint import UNFINISHED, check_checkpoint, checkpoints, delete_checkpoint
+from .checkpoint import UNFINISHED, check_checkpoint, checkpoints, delete_checkpoint, was_begun
 from .reading import read_json
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -156,7 +156,7 @@ class RunFolder:
 
     def is_empty(self) -> bool:
         """Return whether the folder holds no run: neither finished tasks nor checkpoints."""
-        return not self.tasks() and not self._all_checkpoints()
+        return not self._left()
 
     def check_unused(self) -> None:
         """Raise ValueError if the folder holds an earlier run, or files that a run would replace."""
@@ -302,7 +302,8 @@ class RunFolder:
         ]
 
     def _left(self) -> list[Path]:
-        return [*(self.task(t) for t in self.tasks()), *self._all_checkpoints()]
+        """Return the folders of finished tasks and checkpoints."""
+        return [*(self.task(t) for t in self.tasks()), *filter(was_begun, self._all_checkpoints())]
 
 
 def config_name(folder: Path) -> str:
