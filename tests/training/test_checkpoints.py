@@ -636,7 +636,7 @@ class Noisy(Memory):
 def test_the_trial_before_training_draws_no_random_number(tmp_path, monkeypatch):
     noisy = {"optimizer_cls_and_kwargs": (Noisy, {})}
     short(tmp_path / "tried", **noisy).train()
-    monkeypatch.setattr("pgp_hf.training.checkpoints.CheckpointTrainer.check_states", lambda self: None)
+    monkeypatch.setattr("pgp_hf.training.checkpoints.CheckpointTrainer._check_states", lambda self: None)
     short(tmp_path / "untried", **noisy).train()
     assert same_run(tmp_path / "tried", tmp_path / "untried")
 
