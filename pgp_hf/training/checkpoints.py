@@ -29,7 +29,7 @@ from ..runs.revision import read_method
 from ..runs.states import encode, read_state, write_state
 from .arguments import PGPTrainingArguments
 from .callbacks import ends_epoch
-from .optimizer_state import check_optimizer_state, load_optimizer, plain
+from .optimizer_state import check_optimizer_state, load_optimizer, optimizer_state, plain
 from .progress import Progress
 from .random_states import gather_random_states, scatter_random_states
 from .results import StreamResults
@@ -220,7 +220,7 @@ class CheckpointTrainer(Trainer):
         if self.task is not None:  # a checkpoint belongs to these tasks alone
             write_json(folder / MANIFEST, self.stream.manifest(self.results.num_tasks))
         if not self.args.save_only_model:
-            write_state(folder, files.OPTIMIZER, self.optimizer.state_dict())
+            write_state(folder, files.OPTIMIZER, optimizer_state(plain(self.optimizer)))
             write_state(folder, files.SCHEDULER, self.lr_scheduler.state_dict())
             if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
                 write_state(folder, files.SCALER, scaler.state_dict())
@@ -317,8 +317,9 @@ class CheckpointTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_optimizer(plain(self.optimizer), read_state(Path(checkpoint), files.OPTIMIZER))
-            self.lr_scheduler.load_state_dict(read_state(Path(checkpoint), files.SCHEDULER))
+            folder = Path(checkpoint)
+            load_optimizer(plain(self.optimizer), read_state(folder, files.OPTIMIZER), folder)
+            self.lr_scheduler.load_state_dict(read_state(folder, files.SCHEDULER))
             self._load_rng_state(checkpoint)  # a `Trainer` does so where it takes a step
 
     def _load_scaler(self, checkpoint: str | None) -> None:

@@ -165,6 +165,20 @@ def test_every_optimizer_goes_on_as_it_was(tmp_path, name):
         }
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((torch.optim.Adamax, {"lr": 0.01}), "optimizer .*Memory, and now it is .*Adamax: continue with the same"),
+        ((Memory, {"lr": 0.02}), r"learning rates \[0.01, 0.01\], and now it is \[0.02, 0.02\]"),
+    ],
+)
+def test_an_optimizer_of_another_kind_or_rate_is_refused(tmp_path, given, message):
+    """The arguments do not tell them apart, and torch would take the state without a word."""
+    stop(short(tmp_path, optimizer_cls_and_kwargs=(Memory, {"lr": 0.01})))
+    with pytest.raises(ValueError, match=f"checkpoint-4 was trained with the {message}"):
+        short(tmp_path, optimizer_cls_and_kwargs=given).train(resume_from_checkpoint=True)
+
+
 SCHEDULES = {
     **{name: {} for name in ("linear", "cosine", "polynomial", "constant", "inverse_sqrt")},
     "constant_with_warmup": {"warmup_steps": 3},
