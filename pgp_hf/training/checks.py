@@ -85,6 +85,10 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         "would leave test images out of the evaluation, and small tasks out of the training: leave it False.",
     ),
     "eval_do_concat_batches": ((False,), "leaves test images in pieces: leave it True."),
+    "enable_jit_checkpoint": (
+        (True,),
+        "would end a task before its last step and count it as finished: leave it False, a run saves on SIGTERM.",
+    ),
     "remove_unused_columns": ((True,), "would drop the images before they are read: leave it False."),
     "prediction_loss_only": (
         (True,),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor
@@ -24,22 +24,27 @@ from ..methods import ContinualMethod, FineTuning, TaskContext
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
 from . import learning
+from .agreement import check_same_images
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
 from .evaluation import Scorer, accuracy, test_sets
 from .loss import mean_over_step
+from .optimizers import check_optimizer
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
-from .resume import Resumer, start_new
+from .resume import Resumer, check_new, delete_earlier
 from .settings import print_differing, recorded_settings
 from .setup import (
     check_arguments,
     check_model,
+    check_precision,
     check_settings,
+    keep_statistics_local,
     new_results,
     refuse_sharding,
     trainable_parameters,
 )
+from .signals import StopOnSignal, holding
 from .task_trainer import TaskTrainer
 from .writing import write_task
 
@@ -66,6 +71,7 @@ class StreamTrainer(TaskTrainer):
         training_stream: what is trained on: the stream, or all of its tasks as one; tasks count from `results.first`.
         folder: the `RunFolder` that is written to.
         progress: how far the run has come: `results`, the `task`, and what drift is measured against.
+        stops: stops the run on a signal.
 
     Raises:
         TypeError: a model of another kind, or one without a head.
@@ -95,6 +101,9 @@ class StreamTrainer(TaskTrainer):
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        check_precision(model, self.args.fp16)
+        check_optimizer(self)
+        keep_statistics_local(self.model)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
         self._check_choice()
@@ -113,6 +122,8 @@ class StreamTrainer(TaskTrainer):
         self._test_queries: dict[int, Tensor | None] = {}
         self._scorer = Scorer(stream, self.method, self.args.eval_mask)
         self._blank = copy.deepcopy(self.method.state())
+        self.stops = StopOnSignal(self.folder, self.is_world_process_zero())
+        self.add_callback(self.stops)
         self.add_callback(FollowTraining(learner, lambda: (self._images, self.train_dataset)))
         if self.args.push_to_hub:
             self.add_callback(PushTasks(lambda: self.results.origin))
@@ -122,6 +133,7 @@ class StreamTrainer(TaskTrainer):
 
     # ---- the stream ----------------------------------------------------------------------------------------------
 
+    @holding
     def train(  # type: ignore[override]  # trial and the rest are passed on by keyword
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> TrainOutput:
@@ -137,15 +149,20 @@ class StreamTrainer(TaskTrainer):
             Steps and mean training loss over the tasks trained by this call; `metrics` is the results file's content.
 
         Raises:
-            ValueError: images that do not decode, an `output_dir` that holds another run, a run that does not fit.
+            ValueError: images that do not decode, an `output_dir` that holds another run or that another process writes
+                to, a run that does not fit.
             FloatingPointError: a loss that is not finite; the tasks finished before stay as they are.
+            SystemExit: after SIGTERM, SIGHUP or Ctrl-C, for which it is a KeyboardInterrupt as well. Within a task, the
+                step in hand is finished and saved before; the code is 128 + the signal's number.
         """
         first, checkpoint = self._start(resume_from_checkpoint)
-        self._note_first(first)  # uploads, which begin with the stream, need it
         if self.args.verify_images:
             if self.is_world_process_zero():
                 self.stream.verify(not self.args.disable_tqdm, gone=first if self.method.stores_images else 0)
             self.accelerator.wait_for_everyone()
+        if not resume_from_checkpoint:
+            delete_earlier(self.args, self.folder)
+        self._note_first(first)  # uploads, which begin with the stream, need it
         self._fire("on_stream_begin", first_task=first)
         steps, loss = 0, 0.0
         for t in range(first, self.stream.num_tasks):
@@ -155,16 +172,22 @@ class StreamTrainer(TaskTrainer):
         self._fire("on_stream_end", results=results)
         return TrainOutput(steps, loss / max(self.stream.num_tasks - first, 1), results)
 
+    @holding
     def train_task(self, t: int, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Learn the task with 0-based index t, then gather statistics, evaluate, and write its folder.
 
         For a method that learns all tasks as one, t is the last.
 
         Raises:
-            ValueError: a task out of turn, or an earlier one that has failed.
+            ValueError: a task out of turn, or an earlier one that has failed; an `output_dir` that holds another run.
         """
         self._enter()
+        if self.task is None and self.stops.depth == 1 and resume_from_checkpoint is None:  # not by `train` or `learn`
+            check_new(self.args, self.progress, self.folder)
+            delete_earlier(self.args, self.folder)
         self.progress.begin(t)
+        if self.is_world_process_zero():
+            self.folder.check_free(t)
         self._note_first(t)
         self.method.begun = True
         learner, own = self.stream_model, t - self.results.first  # the task's index in the training stream
@@ -208,6 +231,7 @@ class StreamTrainer(TaskTrainer):
         test_dataset: Any = None,
         *,
         backbone: str | os.PathLike[str] | PreTrainedModel | None = None,
+        dtype: torch.dtype | None = None,
         processing_class: Any = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -226,6 +250,8 @@ class StreamTrainer(TaskTrainer):
             test_dataset: the run's own test images, as far as they are there, on which its tasks are evaluated again;
                 without them, the accuracies of old tasks are not measured. See `TaskStream.from_manifest`.
             backbone: the frozen model, or its Hub id or folder, if the revision does not say where it is.
+            dtype: precision of the frozen weights; by default that of a backbone that is passed, or else the one that
+                the run was trained in. What learns is in float32.
             processing_class: an image processor to use instead of the saved one.
             token, cache_dir, local_files_only: as in every `from_pretrained`; `args.hub_token` by default.
             kwargs: any other argument of the trainer.
@@ -238,7 +264,9 @@ class StreamTrainer(TaskTrainer):
             raise TypeError("args are missing: pass PGPTrainingArguments(output_dir, ...) for the tasks to come.")
         token = args.hub_token if token is None else token
         place = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        opened = learning.open_for_learning(run_or_repo, revision, test_dataset, backbone, processing_class, place)
+        opened = learning.open_for_learning(
+            run_or_repo, revision, test_dataset, backbone, processing_class, place, dtype
+        )
         made = cls.with_method(
             opened.model, args, opened.stream, opened.method, processing_class=opened.processor, **kwargs
         )
@@ -257,11 +285,12 @@ class StreamTrainer(TaskTrainer):
         self._resumer().go_on(source)
         self._source = source
         if self.folder.root.resolve() not in (source.root.resolve(), source.root.resolve().parent):
-            self.results.continues = origin | ({"continues": own} if (own := self.results.continues) else {})
+            self.results.continues = learning.with_origin(origin, self.results.continues)
         self.hub_model_id = self.hub_model_id and self.args.hub_repo(self.results.origin).repo_id
         if self.is_world_process_zero():
             print_differing(self.results.training, recorded_settings(self.args))
 
+    @holding
     def learn(
         self, dataset: Any, test_dataset: Any = None, *, resume_from_checkpoint: bool | None = None, **columns: Any
     ) -> Task:
@@ -300,10 +329,12 @@ class StreamTrainer(TaskTrainer):
         """Check an appended task and make room for it; return whether it is finished, else its last checkpoint."""
         learning.check_task(self.stream, task, self.method, self.progress.stored, self.stream_model)
         self._check_choice()
+        check_same_images(self.args, self.stream)
         if self.args.verify_images and self.is_world_process_zero():
             self.stream.verify(not self.args.disable_tqdm, task.index if self.method.stores_images else 0)
         if task.index == 0 and not resume:
-            start_new(self.args, self.progress, self.folder)
+            check_new(self.args, self.progress, self.folder)
+            delete_earlier(self.args, self.folder)
         self._enter(resume)
         found = self._resumer().find(task.index) if resume else (False, None)
         self._room.grow(self.stream_model, task.index, self.args.seed)
@@ -315,9 +346,9 @@ class StreamTrainer(TaskTrainer):
         """Begin a new run, or take over an earlier one; return the first task, and the checkpoint to enter it by."""
         if not self.stream.num_tasks:
             raise ValueError("the stream has no task yet: learn(dataset), or stream.append(dataset) before train().")
+        check_same_images(self.args, self.stream)
         if not resume:
-            start_new(self.args, self.progress, self.folder)
-            self.accelerator.wait_for_everyone()
+            check_new(self.args, self.progress, self.folder)
             return self.results.first, None
         first, checkpoint = self._resumer().resume(resume)
         self.accelerator.wait_for_everyone()
@@ -365,13 +396,13 @@ class StreamTrainer(TaskTrainer):
         if self.is_world_process_zero():
             if tensors := self.progress.references.tensors(t):  # there may be no test image
                 write_tensors(self.folder.features(t), tensors)
-            self.folder.publish(t, self._write_files)
+            self.folder.publish(t, partial(self._write_files, features=self.folder.features(t) if tensors else None))
             if self.args.save_full_weights == "last" and not self.args.push_to_hub:  # `PushTasks` waits for the Hub
                 self.folder.drop_large(before=t)
-            shutil.rmtree(self.folder.checkpoints(t).parent, ignore_errors=True)
+            self.folder.drop_checkpoints()
         self.accelerator.wait_for_everyone()
 
-    def _write_files(self, folder: Path) -> None:
+    def _write_files(self, folder: Path, features: Path | None) -> None:
         write_task(
             folder,
             model=self._whole_model(),
@@ -380,6 +411,7 @@ class StreamTrainer(TaskTrainer):
             progress=self.progress,
             manifest=self.stream.manifest(self.results.num_tasks),
             digest=self._digest,
+            features=features,
         )
 
     def push_to_hub(  # type: ignore[override]  # it makes several commits
