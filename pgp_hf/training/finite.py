@@ -32,11 +32,11 @@ def check_loss(loss: Tensor, at: str, kept: str) -> None:
         )
 
 
-def check_pixels(pixels: Tensor, images: TaskImages, positions: Sequence[int]) -> None:
-    """Raise FloatingPointError unless a batch's pixels `(B, ...)`, of images at these positions, are finite."""
+def check_pixels(pixels: Tensor, places: Sequence[tuple[TaskImages, int]]) -> None:
+    """Raise FloatingPointError unless a batch's pixels `(B, ...)` are finite; `places` has each image's position."""
     wrong = ~torch.isfinite(pixels).flatten(1).all(1)
     if wrong.any():
-        position = positions[int(wrong.nonzero()[0])]
+        images, position = places[int(wrong.nonzero()[0])]
         raise FloatingPointError(
             f"{images.place(position)} has pixel values that are not finite (task {images.task + 1}). {_CAUSES}."
         )

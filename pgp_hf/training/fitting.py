@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import nn
 
 from ..methods import ContinualMethod
-from ..models import StreamModel
 from .arguments import PGPTrainingArguments
 from .random_states import random_states, set_random_states
 
@@ -94,12 +94,11 @@ class Beginning:
     Steps may have been taken by then, and random numbers drawn.
     """
 
-    def __init__(self, model: StreamModel, method: ContinualMethod, optimizer: Any, accelerator: Accelerator) -> None:
-        assert isinstance(model, torch.nn.Module)
+    def __init__(self, model: nn.Module, method: ContinualMethod, optimizer: Any, accelerator: Accelerator) -> None:
         self._tensors = [
             (tensor, tensor.detach().cpu().clone())
             for tensor in chain(model.parameters(), model.buffers())
-            if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter)
+            if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
         ]
         self._method, self._device = remember(method), accelerator.device
         self._optimizer, self._state = optimizer, None if optimizer is None else copy.deepcopy(optimizer.state_dict())

@@ -59,7 +59,7 @@ class TaskTrainer(ReportingTrainer):
         if self._beginning is not None:
             self.optimizer = self._beginning.restore()
         elif self.args.auto_find_batch_size and self.args.world_size == 1:
-            self._beginning = Beginning(self.stream_model, self.method, self.optimizer, self.accelerator)
+            self._beginning = Beginning(self.model, self.method, self.optimizer, self.accelerator)
         return super()._inner_training_loop(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -126,7 +126,7 @@ class Passes:
         self.model.eval()
         for i, batch in enumerate(tqdm(loader, desc="statistics", leave=False, disable=self.hidden)):
             positions = share[i * batch_size : (i + 1) * batch_size].tolist()
-            check_pixels(batch["pixel_values"], images, positions)
+            check_pixels(batch["pixel_values"], [(images, position) for position in positions])
             yield Batch.split(self.prepare(batch)), positions
 
     @torch.no_grad()
@@ -189,8 +189,10 @@ class Passes:
         images = {task: self.images_of(task) for task in {int(task) for task, _ in places}}
         features, logits = [], []
         for start in range(0, rounds, size):
-            chosen = [places[i] for i in own[start : start + size]]
-            batch = Batch.split(self.prepare(self.collate([dict(images[int(t)][int(i)]) for t, i in chosen])))
+            chosen = [(images[int(places[i][0])], int(places[i][1])) for i in own[start : start + size]]
+            collated = self.collate([dict(of_task[i]) for of_task, i in chosen])
+            check_pixels(collated["pixel_values"], chosen)
+            batch = Batch.split(self.prepare(collated))
             with head_inputs(self.learner) as seen:
                 output = self.forward(batch)
             features.append(seen[0].float())

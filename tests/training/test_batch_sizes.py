@@ -113,7 +113,7 @@ def test_a_method_that_fails_half_way_begins_again_from_what_it_remembered(tmp_p
     """Moments of a task must not be taken in twice."""
 
     def learn(folder, fails):
-        method = methods.create("gpm" if "gpm" in methods.names() else "nscl")
+        method = methods.create("gpm")
         end, calls = method.end_task, []
 
         def end_task(context):
@@ -147,8 +147,16 @@ def test_without_the_option_and_for_other_errors_nothing_is_tried_again(tmp_path
     trainer = run(tmp_path / "on", l2p(), 8, auto_find_batch_size=True)
     with pytest.raises(RuntimeError, match="something else"):
         trainer._sizes.fit(lambda: (_ for _ in ()).throw(RuntimeError("something else")))
-    with pytest.raises(torch.OutOfMemoryError):  # not even a single image fits
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer._sizes.fit(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError(OUT)))
+    with pytest.raises(torch.OutOfMemoryError), warnings.catch_warnings():  # not even a single image fits
+        warnings.simplefilter("ignore")
+        trainer._sizes.fit(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError(OUT)))
     assert trainer._sizes.evaluation == 1
+
+
+def test_a_method_sees_batches_of_the_size_that_was_found(tmp_path):
+    """Its backward passes would not fit otherwise."""
+    model, method, sizes = tiny.plain(base=tiny.backbone(num_labels=4)), methods.create("fine_tuning"), []
+    Memory(model, training=5)
+    method.end_task = lambda context: sizes.append([len(batch.labels) for batch, _ in context.views(None)])
+    run(tmp_path, model, 8, method=method, auto_find_batch_size=True).train()
+    assert sizes == [[5, 5, 5, 1]] * 2
