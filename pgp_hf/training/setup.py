@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from accelerate.utils import DistributedDataParallelKwargs
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
+from ..heads.statistics import ClassStatistics
 from ..methods import ContinualMethod, ProjectedPrompts
 from ..models import PlainModel, Protectable, StreamModel, stream_model
 from .arguments import PGPTrainingArguments
@@ -65,15 +66,42 @@ def check_model(model: nn.Module, stream: TaskStream, classes: int) -> None:
         learner.check()
 
 
-def spare_buffers(handler: DistributedDataParallelKwargs | None, args: PGPTrainingArguments, model: nn.Module) -> None:
-    """Send buffers between processes only where training changes them, unless the arguments say otherwise.
+def keep_statistics_local(model: nn.Module) -> None:
+    """Keep class statistics, which are buffers, out of what each step sends between processes.
 
-    Class statistics are buffers as well; with every step they would be more than the gradients of all prompts.
+    They change between tasks only, on all processes alike, and would be more than the gradients of all prompts.
     """
-    if handler is not None and args.ddp_broadcast_buffers is None:
-        # before each task all buffers are those of the main process
-        handler.broadcast_buffers = any(
-            isinstance(module, nn.modules.batchnorm._NormBase) for module in model.modules()
+    names = [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, ClassStatistics)
+        for name, _ in module.named_buffers()
+    ]
+    model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]  # where DistributedDataParallel looks
+
+
+def check_precision(model: nn.Module, scaled: bool) -> None:
+    """Raise ValueError for a model that cannot be trained in its precision.
+
+    Args:
+        scaled: whether losses are scaled, so that gradients do not vanish in float16.
+    """
+    half = [
+        (name, parameter.dtype)
+        for name, parameter in stream_model(model).trainable().items()
+        if parameter.is_floating_point() and torch.finfo(parameter.dtype).bits < 32
+    ]
+    if half:
+        name, dtype = half[0]
+        raise ValueError(
+            f"{name} and {len(half) - 1} more parameters that learn are in {str(dtype).removeprefix('torch.')}, in which "
+            "rounding undoes small steps and moves prompts along protected directions: load the model with "
+            "dtype=torch.float32 and keep it so. bf16=True computes in half precision and leaves the weights in float32."
+        )
+    if not scaled and any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise ValueError(
+            "the model's frozen weights are in float16, in which gradients vanish or overflow without fp16=True: load it "
+            "with dtype=torch.float32 (transformers takes the precision of the file otherwise), or torch.bfloat16."
         )
 
 
