@@ -206,13 +206,14 @@ class DataArguments:
 def string_labels_as_classes(
     train: datasets.Dataset, test: datasets.Dataset | None, column: str
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Return both splits, with `column` turned into a `ClassLabel` if it holds strings."""
-    if getattr(train.features.get(column), "dtype", None) not in ("string", "large_string"):
-        return train, test
+    """Return both splits, with `column` turned into a `ClassLabel` where it holds strings; one with names has its own."""
     splits = [train] if test is None else [train, test]
-    found = {name for data in splits if column in data.features for name in data.unique(column)} - {None}
+    texts = [getattr(data.features.get(column), "dtype", None) in ("string", "large_string") for data in splits]
+    if not any(texts):
+        return train, test
+    found = {name for data, text in zip(splits, texts, strict=True) if text for name in data.unique(column)} - {None}
     classes = datasets.ClassLabel(names=sorted(map(str, found)))
-    splits = [data.cast_column(column, classes) if column in data.features else data for data in splits]
+    splits = [data.cast_column(column, classes) if text else data for data, text in zip(splits, texts, strict=True)]
     return splits[0], splits[1] if len(splits) > 1 else None
 
 

@@ -30,7 +30,7 @@ from ..report.formatting import one_line
 from ..runs.revision import Revision
 from ..runs.sources import locate
 from ..training.arguments import PGPTrainingArguments
-from ..training.learning import RECORDED
+from ..training.settings import RECORDED
 from ..training.trainer import StreamTrainer
 from .arguments import DataArguments, string_labels_as_classes
 from .experiment import resume_argument

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .. import metrics
+from ..metrics._running import Accuracies
 from ..runs.checks import finished_tasks, first_task
 from .drawing import (
     Values,
@@ -338,12 +339,21 @@ def _curves(results: Mapping[str, Any]) -> dict[str, dict[str, Values]]:
 
 
 def _accuracies(run: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, Values]:
-    """Return by panel what follows from the accuracy matrix of a run's head, or of the run itself."""
-    matrix = head["accuracy_matrix"]
-    average: Any = metrics.summarize(matrix, run.get("finished_tasks"))["per_task_average_accuracy"]
+    """Return by panel what follows from the accuracies of a run's head, or of the run itself.
+
+    Args:
+        head: with an accuracy matrix, or what is kept instead of it, unless its matrix is the run's.
+    """
+    average: Any
+    lost: Any
+    if "per_task_forgetting" in head:
+        average, lost = head["per_task_average_accuracy"], head["per_task_forgetting"]
+    else:
+        matrix = head.get("accuracy_matrix") or run["accuracy_matrix"]
+        average = metrics.summarize(matrix, run.get("finished_tasks"))["per_task_average_accuracy"]
+        lost = Accuracies.of(matrix[: len(average)]).forgetting
     found = {"accuracy": np.array(average, dtype=float)}
-    if not first_task({**run, "accuracy_matrix": matrix}):
-        lost: Any = [metrics.summarize(matrix, task + 1)["forgetting"] for task in range(len(average))]
+    if not first_task(run):
         found["forgetting"] = np.array(lost, dtype=float)
     return _with_points(found)
 

@@ -228,13 +228,14 @@ class _TaskFigures:
 
 def _take(results: StreamResults, tasks: Sequence[_TaskFigures], at: int) -> None:
     """Take the figures of all tasks seen into the row with index `at` of the results, which is their last then."""
+    last = results.first + at
     results.matrix[at:] = [[each.accuracy for each in tasks]]
     if results.within is not None:
-        results.within[at:] = [[each.within for each in tasks]]
-    two_heads = results.head == "statistics"
-    results.linear_matrix[at:] = [[each.linear for each in tasks]] if two_heads else []
-    if results.linear_within is not None:
-        results.linear_within[at:] = [[each.linear_within for each in tasks]] if two_heads else []
+        results.within.take(last, [each.within for each in tasks])
+    if results.head == "statistics":
+        results.linear.take(last, [each.linear for each in tasks])
+        if results.linear_within is not None:
+            results.linear_within.take(last, [each.linear_within for each in tasks])
     results.drift[at:] = [_mean([each.drift for each in tasks], at)]
     selects = any(each.usage is not None for each in tasks)
     results.usage = [each.usage for each in tasks] if selects else None

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
@@ -28,18 +29,46 @@ from .learning import Room, check_same_task
 from .progress import Progress
 
 
-def start_new(args: PGPTrainingArguments, progress: Progress, folder: RunFolder) -> None:
-    """Prepare the folder of a new run.
+def check_new(args: PGPTrainingArguments, progress: Progress, folder: RunFolder) -> None:
+    """Raise ValueError if a new run cannot begin: this trainer has begun one, or the folder holds an earlier one."""
+    progress.check_new()
+    if args.process_index == 0 and not args.overwrite_output_dir:
+        folder.check_unused()
+
+
+def delete_earlier(args: PGPTrainingArguments, folder: RunFolder) -> None:
+    """Delete an earlier run in the folder of a new one, if `overwrite_output_dir` says so."""
+    if args.process_index == 0 and args.overwrite_output_dir:
+        folder.clear()
+
+
+def find_run(where: str | Path, **hub: Any) -> RunFolder:
+    """Find the run to continue.
+
+    Args:
+        where: as `open_run` has it.
+        hub: `token` and other options, as for `locate`.
 
     Raises:
-        ValueError: this trainer has begun a run, or the folder holds an earlier one.
+        ValueError: a path that holds no run, or one that lacks a task before another one.
     """
-    progress.check_new()
-    if args.process_index == 0:
-        if args.overwrite_output_dir:
-            folder.clear()
-        else:
-            folder.check_unused()
+    source = open_run(where, **hub)
+    if source.single:
+        return source
+    source.check_gaps()
+    if source.is_empty():
+        raise _no_run(where)
+    return source
+
+
+def _no_run(where: str | Path) -> ValueError:
+    """Return the error for a path that holds neither a finished task nor a checkpoint."""
+    run = next((path for path in Path(where).absolute().parents if not RunFolder(path).is_empty()), None)
+    hint = f" It is inside of the run {run}: pass that." if run else ""
+    return ValueError(
+        f"resume_from_checkpoint={str(where)!r} holds neither a finished task nor a checkpoint to go on from: expected a "
+        f"run's folder, one of its task folders, or 'owner/name@task-3' on the Hub.{hint}"
+    )
 
 
 @dataclass(frozen=True)
@@ -81,6 +110,8 @@ class Resumer:
         self._check_shared(source, finished, checkpoint)
         if checkpoint is not None:
             self.check_checkpoint(checkpoint, following)
+        elif not finished and where is not True:  # nothing is deleted or begun for a path that holds nothing
+            raise _no_run(str(where))
         earlier = self._earlier(source)
         if finished:
             self._take_over(earlier, finished - 1)
@@ -94,6 +125,7 @@ class Resumer:
         progress.interrupted = False
         if self.args.process_index == 0:
             self._prepare_folder(earlier, finished)
+            self.folder.drop_checkpoints(before=finished)  # the run may have died before doing so
         if not finished and checkpoint is None:
             warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=4)
         return finished or progress.results.first, checkpoint
@@ -133,10 +165,12 @@ class Resumer:
             raise ValueError(f"output_dir={here.root} holds {source.root}: continue it in another output_dir.")
         if not (resume or self.args.overwrite_output_dir):
             here.check_unused()
+        kept = [] if self.args.overwrite_output_dir else here.tasks()  # of a copy that was interrupted
         try:
             self._prepare_folder(self._earlier(source, going_on=True), tasks)
         except BaseException:
-            here.clear()
+            if not kept:
+                here.clear()
             raise
 
     def find(self, t: int) -> tuple[bool, Path | None]:
@@ -144,7 +178,8 @@ class Resumer:
 
         A finished one is taken over.
         """
-        finished = self.folder.task(t).is_dir()
+        self.folder.check_gaps()
+        finished = t in self.folder.tasks()
         checkpoint = None if finished else self.folder.last_checkpoint(t)
         self._check_shared(self.folder, t + finished, checkpoint)
         if finished:
@@ -176,7 +211,7 @@ class Resumer:
     def _find(self, where: str | bool) -> RunFolder:
         """Find the run, and check that it can be continued in this folder."""
         with self.args.main_process_first(desc="fetching the run"):  # it may be on the Hub
-            source = open_run(self.folder.root if where is True else str(where), token=self.args.hub_token)
+            source = self._own() if where is True else find_run(str(where), token=self.args.hub_token)
         if self._elsewhere(source):
             if source.root.resolve().is_relative_to(self.folder.root.resolve()):
                 raise ValueError(
@@ -189,6 +224,13 @@ class Resumer:
                 "reinit_optimizer=False carries the optimizer's state from task to task, which finished tasks do "
                 "not keep: such a run cannot be resumed exactly. Start anew, or use reinit_optimizer=True."
             )
+        return source
+
+    def _own(self) -> RunFolder:
+        """Return the run in this folder, which may have begun nothing yet."""
+        source = open_run(self.folder.root)
+        if not source.single:
+            source.check_gaps()
         return source
 
     def _take_over(self, earlier: EarlierRun, t: int) -> None:
@@ -230,9 +272,9 @@ class Resumer:
         if elsewhere and self.args.overwrite_output_dir:
             self.folder.clear()
         if finished and (elsewhere or earlier.source.single):
-            earlier.copy_to(self.folder, finished)
             references = self.progress.references
             for t in references.features:
                 write_tensors(self.folder.features(t), references.tensors(t))
+            earlier.copy_to(self.folder, finished)  # with the digests of these features
         if finished:
             self.folder.promote(finished - 1)  # the run may have died before doing so

@@ -53,6 +53,14 @@ def check_model(model: nn.Module, stream: TaskStream, classes: int) -> None:
             f"the model's head has {len(names)} outputs, the stream {classes} classes: load the backbone with "
             f"num_labels={classes} (and ignore_mismatched_sizes=True if it had a head)."
         )
+    own = {name: label for label, name in names.items()}
+    for label, name in enumerate(stream.label_names[:classes]):
+        if own.get(name, label) != label:
+            raise ValueError(
+                f"the model has {name!r} as class {own[name]}, the stream has it as class {label}, and predictions would get "
+                "the wrong names: load the backbone with id2label=stream.id2label, or make a CLIP model's configuration by "
+                "ClipPromptConfig.for_classes(tokenizer, stream.label_names)."
+            )
     if isinstance(learner, PlainModel):
         learner.check()
 

@@ -249,6 +249,7 @@ class ClipPromptModel(TaskEntryTuner):
     @torch.no_grad()
     def end_task(self, task: int) -> None:
         """Keep the text features of the task's classes: its context is final."""
+        super().end_task(task)
         if self._live:
             features = self._text_features(self._live, task, self.adapter_config)
             self.text_layer.clip_prompt_features[self.adapter][self._live] = features
