@@ -48,7 +48,7 @@ _TASK_FILES = (
 )
 # what else is written to the top level, by the run or by the commands of the examples
 _RUN_FILES = (CONTINUED, "comparison.json", "figures/comparison.png", "settings.json", "frozen.json")
-_UNPUBLISHED = re.compile(TASK.pattern.join((r"\.", r"-[a-z0-9_]{8}")))  # as `mkdtemp` calls folders
+_UNPUBLISHED = re.compile(r"\.(task|checkpoint)-\d+-[a-z0-9_]{8}")  # as `mkdtemp` calls folders
 # what a task's checkpoint holds
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _CHECKPOINT_FILES = (
@@ -207,7 +207,7 @@ class RunFolder:
 
     def sweep(self) -> None:
         """Remove what a run was writing when it died; only for who holds the lock of the folder."""
-        for folder in self.root.glob(".task-*"):
+        for folder in (*self.root.glob(".task-*"), *(self.root / CHECKPOINTS).glob("task-*/.checkpoint-*")):
             if _UNPUBLISHED.fullmatch(folder.name):
                 removal.remove_temporary(folder)
         features = [f"task-{t + 1}.safetensors" for t in self._features(temporary=True)]

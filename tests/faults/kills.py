@@ -70,17 +70,17 @@ def _changes(event: str, path: str) -> bool:
     return os.path.lexists(path) == (event != "os.mkdir") or event == "open"
 
 
-def keep_states(root: Path, to: Path) -> None:
-    """Copy the run's folder before each operation: what a kill there would leave, without a run for each.
+def keep_states(root: Path, to: Path, step: int = 1) -> None:
+    """Copy the run's folder before every `step`-th operation: what a kill there would leave, without a run for each.
 
-    `to` gets a folder for each operation, by its number, and `operations.txt` with a line for each: event and path.
+    `to` gets these folders, by the operation's number, and `operations.txt` with a line for each operation: event and path.
     """
     to.mkdir()
     lines = (to / "operations.txt").open("w", buffering=1)
 
     def act(number: int, event: str, path: str) -> None:
         print(event, os.path.relpath(path, root), file=lines)
-        if root.exists():
+        if number % step == 0 and root.exists():
             shutil.copytree(root, to / str(number), symlinks=True)
 
     on_operation(root, act)

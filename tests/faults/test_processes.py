@@ -87,7 +87,14 @@ def test_one_of_two_is_killed(tmp_path, rank):
     (tmp_path / "straight").mkdir()
     assert several(2, tmp_path / "straight" / "run", **settings) == [0, 0]
     straight = kills.content(tmp_path / "straight" / "run")
-    for number, kill in ((2, "before"), (9, "before"), (31, "within"), (60, "before"), (90, "within"), (130, "before")):
+    for number, kill in (
+        (2, "before"),
+        (9, "before"),
+        (31, "within"),
+        (60, "before"),
+        (90, "within"),
+        (130, "before"),
+    ):
         folder = tmp_path / f"{number}" / "run"
         folder.parent.mkdir()
         codes = several(2, folder, Killed(rank, number if rank == 0 else 1 + number // 20, kill), **settings)
