@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from pgp_hf.runs.folder import LARGE
 from pgp_hf.runs.reading import sha256
 
 # audit events of Python; the number of their arguments that are paths. Rust writes the safetensors files unseen, but
@@ -149,5 +150,7 @@ def _checked(path: Path, run: Path) -> list[str]:
     listed = json.loads(path.read_text(encoding="utf-8"))
     for name, entry in listed["files"].items():
         file = path.parent / name
+        if file.name in LARGE and not file.exists():  # kept for the newest task alone
+            continue
         assert (entry["sha256"], entry["bytes"]) == (sha256(file), file.stat().st_size), file
     return sorted(listed["files"])
