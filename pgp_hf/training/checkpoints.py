@@ -28,6 +28,7 @@ from ..runs.reading import read_json, read_tensors
 from ..runs.revision import read_method
 from ..runs.states import encode, read_state, write_state
 from .arguments import PGPTrainingArguments
+from .callbacks import ends_epoch
 from .optimizer_state import check_optimizer, load_optimizer, plain
 from .progress import Progress
 from .random_states import gather_random_states, scatter_random_states
@@ -77,8 +78,7 @@ class SaveAtTheEnd(TrainerCallback):
     ) -> None:
         if state.global_step == 1:
             self.trainer.check_states()  # the optimizer has made what it keeps
-        last = control.should_epoch_stop or control.should_training_stop or float(state.epoch or 0).is_integer()
-        if control.should_save and last:
+        if control.should_save and ends_epoch(state, control):
             control.should_save, self.waits = False, True
 
     def on_epoch_end(

@@ -24,7 +24,7 @@ from ..inference.whole import load_whole
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, weights
 from ..report import card, figures
-from ..runs.digests import Digests
+from ..runs.digests import AlteredFileError, Digests
 from ..runs.folder import DESCRIPTION, EXEMPLARS, MANIFEST, RESULTS, RunFolder, config_name
 from ..runs.reading import read_json, read_tensors
 from ..runs.revision import Revision
@@ -206,6 +206,8 @@ class EarlierRun:
                 continue
             try:
                 then = loaded.weights if j == last.tasks - 1 else self._weights(self._earlier(last, j))
+            except AlteredFileError:
+                raise
             except (ValueError, EntryNotFoundError):
                 lost.append(j)
                 continue
@@ -216,7 +218,7 @@ class EarlierRun:
                 f"{self.source.root}: of tasks {', '.join(str(j + 1) for j in new)} neither features/ nor the revision is "
                 'there, so drift and changed selections leave them out from now on. Continue from "owner/name@task-k" on '
                 "the Hub, or from a folder next to task-1, task-2, ... to have them measured.",
-                stacklevel=6,
+                stacklevel=7,
             )
         return lost
 
@@ -259,6 +261,8 @@ class EarlierRun:
         while first > self.source.first:
             try:
                 self._earlier(last, first - 1)
+            except AlteredFileError:
+                raise
             except (ValueError, EntryNotFoundError):  # reported with the references
                 break
             first -= 1

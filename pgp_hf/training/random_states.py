@@ -76,4 +76,5 @@ def scatter_random_states(rows: Mapping[str, Tensor], accelerator: Accelerator) 
             "numbers that a model draws as it trains, such as those of dropout, differ from a run that was not stopped.",
             stacklevel=2,
         )
-    set_random_states({name: row[rank % count] for name, row in rows.items()}, accelerator.device)
+    # copied, since torch crashes on a state that does not begin where memory was allocated
+    set_random_states({name: row[rank % count].clone() for name, row in rows.items()}, accelerator.device)

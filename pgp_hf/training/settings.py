@@ -27,6 +27,9 @@ _EVALUATED = (
     *("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay"),
     *("save_strategy", "save_steps"),
 )
+SETTINGS = "settings.json"
+"""File of a checkpoint with all of them."""
+
 FREE = (
     "where and how often a run logs, saves and uploads, its devices, processes, data loader workers and evaluation batch "
     "size, the division of a step's images into micro-batches, cache_queries, verify_images and save_full_weights"
@@ -68,6 +71,12 @@ def differing(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in now
         if name in recorded and recorded[name] != now[name]
     ]
+
+
+def print_differing(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Print the settings that differ from those that a run's last task was trained with."""
+    if differ := differing(recorded, now):
+        print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)
 
 
 def check_same_settings(recorded: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:

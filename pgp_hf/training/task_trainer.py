@@ -211,7 +211,7 @@ class TaskTrainer(CheckpointTrainer):
 
     # ---- the Hub -------------------------------------------------------------------------------------------------
 
-    # A `Trainer` would upload checkpoints, optimizer state and everything else in `output_dir`; this and its own `_save_checkpoint` prevent it.
+    # a `Trainer` would upload everything in `output_dir`: this prevents it, and that `_save_checkpoint` uploads nothing
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Set the repository's id; the first upload creates it, since a Hub out of reach must not stop the training."""

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor
@@ -32,10 +33,11 @@ from .optimizers import check_optimizer
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
 from .resume import Resumer, check_new, delete_earlier
-from .settings import differing, recorded_settings
+from .settings import print_differing, recorded_settings
 from .setup import (
     check_arguments,
     check_model,
+    check_precision,
     check_settings,
     keep_statistics_local,
     new_results,
@@ -99,6 +101,7 @@ class StreamTrainer(TaskTrainer):
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        check_precision(model, self.args.fp16)
         check_optimizer(self)
         keep_statistics_local(self.model)
         learner = self.stream_model
@@ -228,6 +231,7 @@ class StreamTrainer(TaskTrainer):
         test_dataset: Any = None,
         *,
         backbone: str | os.PathLike[str] | PreTrainedModel | None = None,
+        dtype: torch.dtype | None = None,
         processing_class: Any = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -246,6 +250,8 @@ class StreamTrainer(TaskTrainer):
             test_dataset: the run's own test images, as far as they are there, on which its tasks are evaluated again;
                 without them, the accuracies of old tasks are not measured. See `TaskStream.from_manifest`.
             backbone: the frozen model, or its Hub id or folder, if the revision does not say where it is.
+            dtype: precision of the frozen weights; by default that of a backbone that is passed, or else the one that
+                the run was trained in. What learns is in float32.
             processing_class: an image processor to use instead of the saved one.
             token, cache_dir, local_files_only: as in every `from_pretrained`; `args.hub_token` by default.
             kwargs: any other argument of the trainer.
@@ -258,7 +264,9 @@ class StreamTrainer(TaskTrainer):
             raise TypeError("args are missing: pass PGPTrainingArguments(output_dir, ...) for the tasks to come.")
         token = args.hub_token if token is None else token
         place = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        opened = learning.open_for_learning(run_or_repo, revision, test_dataset, backbone, processing_class, place)
+        opened = learning.open_for_learning(
+            run_or_repo, revision, test_dataset, backbone, processing_class, place, dtype
+        )
         made = cls.with_method(
             opened.model, args, opened.stream, opened.method, processing_class=opened.processor, **kwargs
         )
@@ -276,12 +284,11 @@ class StreamTrainer(TaskTrainer):
         """Take over the newest task of a run."""
         self._resumer().go_on(source)
         self._source = source
-        differ = differing(self.results.training, recorded_settings(self.args))
         if self.folder.root.resolve() not in (source.root.resolve(), source.root.resolve().parent):
-            self.results.continues = origin | ({"continues": own} if (own := self.results.continues) else {})
+            self.results.continues = learning.with_origin(origin, self.results.continues)
         self.hub_model_id = self.hub_model_id and self.args.hub_repo(self.results.origin).repo_id
-        if differ and self.is_world_process_zero():
-            print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)
+        if self.is_world_process_zero():
+            print_differing(self.results.training, recorded_settings(self.args))
 
     @holding
     def learn(
