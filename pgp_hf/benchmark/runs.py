@@ -62,7 +62,7 @@ def execute(plans: list[Plan], arguments: str, keep: bool = False) -> bool:
             write_json(plan.folder / "settings.json", plan.settings())
         for plan, results in _frozen(plans) if plans[0].classifier is not None else _trained(*plans):
             head = {"row": plan.name, "seed": plan.seed, "arguments": arguments, "settings": plan.settings()}
-            write_json(plan.file, {**head, **results, **machine()})
+            write_json(plan.file, {**head, **results, **machine()}, rows=True)
             if not keep:
                 shutil.rmtree(plan.folder)
     return True
@@ -130,7 +130,8 @@ def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
     results = trainer.results.to_dict()
     # accuracies are in `heads`, the others in `settings` and at the top of the file
     accuracies = ("accuracy_matrix", *SUMMARY, "task_incremental")
-    heads = results.pop("heads", {"linear": {key: results[key] for key in accuracies if key in results}})
+    heads = results.pop("heads", {})
+    heads[results["head"]] = {key: results[key] for key in accuracies if key in results}
     elsewhere = {*accuracies, "method", "method_settings", "projection", "seed", "versions"}
     kept = {key: value for key, value in results.items() if key not in elsewhere}
     yield plan, {"num_classes": known.num_classes, "sha256": made_of, **kept, "heads": heads, "resumed": resumed}

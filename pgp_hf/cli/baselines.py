@@ -228,7 +228,7 @@ class Runs:
             extractors = {"random": random_weights(model.config, args), **extractors}
         rows = frozen_rows(self.stream, self.processor, args, extractors)
         if file is not None:
-            write_json(file, rows)
+            write_json(file, rows, rows=True)
         return rows
 
 

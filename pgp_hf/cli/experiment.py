@@ -164,7 +164,8 @@ def print_comparison(rows: Results, output_dir: Path, refused: Mapping[str, str]
     refused = refused or {}
     for name, reason in refused.items():
         print(f"\nno row {name}: {reason}")
-    write_json(output_dir / "comparison.json", {**rows, **{name: {"refused": why} for name, why in refused.items()}})
+    content = {**rows, **{name: {"refused": why} for name, why in refused.items()}}
+    write_json(output_dir / "comparison.json", content, rows=True)
     trained = {name: row for name, row in rows.items() if "method" in row}
     figures.task_curves(trained, output_dir / "figures" / "comparison.png")
 

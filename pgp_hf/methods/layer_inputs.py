@@ -191,6 +191,8 @@ class LayerInputs(ContinualMethod, ABC):
         """Extend the bases by what the task's training images show to the layers."""
         if not self.active:
             return
+        if self._guard is not None:
+            self._guard.check()
         self._guard = None
         layers, moments = self._observe(context)
         reduce, _, broadcast = context.collectives

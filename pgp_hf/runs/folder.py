@@ -3,7 +3,7 @@
 output_dir/  the last finished task's files (large ones as hard links), and
   task-1/ ... task-T/   the same files as they were when each task ended
   features/task-1.safetensors ...   head inputs and pool entries of each task's test images when it ended
-  checkpoints/task-t/checkpoint-N/  Trainer checkpoints of the task in training, removed when it ends
+  checkpoints/task-t/checkpoint-N/  checkpoints of the task in training, removed when it ends; see `runs.checkpoint`
   continued.json        in a run continued from a single revision, or one that learns all tasks as one, the last: the
                         number of tasks that are not here
   .copying              while a task's files are copied to the top level: the name of its folder
@@ -16,11 +16,13 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import removal
 from .atomic import replacing, write_json
+from .checkpoint import UNFINISHED, check_checkpoint, checkpoints, delete_checkpoint, was_begun
 from .reading import read_json
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -47,21 +49,6 @@ _TASK_FILES = (
 # what else is written to the top level, by the run or by the commands of the examples
 _RUN_FILES = (CONTINUED, "comparison.json", "figures/comparison.png", "settings.json", "frozen.json")
 _UNPUBLISHED = re.compile(TASK.pattern.join((r"\.", r"-[a-z0-9_]{8}")))  # as `mkdtemp` calls folders
-# what a task's checkpoint holds
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
-_CHECKPOINT_FILES = (
-    *(*_STATE, PROCESSOR, "processor_config.json", "README.md", "trainer_state.json", "training_args.bin"),
-    *(
-        "optimizer.pt",
-        "scheduler.pt",
-        "scaler.pt",
-        "rng_state.pth",
-        "checkpoint.json",
-        "settings.json",
-        "progress.json",
-    ),
-    *(f"{name}.{kind}" for name in ("optimizer", "scheduler", "scaler", "random") for kind in ("json", "safetensors")),
-)
 
 
 class RunFolder:
@@ -88,18 +75,24 @@ class RunFolder:
         return self.root / FEATURES / f"task-{t + 1}.safetensors"
 
     def checkpoints(self, t: int) -> Path:
-        """Return the folder of task t's Trainer checkpoints."""
+        """Return the folder of task t's checkpoints."""
         return self.root / CHECKPOINTS / f"task-{t + 1}"
 
     def last_checkpoint(self, t: int) -> Path | None:
-        """Return a task's newest complete Trainer checkpoint, None if there is none."""
-        found = [
-            folder
-            for folder in self.checkpoints(t).glob("checkpoint-*")
-            # the state file is the one that a Trainer writes last
-            if folder.name.removeprefix("checkpoint-").isdecimal() and (folder / "trainer_state.json").is_file()
-        ]
-        return max(found, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+        """Return a task's newest checkpoint whose files are all as they were written; None if there is none.
+
+        Those that are passed over are named in a warning.
+        """
+        for folder in checkpoints(self.checkpoints(t)):
+            try:
+                check_checkpoint(folder)
+            except ValueError as error:
+                warnings.warn(
+                    f"{error}. The checkpoint before it is used, or else the task starts anew.", stacklevel=3
+                )
+            else:
+                return folder
+        return None
 
     def tasks(self) -> list[int]:
         """Return the 0-based indices of the finished tasks that are here, whether or not those before them are."""
@@ -202,6 +195,9 @@ class RunFolder:
         for folder in self.root.glob(".task-*"):
             if _UNPUBLISHED.fullmatch(folder.name):
                 removal.remove_temporary(folder)
+        for folder in (self.root / CHECKPOINTS).glob("task-*/.checkpoint-*"):
+            if TASK.fullmatch(folder.parent.name) and UNFINISHED.fullmatch(folder.name):
+                removal.remove_temporary(folder)
         features = [f"task-{t + 1}.safetensors" for t in self._features(temporary=True)]
         for where, known in ((self.root, (*_TASK_FILES, *_RUN_FILES)), (self.root / FEATURES, features)):
             removal.remove(where, removal.temporaries(where, known))
@@ -210,8 +206,7 @@ class RunFolder:
         """Delete checkpoints of all tasks, or of those with 0-based index below `before`."""
         for folder in self._all_checkpoints():
             if before is None or int(folder.parent.name.removeprefix("task-")) <= before:
-                removal.remove(folder, removal.written(folder, _CHECKPOINT_FILES, ["checkpoint.json"]))
-                removal.remove_empty(folder)
+                delete_checkpoint(folder)
         for folder in (*(self.root / CHECKPOINTS).glob("task-*"), self.root / CHECKPOINTS):
             removal.remove_empty(folder)
 
@@ -302,16 +297,13 @@ class RunFolder:
         return [
             folder
             for task in (self.root / CHECKPOINTS).glob("task-*")
-            for folder in task.glob("checkpoint-*")
-            if TASK.fullmatch(task.name) and _CHECKPOINT.fullmatch(folder.name) and folder.is_dir()
+            if TASK.fullmatch(task.name)
+            for folder in checkpoints(task)
         ]
 
     def _left(self) -> list[Path]:
         """Return the folders of finished tasks and checkpoints."""
-        begun = (
-            folder for folder in self._all_checkpoints() if any((folder / name).exists() for name in _CHECKPOINT_FILES)
-        )
-        return [*(self.task(t) for t in self.tasks()), *begun]
+        return [*(self.task(t) for t in self.tasks()), *filter(was_begun, self._all_checkpoints())]
 
 
 def config_name(folder: Path) -> str:

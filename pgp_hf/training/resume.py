@@ -17,15 +17,18 @@ from ..data.stream import TaskStream
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, load_weights
 from ..runs.atomic import write_tensors
-from ..runs.folder import MANIFEST, RunFolder
+from ..runs.checkpoint import step_of
+from ..runs.folder import MANIFEST, RESULTS, RunFolder
 from ..runs.open import open_run
 from ..runs.reading import read_json
 from ..runs.revision import read_method
+from .agreement import check_agreement
 from .arguments import PGPTrainingArguments
 from .earlier import EarlierRun, check_method
 from .evaluation import Recorded, References
 from .learning import Room, check_same_task
 from .progress import Progress
+from .settings import SETTINGS, check_same_settings, print_differing, recorded_settings, run_settings
 
 
 def check_new(args: PGPTrainingArguments, progress: Progress, folder: RunFolder) -> None:
@@ -51,6 +54,8 @@ def find_run(where: str | Path, **hub: Any) -> RunFolder:
     Raises:
         ValueError: a path that holds no run, or one that lacks a task before another one.
     """
+    if step_of(Path(where)) is not None:  # it lacks what the run has measured
+        raise _no_run(where)
     source = open_run(where, **hub)
     if source.single:
         return source
@@ -106,12 +111,14 @@ class Resumer:
         finished, progress = source.finished_tasks(), self.progress
         following = finished or source.first
         checkpoint = source.last_checkpoint(following) if following < self.stream.num_tasks else None
+        self._check_shared(source, finished, checkpoint)
         if checkpoint is not None:
             self.check_checkpoint(checkpoint, following)
         elif not finished and where is not True:  # nothing is deleted or begun for a path that holds nothing
             raise _no_run(str(where))
         earlier = self._earlier(source)
         if finished:
+            self._check_settings(source.task(finished - 1), following)
             self._take_over(earlier, finished - 1)
         if not finished and progress.interrupted:
             if checkpoint is None:
@@ -128,8 +135,19 @@ class Resumer:
             warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=5)
         return finished or progress.results.first, checkpoint
 
+    def _check_settings(self, folder: Path, following: int) -> None:
+        """Raise ValueError if a finished task was trained with other settings; print them where no task is left to train."""
+        recorded, now = read_json(folder / RESULTS).get("training"), recorded_settings(self.args)
+        if following < self.stream.num_tasks:
+            check_same_settings({"training": recorded}, {"training": now}, folder)
+        elif self.args.process_index == 0 and isinstance(recorded, dict):
+            print_differing(recorded, now)
+
     def check_checkpoint(self, checkpoint: Path, t: int) -> None:
-        """Raise ValueError unless a checkpoint within the 0-based task t is of this method and of these images."""
+        """Raise ValueError unless a checkpoint within the 0-based task t is of these images, settings and method."""
+        if (path := checkpoint / SETTINGS).exists():  # earlier versions did not write it
+            now = run_settings(self.args, self.method, self.learner)
+            check_same_settings(read_json(path), now, checkpoint)
         check_same_task(self.stream, t, checkpoint, gone=t if self.method.stores_images else 0)
         if (found := read_method(checkpoint)) is not None:
             check_method(self.method, found[1], checkpoint)
@@ -177,16 +195,24 @@ class Resumer:
         A finished one is taken over.
         """
         self.folder.check_gaps()
-        if t in self.folder.tasks():
+        finished = t in self.folder.tasks()
+        checkpoint = None if finished else self.folder.last_checkpoint(t)
+        self._check_shared(self.folder, t + finished, checkpoint)
+        if finished:
             self.stream.check_manifest(
                 read_json(self.folder.task(t) / MANIFEST), tasks=t + 1
             )  # before the model grows
             self._take_over(self._earlier(self.folder, going_on=True), t)
             return True, None
-        checkpoint = self.folder.last_checkpoint(t)
         if checkpoint is not None:
             self.check_checkpoint(checkpoint, t)
         return False, checkpoint
+
+    def _check_shared(self, source: RunFolder, finished: int, checkpoint: Path | None) -> None:
+        """Raise ValueError unless all processes have found the same state of a run."""
+        found = f"{finished} finished tasks and {'no checkpoint' if checkpoint is None else checkpoint.name}"
+        fix = f"{source.root} must be one folder, shared by all machines."
+        check_agreement(self.args, "the run to go on with", found, fix)
 
     def _earlier(self, source: RunFolder, going_on: bool = False) -> EarlierRun:
         return EarlierRun(source, self.stream, self.model, self.learner, self.method, self.progress.results, going_on)
@@ -262,9 +288,9 @@ class Resumer:
         if elsewhere and self.args.overwrite_output_dir:
             self.folder.clear()
         if finished and (elsewhere or earlier.source.single):
-            earlier.copy_to(self.folder, finished)
             references = self.progress.references
             for t in references.features:
                 write_tensors(self.folder.features(t), references.tensors(t))
+            earlier.copy_to(self.folder, finished)  # with the digests of these features
         if finished:
             self.folder.promote(finished - 1)  # the run may have died before doing so

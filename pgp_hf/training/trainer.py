@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor
@@ -23,17 +24,22 @@ from ..methods import ContinualMethod, FineTuning, TaskContext
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
 from . import learning
+from .agreement import check_same_images
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
 from .evaluation import Scorer, accuracy, test_sets
 from .loss import mean_over_step
+from .optimizers import check_optimizer
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
 from .resume import Resumer, check_new, delete_earlier
+from .settings import print_differing, recorded_settings
 from .setup import (
     check_arguments,
     check_model,
+    check_precision,
     check_settings,
+    keep_statistics_local,
     new_results,
     refuse_sharding,
     trainable_parameters,
@@ -85,6 +91,7 @@ class StreamTrainer(TaskTrainer):
         model, self._room = learning.Room.of(model, stream)
         check_model(model, stream, self._room.classes)
         check_arguments({**kwargs, "processing_class": processing_class})
+        args.check()  # set_push_to_hub() and others come after the arguments' own checks
         self.stream = stream
         self.method = FineTuning() if method is None else method
         # a `Trainer` counts the images of a step only for such a function; `compute_loss` calls it with more than that
@@ -94,8 +101,12 @@ class StreamTrainer(TaskTrainer):
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        check_precision(model, self.args.fp16)
+        check_optimizer(self)
+        keep_statistics_local(self.model)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
+        self._check_choice()
         self.training_stream = trained = self.method.training_stream(stream)
         names = dict(enumerate(stream.label_names[: self._room.classes]))
         learner.prepare_stream([list(task.classes) for task in trained.tasks[: self._room.tasks]], names)
@@ -115,7 +126,6 @@ class StreamTrainer(TaskTrainer):
         self.add_callback(self.stops)
         self.add_callback(FollowTraining(learner, lambda: (self._images, self.train_dataset)))
         if self.args.push_to_hub:
-            self.args.check_hub()  # set_push_to_hub() comes after the arguments' own checks
             self.add_callback(PushTasks(lambda: self.results.origin))
         if not self.args.disable_tqdm:
             self.pop_callback(ProgressCallback)
@@ -182,9 +192,7 @@ class StreamTrainer(TaskTrainer):
         self.method.begun = True
         learner, own = self.stream_model, t - self.results.first  # the task's index in the training stream
         self._room.grow(learner, t, self.args.seed)
-        self.results.note_task(
-            self._room.counted(t), learning.recorded_settings(self.args), trainable_parameters(learner)
-        )
+        self.results.note_task(self._room.counted(t), recorded_settings(self.args), trainable_parameters(learner))
         with self.progress.timed("train"):
             self._images = images = self._passes().augmented(own)
             self._context = context = self._passes().context(own)
@@ -223,6 +231,7 @@ class StreamTrainer(TaskTrainer):
         test_dataset: Any = None,
         *,
         backbone: str | os.PathLike[str] | PreTrainedModel | None = None,
+        dtype: torch.dtype | None = None,
         processing_class: Any = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -241,6 +250,8 @@ class StreamTrainer(TaskTrainer):
             test_dataset: the run's own test images, as far as they are there, on which its tasks are evaluated again;
                 without them, the accuracies of old tasks are not measured. See `TaskStream.from_manifest`.
             backbone: the frozen model, or its Hub id or folder, if the revision does not say where it is.
+            dtype: precision of the frozen weights; by default that of a backbone that is passed, or else the one that
+                the run was trained in. What learns is in float32.
             processing_class: an image processor to use instead of the saved one.
             token, cache_dir, local_files_only: as in every `from_pretrained`; `args.hub_token` by default.
             kwargs: any other argument of the trainer.
@@ -253,7 +264,9 @@ class StreamTrainer(TaskTrainer):
             raise TypeError("args are missing: pass PGPTrainingArguments(output_dir, ...) for the tasks to come.")
         token = args.hub_token if token is None else token
         place = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        opened = learning.open_for_learning(run_or_repo, revision, test_dataset, backbone, processing_class, place)
+        opened = learning.open_for_learning(
+            run_or_repo, revision, test_dataset, backbone, processing_class, place, dtype
+        )
         made = cls.with_method(
             opened.model, args, opened.stream, opened.method, processing_class=opened.processor, **kwargs
         )
@@ -271,12 +284,11 @@ class StreamTrainer(TaskTrainer):
         """Take over the newest task of a run."""
         self._resumer().go_on(source)
         self._source = source
-        differ = learning.differing(self.results.training, learning.recorded_settings(self.args))
         if self.folder.root.resolve() not in (source.root.resolve(), source.root.resolve().parent):
-            self.results.continues = origin | ({"continues": own} if (own := self.results.continues) else {})
+            self.results.continues = learning.with_origin(origin, self.results.continues)
         self.hub_model_id = self.hub_model_id and self.args.hub_repo(self.results.origin).repo_id
-        if differ and self.is_world_process_zero():
-            print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)
+        if self.is_world_process_zero():
+            print_differing(self.results.training, recorded_settings(self.args))
 
     @holding
     def learn(
@@ -316,6 +328,8 @@ class StreamTrainer(TaskTrainer):
     def _prepare(self, task: Task, resume: bool) -> tuple[bool, Path | None]:
         """Check an appended task and make room for it; return whether it is finished, else its last checkpoint."""
         learning.check_task(self.stream, task, self.method, self.progress.stored, self.stream_model)
+        self._check_choice()
+        check_same_images(self.args, self.stream)
         if self.args.verify_images and self.is_world_process_zero():
             self.stream.verify(not self.args.disable_tqdm, task.index if self.method.stores_images else 0)
         if task.index == 0 and not resume:
@@ -332,6 +346,7 @@ class StreamTrainer(TaskTrainer):
         """Begin a new run, or take over an earlier one; return the first task, and the checkpoint to enter it by."""
         if not self.stream.num_tasks:
             raise ValueError("the stream has no task yet: learn(dataset), or stream.append(dataset) before train().")
+        check_same_images(self.args, self.stream)
         if not resume:
             check_new(self.args, self.progress, self.folder)
             return self.results.first, None
@@ -381,13 +396,13 @@ class StreamTrainer(TaskTrainer):
         if self.is_world_process_zero():
             if tensors := self.progress.references.tensors(t):  # there may be no test image
                 write_tensors(self.folder.features(t), tensors)
-            self.folder.publish(t, self._write_files)
+            self.folder.publish(t, partial(self._write_files, features=self.folder.features(t) if tensors else None))
             if self.args.save_full_weights == "last" and not self.args.push_to_hub:  # `PushTasks` waits for the Hub
                 self.folder.drop_large(before=t)
             self.folder.drop_checkpoints()
         self.accelerator.wait_for_everyone()
 
-    def _write_files(self, folder: Path) -> None:
+    def _write_files(self, folder: Path, features: Path | None) -> None:
         write_task(
             folder,
             model=self._whole_model(),
@@ -396,6 +411,7 @@ class StreamTrainer(TaskTrainer):
             progress=self.progress,
             manifest=self.stream.manifest(self.results.num_tasks),
             digest=self._digest,
+            features=features,
         )
 
     def push_to_hub(  # type: ignore[override]  # it makes several commits

@@ -18,6 +18,7 @@ from ..methods import ContinualMethod
 from ..projection import Projection, ProjectionConfig
 from ..report import card, figures
 from ..runs.atomic import write_json, write_tensors
+from ..runs.digests import Digests
 from ..runs.folder import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -44,14 +45,16 @@ def write_task(
     progress: Progress,
     manifest: dict[str, Any],
     digest: dict[str, str],
+    features: Path | None = None,
 ) -> None:
-    """Write the files of a task that has just ended into `folder`.
+    """Write the files of a task that has just ended into `folder`, their digests last.
 
     Args:
         processor: the image processor; one that cannot be saved is left out.
         progress: with the content of `results.json`, to which the files' digests are added, and stored images.
         manifest: content of `stream.json`.
         digest: of the frozen weights, by the names that `results.json` has.
+        features: the file with those of the task's test images, as far as there are any.
     """
     file, config = write_model(folder, model)
     if hasattr(processor, "save_pretrained"):
@@ -68,9 +71,10 @@ def write_task(
         written.append(EXEMPLARS)
     digests = {name: sha256(folder / name) for name in written}
     results = {**progress.results.to_dict(), "sha256": {**digests, **digest}}
-    write_json(folder / RESULTS, results)
+    write_json(folder / RESULTS, results, rows=True)
     figures.save_figures(results, folder / "figures")
     card.save_card(folder / "README.md", results, manifest, config, description)
+    Digests.of(folder, features, known=digests).write()
 
 
 def write_model(folder: Path, model: PeftModel | PreTrainedModel) -> tuple[str, dict[str, Any]]:

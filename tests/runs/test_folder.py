@@ -100,17 +100,6 @@ def test_a_run_may_start_at_a_later_task(tmp_path):
     assert run.first == 0 and not (run.root / "continued.json").exists()
 
 
-def test_the_last_complete_checkpoint_is_taken(tmp_path):
-    run = RunFolder(tmp_path)
-    assert run.last_checkpoint(0) is None
-    for step in (6, 9, 12, 100):
-        folder = run.checkpoints(0) / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        if step != 100:  # interrupted while it was written: the state file is the last one
-            (folder / "trainer_state.json").write_text("{}")
-    assert run.last_checkpoint(0).name == "checkpoint-12"
-
-
 def test_clear_deletes_a_run_and_nothing_else(tmp_path):
     run = RunFolder(tmp_path)
     run.publish(0, write)

@@ -29,6 +29,8 @@ class PromptConfig(PeftConfig):
         target_modules: names of the wrapped modules; filled in when the adapter is added.
         exclude_modules: not used, but read by PEFT.
         modules_to_save: names of modules that are trained and saved whole; the classifier by default, [] for none.
+        image_size: height and width of the images in training, the only ones that are then accepted; None to accept any,
+            [] after images of several sizes. Filled in by training.
 
     Attributes:
         method_name: the PEFT type, in upper case; each adapter has its own.
@@ -43,7 +45,7 @@ class PromptConfig(PeftConfig):
     method_name: ClassVar[str]
     base_class: ClassVar[str] = "AutoModelForImageClassification"
     command_line: ClassVar[tuple[str, ...]] = ()
-    filled_in: ClassVar[tuple[str, ...]] = ("id2label",)
+    filled_in: ClassVar[tuple[str, ...]] = ("id2label", "image_size")
 
     pull_constraint_coeff: float = field(
         default=0.1, metadata={"help": "weight of the pull term, which draws the selected keys towards the query"}
@@ -78,6 +80,10 @@ class PromptConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "modules that are trained and saved whole; the classifier by default, [] for none"},
+    )
+    image_size: list[int] | None = field(
+        default=None,
+        metadata={"help": "height and width of the images in training; filled in by training"},
     )
 
     def __post_init__(self) -> None:

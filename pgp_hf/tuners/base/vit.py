@@ -81,6 +81,7 @@ class ViTPromptTuner(PromptTuner):
                 model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
                 self.backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
                 self.backbone.register_forward_hook(self._after_backbone),
+                self.backbone.register_forward_hook(self._for_head),
                 model.register_forward_hook(self._after_model, with_kwargs=True),
             ]
         )
@@ -148,6 +149,7 @@ class ViTPromptTuner(PromptTuner):
         if config.interpolate_pos_encoding and kwargs.get("interpolate_pos_encoding") is None:
             kwargs["interpolate_pos_encoding"] = True
         pixel_values = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        self._check_size(pixel_values)
         if query is None:
             position = {k: v for k, v in kwargs.items() if k == "interpolate_pos_encoding" and v is not None}
             query = self.query(pixel_values, **position)
@@ -159,6 +161,18 @@ class ViTPromptTuner(PromptTuner):
         similarity = self._select(query, config)
         self._similarity = similarity if self.model.training else None
         return args, kwargs
+
+    def _for_head(self, backbone: ViTModel, args: tuple[Any, ...], output: Any) -> None:
+        """Give the head its input in its own precision, which may be above the backbone's."""
+        head = getattr(self.model, "classifier", None)
+        if self.layer.bypass or head is None:
+            return
+        copies = getattr(head, "modules_to_save", {})
+        adapter = self.layer.adapter
+        used = copies[adapter] if adapter in copies else getattr(head, "original_module", head)
+        hidden, parameter = getattr(output, "last_hidden_state", None), next(used.parameters(), None)
+        if hidden is not None and parameter is not None:
+            output.last_hidden_state = hidden.to(parameter.dtype)
 
     def _after_classifier(self, classifier: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._head_hook is not None:

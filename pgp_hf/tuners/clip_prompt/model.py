@@ -249,9 +249,11 @@ class ClipPromptModel(TaskEntryTuner):
     @torch.no_grad()
     def end_task(self, task: int) -> None:
         """Keep the text features of the task's classes: its context is final."""
+        super().end_task(task)
         if self._live:
             features = self._text_features(self._live, task, self.adapter_config)
-            self.text_layer.clip_prompt_features[self.adapter][self._live] = features
+            table = self.text_layer.clip_prompt_features[self.adapter]
+            table[self._live] = features.to(table)
         self._live = None
 
     def resume_after(self, task: int) -> None:
@@ -293,6 +295,8 @@ class ClipPromptModel(TaskEntryTuner):
         if self.text_layer.adapter is None or args or kwargs.get("input_ids") is not None:
             return None
         config, kwargs = self.adapter_config, dict(kwargs)
+        if kwargs.get("pixel_values") is not None:
+            self._check_size(kwargs["pixel_values"])
         kwargs.pop("num_items_in_batch", None)
         if not config.class_tokens:
             raise ValueError(

@@ -35,7 +35,7 @@ class DualPromptConfig(PoolConfig):
             finished tasks.
         shrinkage: how far the statistics head's covariance is drawn towards an isotropic one, in (0, 1].
         modules_to_save: names of modules that are trained and saved whole; the classifier by default, [] for none.
-        hidden_size, id2label, target_modules, exclude_modules: filled in when the adapter is added; leave them out.
+        hidden_size, id2label, image_size, target_modules, exclude_modules: filled in; leave them out.
 
     Raises:
         ValueError: sizes that are negative, a layer named twice or negative.
