@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import PIL.Image
 import torch
 import transformers.pipelines.base
@@ -19,22 +18,20 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..data.rgb import array_to_rgb, open_rgb, to_rgb
 from ..heads import keep_classes
 from ..models import SelectsPrompts, StreamModel, stream_model
 from ..projection import Projection
 from ..runs.folder import METHOD
 from ..runs.revision import Revision
+from ..runs.settled import settled
 from ..runs.sources import locate
+from .images import ImageLike, each, to_image
 from .opening import open_model
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from ..methods import ContinualMethod
-
-ImageLike: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | np.ndarray[Any, Any] | Tensor"
-
 
 _makes_trainers: list[Callable[..., Any]] = []  # handed in, since nothing here imports code for training
 
@@ -136,7 +133,8 @@ class PromptClassifier:
         """Classify images; no task id is needed.
 
         Args:
-            images: paths, PIL images or arrays (see `pgp_hf.inference.to_image`) in any mixture; or one of them.
+            images: what `pgp_hf.inference.to_image` takes, such as paths, PIL images, arrays, bytes or items of a
+                dataset, in any mixture; or one of them.
             top_k: number of classes to name for each image; all classes if there are fewer.
             batch_size: number of images in a forward pass; predictions do not depend on it.
 
@@ -144,6 +142,7 @@ class PromptClassifier:
             `[{"label": name, "score": probability}, ...]` for each image, best first.
 
         Raises:
+            TypeError: something else.
             ValueError: an image that cannot be read; a `top_k` or `batch_size` below 1.
         """
         return [prediction.labels for prediction in self.classify(images, top_k, batch_size)]
@@ -155,11 +154,7 @@ class PromptClassifier:
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is out of range: it must be a whole number from 1.")
-        one = isinstance(images, str | os.PathLike | PIL.Image.Image) or (
-            isinstance(images, np.ndarray | Tensor) and images.ndim < 4
-        )
-        several = cast("Iterable[ImageLike]", [images] if one else images)
-        return self._batches(iter(several), top_k, batch_size)
+        return self._batches(each(images), top_k, batch_size)
 
     def _batches(self, images: Iterator[ImageLike], top_k: int, batch_size: int) -> Iterator[Prediction]:
         top_k = min(top_k, len(self.id2label) if self.classes is None else len(self.classes))
@@ -208,52 +203,40 @@ def load_pretrained(
             stays as it was.
         processor: an image processor to use instead of the saved one. The saved one is loaded with `backend="pil"`.
         device: where to run; by default the backbone's device, which is the CPU for one that is loaded here.
-        dtype: precision of the weights; by default the backbone's.
+        dtype: precision of the weights, beneath an adapter of the frozen ones alone; by default that of a backbone that
+            is passed, or else the one that the run was trained in, float32 unless it was asked for another.
         attn_implementation: "eager", "sdpa", ...; transformers' choice by default.
         eval_mask: "seen": a prediction may be any class of the finished tasks; "none": classes without any training
             compete as well.
         token, cache_dir, local_files_only: as in every `from_pretrained`.
 
+    While a run copies the files of a task to the top level of its folder, this waits.
+
     Raises:
         ValueError: files that are damaged, altered, contradictory, pickled or ask for code to be run; a backbone that is
-            missing or is not the one the adapter was made on.
+            missing or is not the one the adapter was made on; a run that has not finished a task yet.
     """
     if eval_mask not in ("seen", "none"):
         raise ValueError(f"eval_mask={eval_mask!r} is unknown: choose one of seen, none.")
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    folder = locate(repo_or_dir, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    found = Revision.read(folder, revision)
-    method = _adjusting_method(found)
     local = Path(repo_or_dir).is_dir()
-    model: Any  # a PreTrainedModel, or a PeftModel
-    model, processor = open_model(found, backbone, processor, local, hub, attn_implementation)
+
+    def read() -> tuple[Path, Revision, ContinualMethod | None, Any, BaseImageProcessor]:
+        folder = locate(repo_or_dir, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        found = Revision.read(folder, revision)
+        method = _adjusting_method(found)
+        opened = open_model(found, backbone, processor, local, hub, attn_implementation, dtype=dtype)
+        return folder, found, method, *opened
+
+    folder, found, method, model, opened_processor = settled(repo_or_dir, revision, read)
     if found.learned:
         stream_model(model).resume_after(found.learned - 1)
     classes = None if eval_mask == "none" else found.seen_classes
     _make_classifier(model, classes, method)
     # by its commit, since a branch moves on
     source = {"run_or_repo": repo_or_dir, "revision": revision if local else folder.name, "backbone": backbone, **hub}
-    model = model.to(device=device, dtype=dtype).eval()
-    return PromptClassifier(model, processor, found, classes, source)
-
-
-def to_image(image: ImageLike) -> PIL.Image.Image:
-    """Convert a path, a PIL image or an array to an RGB image.
-
-    Args:
-        image: arrays are `(H, W)`, `(H, W, C)` or `(C, H, W)` with C in 1, 3, 4, integers in 0..255 or floats in [0, 1].
-
-    Raises:
-        ValueError: a file that does not decode, an array that is not an image.
-        TypeError: anything else.
-    """
-    if isinstance(image, str | os.PathLike):
-        return open_rgb(image)
-    if isinstance(image, PIL.Image.Image):
-        return to_rgb(image)
-    if isinstance(image, np.ndarray | Tensor):
-        return array_to_rgb(image.detach().cpu() if isinstance(image, Tensor) else image)
-    raise TypeError(f"an image cannot be of type {type(image).__name__}: pass paths, PIL images or arrays.")
+    model = model.to(device=device).eval()
+    return PromptClassifier(model, opened_processor, found, classes, source)
 
 
 def _adjusting_method(revision: Revision) -> ContinualMethod | None:

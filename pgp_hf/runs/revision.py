@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..projection import Basis, Projection, ProjectionConfig
@@ -20,7 +21,7 @@ from .checks import (
     finished_tasks,
     first_task,
 )
-from .digest import backbone_key, backbone_sha256
+from .digest import BACKBONE_KEYS, backbone_key, backbone_sha256
 from .digests import Digests
 from .folder import (
     ADAPTER,
@@ -120,6 +121,12 @@ class Revision:
             return None
         classes = (task["classes"] for task in self.manifest["tasks"][: self.tasks])
         return list(dict.fromkeys(label for own in classes for label in own))
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Return the precision that the frozen weights had in training; float32 where nothing says so."""
+        noted = [name for name in (self.results or {}).get("sha256", {}) if name in BACKBONE_KEYS]
+        return BACKBONE_KEYS[noted[0]] if noted else torch.float32
 
     @property
     def whole(self) -> bool:

@@ -35,6 +35,7 @@ from .folder import (
     MODEL_CONFIG,
     PROCESSOR,
     RESULTS,
+    TASK,
     config_name,
 )
 
@@ -46,7 +47,6 @@ MODEL_FILES = (MODEL_CONFIG, MODEL, *REVISION_FILES[2:])
 """The same where a whole model has learned, and not an adapter."""
 # files that other loaders read: this package only searches them for requests to run code
 OTHERS = (MODEL_CONFIG, "processor_config.json")
-TASK = re.compile(r"task-([1-9]\d{0,5})")
 _TO_CONTINUE = re.compile(rf"README\.md|figures/[\w-]+\.png|{re.escape(EXEMPLARS)}")
 
 
@@ -121,7 +121,7 @@ def _local(folder: Path, revision: str | None) -> Path:
     name = config_name(folder)
     _require((folder / name).is_file(), folder)
     files = (file.relative_to(folder) for file in folder.rglob("*"))
-    # a run in training has a Trainer's checkpoints, which hold pickles and are never read here
+    # checkpoints of earlier versions hold pickles; none are read here
     reading.refuse_pickles((str(file) for file in files if CHECKPOINTS not in file.parts), folder)
     if name == ADAPTER_CONFIG:
         _require((folder / ADAPTER).is_file(), folder)

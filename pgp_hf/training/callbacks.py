@@ -180,6 +180,12 @@ class FollowTraining(TrainerCallback):
             set_epoch(images, int((state.epoch or 0) + 1e-6))
 
 
+def ends_epoch(state: TrainerState, control: TrainerControl) -> bool:
+    """Return whether the step that has just ended is followed by what is done at the end of an epoch."""
+    last = control.should_epoch_stop or control.should_training_stop
+    return last or float(state.epoch or 0).is_integer()
+
+
 def fire(callbacks: Iterable[TrainerCallback], event: str, *arguments: Any, **kwargs: Any) -> None:
     """Call an event of a stream on all callbacks that listen to it."""
     for callback in callbacks:

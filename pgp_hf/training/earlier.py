@@ -218,7 +218,7 @@ class EarlierRun:
                 f"{self.source.root}: of tasks {', '.join(str(j + 1) for j in new)} neither features/ nor the revision is "
                 'there, so drift and changed selections leave them out from now on. Continue from "owner/name@task-k" on '
                 "the Hub, or from a folder next to task-1, task-2, ... to have them measured.",
-                stacklevel=6,
+                stacklevel=7,
             )
         return lost
 
@@ -253,6 +253,9 @@ class EarlierRun:
 
         Their digests are made anew, since that folder has features of its own. A run of an earlier version has none, and
         gets none: its tasks are compared with those on the Hub.
+
+        Raises:
+            ValueError: the folder holds a task of another run.
         """
         last, first = Revision.read(self.source.task(finished - 1)), finished - 1
         while first > self.source.first:
@@ -263,10 +266,15 @@ class EarlierRun:
             except (ValueError, EntryNotFoundError):  # reported with the references
                 break
             first -= 1
+        there = folder.tasks()  # where an earlier copy was interrupted
+        for t in there:
+            if t >= finished or not _same_results(self.source.task(t), folder.task(t)):
+                raise ValueError(f"output_dir={folder.root} holds task-{t + 1} of another run: choose another folder.")
         folder.start_at(first)
         for t in range(first, finished):
-            earlier = [folder.features(j) for j in range(first)] if t == first else []
-            folder.publish(t, partial(_copy_task, self.source.task(t), folder.features(t), earlier))
+            if t not in there:
+                earlier = [folder.features(j) for j in range(first)] if t == first else []
+                folder.publish(t, partial(_copy_task, self.source.task(t), folder.features(t), earlier))
 
 
 def _enlarged(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -278,6 +286,11 @@ def _enlarged(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
             found[name] = tensor.new_zeros(shape)
             found[name][tuple(slice(length) for length in tensor.shape)] = tensor
     return found
+
+
+def _same_results(a: Path, b: Path) -> bool:
+    """Return whether two folders hold the same task, whose results have the digests of its other files."""
+    return a.is_dir() and (a / RESULTS).read_bytes() == (b / RESULTS).read_bytes()
 
 
 def check_method(method: ContinualMethod, saved: dict[str, Any], folder: Path) -> None:

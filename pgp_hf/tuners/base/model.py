@@ -188,6 +188,7 @@ class PromptTuner(BaseTuner):
                 hook.remove()
             config.target_modules = [f"{name}.{target}" for target in config.target_modules or ()]
             self._post_injection_hook(self.model, config, adapter)
+            self._cast_adapter_dtype(adapter)  # the new head has the backbone's precision
         config.id2label = {}
         if config.head == "statistics":
             self._add_statistics(self.layer, config, adapter)
@@ -249,6 +250,14 @@ class PromptTuner(BaseTuner):
         if layer is self.layer and config.head == "statistics":
             self._add_statistics(layer, config, adapter_name)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep what trains in float32 beneath any backbone: as PEFT does it for prompts, the head and all that is saved."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in self.model.modules() if autocast_adapter_dtype else ():
+            copies = getattr(module, "modules_to_save", None)
+            if isinstance(copies, nn.ModuleDict) and adapter_name in copies:
+                copies[adapter_name].to(torch.promote_types(next(self.model.parameters()).dtype, torch.float32))
+
     def unload(self) -> nn.Module:
         """Return the base model without adapter and hooks, as it was before."""
         self._remove_hooks()
@@ -309,6 +318,24 @@ class PromptTuner(BaseTuner):
     def selected_prompts(self) -> Tensor | None:
         """Return the pool entries `(B, k)` of the last forward pass; None where nothing is selected."""
         return self.layer.selected
+
+    def _check_size(self, pixel_values: Tensor) -> None:
+        """Note the images' size in training; in prediction, refuse images that another processor has made.
+
+        Raises:
+            ValueError: images of another size than in training.
+        """
+        config, size = self.adapter_config, list(pixel_values.shape[-2:])
+        if self.model.training and self._in_task:
+            config.image_size = size if config.image_size in (None, size) else []
+        elif config.image_size not in (None, [], size):
+            height, width = config.image_size
+            raise ValueError(
+                f"pixel_values are {size[0]} x {size[1]}, and the prompts were trained on {height} x {width}: use the image "
+                "processor in the adapter's folder. transformers.pipeline(..., model=FOLDER) takes the backbone's, unless "
+                "image_processor=FOLDER names it. To predict at another size all the same, set the adapter configuration's "
+                "image_size to None."
+            )
 
     # ---- heads ---------------------------------------------------------------------------------------------------
 

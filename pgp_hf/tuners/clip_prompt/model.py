@@ -18,6 +18,7 @@ from ...heads.growing import new_names
 from ..base.consistency import consistency_rows
 from ..base.entries import TaskEntryTuner
 from ..base.layer import strip_prompts
+from ..base.structure import check_clip
 from .config import ClipPromptConfig, tokenize
 from .layer import ClipImagePrompt, ClipTextContext
 
@@ -51,8 +52,7 @@ class ClipPromptModel(TaskEntryTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         model, config = self.model, cast(ClipPromptConfig, peft_config)
-        if not all(hasattr(model, name) for name in ("vision_model", "text_model", "visual_projection")):
-            raise ValueError(f"{type(model).__name__} has no vision and text towers: CLIP prompts need a CLIPModel.")
+        check_clip(model)
         self._check_width(config, model.config.vision_config.hidden_size)
         self._check_tokens(config.class_tokens or [], config.text_length)
         config.target_modules = ["vision_model.embeddings", "text_model.embeddings"]
@@ -249,9 +249,11 @@ class ClipPromptModel(TaskEntryTuner):
     @torch.no_grad()
     def end_task(self, task: int) -> None:
         """Keep the text features of the task's classes: its context is final."""
+        super().end_task(task)
         if self._live:
             features = self._text_features(self._live, task, self.adapter_config)
-            self.text_layer.clip_prompt_features[self.adapter][self._live] = features
+            table = self.text_layer.clip_prompt_features[self.adapter]
+            table[self._live] = features.to(table)
         self._live = None
 
     def resume_after(self, task: int) -> None:
@@ -293,6 +295,8 @@ class ClipPromptModel(TaskEntryTuner):
         if self.text_layer.adapter is None or args or kwargs.get("input_ids") is not None:
             return None
         config, kwargs = self.adapter_config, dict(kwargs)
+        if kwargs.get("pixel_values") is not None:
+            self._check_size(kwargs["pixel_values"])
         kwargs.pop("num_items_in_batch", None)
         if not config.class_tokens:
             raise ValueError(
