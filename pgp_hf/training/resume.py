@@ -17,7 +17,7 @@ from ..data.stream import TaskStream
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, load_weights
 from ..runs.atomic import write_tensors
-from ..runs.checkpoint import step_of
+from ..runs.checkpoint import SETTINGS, step_of
 from ..runs.folder import MANIFEST, RESULTS, RunFolder
 from ..runs.open import open_run
 from ..runs.reading import read_json
@@ -28,7 +28,7 @@ from .earlier import EarlierRun, check_method
 from .evaluation import Recorded, References
 from .learning import Room, check_same_task
 from .progress import Progress
-from .settings import SETTINGS, check_same_settings, print_differing, recorded_settings, run_settings
+from .settings import check_same_settings, print_differing, recorded_settings, run_settings
 
 
 def check_new(args: PGPTrainingArguments, progress: Progress, folder: RunFolder) -> None:

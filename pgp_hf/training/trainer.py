@@ -28,6 +28,7 @@ from .agreement import check_same_images
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
 from .evaluation import Scorer, accuracy, test_sets
+from .fitting import BatchSizes
 from .loss import mean_over_step
 from .optimizers import check_optimizer
 from .progress import Progress, task_seed
@@ -64,7 +65,8 @@ class StreamTrainer(TaskTrainer):
         stream: the tasks.
         method: how the stream is learned; fine-tuning by default.
         processing_class: the backbone's image processor, for training, evaluation and the saved folder.
-        kwargs: any other argument of `Trainer`. A `compute_loss_func` replaces the method's own loss.
+        kwargs: any other argument of `Trainer`. A `compute_loss_func` replaces the method's own loss. `compute_metrics` is
+            what `evaluate()` measures; where it is your own, the stream's measures are logged as `eval_stream_...`.
 
     Attributes:
         method: how the stream is learned.
@@ -90,14 +92,13 @@ class StreamTrainer(TaskTrainer):
     ) -> None:
         model, self._room = learning.Room.of(model, stream)
         check_model(model, stream, self._room.classes)
-        check_arguments({**kwargs, "processing_class": processing_class})
-        args.check()  # set_push_to_hub() and others come after the arguments' own checks
+        check_arguments(args, method, {**kwargs, "processing_class": processing_class})
         self.stream = stream
         self.method = FineTuning() if method is None else method
         # a `Trainer` counts the images of a step only for such a function; `compute_loss` calls it with more than that
         kwargs.setdefault("compute_loss_func", mean_over_step)
         kwargs.setdefault("compute_metrics", accuracy)
-        kwargs.setdefault("eval_dataset", test_sets(stream, min(1, stream.num_tasks)))  # grows with the tasks
+        kwargs["eval_dataset"] = test_sets(stream, min(1, stream.num_tasks))  # grows with the tasks
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -120,6 +121,7 @@ class StreamTrainer(TaskTrainer):
         self._images: AugmentedImages | None = None  # and its images
         self._handles: list[RemovableHandle] = []  # of hooks on the optimizer
         self._test_queries: dict[int, Tensor | None] = {}
+        self._sizes, self._beginning = BatchSizes(self.args, lambda: self._train_batch_size), None
         self._scorer = Scorer(stream, self.method, self.args.eval_mask)
         self._blank = copy.deepcopy(self.method.state())
         self.stops = StopOnSignal(self.folder, self.is_world_process_zero())
@@ -209,12 +211,13 @@ class StreamTrainer(TaskTrainer):
         learner.begin_task(own)
         self.method.begin_task(context)
         self._fire("on_task_begin", task=t)
+        self._beginning = None
         with self.progress.timed("train"):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         learner.end_task(own)
         with self.progress.timed("statistics"):
             self._passes().learn_class_statistics(own, before)
-            self.method.end_task(context)
+            self._end_method(context)
         self.progress.measure_method(self.method, own, self._passes().images_of)
         self.evaluate_stream()
         self._write_task(t)

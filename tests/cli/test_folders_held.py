@@ -25,11 +25,16 @@ def content(folder):
 
 def run(*argv, **settings):
     arguments = parse("", prompt_arguments(L2PConfig), "l2p", [*CPU, *map(str, argv)])
-    return experiment.run("L2P", arguments, lambda stream: tiny.model(base=tiny.backbone(num_labels=stream.num_classes)))
+    return experiment.run(
+        "L2P", arguments, lambda stream: tiny.model(base=tiny.backbone(num_labels=stream.num_classes))
+    )
 
 
 def run_baselines(*argv):
-    return baselines.run(baseline_arguments.parse("", [*CPU, *map(str, argv)]), lambda stream: tiny.plain("full", tiny.backbone(num_labels=stream.num_classes)))
+    return baselines.run(
+        baseline_arguments.parse("", [*CPU, *map(str, argv)]),
+        lambda stream: tiny.plain("full", tiny.backbone(num_labels=stream.num_classes)),
+    )
 
 
 @pytest.fixture(scope="module")
