@@ -12,6 +12,7 @@ import datasets
 
 from .. import embedded
 from ..data import source as source_data
+from ..data.local import load_image_folders
 from ..data.stream import TaskStream
 from ..projection import CONDITIONS, ProjectionConfig
 from ..projection.config import APPLY_TO, PROBE_SPACES
@@ -161,24 +162,21 @@ class DataArguments:
         return self._named(self.dataset_name) if self.dataset_name else embedded.digits()
 
     def _folders(self, train_dir: str) -> datasets.DatasetDict:
-        folders = {"train": f"{train_dir}/**"}
-        if self.validation_dir:
-            folders["validation"] = f"{self.validation_dir}/**"
-        splits = datasets.load_dataset("imagefolder", data_files=folders)
+        folders = {"train": train_dir} | ({"validation": self.validation_dir} if self.validation_dir else {})
+        for option, folder in zip(("--train_dir", "--validation_dir"), folders.values(), strict=False):
+            if not os.path.isdir(folder):
+                raise ValueError(f"{option} {folder} is not a folder here: expected one with a subfolder per class.")
+        splits = load_image_folders(folders)
         if self.label_column_name is None and "label" not in splits["train"].features:
             raise ValueError(
-                f"the images in {' and '.join(filter(None, (train_dir, self.validation_dir)))} have no labels: expected "
+                f"the images in {' and '.join(folders.values())} have no labels: expected "
                 "one subfolder per class that holds its images itself, FOLDER/CLASS/IMAGE, and at least two classes. Move "
                 "images that are nested deeper, as in Tiny ImageNet's archive, up into the folder of their class."
             )
         return splits
 
     def _named(self, name: str) -> datasets.DatasetDict:
-        public: str | None = name
-        if self.dataset_revision in (None, "main") or os.path.isdir(name):
-            splits, public = source_data.load(name)
-        else:
-            splits = datasets.load_dataset(name, revision=self.dataset_revision)
+        splits, public = source_data.load(name, self.dataset_revision)
         split = self.dataset_split or "train"
         if split not in splits:
             raise ValueError(
@@ -195,13 +193,14 @@ class DataArguments:
 def string_labels_as_classes(
     train: datasets.Dataset, test: datasets.Dataset | None, column: str
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Return both splits, with `column` turned into a `ClassLabel` if it holds strings."""
-    if getattr(train.features.get(column), "dtype", None) not in ("string", "large_string"):
-        return train, test
+    """Return both splits, with `column` turned into a `ClassLabel` where it holds strings; one with names has its own."""
     splits = [train] if test is None else [train, test]
-    found = {name for data in splits if column in data.features for name in data.unique(column)} - {None}
+    texts = [getattr(data.features.get(column), "dtype", None) in ("string", "large_string") for data in splits]
+    if not any(texts):
+        return train, test
+    found = {name for data, text in zip(splits, texts, strict=True) if text for name in data.unique(column)} - {None}
     classes = datasets.ClassLabel(names=sorted(map(str, found)))
-    splits = [data.cast_column(column, classes) if column in data.features else data for data in splits]
+    splits = [data.cast_column(column, classes) if text else data for data, text in zip(splits, texts, strict=True)]
     return splits[0], splits[1] if len(splits) > 1 else None
 
 

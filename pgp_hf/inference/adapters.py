@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,8 +23,11 @@ from ..runs.revision import Revision
 from ..tuners.base.config import PromptConfig
 from ..tuners.base.learned import LEARNED_ENTRIES
 
-# what PEFT and the tuners raise for impossible settings
-UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, OverflowError, StopIteration)
+# what transformers, PEFT and the tuners raise for impossible settings
+UNFIT = (
+    *(TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, ArithmeticError, StopIteration),
+    StrictDataclassError,
+)
 
 # settings of LoRA that a prediction depends on, or that do not matter to it; any other must be at its default, since
 # some change the backbone or name modules to import

@@ -23,6 +23,7 @@ from ..models import SelectsPrompts, StreamModel, stream_model
 from ..projection import Projection
 from ..runs.folder import METHOD
 from ..runs.revision import Revision
+from ..runs.settled import settled
 from ..runs.sources import locate
 from .images import ImageLike, each, to_image
 from .opening import open_model
@@ -214,19 +215,25 @@ def load_pretrained(
             compete as well.
         token, cache_dir, local_files_only: as in every `from_pretrained`.
 
+    While a run copies the files of a task to the top level of its folder, this waits.
+
     Raises:
         ValueError: files that are damaged, altered, contradictory, pickled or ask for code to be run; a backbone that is
-            missing or is not the one the adapter was made on.
+            missing or is not the one the adapter was made on; a run that has not finished a task yet.
     """
     if eval_mask not in ("seen", "none"):
         raise ValueError(f"eval_mask={eval_mask!r} is unknown: choose one of seen, none.")
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    folder = locate(repo_or_dir, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    found = Revision.read(folder, revision)
-    method = _adjusting_method(found)
     local = Path(repo_or_dir).is_dir()
-    model: Any  # a PreTrainedModel, or a PeftModel
-    model, processor = open_model(found, backbone, processor, local, hub, attn_implementation, dtype=dtype)
+
+    def read() -> tuple[Path, Revision, ContinualMethod | None, Any, BaseImageProcessor]:
+        folder = locate(repo_or_dir, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        found = Revision.read(folder, revision)
+        method = _adjusting_method(found)
+        opened = open_model(found, backbone, processor, local, hub, attn_implementation, dtype=dtype)
+        return folder, found, method, *opened
+
+    folder, found, method, model, opened_processor = settled(repo_or_dir, revision, read)
     if found.learned:
         stream_model(model).resume_after(found.learned - 1)
     classes = None if eval_mask == "none" else found.seen_classes
@@ -234,7 +241,7 @@ def load_pretrained(
     # by its commit, since a branch moves on
     source = {"run_or_repo": repo_or_dir, "revision": revision if local else folder.name, "backbone": backbone, **hub}
     model = model.to(device=device).eval()
-    return PromptClassifier(model, processor, found, classes, source)
+    return PromptClassifier(model, opened_processor, found, classes, source)
 
 
 def _adjusting_method(revision: Revision) -> ContinualMethod | None:

@@ -22,11 +22,13 @@ from .checks import (
     first_task,
 )
 from .digest import BACKBONE_KEYS, backbone_key, backbone_sha256
+from .digests import Digests
 from .folder import (
     ADAPTER,
     ADAPTER_CONFIG,
     BASES,
     DESCRIPTION,
+    DIGESTS,
     EXEMPLARS,
     MANIFEST,
     METHOD,
@@ -36,7 +38,10 @@ from .folder import (
     RESULTS,
     config_name,
 )
-from .sources import OTHERS, REVISION_FILES, RUN_FILES, TASK, without_weights
+from .sources import MODEL_FILES, OTHERS, REVISION_FILES, RUN_FILES, TASK, without_weights
+
+READ = tuple(dict.fromkeys(name for name in (*REVISION_FILES, *MODEL_FILES, *OTHERS, EXEMPLARS) if name != DIGESTS))
+"""The files of a revision that are checked against their digests."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,14 @@ class Revision:
         folder: where the files are.
         config: content of `adapter_config.json`, or of `config.json` where a whole model has learned.
         manifest, results: content of `stream.json` and `results.json`; both None for an adapter without a run.
+        digests: of all files; None for an adapter without a run, or a run of an earlier version.
     """
 
     folder: Path
     config: dict[str, Any]
     manifest: dict[str, Any] | None
     results: dict[str, Any] | None
+    digests: Digests | None = None
 
     @classmethod
     def read(cls, folder: Path, revision: str | None = None) -> Revision:
@@ -63,8 +70,13 @@ class Revision:
             revision: the name that it was requested by; "task-3" must hold three finished tasks.
 
         Raises:
-            ValueError: a file that is damaged, asks for code to be run, or contradicts another.
+            ValueError: a file that is damaged or was altered, asks for code to be run, or contradicts another.
         """
+        digests = Digests.read(folder)
+        if digests is not None:
+            # beside an adapter, the files of a whole model are somebody else's, and not read
+            foreign = (MODEL, MODEL_CONFIG) if config_name(folder) == ADAPTER_CONFIG else ()
+            digests.check_read(name for name in READ if name not in foreign)
         for name in (*REVISION_FILES, *OTHERS):
             if name.endswith(".json") and (folder / name).exists():
                 reading.refuse_code(reading.read_json(folder / name), folder / name)
@@ -78,7 +90,7 @@ class Revision:
         if not there and name == MODEL_CONFIG:
             raise ValueError(f"{folder} is a model without a run: load it with transformers.")
         if not there:
-            return cls(folder, config, None, None)
+            return cls(folder, config, None, None, digests)
         if len(there) < len(RUN_FILES):
             lacking = next(name for name in RUN_FILES if name not in there)
             raise ValueError(f"{folder} has {there[0]}, but no {lacking}: the download or copy is incomplete.")
@@ -90,7 +102,7 @@ class Revision:
             raise ValueError(
                 f"{folder / RESULTS} shows {tasks} finished tasks, but the revision is called {revision!r}."
             )
-        return cls(folder, config, manifest, results)
+        return cls(folder, config, manifest, results, digests)
 
     @property
     def tasks(self) -> int:
@@ -266,6 +278,9 @@ class Revision:
         return (self.results or {}).get("sha256", {}).get(name)
 
     def _check_digest(self, path: Path) -> None:
+        if self.digests is not None:
+            self.digests.check(path.name)
+            return
         noted = self._noted_digest(path.name)
         if noted is not None and noted != reading.sha256(path):
             raise ValueError(

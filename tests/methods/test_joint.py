@@ -63,7 +63,7 @@ def test_it_learns_what_fine_tuning_learns_of_a_stream_of_one_task(tmp_path, ada
         assert counts.tolist() == [8] * 6
         linear = results["heads"]["linear"]
         assert linear["accuracy_matrix"][:2] == [[None] * 3] * 2 and linear["forgetting"] is None
-        assert np.mean(linear["accuracy_matrix"][2]) == pytest.approx(alone.results.linear_matrix[0][0])
+        assert np.mean(linear["by_task"]["now"]) == pytest.approx(alone.results.linear.now[0])
 
 
 def test_the_loss_has_all_classes_whichever_mask(run, tmp_path):
