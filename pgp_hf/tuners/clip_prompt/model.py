@@ -62,11 +62,16 @@ class ClipPromptModel(TaskEntryTuner):
     def _check_tokens(self, names: Sequence[Sequence[int]], text_length: int) -> None:
         """Raise ValueError for class names that the text tower cannot read."""
         room = self.model.config.text_config.max_position_embeddings
-        longest = max((len(tokens) for tokens in names), default=0) + text_length
+        longest = max((len(tokens) for tokens in names), default=0)
         if longest > room:
             raise ValueError(
-                f"the longest class name takes {longest} tokens with text_length={text_length}, the text "
-                f"tower has {room} positions: shorten text_length to at most {text_length - longest + room}."
+                f"the longest class name takes {longest} tokens, and the text tower has {room} positions, so that no "
+                f"text_length leaves room for it: shorten the name, or its template, to at most {room} tokens."
+            )
+        if longest + text_length > room:
+            raise ValueError(
+                f"the longest class name takes {longest + text_length} tokens with text_length={text_length}, the text "
+                f"tower has {room} positions: shorten text_length to at most {room - longest}."
             )
         words = self.model.config.text_config.vocab_size
         strange = [token for tokens in names for token in tokens if not 0 <= token < words]
