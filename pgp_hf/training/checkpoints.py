@@ -34,7 +34,7 @@ from .progress import Progress
 from .random_states import gather_random_states, scatter_random_states
 from .results import StreamResults
 from .settings import run_settings
-from .writing import write_method, write_model
+from .writing import load_image_size, write_method, write_model
 
 
 @dataclass
@@ -280,6 +280,7 @@ class CheckpointTrainer(Trainer):
             load_weights(whole, open_whole(folder).state_dict())
         else:
             load_weights(whole, read_tensors(folder / ADAPTER))
+            load_image_size(whole, folder)
         if (found := read_method(folder)) is not None:
             self.method.load_state(MethodState(found[0], found[1].get("state", {})))
 
