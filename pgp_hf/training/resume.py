@@ -24,6 +24,7 @@ from ..runs.reading import read_json
 from ..runs.revision import read_method
 from .agreement import check_agreement
 from .arguments import PGPTrainingArguments
+from .checkpoints import take_image_size
 from .earlier import EarlierRun, check_method
 from .evaluation import Recorded, References
 from .learning import Room, check_same_task
@@ -268,6 +269,7 @@ class Resumer:
         lost = earlier.load_references(loaded, self.progress.references, record)
         loaded.results.drift_lacks = sorted({*loaded.results.drift_lacks, *lost})
         self._put(loaded.weights, t)
+        take_image_size(self.model, loaded.revision.config)
 
     def _put(self, tensors: dict[str, Tensor], t: int) -> None:
         """Give the model what it had when the 0-based task t ended."""
