@@ -23,7 +23,7 @@ from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, load_weights, stream_model
 from ..runs import checkpoint as files
 from ..runs.atomic import write_json, write_tensors
-from ..runs.folder import ADAPTER, ADAPTER_CONFIG, MANIFEST, RunFolder
+from ..runs.folder import ADAPTER, MANIFEST, RunFolder
 from ..runs.reading import read_json, read_tensors
 from ..runs.revision import read_method
 from ..runs.states import encode, read_state, write_state
@@ -34,7 +34,7 @@ from .progress import Progress
 from .random_states import gather_random_states, scatter_random_states
 from .results import StreamResults
 from .settings import run_settings
-from .writing import write_method, write_model
+from .writing import load_image_size, write_method, write_model
 
 
 @dataclass
@@ -89,17 +89,6 @@ class SaveAtTheEnd(TrainerCallback):
     ) -> None:
         self.place.over = True
         control.should_save, self.waits = control.should_save or self.waits, False
-
-
-def take_image_size(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Give an adapter's configuration the size of the images in training, which its earlier steps have filled in.
-
-    Args:
-        saved: content of `adapter_config.json`; that of earlier versions lacks the size.
-    """
-    own: Any = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
-    if hasattr(own, "image_size"):
-        own.image_size = saved.get("image_size")
 
 
 class CheckpointTrainer(Trainer):
@@ -291,7 +280,7 @@ class CheckpointTrainer(Trainer):
             load_weights(whole, open_whole(folder).state_dict())
         else:
             load_weights(whole, read_tensors(folder / ADAPTER))
-            take_image_size(whole, read_json(folder / ADAPTER_CONFIG))
+            load_image_size(whole, folder)
         if (found := read_method(folder)) is not None:
             self.method.load_state(MethodState(found[0], found[1].get("state", {})))
 
