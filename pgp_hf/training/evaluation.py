@@ -267,15 +267,15 @@ def _percent_within(logits: np.ndarray, labels: np.ndarray, classes: np.ndarray)
     return float(100 * np.mean(classes[logits[:, classes].argmax(-1)] == labels))
 
 
-def summary_logs(results: StreamResults) -> dict[str, float]:
-    """Return what is logged after the evaluation of a stream."""
+def summary_logs(results: StreamResults, prefix: str = "eval") -> dict[str, float]:
+    """Return what is logged after the evaluation of a stream, accuracies in percent, under names with this prefix."""
     content = results.to_dict()
-    changed = {"eval_changed_selections": results.changed[-1]} if results.changed else {}
-    kept = {"eval_forgetting": content["forgetting"], "eval_drift": results.drift[-1], **changed}
+    changed = {f"{prefix}_changed_selections": results.changed[-1]} if results.changed else {}
+    kept = {f"{prefix}_forgetting": content["forgetting"], f"{prefix}_drift": results.drift[-1], **changed}
     logs = {
-        **{f"eval_task_{j + 1}_accuracy": value for j, value in enumerate(results.matrix[-1])},
-        "eval_average_accuracy": content["average_accuracy"],
+        **{f"{prefix}_task_{j + 1}_accuracy": value for j, value in enumerate(results.matrix[-1])},
+        f"{prefix}_average_accuracy": content["average_accuracy"],
         **({} if results.first else kept),  # nothing to compare with where all tasks were learned as one
-        "eval_projection_rank": results.rank[-1] if results.rank else 0,
+        f"{prefix}_projection_rank": results.rank[-1] if results.rank else 0,
     }
     return {name: value for name, value in logs.items() if value is not None}  # None was not measured

@@ -28,6 +28,7 @@ from .agreement import check_same_images
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
 from .evaluation import Scorer, accuracy, test_sets
+from .fitting import BatchSizes
 from .loss import mean_over_step
 from .optimizers import check_optimizer
 from .progress import Progress, task_seed
@@ -64,7 +65,8 @@ class StreamTrainer(TaskTrainer):
         stream: the tasks.
         method: how the stream is learned; fine-tuning by default.
         processing_class: the backbone's image processor, for training, evaluation and the saved folder.
-        kwargs: any other argument of `Trainer`. A `compute_loss_func` replaces the method's own loss.
+        kwargs: any other argument of `Trainer`. A `compute_loss_func` replaces the method's own loss. `compute_metrics` is
+            what `evaluate()` measures; where it is your own, the stream's measures are logged as `eval_stream_...`.
 
     Attributes:
         method: how the stream is learned.
@@ -119,6 +121,7 @@ class StreamTrainer(TaskTrainer):
         self._images: AugmentedImages | None = None  # and its images
         self._handles: list[RemovableHandle] = []  # of hooks on the optimizer
         self._test_queries: dict[int, Tensor | None] = {}
+        self._sizes, self._beginning = BatchSizes(self.args, lambda: self._train_batch_size), None
         self._scorer = Scorer(stream, self.method, self.args.eval_mask)
         self._blank = copy.deepcopy(self.method.state())
         self.stops = StopOnSignal(self.folder, self.is_world_process_zero())
@@ -140,9 +143,9 @@ class StreamTrainer(TaskTrainer):
 
         Args:
             resume_from_checkpoint: True continues the run in `output_dir` exactly where it stopped, within a task too;
-                a path continues the run in that folder, writing to `output_dir`. An empty folder starts a new run.
-                The path may be a run's folder, one of its task folders or a copy of one (learned as far as that task),
-                or "owner/name@task-3" on the Hub.
+                in an empty folder, it begins a new one. A path continues the run that it holds, writing to `output_dir`;
+                it may be a run's folder, one of its task folders or a copy of one (learned as far as that task), or
+                "owner/name@task-3" on the Hub.
 
         Returns:
             Steps and mean training loss over the tasks trained by this call; `metrics` is the results file's content.
@@ -208,12 +211,13 @@ class StreamTrainer(TaskTrainer):
         learner.begin_task(own)
         self.method.begin_task(context)
         self._fire("on_task_begin", task=t)
+        self._beginning = None
         with self.progress.timed("train"):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         learner.end_task(own)
         with self.progress.timed("statistics"):
             self._passes().learn_class_statistics(own, before)
-            self.method.end_task(context)
+            self._end_method(context)
         self.progress.measure_method(self.method, own, self._passes().images_of)
         self.evaluate_stream()
         self._write_task(t)
