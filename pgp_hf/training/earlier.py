@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .. import hub
 from ..data.stored import Stored, from_tensors
 from ..data.stream import TaskStream
-from ..inference.adapters import expected_weights, read_adapter
+from ..inference.adapters import expected_weights, read_adapter, read_weights
 from ..inference.whole import load_whole
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, weights
@@ -103,11 +103,11 @@ class EarlierRun:
         expected = weights(self.model)
         if not revision.whole:
             if not self.stream.is_open or not isinstance(self.model, PeftModel):
-                return revision.weights(expected)
+                return read_weights(revision, expected)
             base = cast(PreTrainedModel, self.model.get_base_model())
             adapter = read_adapter(revision)
             before = expected_weights(base, adapter.config, adapter.class_names)
-            return _enlarged(revision.weights(before), expected)
+            return _enlarged(read_weights(revision, before), expected)
         tensors = load_whole(revision).state_dict()
         if self.stream.is_open:
             tensors = _enlarged(tensors, expected)

@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
         "numpy.gauss": torch.tensor([legacy["gauss"]], dtype=torch.float64),
         "torch": torch.random.get_rng_state(),
     }
-    if device.type != "cpu" and hasattr(generators := getattr(torch, device.type), "get_rng_state"):
+    generators: Any = getattr(torch, device.type, None)
+    if hasattr(generators, "get_rng_state"):  # the CPU's lacks it
         found[device.type] = generators.get_rng_state().cpu()
     return found
 

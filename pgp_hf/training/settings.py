@@ -27,9 +27,6 @@ _EVALUATED = (
     *("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay"),
     *("save_strategy", "save_steps"),
 )
-SETTINGS = "settings.json"
-"""File of a checkpoint with all of them."""
-
 FREE = (
     "where and how often a run logs, saves and uploads, its devices, processes, data loader workers and evaluation batch "
     "size, the division of a step's images into micro-batches, cache_queries, verify_images and save_full_weights"

@@ -20,8 +20,26 @@ from .arguments import PGPTrainingArguments
 from .results import StreamResults
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError for arguments of a `Trainer` that a stream requires or rules out."""
+def check_arguments(args: Any, method: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError for arguments that a stream requires or rules out.
+
+    Args:
+        args, method: as `StreamTrainer` takes them.
+        arguments: the others of a `Trainer`.
+    """
+    if not isinstance(args, PGPTrainingArguments):
+        raise TypeError(f"args is a {type(args).__name__}: pass pgp_hf.PGPTrainingArguments(output_dir, ...).")
+    if not isinstance(method, ContinualMethod | None):
+        raise TypeError(
+            f"method={method!r:.80} is a {type(method).__name__}: pass a method, as pgp_hf.methods.create(name) makes it."
+        )
+    args.check()  # set_push_to_hub() and others come after the arguments' own checks
+    for name in ("train_dataset", "eval_dataset"):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name} is the stream's own, which each task sets anew: leave it out. Other images are evaluated by "
+                "trainer.evaluate(images)."
+            )
     if arguments.get("processing_class") is None and arguments.get("data_collator") is None:
         raise ValueError(
             "processing_class is missing: pass the backbone's image processor, for example "

@@ -92,14 +92,13 @@ class StreamTrainer(TaskTrainer):
     ) -> None:
         model, self._room = learning.Room.of(model, stream)
         check_model(model, stream, self._room.classes)
-        check_arguments({**kwargs, "processing_class": processing_class})
-        args.check()  # set_push_to_hub() and others come after the arguments' own checks
+        check_arguments(args, method, {**kwargs, "processing_class": processing_class})
         self.stream = stream
         self.method = FineTuning() if method is None else method
         # a `Trainer` counts the images of a step only for such a function; `compute_loss` calls it with more than that
         kwargs.setdefault("compute_loss_func", mean_over_step)
         kwargs.setdefault("compute_metrics", accuracy)
-        kwargs.setdefault("eval_dataset", test_sets(stream, min(1, stream.num_tasks)))  # grows with the tasks
+        kwargs["eval_dataset"] = test_sets(stream, min(1, stream.num_tasks))  # grows with the tasks
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -144,9 +143,9 @@ class StreamTrainer(TaskTrainer):
 
         Args:
             resume_from_checkpoint: True continues the run in `output_dir` exactly where it stopped, within a task too;
-                a path continues the run in that folder, writing to `output_dir`. An empty folder starts a new run.
-                The path may be a run's folder, one of its task folders or a copy of one (learned as far as that task),
-                or "owner/name@task-3" on the Hub.
+                in an empty folder, it begins a new one. A path continues the run that it holds, writing to `output_dir`;
+                it may be a run's folder, one of its task folders or a copy of one (learned as far as that task), or
+                "owner/name@task-3" on the Hub.
 
         Returns:
             Steps and mean training loss over the tasks trained by this call; `metrics` is the results file's content.

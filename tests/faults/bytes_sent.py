@@ -130,7 +130,6 @@ def _full_size() -> dict[str, Callable[[Path], StreamTrainer]]:
         ),
         "DualPrompt": prompts(DualPromptConfig(pool_size=10)),
         "whole model, `fine_tuning`": lambda folder: trainer(folder, vit(), method=methods.create("fine_tuning")),
-        "whole model, `ewc`": lambda folder: trainer(folder, vit(), method=methods.create("ewc")),
     }
 
 

@@ -165,6 +165,20 @@ def test_every_optimizer_goes_on_as_it_was(tmp_path, name):
         }
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((torch.optim.Adamax, {"lr": 0.01}), "optimizer .*Memory, and now it is .*Adamax: continue with the same"),
+        ((Memory, {"lr": 0.02}), r"learning rates \[0.01, 0.01\], and now it is \[0.02, 0.02\]"),
+    ],
+)
+def test_an_optimizer_of_another_kind_or_rate_is_refused(tmp_path, given, message):
+    """The arguments do not tell them apart, and torch would take the state without a word."""
+    stop(short(tmp_path, optimizer_cls_and_kwargs=(Memory, {"lr": 0.01})))
+    with pytest.raises(ValueError, match=f"checkpoint-4 was trained with the {message}"):
+        short(tmp_path, optimizer_cls_and_kwargs=given).train(resume_from_checkpoint=True)
+
+
 SCHEDULES = {
     **{name: {} for name in ("linear", "cosine", "polynomial", "constant", "inverse_sqrt")},
     "constant_with_warmup": {"warmup_steps": 3},
@@ -201,6 +215,20 @@ def test_models_without_prompts_and_their_dropout(tmp_path, name):
         return short(folder, model=tiny.plain(name, base), method=FineTuning())
 
     twice(tmp_path, make)
+    assert same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_the_scale_of_gradients_goes_on_as_it_was(tmp_path):
+    """As of float16, which a CPU does not train in; it doubles every third step, and clipping sees it."""
+
+    def make(folder):
+        trainer = short(folder, optim="sgd")
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=3)
+        return trainer
+
+    straight, resumed, _ = twice(tmp_path, make)
+    states = [trainer.accelerator.scaler.state_dict() for trainer in (straight, resumed)]
+    assert states[0] == states[1] and states[0]["scale"] == 8.0
     assert same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
@@ -622,7 +650,7 @@ class Noisy(Memory):
 def test_the_trial_before_training_draws_no_random_number(tmp_path, monkeypatch):
     noisy = {"optimizer_cls_and_kwargs": (Noisy, {})}
     short(tmp_path / "tried", **noisy).train()
-    monkeypatch.setattr("pgp_hf.training.checkpoints.CheckpointTrainer.check_states", lambda self: None)
+    monkeypatch.setattr("pgp_hf.training.checkpoints.CheckpointTrainer._check_states", lambda self: None)
     short(tmp_path / "untried", **noisy).train()
     assert same_run(tmp_path / "tried", tmp_path / "untried")
 

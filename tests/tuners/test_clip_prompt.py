@@ -251,9 +251,9 @@ def test_more_tasks_than_contexts(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("classification", config, "ViTForImageClassification has no vision and text towers"),
+        ("classification", config, "ViTForImageClassification cannot take CLIP prompts: it has no vision_model"),
         ("clip", lambda: config(text_length=10), r"takes 19 tokens .*18 positions: shorten text_length to at most 9"),
-        ("clip", lambda: L2PConfig(), "CLIPModel has no patch embeddings"),
+        ("clip", lambda: L2PConfig(), "CLIPModel cannot take visual prompts: it has no patch embeddings"),
         ("clip", lambda: config(image_length=-1), "image_length=-1"),
         ("clip", lambda: ClipPromptConfig(id2label={0: "a"}), "1 class names, but class_tokens for 0"),
     ],

@@ -15,6 +15,7 @@ from .config import PromptConfig
 from .head import prepare_head
 from .model import PromptTuner
 from .outputs import add_similarity
+from .structure import backbone_name, check_vit
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification, ViTModel
@@ -58,6 +59,7 @@ class ViTPromptTuner(PromptTuner):
         config = cast(PromptConfig, peft_config)
         name = backbone_name(self.model)
         backbone = self.model.get_submodule(name)
+        check_vit(self.model, backbone)
         targets = self._targets(config, f"{name}." if name else "", backbone)
         self._check_targets(config, targets)
         config.target_modules = targets
@@ -198,19 +200,3 @@ class ViTPromptTuner(PromptTuner):
                 changes["loss"] = loss - self.adapter_config.pull_constraint_coeff * pull
             output = add_similarity(output, similarity, **changes)
         return output.to_tuple() if self._as_tuple else output
-
-
-def backbone_name(model: nn.Module) -> str:
-    """Return the name of the ViT inside `model`, empty when it is the model itself.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for name, module in model.named_modules():
-        embeddings = getattr(module, "embeddings", None)
-        if hasattr(embeddings, "patch_embeddings") and hasattr(embeddings, "cls_token"):
-            return name
-    raise ValueError(
-        f"{type(model).__name__} has no patch embeddings with a CLS token, which visual prompts need: "
-        "use a ViTModel or a ViTForImageClassification."
-    )

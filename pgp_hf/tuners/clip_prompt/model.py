@@ -18,6 +18,7 @@ from ...heads.growing import new_names
 from ..base.consistency import consistency_rows
 from ..base.entries import TaskEntryTuner
 from ..base.layer import strip_prompts
+from ..base.structure import check_clip
 from .config import ClipPromptConfig, tokenize
 from .layer import ClipImagePrompt, ClipTextContext
 
@@ -51,8 +52,7 @@ class ClipPromptModel(TaskEntryTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         model, config = self.model, cast(ClipPromptConfig, peft_config)
-        if not all(hasattr(model, name) for name in ("vision_model", "text_model", "visual_projection")):
-            raise ValueError(f"{type(model).__name__} has no vision and text towers: CLIP prompts need a CLIPModel.")
+        check_clip(model)
         self._check_width(config, model.config.vision_config.hidden_size)
         self._check_tokens(config.class_tokens or [], config.text_length)
         config.target_modules = ["vision_model.embeddings", "text_model.embeddings"]
