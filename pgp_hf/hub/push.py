@@ -275,10 +275,11 @@ def push(
         say: receives a line for each task.
 
     Raises:
-        ValueError: a folder without finished tasks; a `repo_id` or `base_model` that is not an id on the Hub.
+        ValueError: a folder without finished tasks, or that lacks one before another; a `repo_id` or `base_model` that is not an id on the Hub.
         PushError: tasks that could not be uploaded, with the reason and the command that finishes it.
     """
     folder = RunFolder(output_dir)
+    folder.check_gaps()
     tasks = folder.finished_tasks()
     if not tasks:
         raise ValueError(f"{folder.root} holds no finished task (task-1): give the output_dir of a run.")

@@ -34,7 +34,7 @@ from .progress import Progress
 from .random_states import gather_random_states, scatter_random_states
 from .results import StreamResults
 from .settings import run_settings
-from .writing import write_method, write_model
+from .writing import load_image_size, write_method, write_model
 
 
 @dataclass
@@ -280,6 +280,7 @@ class CheckpointTrainer(Trainer):
             load_weights(whole, open_whole(folder).state_dict())
         else:
             load_weights(whole, read_tensors(folder / ADAPTER))
+            load_image_size(whole, folder)
         if (found := read_method(folder)) is not None:
             self.method.load_state(MethodState(found[0], found[1].get("state", {})))
 
@@ -306,9 +307,6 @@ class CheckpointTrainer(Trainer):
         if noted["ended"] or self.state.global_step >= max_steps:
             self._saves.place = Place(num_train_epochs, self.state.global_step)
             return num_train_epochs, 0
-        if self.args.ignore_data_skip:
-            self._saves.place = Place(epoch, self.state.global_step)
-            return epoch, skipped
         epoch, step = noted["epoch"], noted["step"]
         if step >= num_update_steps_per_epoch:
             epoch, step = epoch + 1, 0

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from ..data.stream import TaskStream
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, load_weights
-from ..runs.atomic import write_tensors
 from ..runs.checkpoint import SETTINGS, step_of
 from ..runs.folder import MANIFEST, RESULTS, RunFolder
 from ..runs.open import open_run
@@ -29,6 +28,7 @@ from .evaluation import Recorded, References
 from .learning import Room, check_same_task
 from .progress import Progress
 from .settings import check_same_settings, print_differing, recorded_settings, run_settings
+from .writing import load_image_size
 
 
 def check_new(args: PGPTrainingArguments, progress: Progress, folder: RunFolder) -> None:
@@ -130,7 +130,10 @@ class Resumer:
         progress.interrupted = False
         if self.args.process_index == 0:
             self._prepare_folder(earlier, finished)
-            self.folder.drop_checkpoints(before=finished)  # the run may have died before doing so
+            # the run may have died before doing so
+            self.folder.drop_checkpoints(before=finished)
+            if self.args.save_full_weights == "last" and not self.args.push_to_hub:
+                self.folder.drop_large(before=finished - 1)
         if not finished and checkpoint is None:
             warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=5)
         return finished or progress.results.first, checkpoint
@@ -268,6 +271,7 @@ class Resumer:
         lost = earlier.load_references(loaded, self.progress.references, record)
         loaded.results.drift_lacks = sorted({*loaded.results.drift_lacks, *lost})
         self._put(loaded.weights, t)
+        load_image_size(self.model, loaded.revision.folder)
 
     def _put(self, tensors: dict[str, Tensor], t: int) -> None:
         """Give the model what it had when the 0-based task t ended."""
@@ -288,9 +292,6 @@ class Resumer:
         if elsewhere and self.args.overwrite_output_dir:
             self.folder.clear()
         if finished and (elsewhere or earlier.source.single):
-            references = self.progress.references
-            for t in references.features:
-                write_tensors(self.folder.features(t), references.tensors(t))
-            earlier.copy_to(self.folder, finished)  # with the digests of these features
+            earlier.copy_to(self.folder, finished, self.progress.references)
         if finished:
             self.folder.promote(finished - 1)  # the run may have died before doing so

@@ -33,6 +33,7 @@ PATHS = {
 }
 LOCKS = (".run.lock", ".run.lock.json")
 TIMED = ("seconds", "train_images_per_second")
+PLACES = ("base_model_name_or_path",)
 
 Kill = Literal["before", "within", "full"]
 
@@ -127,7 +128,7 @@ def kill_at(number: int, root: Path, kill: Kill) -> None:
 
 
 def content(run: Path) -> dict[str, Any]:
-    """Return what must be equal in two runs, by file: bits of tensors, JSON but for measured times."""
+    """Return what must be equal in two runs, by file: bits of tensors, JSON but for measured times and places."""
     found: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
@@ -139,7 +140,7 @@ def content(run: Path) -> dict[str, Any]:
             found[name] = _checked(path, run)
         elif path.suffix == ".json":
             read = json.loads(path.read_text(encoding="utf-8"))
-            found[name] = {key: value for key, value in read.items() if key not in TIMED}
+            found[name] = {key: value for key, value in read.items() if key not in TIMED + PLACES}
         else:  # cards, which tell the times, and figures
             found[name] = "there"
     return found

@@ -45,15 +45,16 @@ def test_a_folder_that_is_not_shared(tmp_path):
     for log in logs(tmp_path / "log"):
         assert "the run to go on with: 1 finished tasks and no checkpoint on process 0, 0 finished" in log
         assert "must be one folder, shared by all machines" in log
-    shutil.rmtree(tmp_path / "machine-1")
+    shutil.rmtree(tmp_path / "machine-1", ignore_errors=True)
     shutil.copytree(tmp_path / "machine-0", tmp_path / "machine-1")
     assert forks.together(2, lambda rank: work(rank, True), tmp_path / "log") == [0, 0]
 
 
 def test_a_step_sends_gradients_alone(tmp_path):
     def trainer(folder: Path) -> object:
-        return tiny.trainer(folder, model=tiny.model(head="statistics"), compensate_drift=True, **FEW)
+        return tiny.trainer(folder, model=tiny.model(head="statistics"), compensate_drift=True, **few)
 
+    few = {**FEW, "save_strategy": "no"}  # a checkpoint sends random states
     sent = bytes_sent.measure(trainer, tmp_path / "run")
     assert 0 <= sent["steps"] / sent["optimizer_steps"] - sent["trainable"] < 64  # counts, unused parameters
     assert sent["model"] < sent["begin"]  # the model, once for each task
