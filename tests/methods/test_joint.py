@@ -294,6 +294,7 @@ def test_results_that_were_altered_are_not_continued(run, tmp_path, alone, messa
             results["per_task_average_accuracy"][:2] = [50.0, 50.0]
             del results["first_task"]
         (path / "results.json").write_text(json.dumps(results))
+        (path / "digests.json").unlink()
     trainer = tiny.trainer(folder, method=Joint())
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=True)
