@@ -13,7 +13,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..models import PlainModel, load_weights, set_trainable
 from ..runs.revision import Revision
-from .adapters import expected_weights, plain_backbone, read_adapter, wrap
+from .adapters import expected_weights, plain_backbone, read_adapter, read_weights, wrap
 from .backbone import find_backbone, load_backbone, load_processor
 from .whole import load_whole
 
@@ -86,7 +86,7 @@ def _open_adapter(
         # in the precision of its digest; transformers would take that of its file
         base = load_backbone(source, adapter, {**options, "dtype": found.precision})
     processor = processor or load_processor(found, source, hub)
-    weights = found.weights(expected_weights(base, adapter.config))
+    weights = read_weights(found, expected_weights(base, adapter.config))
     if found.results is not None:
         found.bases()
     found.check_backbone(base)

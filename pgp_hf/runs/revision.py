@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,19 +147,21 @@ class Revision:
         reading.read_tensors(path)
         self._check_digest(path)
 
-    def weights(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def weights(self, expected: Mapping[str, Tensor], later: Collection[str] = ()) -> dict[str, Tensor]:
         """Read the adapter's tensors.
 
         Args:
             expected: tensors with exactly the names and shapes that the file must have; their values are not read, and
                 they may be on the meta device.
+            later: names among them that files of earlier versions lack.
 
         Raises:
             ValueError: a file that is damaged, was altered, or has other names or shapes.
         """
         path = self.folder / ADAPTER
         shapes = reading.tensor_shapes(path)
-        missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+        missing = sorted(expected.keys() - shapes.keys() - set(later))
+        extra = sorted(shapes.keys() - expected.keys())
         if missing or extra:
             what = [f"it lacks {name!r}" for name in missing[:1]] + [f"it holds {name!r}" for name in extra[:1]]
             raise ValueError(

@@ -143,9 +143,9 @@ class StreamTrainer(TaskTrainer):
 
         Args:
             resume_from_checkpoint: True continues the run in `output_dir` exactly where it stopped, within a task too;
-                a path continues the run in that folder, writing to `output_dir`. An empty folder starts a new run.
-                The path may be a run's folder, one of its task folders or a copy of one (learned as far as that task),
-                or "owner/name@task-3" on the Hub.
+                in an empty folder, it begins a new one. A path continues the run that it holds, writing to `output_dir`;
+                it may be a run's folder, one of its task folders or a copy of one (learned as far as that task), or
+                "owner/name@task-3" on the Hub.
 
         Returns:
             Steps and mean training loss over the tasks trained by this call; `metrics` is the results file's content.

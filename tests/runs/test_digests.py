@@ -106,7 +106,7 @@ def test_files_that_are_missing_or_that_the_run_did_not_write_are_named(copy):
         ({"files": lambda files: {**files, "/etc/x": files["README.md"]}}, "is not a path in this folder"),
         ({"files": lambda files: {**files, "a\\b": files["README.md"]}}, "is not a path in this folder"),
     ],
-    ids=str,
+    ids=["a list", "another name", "no size", "capitals", "a truth value", "a parent", "absolute", "a backslash"],
 )
 def test_a_damaged_file_of_digests_is_refused(copy, changes, message):
     rewrite(copy / "task-3", **changes)

@@ -149,6 +149,13 @@ def deep(found):
     return json.dumps(found).replace('"dtype"', f'"x": {nested(100_000)}, "dtype"', 1).encode()
 
 
+def many(count):
+    """A file of empty tensors."""
+    entries = ",".join(f'"t{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(count))
+    header = f"{{{entries}}}".encode()
+    return struct.pack("<Q", len(header)) + header
+
+
 def twice(found):
     """Two entries of one name."""
     one = json.dumps({PROMPT: found[PROMPT]})[1:-1]
@@ -368,6 +375,18 @@ BAD = {
     "a stream of more classes than memory": (
         content("stream.json", num_classes=HUGE),
         "expected tasks with the classes 0 to",
+    ),
+    "a thousand million classes": (
+        content("stream.json", num_classes=10**9),
+        "stream.json has num_classes=1000000000",
+    ),
+    "a thousand million tasks": (
+        lambda folder: [content(name, num_tasks=10**9)(folder) for name in ("stream.json", "results.json")],
+        "stream.json has num_classes=6: expected tasks with the classes",
+    ),
+    "more names than anybody reads": (
+        raw(ADAPTER, lambda data: many(120_000)),
+        f"{ADAPTER} is missing or damaged .its header has 120000 entries, at most 50000 are allowed",
     ),
     "class names that are none": (content("stream.json", label_names=[1] * 6), "label_names are not 6 strings"),
     # the method's files
