@@ -97,7 +97,7 @@ def leave_half(run: Path, operation: str) -> bool:
     path = run / name
     if event == "os.rename" and path.is_file():
         os.truncate(path, path.stat().st_size // 2)
-    elif event == "open":
+    elif event == "open" and not path.is_dir():
         path.write_bytes(b"")
     else:
         return False
