@@ -102,6 +102,18 @@ def test_bounded_dependencies_are_those_that_move_fast():
     assert len(names) == 5 and all(re.search(rf'"{name}>=[\d.]+,<[\d.]+"', read("pyproject.toml")) for name in names)
 
 
+# ---- the README's guarantees ------------------------------------------------------------------------------------------
+
+
+def test_each_guarantee_has_its_test():
+    section = read("README.md").partition("\n## What is guaranteed\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("- ")]
+    assert 1 <= len(lines) <= 10
+    for line in lines:
+        file, _, test = re.fullmatch(r"- .*: `([\w/.]+)(::)(\w+)`", line).groups()
+        assert re.search(rf"^def {test}\(", read(file), re.MULTILINE), line
+
+
 # ---- the others ------------------------------------------------------------------------------------------------------
 
 
