@@ -45,6 +45,7 @@ class Settings:
         ("rate", False, TypeError, "rate=False is a bool: expected a number"),
         ("rate", float("nan"), ValueError, "rate=nan is not a number"),
         ("rate", np.float32("nan"), ValueError, "rate=nan is not a number"),
+        ("limit", 2.5, TypeError, "limit=2.5 is a float: expected a whole number or None"),
         ("limit", "none", TypeError, "limit='none' is a str: expected a whole number or None"),
         ("on", 1, TypeError, "on=1 is an int: expected True or False"),
         ("on", None, TypeError, "on=None: expected True or False"),

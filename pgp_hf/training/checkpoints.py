@@ -307,9 +307,6 @@ class CheckpointTrainer(Trainer):
         if noted["ended"] or self.state.global_step >= max_steps:
             self._saves.place = Place(num_train_epochs, self.state.global_step)
             return num_train_epochs, 0
-        if self.args.ignore_data_skip:
-            self._saves.place = Place(epoch, self.state.global_step)
-            return epoch, skipped
         epoch, step = noted["epoch"], noted["step"]
         if step >= num_update_steps_per_epoch:
             epoch, step = epoch + 1, 0
