@@ -81,6 +81,11 @@ class PromptClassifier:
         inside = self.model.base_model if isinstance(self.model, PeftModel) else self.model
         return f"PromptClassifier({type(inside).__name__}, {len(known)} of {len(self.id2label)} classes)"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but a token, which nobody expects there."""
+        token = self._source.get("token")
+        return {**self.__dict__, "_source": {**self._source, "token": None if isinstance(token, str) else token}}
+
     @property
     def _learner(self) -> StreamModel:
         return stream_model(self.model)
@@ -262,6 +267,47 @@ def _adjusting_method(revision: Revision) -> ContinualMethod | None:
     return method
 
 
+class _Scores:
+    """Give a model's output `logits` with unseen classes masked, as a hook that can be pickled and copied with the model.
+
+    Args:
+        model: the model.
+        classes: label ids that may be predicted; None for all.
+        method: adjusts the logits before they are masked.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, classes: list[int] | None, method: ContinualMethod | None
+    ) -> None:
+        self.model, self.classes, self.method = model, classes, method
+        self.features: list[Tensor] = []  # what the head has read in the running pass
+        if method is not None:
+            stream_model(model).watch_features(self._watch)
+
+    def _watch(self, features: Tensor) -> None:
+        self.features[:] = [features]
+
+    def _kept(self, logits: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self.method is not None:
+            inputs = {**dict(zip(("pixel_values",), args, strict=False)), **kwargs}
+            given = {name: value for name, value in inputs.items() if name not in ("labels", "return_dict")}
+            learner = stream_model(self.model)
+            logits = self.method.predict_logits(learner, given, logits.float(), self.features.pop())
+        return keep_classes(logits, self.classes)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if kwargs.get("input_ids") is not None:  # CLIP with the caller's own texts
+            return output
+        if isinstance(output, tuple):
+            at = 1 if kwargs.get("labels") is not None else 0  # the loss comes first
+            return *output[:at], self._kept(output[at], args, kwargs), *output[at + 1 :]
+        logits = self._kept(stream_model(self.model).class_logits(output), args, kwargs)
+        if "logits" not in output:
+            return ImageClassifierOutput(logits=logits)
+        output.logits = logits
+        return output
+
+
 def _make_classifier(
     model: PreTrainedModel | PeftModel, classes: list[int] | None, method: ContinualMethod | None
 ) -> None:
@@ -270,34 +316,10 @@ def _make_classifier(
     Args:
         method: adjusts the logits before they are masked.
     """
-    learner, features = stream_model(model), list[Tensor]()
-    if method is not None:
-        learner.watch_features(lambda seen: features.__setitem__(slice(None), [seen]))
-
-    def kept(logits: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if method is not None:
-            inputs = {**dict(zip(("pixel_values",), args, strict=False)), **kwargs}
-            given = {name: value for name, value in inputs.items() if name not in ("labels", "return_dict")}
-            logits = method.predict_logits(learner, given, logits.float(), features.pop())
-        return keep_classes(logits, classes)
-
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = learner.class_names or {}
+    names = stream_model(model).class_names or {}
     base.config.id2label, base.config.label2id = dict(names), {name: index for index, name in names.items()}
-
-    def mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if kwargs.get("input_ids") is not None:  # CLIP with the caller's own texts
-            return output
-        if isinstance(output, tuple):
-            at = 1 if kwargs.get("labels") is not None else 0  # the loss comes first
-            return *output[:at], kept(output[at], args, kwargs), *output[at + 1 :]
-        logits = kept(learner.class_logits(output), args, kwargs)
-        if "logits" not in output:
-            return ImageClassifierOutput(logits=logits)
-        output.logits = logits
-        return output
-
-    model.register_forward_hook(mask, with_kwargs=True)
+    model.register_forward_hook(_Scores(model, classes, method), with_kwargs=True)
     # otherwise the pipeline logs an error that the model is not supported, although it works
     supported = getattr(transformers.pipelines.base, "SUPPORTED_PEFT_TASKS", {})
     known = supported.setdefault("image-classification", [])

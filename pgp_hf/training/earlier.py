@@ -24,6 +24,7 @@ from ..inference.whole import load_whole
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, weights
 from ..report import card, figures
+from ..runs.atomic import write_tensors
 from ..runs.digests import AlteredFileError, Digests
 from ..runs.folder import DESCRIPTION, EXEMPLARS, MANIFEST, RESULTS, RunFolder, config_name
 from ..runs.reading import read_json, read_tensors
@@ -248,7 +249,7 @@ class EarlierRun:
 
     # ---- its files -----------------------------------------------------------------------------------------------
 
-    def copy_to(self, folder: RunFolder, finished: int) -> None:
+    def copy_to(self, folder: RunFolder, finished: int, references: References) -> None:
         """Copy the finished tasks that can be found to another run's folder, each whole or not at all.
 
         Their digests are made anew, since that folder has features of its own. A run of an earlier version has none, and
@@ -271,6 +272,9 @@ class EarlierRun:
             if t >= finished or not _same_results(self.source.task(t), folder.task(t)):
                 raise ValueError(f"output_dir={folder.root} holds task-{t + 1} of another run: choose another folder.")
         folder.start_at(first)
+        for t in references.features:
+            if not (there and folder.features(t).exists()):
+                write_tensors(folder.features(t), references.tensors(t))
         for t in range(first, finished):
             if t not in there:
                 earlier = [folder.features(j) for j in range(first)] if t == first else []

@@ -76,16 +76,9 @@ class BatchSizes:
 
 
 def remember(method: ContinualMethod) -> Callable[[], None]:
-    """Return a function that gives a method back what it remembers now."""
-    state, projection = copy.deepcopy(method.state()), method.projection
-    bases = None if projection is None else copy.deepcopy(projection.state())
-
-    def restore() -> None:
-        method.load_state(copy.deepcopy(state))
-        if projection is not None and bases is not None:
-            projection.load_state(*bases)
-
-    return restore
+    """Return a function that gives a method back what it remembers now; the bases of a projection change all at once."""
+    state = copy.deepcopy(method.state())
+    return lambda: method.load_state(copy.deepcopy(state))
 
 
 class Beginning:

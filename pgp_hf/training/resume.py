@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from ..data.stream import TaskStream
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, load_weights
-from ..runs.atomic import write_tensors
 from ..runs.checkpoint import SETTINGS, step_of
 from ..runs.folder import MANIFEST, RESULTS, RunFolder
 from ..runs.open import open_run
@@ -293,9 +292,6 @@ class Resumer:
         if elsewhere and self.args.overwrite_output_dir:
             self.folder.clear()
         if finished and (elsewhere or earlier.source.single):
-            references = self.progress.references
-            for t in references.features:
-                write_tensors(self.folder.features(t), references.tensors(t))
-            earlier.copy_to(self.folder, finished)  # with the digests of these features
+            earlier.copy_to(self.folder, finished, self.progress.references)
         if finished:
             self.folder.promote(finished - 1)  # the run may have died before doing so

@@ -112,9 +112,10 @@ class Passes:
             indices = np.sort(np.random.default_rng([self.args.seed, t]).permutation(indices)[:limit])
         share = indices[self.args.process_index :: self.args.world_size]
         if len(indices) < self.args.world_size:
+            fix = ", or raise max_images" if len(indices) < len(images) else ""
             raise ValueError(
                 f"{len(indices)} images for the statistics of task {t + 1} are too few for {self.args.world_size} "
-                "processes: use fewer processes, or raise max_images."
+                f"processes: use fewer processes{fix}."
             )
         loader = DataLoader(
             Subset[Any](images if queries is None else CachedQueries(images, queries), share.tolist()),

@@ -83,6 +83,8 @@ def files(folder):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".safetensors":
             found[name] = {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
+        elif path.name == "adapter_config.json":
+            found[name] = json.loads(path.read_text())
         elif path.name == "results.json":
             results = json.loads(path.read_text())
             for measured in ("seconds", "train_images_per_second"):
@@ -364,6 +366,19 @@ def test_callbacks_go_on_with_what_they_knew(tmp_path):
     straight, resumed, steps = twice(tmp_path, make, 5)
     assert straight.state.global_step == resumed.state.global_step == 5 and steps == {0: 1}
     assert same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_the_size_of_images_that_earlier_steps_have_seen_is_known(tmp_path):
+    """As after images of several sizes, in a checkpoint and in a finished task."""
+    stop(tiny.trainer(tmp_path, num_train_epochs=1, **STEPS), step=3, task=1)
+    for folder in (tmp_path / "task-1", RunFolder(tmp_path).last_checkpoint(1)):
+        resumed = tiny.trainer(tmp_path, num_train_epochs=1, **STEPS)
+        assert json.loads((folder / "adapter_config.json").read_text())["image_size"] == [20, 20]
+        if folder.name == "task-1":
+            resumed._resumer().resume(True)
+        else:
+            resumed._load_from_checkpoint(str(folder))
+        assert resumed.stream_model.adapter_config.image_size == [20, 20]
 
 
 def test_images_and_seconds_are_counted_on(tmp_path):

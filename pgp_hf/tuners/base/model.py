@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -391,13 +392,7 @@ class PromptTuner(BaseTuner):
 
     def watch_features(self, callback: Callable[[Tensor], object]) -> RemovableHandle:
         """Call `callback` with the head's input, `(B, d)`, at each forward pass until the handle is removed."""
-
-        def show(
-            classifier: nn.Module, args: tuple[Any, ...]
-        ) -> None:  # returns None: any other value would replace the input
-            callback(args[0])
-
-        return self.model.classifier.register_forward_pre_hook(show)
+        return self.model.classifier.register_forward_pre_hook(partial(_show_input, callback))
 
     @torch.enable_grad()
     def traced(self, pixel_values: Tensor, prompt_query: Tensor | None = None) -> Traced:
@@ -424,3 +419,8 @@ class PromptTuner(BaseTuner):
             for layer in layers.values():
                 layer.copies = None
         return Traced(features[0], copies, {})
+
+
+def _show_input(callback: Callable[[Tensor], object], classifier: nn.Module, args: tuple[Any, ...]) -> None:
+    # no local function, which could not be pickled; it returns None, since any other value would replace the input
+    callback(args[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from pgp_hf import load_pretrained
+from pgp_hf import load_pretrained, methods
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -43,7 +43,8 @@ def test_one_name_of_another_class_is_refused(make, tmp_path):
 @pytest.mark.parametrize("make", [l2p, plain])
 def test_names_of_its_own_are_kept(make, tmp_path):
     names = ["ant", "bee", *NAMES[2:]]
-    trainer = tiny.trainer(tmp_path, model=make(names))
+    method = {"method": methods.create("fine_tuning")} if make is plain else {}
+    trainer = tiny.trainer(tmp_path, model=make(names), **method)
     assert list(trainer.stream_model.class_names.values()) == names
 
 
