@@ -65,8 +65,8 @@ def stopped(folder, method, step=6):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (FineTuning, "name='counter_for_tests', this one 'fine_tuning'"),
-        (lambda: Counter(TapsConfig((3,))), r"taps=\[1, 2\], this one \[3\]"),
+        (FineTuning, "method.name: 'fine_tuning', was 'counter_for_tests'"),
+        (lambda: Counter(TapsConfig((3,))), r"method.taps: \[3\], was \[1, 2\]"),
     ],
 )
 def test_a_checkpoint_within_the_first_task_is_held_against_the_method(tmp_path, other, message):
