@@ -60,6 +60,8 @@ class Straight:
                     shutil.copytree(self.states / str(number), run)
                 if within and not kills.leave_half(run, operation):
                     continue
+                if self.name == "surprises" and (run / "task-3").exists():
+                    continue  # the last one that is to be learned: there is no call that goes on
                 tried += 1
                 differences += self.differs(run, f"{number} {'within' if within else 'before'} {operation}")
         print(f"{self.name}: {len(self.operations)} file operations, {tried} states, {len(differences)} differences")
