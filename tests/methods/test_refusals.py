@@ -95,6 +95,7 @@ def test_a_refused_run_leaves_the_trainer_as_it_was(tmp_path):
     for folder in (tmp_path / "run", tmp_path / "run" / "task-1"):
         content = json.loads((folder / "method.json").read_text())
         (folder / "method.json").write_text(json.dumps({**content, "state": {"foreign": 1}}))
+        (folder / "digests.json").unlink()
     second = tiny.trainer(tmp_path / "run", projection=ProjectionConfig(energy=0.9))
     with pytest.raises(ValueError, match="remembers nothing, but its files hold foreign"):
         second.train(resume_from_checkpoint=True)
