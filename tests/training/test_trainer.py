@@ -22,6 +22,7 @@ FILES = {
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "digests.json",
     "method.json",
     "method.safetensors",
     "preprocessor_config.json",
