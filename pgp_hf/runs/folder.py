@@ -23,6 +23,7 @@ from pathlib import Path
 from . import removal
 from .atomic import replacing, write_json
 from .checkpoint import UNFINISHED, check_checkpoint, checkpoints, delete_checkpoint, was_begun
+from .lock import HOLDER
 from .reading import read_json
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -199,7 +200,10 @@ class RunFolder:
             if TASK.fullmatch(folder.parent.name) and UNFINISHED.fullmatch(folder.name):
                 removal.remove_temporary(folder)
         features = [f"task-{t + 1}.safetensors" for t in self._features(temporary=True)]
-        for where, known in ((self.root, (*_TASK_FILES, *_RUN_FILES, COPYING)), (self.root / FEATURES, features)):
+        for where, known in (
+            (self.root, (*_TASK_FILES, *_RUN_FILES, COPYING, HOLDER)),
+            (self.root / FEATURES, features),
+        ):
             removal.remove(where, removal.temporaries(where, known))
 
     def drop_checkpoints(self, before: int | None = None) -> None:
