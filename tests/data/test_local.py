@@ -172,7 +172,9 @@ def test_what_save_to_disk_has_written_is_not_read_as_tables(tmp_path):
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "splits")
     rows.save_to_disk(tmp_path / "one[1]")
     for name, mark in (("splits", "dataset_dict"), ("splits/train", "state"), ("one[1]", "state")):
-        with pytest.raises(ValueError, match=rf"{mark}\.json shows: use datasets\.load_from_disk and pass the dataset"):
+        with pytest.raises(
+            ValueError, match=rf"{mark}\.json shows: use datasets\.load_from_disk and pass the dataset"
+        ):
             TaskStream.from_dataset(tmp_path / name, num_tasks=2)
     saved = datasets.load_from_disk(tmp_path / "splits")  # as the message says
     assert len(TaskStream.from_dataset(saved, num_tasks=1).train(0)) == 12

@@ -243,7 +243,9 @@ def test_a_precision_by_its_name(run, name):
     assert load_pretrained(run[1], dtype=name).model.dtype == getattr(torch, name.removeprefix("torch."))
 
 
-@pytest.mark.parametrize("dtype", ["auto", "int8", "nonsense", "float8_e5m2", torch.int64, torch.float8_e4m3fn, 16, float])
+@pytest.mark.parametrize(
+    "dtype", ["auto", "int8", "nonsense", "float8_e5m2", torch.int64, torch.float8_e4m3fn, 16, float]
+)
 def test_other_precisions_are_refused_before_anything_is_read(dtype, tmp_path):
     with pytest.raises(ValueError, match=r"^dtype=.* is not a precision of weights: use torch\.float32"):
         load_pretrained(tmp_path / "nowhere", dtype=dtype)

@@ -16,7 +16,11 @@ SHARES, COUNTS = ("energy", "key_energy", "value_energy", "ln_penalty"), ("probe
 @pytest.mark.parametrize(
     ("name", "value", "kind"),
     [
-        *((name, value, float) for name in SHARES for value in (np.float32(0.5), np.float64(0.5), Fraction(1, 2), 0.5)),
+        *(
+            (name, value, float)
+            for name in SHARES
+            for value in (np.float32(0.5), np.float64(0.5), Fraction(1, 2), 0.5)
+        ),
         *((name, np.int64(1), int) for name in SHARES),
         *((name, number(3), int) for name in COUNTS for number in (np.int64, np.uint8, int)),
     ],
