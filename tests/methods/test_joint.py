@@ -273,7 +273,7 @@ def test_joint_and_fine_tuning_do_not_continue_each_other(run, tmp_path):
     for own, other, step in ((Joint, FineTuning, 14), (FineTuning, Joint, 6)):  # within the first that they train
         folder = tmp_path / own.name
         interrupted(folder, step, own)
-        with pytest.raises(ValueError, match=f"has name='{own.name}', this one '{other.name}'"):
+        with pytest.raises(ValueError, match=f"method.name: '{other.name}', was '{own.name}'"):
             tiny.trainer(folder, method=other()).train(resume_from_checkpoint=True)
 
 

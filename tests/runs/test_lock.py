@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -130,6 +129,5 @@ def test_who_holds_it_is_told_from_what_is_noted(tmp_path, noted, expected):
     if noted is not None:
         (tmp_path / HOLDER).write_text(json.dumps(noted))
     assert is_held(tmp_path) is expected
-    began = time.monotonic()
     with held(tmp_path):  # whatever is noted, the lock itself is free
-        assert is_held(tmp_path) and time.monotonic() - began < lock.SECONDS
+        assert is_held(tmp_path)
