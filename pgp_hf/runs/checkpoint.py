@@ -103,6 +103,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def has_states(folder: Path) -> bool:
+    """Return True if a checkpoint was written to its end, with the optimizer's state."""
+    return all((folder / name).is_file() for name in (SEAL, f"{OPTIMIZER}.json"))
+
+
 def was_begun(folder: Path) -> bool:
     """Return True if a checkpoint's folder holds a file of it."""
     return any((folder / name).exists() for name in _FILES)

@@ -1,4 +1,4 @@
-"""Checks and arrangements before a trainer trains."""
+"""Check before training that arguments, model, stream and method fit together, and prepare the model for it."""
 
 from __future__ import annotations
 

@@ -214,6 +214,7 @@ class StreamTrainer(TaskTrainer):
         self._beginning = None
         with self.progress.timed("train"):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._beginning = None  # a copy of all that learns
         learner.end_task(own)
         with self.progress.timed("statistics"):
             self._passes().learn_class_statistics(own, before)

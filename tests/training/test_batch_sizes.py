@@ -175,3 +175,11 @@ def test_a_method_sees_batches_of_the_size_that_was_found(tmp_path):
     method.end_task = lambda context: sizes.append([len(batch.labels) for batch, _ in context.views(None)])
     run(tmp_path, model, 8, method=method, auto_find_batch_size=True).train()
     assert sizes == [[5, 5, 5, 1]] * 2
+
+
+def test_what_a_task_began_with_is_kept_for_its_training_alone(tmp_path):
+    trainer, seen = tiny.trainer(tmp_path, auto_find_batch_size=True, num_train_epochs=1), []
+    evaluate = trainer.evaluate_stream
+    trainer.evaluate_stream = lambda: (seen.append(trainer._beginning), evaluate())[1]
+    trainer.train_task(0)
+    assert seen == [None] and trainer._beginning is None
