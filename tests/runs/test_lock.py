@@ -115,6 +115,20 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         pass
 
 
+def test_the_number_of_a_dead_process_may_be_anothers_now(tmp_path, other):
+    noted = {"host": socket.gethostname(), "pid": os.getpid(), "began": "now"}
+    (tmp_path / HOLDER).write_text(json.dumps(noted))
+    assert not is_held(tmp_path)  # this process holds nothing
+    process, _ = other()
+    path = tmp_path / "run" / HOLDER
+    noted = json.loads(path.read_text())
+    assert noted["pid"] == process.pid and is_held(tmp_path / "run")
+    if "started" not in noted:
+        pytest.skip("the system does not tell when a process started")
+    path.write_text(json.dumps({**noted, "started": "1"}))
+    assert not is_held(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("noted", "expected"),
     [

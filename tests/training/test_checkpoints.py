@@ -468,7 +468,7 @@ def test_a_checkpoint_that_is_asked_for_by_name_is_checked(tmp_path):
 def test_a_checkpoint_in_place_of_its_run_says_which_folder_to_pass(tmp_path, where):
     stop(short(tmp_path / "run"))
     folder = (tmp_path / "run" / "checkpoints" / "task-1").joinpath(*where)
-    with pytest.raises(ValueError, match=f"expected a run's folder.* inside of the run {tmp_path / 'run'}: pass that"):
+    with pytest.raises(ValueError, match=f"expected a run's folder.* inside the run {tmp_path / 'run'}: pass that"):
         short(tmp_path / "new").train(resume_from_checkpoint=str(folder))
 
 
