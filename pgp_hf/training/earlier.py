@@ -348,5 +348,5 @@ def _copy_task(source: Path, features: Path, earlier: list[Path], folder: Path) 
     if (written := Digests.read(source)) is not None:
         for name in written.checked:
             if (folder / name).exists():
-                written.files[name].check(folder / name)
+                written.check(name, folder / name)
         Digests.of(folder, features, earlier).write()
