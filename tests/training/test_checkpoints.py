@@ -191,7 +191,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", tiny.some_of(SCHEDULES, "constant", "cosine_with_restarts", "warmup_stable_decay"))
 def test_every_schedule_goes_on_as_it_was(tmp_path, name):
     settings = {"lr_scheduler_type": name, **SCHEDULES[name]}
     straight, resumed, _ = twice(tmp_path, lambda folder: short(folder, **settings))
@@ -273,7 +273,7 @@ def test_random_numbers_go_on_as_they_were(tmp_path, step):
         ({"num_train_epochs": 2, "gradient_accumulation_steps": 3}, 4),
     ],
 )
-@pytest.mark.parametrize("task", [0, 1])
+@pytest.mark.parametrize("task", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_task_that_has_ended_takes_no_further_step(tmp_path, monkeypatch, settings, last, task):
     """Stopped behind the last step, in the task's statistics: what is left to do is done, and no step more."""
     settings = {"stream": tiny.stream(num_tasks=2, dataset=tiny.data(4)), **STEPS, **settings}
