@@ -181,6 +181,28 @@ def test_an_optimizer_of_another_kind_or_rate_is_refused(tmp_path, given, messag
         short(tmp_path, optimizer_cls_and_kwargs=given).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_a_rate_that_a_schedule_has_lowered_is_not_taken_for_another_one(tmp_path, name):
+    def make(rate=0.01):
+        return short(
+            tmp_path,
+            stream=tiny.stream(num_tasks=1, train_val_split=0.25),
+            eval_strategy="steps",
+            eval_steps=1,
+            metric_for_best_model="eval_current_loss",
+            greater_is_better=True,  # so that it never gets better
+            lr_scheduler_type=name,
+            lr_scheduler_kwargs={"mode": "max", "patience": 0, "factor": 0.5},
+            optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": rate}),
+        )
+
+    stop(stopped := make())
+    assert stopped.optimizer.param_groups[0]["lr"] != 0.01
+    with pytest.raises(ValueError, match=r"learning rates \[0.01, 0.01\], and now it is \[0.02, 0.02\]"):
+        make(0.02).train(resume_from_checkpoint=True)
+    assert resume(make()) == {0: 2}
+
+
 SCHEDULES = {
     **{name: {} for name in ("linear", "cosine", "polynomial", "constant", "inverse_sqrt")},
     "constant_with_warmup": {"warmup_steps": 3},
@@ -431,7 +453,7 @@ def test_a_damaged_checkpoint_gives_way_and_the_run_is_the_same(tmp_path, damage
     resumed = short(tmp_path / "stopped")
     if 4 in damaged:
         with pytest.warns(
-            UserWarning, match="checkpoint-4/optimizer.safetensors is damaged: it has .* The checkpoint"
+            UserWarning, match="checkpoint-4/optimizer.safetensors is damaged or was altered: it has .* The checkpoint"
         ):
             steps = resume(resumed)
     else:
