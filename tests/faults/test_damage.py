@@ -181,7 +181,13 @@ def test_all_damage_is_named_or_changes_nothing(pair, made, tmp_path):
         for damage in DAMAGES
         for action in actions(name)
     ]
+    kinds = [outcome for _, _, outcome in outcomes]
+    print(
+        f"\n{' '.join(pair)}: {len(kinds)} damages, {kinds.count('named')} named, {kinds.count('same')} changed nothing"
+    )
+    # not read, or in part alone: the last newline and the digests of figures say nothing
+    free = ("exemplars", "digests")
     loads = [
-        outcome for action, name, outcome in outcomes if action.startswith("load") and Path(name).stem != "exemplars"
+        outcome for action, name, outcome in outcomes if action.startswith("load") and Path(name).stem not in free
     ]
     assert loads and set(loads) == {"named"}  # whatever is loaded is covered
