@@ -174,6 +174,11 @@ class PGPTrainingArguments(TrainingArguments):
             self.check_hub()
         check_values(self)
         refuse_what_breaks_streams(self)
+        if self.later_prompt_learning_rate is not None and not self.reinit_optimizer:
+            raise ValueError(
+                "later_prompt_learning_rate and reinit_optimizer=False are mutually exclusive: one optimizer for all tasks "
+                "keeps its learning rates."
+            )
         check_together(self)
 
     def hub_repo(self, origin: dict[str, Any] | None = None, new_run: bool = False) -> TaskRepo:

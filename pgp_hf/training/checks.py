@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
 from ..fields import check_fields, check_value
-
-if TYPE_CHECKING:
-    from .arguments import PGPTrainingArguments
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def check_values(args: PGPTrainingArguments) -> None:
+def check_values(args: TrainingArguments) -> None:
     """Raise TypeError or ValueError for the first argument whose value no training can use, and say what it may be."""
     check_fields(args)
     for name, kind in _CHOICES.items():
@@ -147,7 +144,7 @@ def _check_interval(name: str, every: float) -> None:
         )
 
 
-def refuse_what_breaks_streams(args: PGPTrainingArguments) -> None:
+def refuse_what_breaks_streams(args: TrainingArguments) -> None:
     """Raise ValueError for settings of a `Trainer` that do not work with a stream of tasks."""
     for name, (refused, why) in _REFUSED.items():
         if (value := getattr(args, name, None)) in refused:
@@ -169,13 +166,8 @@ def refuse_what_breaks_streams(args: PGPTrainingArguments) -> None:
         )
 
 
-def check_together(args: PGPTrainingArguments) -> None:
+def check_together(args: TrainingArguments) -> None:
     """Raise ValueError for settings that cannot work together."""
-    if args.later_prompt_learning_rate is not None and not args.reinit_optimizer:
-        raise ValueError(
-            "later_prompt_learning_rate and reinit_optimizer=False are mutually exclusive: one optimizer for all tasks "
-            "keeps its learning rates."
-        )
     if not args.dataloader_num_workers:
         for name, unused in (("dataloader_persistent_workers", False), ("dataloader_multiprocessing_context", None)):
             if (value := getattr(args, name, unused)) != unused:

@@ -8,14 +8,11 @@ chosen by needs names that exist in every task: `eval_current_accuracy`, of the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from ..data.stream import TaskStream
-
-if TYPE_CHECKING:
-    from .arguments import PGPTrainingArguments
 
 CURRENT, MEAN = "current", "mean"
 CURRENT_ACCURACY = f"eval_{CURRENT}_accuracy"
@@ -50,7 +47,7 @@ def _of_task(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
     return {name: value for name, value in own.items() if name not in _UNMEASURED}
 
 
-def chooses(args: PGPTrainingArguments, callbacks: Iterable[TrainerCallback] = ()) -> str | None:
+def chooses(args: TrainingArguments, callbacks: Iterable[TrainerCallback] = ()) -> str | None:
     """Return the argument or callback by which an evaluation decides on the model; None if none does."""
     for name, used in (
         ("load_best_model_at_end", (True,)),
@@ -65,7 +62,7 @@ def chooses(args: PGPTrainingArguments, callbacks: Iterable[TrainerCallback] = (
 
 
 def check_choice(
-    args: PGPTrainingArguments, stream: TaskStream, callbacks: Iterable[TrainerCallback], own_metrics: bool
+    args: TrainingArguments, stream: TaskStream, callbacks: Iterable[TrainerCallback], own_metrics: bool
 ) -> None:
     """Raise ValueError unless whatever an evaluation decides on has a metric that exists, of images held out for it.
 
@@ -102,7 +99,7 @@ def _check_name(metric: str, own_metrics: bool) -> None:
         )
 
 
-def _check_mode(args: PGPTrainingArguments) -> None:
+def _check_mode(args: TrainingArguments) -> None:
     """Raise ValueError if a schedule waits for a metric to fall that is the better the greater it is, or the reverse."""
     schedule: Any = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     if schedule not in _PLATEAU:
