@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..data.rgb import array_to_rgb, open_rgb, to_rgb
 from ..heads import keep_classes
-from ..models import SelectsPrompts, StreamModel, stream_model
+from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel, stream_model
 from ..projection import Projection
 from ..runs.folder import METHOD
 from ..runs.revision import Revision
@@ -288,12 +288,14 @@ def _adjusting_method(revision: Revision) -> ContinualMethod | None:
 def _make_classifier(
     model: PreTrainedModel | PeftModel, classes: list[int] | None, method: ContinualMethod | None
 ) -> None:
-    """Add `logits` with unseen classes masked to the model's output, and the class names to its configuration.
+    """Add calibrated `logits` with unseen classes masked to the model's output, and the class names to its configuration.
 
     Args:
-        method: adjusts the logits before they are masked.
+        method: adjusts the logits before they are masked; they are not calibrated then.
     """
     learner, features = stream_model(model), list[Tensor]()
+    statistics = learner.statistics if isinstance(learner, KeepsClassStatistics) else None
+    temperature = None if statistics is None or method is not None else statistics.temperature
     if method is not None:
         learner.watch_features(lambda seen: features.__setitem__(slice(None), [seen]))
 
@@ -302,6 +304,8 @@ def _make_classifier(
             inputs = {**dict(zip(("pixel_values",), args, strict=False)), **kwargs}
             given = {name: value for name, value in inputs.items() if name not in ("labels", "return_dict")}
             logits = method.predict_logits(learner, given, logits.float(), features.pop())
+        elif temperature is not None and isinstance(learner, KeepsClassStatistics) and learner.uses_statistics_head:
+            logits = logits / temperature
         return keep_classes(logits, classes)
 
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
