@@ -131,6 +131,30 @@ class PromptClassifier:
         (make,) = _makes_trainers
         return make(name, args=args, test_dataset=test_dataset, **source)
 
+    def export(self, path: str | os.PathLike[str], format: str = "onnx") -> Path:
+        """Write the model to a file that runs without this package.
+
+        It maps `pixel_values` `(B, 3, H, W)`, float32, as `processor` makes them, for any B, to `scores` `(B, K)` of the
+        classes that may be predicted. Their names in this order, and the processor's settings, are in the file:
+        `labels` and `preprocessor_config` in ONNX's metadata, `labels.json` and `preprocessor_config.json` in torch's
+        extra files. It is loaded again and compared with this classifier before it takes its place.
+
+        Args:
+            path: the file.
+            format: "onnx", which needs the extra `pgp_hf[export]`, or "torch" for `torch.export.load`, on this device.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: packages of the extra are missing.
+            ValueError: another format, or a model that cannot be exported.
+        """
+        from .export import export  # imports torch's exporters
+
+        classes = list(self.id2label) if self.classes is None else self.classes
+        return export(self.model, self._learner, self.processor, classes, path, format)
+
     def predict(
         self, images: ImageLike | Iterable[ImageLike], top_k: int = 1, batch_size: int = 32
     ) -> list[list[dict[str, Any]]]:
