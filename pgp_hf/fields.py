@@ -89,7 +89,7 @@ def _as(kind: Any, value: Any) -> int | float | bool | None:
     truth = type(value).__name__ in ("bool", "bool_")  # NumPy's own is no subclass
     if kind is bool:
         return bool(value) if truth else None
-    if truth or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
+    if truth or kind not in (int, float) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
         return None
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 

@@ -7,7 +7,6 @@ import copy
 import os
 import platform
 import re
-import shutil
 import sys
 import time
 import warnings
@@ -31,6 +30,7 @@ from ..heads.closed_form import frozen_matrices, stream_features
 from ..methods import METHODS, ProjectedPrompts
 from ..models import set_trainable
 from ..report.formatting import as_number
+from ..runs import removal
 from ..runs.atomic import write_json
 from ..runs.folder import RunFolder
 from ..runs.reading import read_json
@@ -64,7 +64,8 @@ def execute(plans: list[Plan], arguments: str, keep: bool = False) -> bool:
             head = {"row": plan.name, "seed": plan.seed, "arguments": arguments, "settings": plan.settings()}
             write_json(plan.file, {**head, **results, **machine()}, rows=True)
             if not keep:
-                shutil.rmtree(plan.folder)
+                RunFolder(plan.folder / "run").clear()
+                removal.remove(plan.folder, ["settings.json"])  # and the folder, if that was all
     return True
 
 

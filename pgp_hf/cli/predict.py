@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..inference import Prediction, PromptClassifier, load_pretrained, to_image
+from ..report.formatting import one_line, printable
 from .folders import image_files
 
 PROGRESS_FROM = 20  # with fewer images, a progress bar would be gone before it is read
@@ -40,20 +41,20 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, description
             args.model, args.revision, backbone=args.backbone, device=args.device, token=args.token
         )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(one_line(error))}", file=sys.stderr)
         return 1
-    width = max((len(str(file)) for file in files), default=0)
+    width = max((len(printable(file)) for file in files), default=0)
     for file, prediction in _classify(classifier, files, errors, args.top_k, args.batch_size):
         if args.json_lines:
             found = {"image": str(file), "predictions": prediction.labels}
             lines = [json.dumps(found if prediction.prompts is None else {**found, "prompts": prediction.prompts})]
         else:
-            named = [f"{label['score']:7.2%}  {label['label']}" for label in prediction.labels]
-            lines = [f"{str(file) if i == 0 else '':{width}}  {line}" for i, line in enumerate(named)]
+            named = [f"{label['score']:7.2%}  {printable(label['label'])}" for label in prediction.labels]
+            lines = [f"{printable(file) if i == 0 else '':{width}}  {line}" for i, line in enumerate(named)]
         tqdm.write("\n".join(lines), file=sys.stdout)  # above the bar, where there is one
     sys.stdout.flush()
     for message in errors:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
     return 1 if errors else 0
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from .checking import check_optional_int, shorten
+from .local import is_reader, load_folder
 from .rows import ImageRows
 
 EVAL_SPLITS = ("test", "validation", "valid", "val")
@@ -29,8 +30,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # ---- splits ---------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str]) -> tuple[datasets.DatasetDict, str | None]:
+def load(path: str | os.PathLike[str], revision: str | None = None) -> tuple[datasets.DatasetDict, str | None]:
     """Load a local folder of parquet or image files, or a dataset from the Hub.
+
+    Args:
+        path: the folder, whose name is taken as it is, or the Hub id.
+        revision: branch, tag or commit on the Hub.
 
     Returns:
         The splits, and a name for the dataset that holds no path of this machine.
@@ -39,9 +44,10 @@ def load(path: str | os.PathLike[str]) -> tuple[datasets.DatasetDict, str | None
         ValueError: `path` is neither a folder nor a Hub id, or it does not load; the message has the reason.
     """
     text = os.fspath(path)
-    if os.path.isdir(text):
+    local = os.path.isdir(text)
+    if local:
         name = Path(text).resolve().name or None
-    elif isinstance(path, str) and HUB_ID.fullmatch(text):
+    elif isinstance(path, str) and HUB_ID.fullmatch(text) and not is_reader(text):
         name = text
     else:
         raise ValueError(
@@ -49,10 +55,11 @@ def load(path: str | os.PathLike[str]) -> tuple[datasets.DatasetDict, str | None
             f"pass a folder of parquet or image files, a Hub id, or a loaded datasets.Dataset"
         )
     try:
-        splits = datasets.load_dataset(text)
-        return _labelled_folder(text, splits) if os.path.isdir(text) else splits, name
+        if local:
+            return _labelled_folder(text, load_folder(text)), name
+        return datasets.load_dataset(text, **({} if revision is None else {"revision": revision})), name
     except Exception as error:  # load_dataset raises a dozen unrelated types; the reason is kept
-        where = "folder" if os.path.isdir(text) else "no such folder exists; as a Hub id"
+        where = "folder" if local else "no such folder exists; as a Hub id"
         raise ValueError(
             f"dataset {text!r} ({where}) could not be loaded: {type(error).__name__}: {error}. "
             f"Fix the path or id, or load it yourself and pass the datasets.DatasetDict"
@@ -64,7 +71,7 @@ def _labelled_folder(folder: str, splits: datasets.DatasetDict) -> datasets.Data
     any_split = next(iter(splits.values()))
     if any_split.info.builder_name != "imagefolder" or list(any_split.features) != ["image"]:
         return splits
-    labelled = datasets.load_dataset(folder, drop_labels=False)
+    labelled = load_folder(folder, drop_labels=False)
     names = next(iter(labelled.values())).features["label"].names
     flat = any(entry.is_file() for entry in os.scandir(folder))
     return splits if set(names) & {*splits, *([Path(folder).resolve().name] if flat else [])} else labelled

@@ -122,13 +122,13 @@ def _public_digests(digests: Digests, target: Path) -> Digests:
     Those of large files are there in any case: they may be uploaded, or have been, without being here now. Those of
     features, which another machine computes with other last bits, are left out.
     """
-    files = {}
-    for name in digests.checked:
-        if is_ours(name, exemplars=True):
-            path = target / name
-            if path.exists():
-                digests.check(name)
-            files[name] = Digest.of(path) if path.exists() else digests.files[name]
+    ours = [name for name in digests.checked if is_ours(name, exemplars=True)]
+    digests.check_read(ours)  # whether all are there
+    files = {name: digest for name, digest in digests.files.items() if name in ours}
+    for name in ours:
+        if (target / name).exists():
+            digests.check(name)
+            files[name] = Digest.of(target / name)
     return replace(digests, files=files, features=None, earlier_features={})
 
 

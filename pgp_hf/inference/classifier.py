@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import PIL.Image
 import torch
 import transformers.pipelines.base
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..data.rgb import array_to_rgb, open_rgb, to_rgb
 from ..heads import keep_classes
 from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel, stream_model
 from ..projection import Projection
@@ -27,15 +25,13 @@ from ..runs.folder import METHOD
 from ..runs.revision import Revision
 from ..runs.settled import settled
 from ..runs.sources import locate
+from .images import ImageLike, each, to_image
 from .opening import open_model
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from ..methods import ContinualMethod
-
-ImageLike: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | np.ndarray[Any, Any] | Tensor"
-
 
 _makes_trainers: list[Callable[..., Any]] = []  # handed in, since nothing here imports code for training
 
@@ -84,6 +80,11 @@ class PromptClassifier:
         known = self.id2label if self.classes is None else self.classes
         inside = self.model.base_model if isinstance(self.model, PeftModel) else self.model
         return f"PromptClassifier({type(inside).__name__}, {len(known)} of {len(self.id2label)} classes)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but a token, which nobody expects there."""
+        token = self._source.get("token")
+        return {**self.__dict__, "_source": {**self._source, "token": None if isinstance(token, str) else token}}
 
     @property
     def _learner(self) -> StreamModel:
@@ -161,7 +162,8 @@ class PromptClassifier:
         """Classify images; no task id is needed.
 
         Args:
-            images: paths, PIL images or arrays (see `pgp_hf.inference.to_image`) in any mixture; or one of them.
+            images: what `pgp_hf.inference.to_image` takes, such as paths, PIL images, arrays, bytes or items of a
+                dataset, in any mixture; or one of them.
             top_k: number of classes to name for each image; all classes if there are fewer.
             batch_size: number of images in a forward pass; predictions do not depend on it.
 
@@ -169,6 +171,7 @@ class PromptClassifier:
             `[{"label": name, "score": probability}, ...]` for each image, best first.
 
         Raises:
+            TypeError: something else.
             ValueError: an image that cannot be read; a `top_k` or `batch_size` below 1.
         """
         return [prediction.labels for prediction in self.classify(images, top_k, batch_size)]
@@ -180,11 +183,7 @@ class PromptClassifier:
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is out of range: it must be a whole number from 1.")
-        one = isinstance(images, str | os.PathLike | PIL.Image.Image) or (
-            isinstance(images, np.ndarray | Tensor) and images.ndim < 4
-        )
-        several = cast("Iterable[ImageLike]", [images] if one else images)
-        return self._batches(iter(several), top_k, batch_size)
+        return self._batches(each(images), top_k, batch_size)
 
     def _batches(self, images: Iterator[ImageLike], top_k: int, batch_size: int) -> Iterator[Prediction]:
         top_k = min(top_k, len(self.id2label) if self.classes is None else len(self.classes))
@@ -233,7 +232,8 @@ def load_pretrained(
             stays as it was.
         processor: an image processor to use instead of the saved one. The saved one is loaded with `backend="pil"`.
         device: where to run; by default the backbone's device, which is the CPU for one that is loaded here.
-        dtype: precision of the weights; by default the backbone's.
+        dtype: precision of the weights, beneath an adapter of the frozen ones alone; by default that of a backbone that
+            is passed, or else the one that the run was trained in, float32 unless it was asked for another.
         attn_implementation: "eager", "sdpa", ...; transformers' choice by default.
         eval_mask: "seen": a prediction may be any class of the finished tasks; "none": classes without any training
             compete as well.
@@ -254,7 +254,8 @@ def load_pretrained(
         folder = locate(repo_or_dir, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         found = Revision.read(folder, revision)
         method = _adjusting_method(found)
-        return folder, found, method, *open_model(found, backbone, processor, local, hub, attn_implementation)
+        opened = open_model(found, backbone, processor, local, hub, attn_implementation, dtype=dtype)
+        return folder, found, method, *opened
 
     folder, found, method, model, opened_processor = settled(repo_or_dir, revision, read)
     if found.learned:
@@ -263,27 +264,8 @@ def load_pretrained(
     _make_classifier(model, classes, method)
     # by its commit, since a branch moves on
     source = {"run_or_repo": repo_or_dir, "revision": revision if local else folder.name, "backbone": backbone, **hub}
-    model = model.to(device=device, dtype=dtype).eval()
+    model = model.to(device=device).eval()
     return PromptClassifier(model, opened_processor, found, classes, source)
-
-
-def to_image(image: ImageLike) -> PIL.Image.Image:
-    """Convert a path, a PIL image or an array to an RGB image.
-
-    Args:
-        image: arrays are `(H, W)`, `(H, W, C)` or `(C, H, W)` with C in 1, 3, 4, integers in 0..255 or floats in [0, 1].
-
-    Raises:
-        ValueError: a file that does not decode, an array that is not an image.
-        TypeError: anything else.
-    """
-    if isinstance(image, str | os.PathLike):
-        return open_rgb(image)
-    if isinstance(image, PIL.Image.Image):
-        return to_rgb(image)
-    if isinstance(image, np.ndarray | Tensor):
-        return array_to_rgb(image.detach().cpu() if isinstance(image, Tensor) else image)
-    raise TypeError(f"an image cannot be of type {type(image).__name__}: pass paths, PIL images or arrays.")
 
 
 def _adjusting_method(revision: Revision) -> ContinualMethod | None:
@@ -309,6 +291,58 @@ def _adjusting_method(revision: Revision) -> ContinualMethod | None:
     return method
 
 
+class _Scores:
+    """Give a model's output calibrated `logits` with unseen classes masked.
+
+    It is a hook that can be pickled and copied with the model.
+
+    Args:
+        model: the model.
+        classes: label ids that may be predicted; None for all.
+        method: adjusts the logits before they are masked; they are not calibrated then.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, classes: list[int] | None, method: ContinualMethod | None
+    ) -> None:
+        self.model, self.classes, self.method = model, classes, method
+        self.features: list[Tensor] = []  # what the head has read in the running pass
+        learner = stream_model(model)
+        statistics = learner.statistics if isinstance(learner, KeepsClassStatistics) else None
+        self.temperature = None if statistics is None or method is not None else statistics.temperature
+        if method is not None:
+            learner.watch_features(self._watch)
+
+    def _watch(self, features: Tensor) -> None:
+        self.features[:] = [features]
+
+    def _kept(self, logits: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self.method is not None:
+            inputs = {**dict(zip(("pixel_values",), args, strict=False)), **kwargs}
+            given = {name: value for name, value in inputs.items() if name not in ("labels", "return_dict")}
+            learner = stream_model(self.model)
+            logits = self.method.predict_logits(learner, given, logits.float(), self.features.pop())
+        elif self.temperature is not None and self._uses_statistics():
+            logits = logits / self.temperature
+        return keep_classes(logits, self.classes)
+
+    def _uses_statistics(self) -> bool:
+        learner = stream_model(self.model)
+        return isinstance(learner, KeepsClassStatistics) and learner.uses_statistics_head
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if kwargs.get("input_ids") is not None:  # CLIP with the caller's own texts
+            return output
+        if isinstance(output, tuple):
+            at = 1 if kwargs.get("labels") is not None else 0  # the loss comes first
+            return *output[:at], self._kept(output[at], args, kwargs), *output[at + 1 :]
+        logits = self._kept(stream_model(self.model).class_logits(output), args, kwargs)
+        if "logits" not in output:
+            return ImageClassifierOutput(logits=logits)
+        output.logits = logits
+        return output
+
+
 def _make_classifier(
     model: PreTrainedModel | PeftModel, classes: list[int] | None, method: ContinualMethod | None
 ) -> None:
@@ -317,38 +351,10 @@ def _make_classifier(
     Args:
         method: adjusts the logits before they are masked; they are not calibrated then.
     """
-    learner, features = stream_model(model), list[Tensor]()
-    statistics = learner.statistics if isinstance(learner, KeepsClassStatistics) else None
-    temperature = None if statistics is None or method is not None else statistics.temperature
-    if method is not None:
-        learner.watch_features(lambda seen: features.__setitem__(slice(None), [seen]))
-
-    def kept(logits: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if method is not None:
-            inputs = {**dict(zip(("pixel_values",), args, strict=False)), **kwargs}
-            given = {name: value for name, value in inputs.items() if name not in ("labels", "return_dict")}
-            logits = method.predict_logits(learner, given, logits.float(), features.pop())
-        elif temperature is not None and isinstance(learner, KeepsClassStatistics) and learner.uses_statistics_head:
-            logits = logits / temperature
-        return keep_classes(logits, classes)
-
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = learner.class_names or {}
+    names = stream_model(model).class_names or {}
     base.config.id2label, base.config.label2id = dict(names), {name: index for index, name in names.items()}
-
-    def mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if kwargs.get("input_ids") is not None:  # CLIP with the caller's own texts
-            return output
-        if isinstance(output, tuple):
-            at = 1 if kwargs.get("labels") is not None else 0  # the loss comes first
-            return *output[:at], kept(output[at], args, kwargs), *output[at + 1 :]
-        logits = kept(learner.class_logits(output), args, kwargs)
-        if "logits" not in output:
-            return ImageClassifierOutput(logits=logits)
-        output.logits = logits
-        return output
-
-    model.register_forward_hook(mask, with_kwargs=True)
+    model.register_forward_hook(_Scores(model, classes, method), with_kwargs=True)
     # otherwise the pipeline logs an error that the model is not supported, although it works
     supported = getattr(transformers.pipelines.base, "SUPPORTED_PEFT_TASKS", {})
     known = supported.setdefault("image-classification", [])

@@ -272,7 +272,8 @@ class ContinualMethod:
     def end_task(self, context: TaskContext) -> None:
         """Keep whatever later tasks need from the trained task.
 
-        Gradients are on. The model is in training mode until `context.views` is read.
+        Gradients are on. The model is in training mode until `context.views` is read. With `auto_find_batch_size`, a call
+        that runs out of memory is followed by another one with smaller batches, after `load_state`.
         """
 
     def exemplars(self) -> Sequence[Sequence[int]]:

@@ -89,9 +89,9 @@ class Accuracies:
         if "accuracy_matrix" in content:
             return cls.of(content["accuracy_matrix"][: rows.stop])
         own, tasks = content["by_task"], rows.stop
-        lists: tuple[Any, ...] = (own["now"], own["when_learned"], own["best_before"])
-        lists = (*lists, content["per_task_average_accuracy"], content["per_task_forgetting"])
-        for values, length in zip(lists, (tasks, tasks, max(tasks - 1, 0), tasks, tasks), strict=True):
+        by_task = [own["now"], own["when_learned"], own["best_before"]]
+        lists = [*by_task, content["per_task_average_accuracy"], content["per_task_forgetting"]]
+        for values, length in zip(lists, (tasks, tasks, tasks - 1, tasks, tasks), strict=True):
             if not isinstance(values, list) or len(values) != length or not all(map(_is_measured, values)):
                 raise TypeError(f"{str(values)[:60]} is not a list of {length} numbers, or null, in by_task")
         return cls(*map(list, lists))

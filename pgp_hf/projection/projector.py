@@ -14,7 +14,7 @@ from .config import APPLY_TO
 from .moments import float64_device
 
 NamedParameters = Iterable[tuple[str, Tensor]]
-ROUNDING = 1e-6  # of a value, in float32: ten times what it can be
+ROUNDINGS = 8  # of a value: what a copy to its precision can change, sixteen times
 SHARE = 1e-4  # of a movement: far above the rounding of bases, far below what any cause has shown
 TRANSPOSED = ".T"  # ends the name of a basis for a parameter with its last two dimensions swapped
 
@@ -140,7 +140,8 @@ class NullSpaceProjector:
             value, start = (tensor.to(device).to(torch.float64) for tensor in (value, self.start(name)))
             moved = value - start
             along = float((moved - _project_all(bases, name, moved)).norm())
-            if not along <= ROUNDING * float(value.norm()) + SHARE * float(moved.norm()):  # NaN is not
+            rounding = ROUNDINGS * torch.finfo(parameter.dtype).eps * float(value.norm())
+            if not along <= rounding + SHARE * float(moved.norm()):  # NaN is not
                 raise RuntimeError(
                     f"{name} has moved along directions that older tasks protect: {along / float(moved.norm()):.1%} of its "
                     "movement, although each step of the optimizer is projected. Something else moves it: an optimizer that "

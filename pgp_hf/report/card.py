@@ -17,6 +17,7 @@ from .. import embedded
 from ..data.scenarios import SCENARIOS, Scenario
 from ..runs.atomic import replacing
 from ..runs.checks import finished_tasks, first_task
+from ..runs.digest import BACKBONE_KEYS
 from ..runs.folder import METHOD, PROCESSOR
 from ..runs.reading import read_json
 from .figures import figure_names
@@ -253,8 +254,14 @@ def _code(run: _Run, source: Source, own_processor: bool) -> dict[str, str]:
         alone = transformers_code(source, run.num_classes, own_processor)
     else:
         predict = predict_code(source)
-        alone = peft_code(source, run.adapter, run.num_classes, own_processor)
+        alone = peft_code(source, run.adapter, run.num_classes, own_processor, _precision(run.results))
     return {"predict": predict, "alone": alone, "checkpoint": source.checkpoint}
+
+
+def _precision(results: Mapping[str, Any]) -> str:
+    """Return the precision that a backbone had in training, by the name of its digest."""
+    named = [name for name in results.get("sha256") or () if name in BACKBONE_KEYS]
+    return named[0].removeprefix("backbone.") if named else "float32"
 
 
 def _bring(run: _Run, source: Source, own_processor: bool) -> str | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 MISSING = "–"
 NOT_MEASURED = "not measured"
+_DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -46,6 +48,16 @@ def as_sentence(text: str) -> str:
 def one_line(text: object) -> str:
     """Replace every run of white space in a text with one space."""
     return " ".join(str(text).split())
+
+
+def printable(text: object) -> str:
+    """Return a text for a terminal: characters that steer it, or hide or turn others, are written as `\\x1b` and the like."""
+    return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in str(text))
+
+
+def _steers(c: str) -> bool:
+    # control characters, halves of surrogate pairs (in file names that are not UTF-8), line ends, directions of writing
+    return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in _DIRECTIONS
 
 
 def escape(text: object) -> str:

@@ -13,10 +13,10 @@ checkpoint-N/  the state after N steps, which `checkpoint.json` completes:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from . import removal
 from .atomic import write_json
 from .reading import read_json, sha256
 
@@ -25,7 +25,16 @@ OPTIMIZER, SCHEDULER, SCALER, RANDOM = "optimizer", "scheduler", "scaler", "rand
 TRAINER_STATE, SETTINGS, PROGRESS = "trainer_state.json", "settings.json", "progress.json"
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
-_PICKLES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin")
+_PICKLES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "training_args.bin")
+# first what the others depend on
+_FILES = (
+    *(SEAL, TRAINER_STATE, SETTINGS, PROGRESS, RANDOM),
+    *("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors", "README.md"),
+    *("preprocessor_config.json", "processor_config.json", "method.safetensors", "method.json", "stream.json"),
+    *(f"{name}.{kind}" for name in (OPTIMIZER, SCHEDULER, SCALER) for kind in ("json", "safetensors")),
+    *_PICKLES,
+)
+UNFINISHED = re.compile(r"\.checkpoint-\d+-[a-z0-9_]{8}")  # as `mkdtemp` calls folders
 
 
 def seal(folder: Path, best: str | None) -> None:
@@ -61,7 +70,7 @@ def check_checkpoint(folder: Path) -> None:
 def check_files(folder: Path) -> dict[str, Any]:
     """Return the content of `checkpoint.json`; raise ValueError, naming the file, unless all files are as written."""
     if not (folder / SEAL).is_file():
-        if any(next(folder.glob(name), None) for name in _PICKLES):
+        if any((folder / name).exists() for name in _PICKLES):
             raise ValueError(
                 f"{folder} was written by an earlier version, whose optimizer state is pickled and is not read"
             )
@@ -94,40 +103,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def was_begun(folder: Path) -> bool:
+    """Return True if a checkpoint's folder holds a file of it."""
+    return any((folder / name).exists() for name in _FILES)
+
+
 def delete_checkpoint(folder: Path) -> None:
     """Delete the files of a checkpoint, and the folder unless it holds anything else."""
-    for file in written_files(folder):
-        file.unlink(missing_ok=True)
-    remove_empty(folder)
-
-
-def written_files(folder: Path) -> Iterator[Path]:
-    """Yield the files in a checkpoint that a run has written, as far as they can be told from others; the seal first."""
-    try:
-        listed = [name for name in read_json(folder / SEAL)["files"] if _is_inside(name)]
-    except (ValueError, KeyError, TypeError):
-        listed = []
-    pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
-    for name in dict.fromkeys((SEAL, *listed, *_KNOWN, *pickles)):
-        if (file := folder / name).is_file():
-            yield file
-
-
-# by which a checkpoint without a readable list is recognised
-_KNOWN = (
-    *("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors", "README.md"),
-    *("preprocessor_config.json", "method.safetensors", "method.json", "stream.json", RANDOM),
-    *(f"{name}.{kind}" for name in (OPTIMIZER, SCHEDULER, SCALER) for kind in ("json", "safetensors")),
-    *(TRAINER_STATE, SETTINGS, PROGRESS),
-)
-
-
-def remove_empty(folder: Path) -> None:
-    """Remove a folder and those inside it, as far as they hold no file."""
-    for inside in [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]:
-        remove_empty(inside)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    states = [path.name for path in folder.glob("rng_state_*.pth")]  # of several processes, by an earlier version
+    removal.remove(folder, removal.written(folder, (*_FILES, *states), [SEAL]))
+    removal.remove_empty(folder)
 
 
 def _is_manifest(best: Any, files: Any) -> bool:

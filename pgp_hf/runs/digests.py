@@ -22,6 +22,10 @@ CARD, FIGURES = "README.md", "figures"
 """Files that people edit: they are listed, but not checked."""
 
 
+class AlteredFileError(ValueError):
+    """Say that a file is damaged or was altered, unlike one that is merely of another run or not there."""
+
+
 @dataclass(frozen=True)
 class Digest:
     """The size of a file and the SHA-256 of its bytes, in hexadecimal digits."""
@@ -49,7 +53,7 @@ class Digest:
     def check_size(self, path: Path) -> None:
         """Raise ValueError unless a file has this size."""
         if (size := path.stat().st_size) != self.bytes:
-            raise ValueError(
+            raise AlteredFileError(
                 f"{path} is not the file that the run wrote: it has {size} bytes, {self.bytes} by {DIGESTS}. It is "
                 "damaged or was altered: fetch it again, or use the revision before it."
             )
@@ -58,7 +62,7 @@ class Digest:
         """Raise ValueError unless a file has this size and this digest."""
         self.check_size(path)
         if reading.sha256(path) != self.sha256:
-            raise ValueError(
+            raise AlteredFileError(
                 f"{path} is not the file that the run wrote: its digest differs from the one in {DIGESTS}. It is damaged "
                 "or was altered: fetch it again, or use the revision before it."
             )
@@ -123,7 +127,7 @@ class Digests:
             features = content["features"]
             return cls(folder, files, features if features is None else Digest.parse(features), earlier)
         except ValueError as error:
-            raise ValueError(
+            raise AlteredFileError(
                 f"{path} is damaged ({error}): fetch the folder again, or use the revision before it."
             ) from error
 
@@ -157,7 +161,7 @@ class Digests:
                 listed = self._listed(name)
                 listed.check(path) if name.endswith(".json") else listed.check_size(path)
             elif name in self.files and name not in LARGE:
-                raise ValueError(
+                raise AlteredFileError(
                     f"{self.folder} has no {name}, which {DIGESTS} lists: the download or copy is incomplete."
                 )
 
@@ -166,18 +170,19 @@ class Digests:
 
         Args:
             path: of the file.
-            own: whether it is of this task, and not of an earlier one.
+            own: whether it is of this task, and not of an earlier one, which may not be listed.
         """
         digest = self.features if own else self.earlier_features.get(path.name)
-        if digest is None:
-            raise ValueError(
-                f"{path} is not listed in {self.folder / DIGESTS}: it is not a file of this run. Remove it."
+        if digest is not None:
+            digest.check(path)
+        elif own:
+            raise AlteredFileError(
+                f"{path} is not listed in {self.folder / DIGESTS}, so the run did not write it: remove it."
             )
-        digest.check(path)
 
     def _listed(self, name: str) -> Digest:
         if name not in self.files:
-            raise ValueError(
+            raise AlteredFileError(
                 f"{self.folder / name} is not listed in {DIGESTS}, so the run did not write it: remove it, or fetch the "
                 "folder again."
             )

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from . import removal
 from .atomic import replacing, write_json
-from .checkpoint import check_checkpoint, checkpoints
+from .checkpoint import UNFINISHED, check_checkpoint, checkpoints, delete_checkpoint, was_begun
 from .reading import read_json
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -49,21 +49,6 @@ _TASK_FILES = (
 # what else is written to the top level, by the run or by the commands of the examples
 _RUN_FILES = (CONTINUED, "comparison.json", "figures/comparison.png", "settings.json", "frozen.json")
 _UNPUBLISHED = re.compile(TASK.pattern.join((r"\.", r"-[a-z0-9_]{8}")))  # as `mkdtemp` calls folders
-# what a task's checkpoint holds
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
-_CHECKPOINT_FILES = (
-    *(*_STATE, PROCESSOR, "processor_config.json", "README.md", "trainer_state.json", "training_args.bin"),
-    *(
-        "optimizer.pt",
-        "scheduler.pt",
-        "scaler.pt",
-        "rng_state.pth",
-        "checkpoint.json",
-        "settings.json",
-        "progress.json",
-    ),
-    *(f"{name}.{kind}" for name in ("optimizer", "scheduler", "scaler", "random") for kind in ("json", "safetensors")),
-)
 
 
 class RunFolder:
@@ -90,7 +75,7 @@ class RunFolder:
         return self.root / FEATURES / f"task-{t + 1}.safetensors"
 
     def checkpoints(self, t: int) -> Path:
-        """Return the folder of task t's Trainer checkpoints."""
+        """Return the folder of task t's checkpoints."""
         return self.root / CHECKPOINTS / f"task-{t + 1}"
 
     def last_checkpoint(self, t: int) -> Path | None:
@@ -171,7 +156,7 @@ class RunFolder:
 
     def is_empty(self) -> bool:
         """Return whether the folder holds no run: neither finished tasks nor checkpoints."""
-        return not self.tasks() and not self._all_checkpoints()
+        return not self._left()
 
     def check_unused(self) -> None:
         """Raise ValueError if the folder holds an earlier run, or files that a run would replace."""
@@ -210,6 +195,9 @@ class RunFolder:
         for folder in self.root.glob(".task-*"):
             if _UNPUBLISHED.fullmatch(folder.name):
                 removal.remove_temporary(folder)
+        for folder in (self.root / CHECKPOINTS).glob("task-*/.checkpoint-*"):
+            if TASK.fullmatch(folder.parent.name) and UNFINISHED.fullmatch(folder.name):
+                removal.remove_temporary(folder)
         features = [f"task-{t + 1}.safetensors" for t in self._features(temporary=True)]
         for where, known in ((self.root, (*_TASK_FILES, *_RUN_FILES)), (self.root / FEATURES, features)):
             removal.remove(where, removal.temporaries(where, known))
@@ -218,8 +206,7 @@ class RunFolder:
         """Delete checkpoints of all tasks, or of those with 0-based index below `before`."""
         for folder in self._all_checkpoints():
             if before is None or int(folder.parent.name.removeprefix("task-")) <= before:
-                removal.remove(folder, removal.written(folder, _CHECKPOINT_FILES, ["checkpoint.json"]))
-                removal.remove_empty(folder)
+                delete_checkpoint(folder)
         for folder in (*(self.root / CHECKPOINTS).glob("task-*"), self.root / CHECKPOINTS):
             removal.remove_empty(folder)
 
@@ -310,12 +297,13 @@ class RunFolder:
         return [
             folder
             for task in (self.root / CHECKPOINTS).glob("task-*")
-            for folder in task.glob("checkpoint-*")
-            if TASK.fullmatch(task.name) and _CHECKPOINT.fullmatch(folder.name) and folder.is_dir()
+            if TASK.fullmatch(task.name)
+            for folder in checkpoints(task)
         ]
 
     def _left(self) -> list[Path]:
-        return [*(self.task(t) for t in self.tasks()), *self._all_checkpoints()]
+        """Return the folders of finished tasks and checkpoints."""
+        return [*(self.task(t) for t in self.tasks()), *filter(was_begun, self._all_checkpoints())]
 
 
 def config_name(folder: Path) -> str:

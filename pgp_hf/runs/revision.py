@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..projection import Basis, Projection, ProjectionConfig
@@ -20,7 +21,7 @@ from .checks import (
     finished_tasks,
     first_task,
 )
-from .digest import backbone_key, backbone_sha256
+from .digest import BACKBONE_KEYS, backbone_key, backbone_sha256
 from .digests import Digests
 from .folder import (
     ADAPTER,
@@ -41,9 +42,6 @@ from .sources import MODEL_FILES, OTHERS, REVISION_FILES, RUN_FILES, TASK, witho
 
 READ = tuple(dict.fromkeys(name for name in (*REVISION_FILES, *MODEL_FILES, *OTHERS, EXEMPLARS) if name != DIGESTS))
 """The files of a revision that are checked against their digests."""
-
-ADDED_TENSORS = ("_statistics.calibration",)
-"""Ends of the names of tensors that adapters of earlier versions lack."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,9 @@ class Revision:
         """
         digests = Digests.read(folder)
         if digests is not None:
-            digests.check_read(READ)
+            # beside an adapter, the files of a whole model are somebody else's, and not read
+            foreign = (MODEL, MODEL_CONFIG) if config_name(folder) == ADAPTER_CONFIG else ()
+            digests.check_read(name for name in READ if name not in foreign)
         for name in (*REVISION_FILES, *OTHERS):
             if name.endswith(".json") and (folder / name).exists():
                 reading.refuse_code(reading.read_json(folder / name), folder / name)
@@ -123,6 +123,12 @@ class Revision:
         return list(dict.fromkeys(label for own in classes for label in own))
 
     @property
+    def precision(self) -> torch.dtype:
+        """Return the precision that the frozen weights had in training; float32 where nothing says so."""
+        noted = [name for name in (self.results or {}).get("sha256", {}) if name in BACKBONE_KEYS]
+        return BACKBONE_KEYS[noted[0]] if noted else torch.float32
+
+    @property
     def whole(self) -> bool:
         """Return whether a whole model has learned, and not an adapter."""
         return "peft_type" not in self.config
@@ -141,20 +147,21 @@ class Revision:
         reading.read_tensors(path)
         self._check_digest(path)
 
-    def weights(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def weights(self, expected: Mapping[str, Tensor], later: Collection[str] = ()) -> dict[str, Tensor]:
         """Read the adapter's tensors.
 
         Args:
             expected: tensors with exactly the names and shapes that the file must have; their values are not read, and
                 they may be on the meta device.
+            later: names among them that files of earlier versions lack.
 
         Raises:
             ValueError: a file that is damaged, was altered, or has other names or shapes.
         """
         path = self.folder / ADAPTER
         shapes = reading.tensor_shapes(path)
-        missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
-        missing = [name for name in missing if not name.endswith(ADDED_TENSORS)]
+        missing = sorted(expected.keys() - shapes.keys() - set(later))
+        extra = sorted(shapes.keys() - expected.keys())
         if missing or extra:
             what = [f"it lacks {name!r}" for name in missing[:1]] + [f"it holds {name!r}" for name in extra[:1]]
             raise ValueError(

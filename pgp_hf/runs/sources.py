@@ -121,7 +121,7 @@ def _local(folder: Path, revision: str | None) -> Path:
     name = config_name(folder)
     _require((folder / name).is_file(), folder)
     files = (file.relative_to(folder) for file in folder.rglob("*"))
-    # a run in training has a Trainer's checkpoints, which hold pickles and are never read here
+    # checkpoints of earlier versions hold pickles; none are read here
     reading.refuse_pickles((str(file) for file in files if CHECKPOINTS not in file.parts), folder)
     if name == ADAPTER_CONFIG:
         _require((folder / ADAPTER).is_file(), folder)

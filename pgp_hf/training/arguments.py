@@ -44,10 +44,14 @@ class PGPTrainingArguments(TrainingArguments):
         hub_exemplars: upload the images that a method stores (`memory_stores="images"`) as well.
         hub_wait: longest wait, in seconds, for uploads that are under way when the last task ends.
 
-    All other arguments are those of `TrainingArguments`.
+    All other arguments are those of `TrainingArguments`. Whatever is chosen by an evaluation, a checkpoint
+    (`load_best_model_at_end`), an early stop or a learning rate, needs a stream with `train_val_split`, and a
+    `metric_for_best_model` that every task has: `eval_current_accuracy` of the task in training, the default,
+    `eval_mean_accuracy` over all tasks so far, or their losses, `eval_current_loss` and `eval_mean_loss`.
 
     Raises:
-        ValueError: a combination that cannot work, each with the fix.
+        TypeError: a value of another type, such as None or text where a number belongs.
+        ValueError: a value out of range, or a combination that cannot work, each with the fix.
     """
 
     learning_rate: float = field(default=0.001875, metadata={"help": "constant learning rate: 0.03 * 16 / 256"})

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from ..runs.reading import read_json, read_tensors
 from ..runs.revision import read_method
 from ..runs.states import encode, read_state, write_state
 from .arguments import PGPTrainingArguments
-from .optimizer_state import check_optimizer, load_optimizer, plain
+from .callbacks import ends_epoch
+from .optimizer_state import check_optimizer_state, load_optimizer, optimizer_state, plain
 from .progress import Progress
 from .random_states import gather_random_states, scatter_random_states
 from .results import StreamResults
 from .settings import run_settings
-from .writing import write_method, write_model
+from .writing import load_image_size, write_method, write_model
 
 
 @dataclass
@@ -52,14 +53,17 @@ class Place:
 
 
 class SaveAtTheEnd(TrainerCallback):
-    """Follow a trainer's place, and save at the end of an epoch what its last step would have saved.
+    """Follow the place of training, and save at the end of an epoch what its last step would have saved.
 
     What comes after that step, such as an evaluation, then lies before the checkpoint, and is not lost when training goes
     on from it.
+
+    Args:
+        check: called when the optimizer has made what it keeps.
     """
 
-    def __init__(self, trainer: CheckpointTrainer) -> None:
-        self.trainer, self.waits = trainer, False
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check, self.place, self.waits = check, Place(0, 0), False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -69,22 +73,21 @@ class SaveAtTheEnd(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.trainer.place.over:
-            self.trainer.place = Place(self.trainer.place.epoch + 1, state.global_step)
+        if self.place.over:
+            self.place = Place(self.place.epoch + 1, state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == 1:
-            self.trainer.check_states()  # the optimizer has made what it keeps
-        last = control.should_epoch_stop or control.should_training_stop or float(state.epoch or 0).is_integer()
-        if control.should_save and last:
+            self.check()
+        if control.should_save and ends_epoch(state, control):
             control.should_save, self.waits = False, True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.place.over = True
+        self.place.over = True
         control.should_save, self.waits = control.should_save or self.waits, False
 
 
@@ -100,11 +103,11 @@ class CheckpointTrainer(Trainer):
     method: ContinualMethod
     folder: RunFolder
     progress: Progress
-    place: Place  # in the task in training
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(SaveAtTheEnd(self))
+        self._saves = SaveAtTheEnd(self._check_states)
+        self.add_callback(self._saves)
 
     @property
     def stream_model(self) -> StreamModel:
@@ -150,10 +153,10 @@ class CheckpointTrainer(Trainer):
             processor.save_pretrained(folder)
         write_method(folder, self.method)
 
-    def check_states(self) -> None:
+    def _check_states(self) -> None:
         """Raise ValueError if something has state that a checkpoint cannot hold, or an optimizer is about to."""
         try:
-            check_optimizer(plain(self.optimizer))
+            check_optimizer_state(plain(self.optimizer))
             encode(self.lr_scheduler.state_dict(), "scheduler")
         except ValueError as error:
             raise ValueError(
@@ -171,7 +174,7 @@ class CheckpointTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        self.check_states()
+        self._check_states()
         return prepared
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -217,7 +220,7 @@ class CheckpointTrainer(Trainer):
         if self.task is not None:  # a checkpoint belongs to these tasks alone
             write_json(folder / MANIFEST, self.stream.manifest(self.results.num_tasks))
         if not self.args.save_only_model:
-            write_state(folder, files.OPTIMIZER, self.optimizer.state_dict())
+            write_state(folder, files.OPTIMIZER, optimizer_state(plain(self.optimizer)))
             write_state(folder, files.SCHEDULER, self.lr_scheduler.state_dict())
             if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
                 write_state(folder, files.SCALER, scaler.state_dict())
@@ -228,7 +231,8 @@ class CheckpointTrainer(Trainer):
         except TypeError as error:
             raise ValueError(f"a checkpoint cannot keep what was logged, which JSON cannot hold: {error}.") from error
         write_json(folder / files.SETTINGS, run_settings(self.args, self.method, self.stream_model))
-        place = self.place if not self.place.over else Place(self.place.epoch + 1, self.state.global_step)
+        place = self._saves.place
+        place = Place(place.epoch + 1, self.state.global_step) if place.over else place
         progress = {
             **self.progress.counted(),
             "ended": self.control.should_training_stop,
@@ -276,6 +280,7 @@ class CheckpointTrainer(Trainer):
             load_weights(whole, open_whole(folder).state_dict())
         else:
             load_weights(whole, read_tensors(folder / ADAPTER))
+            load_image_size(whole, folder)
         if (found := read_method(folder)) is not None:
             self.method.load_state(MethodState(found[0], found[1].get("state", {})))
 
@@ -293,28 +298,26 @@ class CheckpointTrainer(Trainer):
         )
         if resume_from_checkpoint is None:
             self.progress.recount()
-            self.place = Place(0, 0)
+            self._saves.place = Place(0, 0)
             return epoch, skipped
         noted = read_json(Path(resume_from_checkpoint) / files.PROGRESS)
         self.progress.recount(noted)
         best = Path(resume_from_checkpoint).with_name(noted["best"] or "none")  # the run may have moved
         self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         if noted["ended"] or self.state.global_step >= max_steps:
-            self.place = Place(num_train_epochs, self.state.global_step)
+            self._saves.place = Place(num_train_epochs, self.state.global_step)
             return num_train_epochs, 0
-        if self.args.ignore_data_skip:
-            self.place = Place(epoch, self.state.global_step)
-            return epoch, skipped
         epoch, step = noted["epoch"], noted["step"]
         if step >= num_update_steps_per_epoch:
             epoch, step = epoch + 1, 0
-        self.place = Place(epoch, self.state.global_step - step)
+        self._saves.place = Place(epoch, self.state.global_step - step)
         return epoch, step * self.args.gradient_accumulation_steps
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_optimizer(plain(self.optimizer), read_state(Path(checkpoint), files.OPTIMIZER))
-            self.lr_scheduler.load_state_dict(read_state(Path(checkpoint), files.SCHEDULER))
+            folder = Path(checkpoint)
+            load_optimizer(plain(self.optimizer), read_state(folder, files.OPTIMIZER), folder)
+            self.lr_scheduler.load_state_dict(read_state(folder, files.SCHEDULER))
             self._load_rng_state(checkpoint)  # a `Trainer` does so where it takes a step
 
     def _load_scaler(self, checkpoint: str | None) -> None:

@@ -175,6 +175,10 @@ def check_together(args: PGPTrainingArguments) -> None:
             "later_prompt_learning_rate and reinit_optimizer=False are mutually exclusive: one optimizer for all tasks "
             "keeps its learning rates."
         )
+    if not args.dataloader_num_workers:
+        for name, unused in (("dataloader_persistent_workers", False), ("dataloader_multiprocessing_context", None)):
+            if (value := getattr(args, name, unused)) != unused:
+                raise ValueError(f"{name}={value} needs workers: set dataloader_num_workers, to 4 for example.")
     steps, weights = 100, [torch.nn.Parameter(torch.zeros(()))]
     try:
         get_scheduler(

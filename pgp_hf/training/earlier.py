@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 from .. import hub
 from ..data.stored import Stored, from_tensors
 from ..data.stream import TaskStream
-from ..inference.adapters import expected_weights, read_adapter
+from ..inference.adapters import expected_weights, read_adapter, read_weights
 from ..inference.whole import load_whole
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, weights
 from ..report import card, figures
-from ..runs.digests import Digests
+from ..runs.atomic import write_tensors
+from ..runs.digests import AlteredFileError, Digests
 from ..runs.folder import DESCRIPTION, EXEMPLARS, MANIFEST, RESULTS, RunFolder, config_name
 from ..runs.reading import read_json, read_tensors
 from ..runs.revision import Revision
@@ -103,11 +104,11 @@ class EarlierRun:
         expected = weights(self.model)
         if not revision.whole:
             if not self.stream.is_open or not isinstance(self.model, PeftModel):
-                return revision.weights(expected)
+                return read_weights(revision, expected)
             base = cast(PreTrainedModel, self.model.get_base_model())
             adapter = read_adapter(revision)
             before = expected_weights(base, adapter.config, adapter.class_names)
-            return _enlarged(revision.weights(before), expected)
+            return _enlarged(read_weights(revision, before), expected)
         tensors = load_whole(revision).state_dict()
         if self.stream.is_open:
             tensors = _enlarged(tensors, expected)
@@ -206,6 +207,8 @@ class EarlierRun:
                 continue
             try:
                 then = loaded.weights if j == last.tasks - 1 else self._weights(self._earlier(last, j))
+            except AlteredFileError:
+                raise
             except (ValueError, EntryNotFoundError):
                 lost.append(j)
                 continue
@@ -216,7 +219,7 @@ class EarlierRun:
                 f"{self.source.root}: of tasks {', '.join(str(j + 1) for j in new)} neither features/ nor the revision is "
                 'there, so drift and changed selections leave them out from now on. Continue from "owner/name@task-k" on '
                 "the Hub, or from a folder next to task-1, task-2, ... to have them measured.",
-                stacklevel=6,
+                stacklevel=7,
             )
         return lost
 
@@ -246,7 +249,7 @@ class EarlierRun:
 
     # ---- its files -----------------------------------------------------------------------------------------------
 
-    def copy_to(self, folder: RunFolder, finished: int) -> None:
+    def copy_to(self, folder: RunFolder, finished: int, references: References) -> None:
         """Copy the finished tasks that can be found to another run's folder, each whole or not at all.
 
         Their digests are made anew, since that folder has features of its own. A run of an earlier version has none, and
@@ -259,6 +262,8 @@ class EarlierRun:
         while first > self.source.first:
             try:
                 self._earlier(last, first - 1)
+            except AlteredFileError:
+                raise
             except (ValueError, EntryNotFoundError):  # reported with the references
                 break
             first -= 1
@@ -267,6 +272,9 @@ class EarlierRun:
             if t >= finished or not _same_results(self.source.task(t), folder.task(t)):
                 raise ValueError(f"output_dir={folder.root} holds task-{t + 1} of another run: choose another folder.")
         folder.start_at(first)
+        for t in references.features:
+            if not (there and folder.features(t).exists()):
+                write_tensors(folder.features(t), references.tensors(t))
         for t in range(first, finished):
             if t not in there:
                 earlier = [folder.features(j) for j in range(first)] if t == first else []

@@ -21,7 +21,7 @@ from ..heads import keep_classes
 from ..heads.calibration import calibration_error
 from ..methods import ContinualMethod
 from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel
-from .results import StreamResults, changed_share, percent, relative_drift
+from .results import LARGE_POOL, StreamResults, Usage, changed_share, percent, relative_drift
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -229,7 +229,7 @@ class _TaskFigures:
 
     Attributes:
         accuracy, within, linear, linear_within: in percent, as in [`StreamResults`].
-        usage: how often each pool entry was selected.
+        usage: how often each pool entry was selected, see [`StreamResults`].
         drift, changed: since the task ended.
     """
 
@@ -237,7 +237,7 @@ class _TaskFigures:
     within: float | None = None
     linear: float | None = None
     linear_within: float | None = None
-    usage: list[int] | None = None
+    usage: Usage | None = None
     drift: float | None = None
     changed: float | None = None
 
@@ -252,7 +252,7 @@ class _TaskFigures:
             figures.linear = percent(found.linear, found.labels)
             figures.linear_within = _percent_within(found.linear, found.labels, own)
         if found.selected is not None:
-            figures.usage = np.bincount(found.selected.ravel(), minlength=pool_size).tolist()
+            figures.usage = _count_selections(found.selected, pool_size)
         if references is not None:
             figures.drift = relative_drift(references.features[j], found.features)
             if found.selected is not None:
@@ -280,6 +280,14 @@ def _take(results: StreamResults, tasks: Sequence[_TaskFigures], at: int) -> Non
         results.changed[at:] = []
 
 
+def _count_selections(selected: np.ndarray, pool_size: int) -> Usage:
+    """Return how often each pool entry was selected; of a large pool, those that were."""
+    counts: list[int] = np.bincount(selected.ravel(), minlength=pool_size).tolist()
+    if pool_size <= LARGE_POOL:
+        return counts
+    return {str(entry): count for entry, count in enumerate(counts) if count}
+
+
 def _mean(values: Sequence[float | None], at: int) -> float | None:
     """Return the mean of what is not None; without any, 0.0 for the first row, before which there was no task."""
     known = [value for value in values if value is not None]
@@ -293,15 +301,15 @@ def _percent_within(logits: np.ndarray, labels: np.ndarray, classes: np.ndarray)
     return float(100 * np.mean(classes[logits[:, classes].argmax(-1)] == labels))
 
 
-def summary_logs(results: StreamResults) -> dict[str, float]:
-    """Return what is logged after the evaluation of a stream."""
+def summary_logs(results: StreamResults, prefix: str = "eval") -> dict[str, float]:
+    """Return what is logged after the evaluation of a stream, accuracies in percent, under names with this prefix."""
     content = results.to_dict()
-    changed = {"eval_changed_selections": results.changed[-1]} if results.changed else {}
-    kept = {"eval_forgetting": content["forgetting"], "eval_drift": results.drift[-1], **changed}
+    changed = {f"{prefix}_changed_selections": results.changed[-1]} if results.changed else {}
+    kept = {f"{prefix}_forgetting": content["forgetting"], f"{prefix}_drift": results.drift[-1], **changed}
     logs = {
-        **{f"eval_task_{j + 1}_accuracy": value for j, value in enumerate(results.matrix[-1])},
-        "eval_average_accuracy": content["average_accuracy"],
+        **{f"{prefix}_task_{j + 1}_accuracy": value for j, value in enumerate(results.matrix[-1])},
+        f"{prefix}_average_accuracy": content["average_accuracy"],
         **({} if results.first else kept),  # nothing to compare with where all tasks were learned as one
-        "eval_projection_rank": results.rank[-1] if results.rank else 0,
+        f"{prefix}_projection_rank": results.rank[-1] if results.rank else 0,
     }
     return {name: value for name, value in logs.items() if value is not None}  # None was not measured

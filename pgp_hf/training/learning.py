@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from peft import PeftModel
 from transformers import BaseImageProcessor, PreTrainedModel
 
@@ -16,6 +17,7 @@ from ..data.stream import Task, TaskStream
 from ..inference.opening import open_model
 from ..methods import ContinualMethod, ProjectedPrompts, create
 from ..models import StreamModel, open_head, stream_model
+from ..runs.checks import origin_on_hub
 from ..runs.folder import MANIFEST, PROCESSOR, RunFolder
 from ..runs.open import open_finished
 from ..runs.reading import read_json
@@ -105,6 +107,7 @@ def open_for_learning(
     backbone: str | os.PathLike[str] | PreTrainedModel | None,
     processor: Any,
     hub: dict[str, Any],
+    dtype: torch.dtype | None = None,
 ) -> Opened:
     """Open a revision to go on from it; for the arguments see `StreamTrainer.from_pretrained`.
 
@@ -123,7 +126,7 @@ def open_for_learning(
     if processor is not None:
         check_same_size(processor, found)
     local = Path(run_or_repo).is_dir()
-    model, processor = open_model(found, backbone, processor, local, hub, trainable=True)
+    model, processor = open_model(found, backbone, processor, local, hub, trainable=True, dtype=dtype)
     stream = TaskStream.from_manifest(found.manifest, test_dataset, num_tasks=tasks)
     return Opened(model, method, processor, stream, source)
 
@@ -151,6 +154,16 @@ def origin(source: RunFolder, run_or_repo: str | os.PathLike[str], revision: str
         "commit": source.root.name if on_hub else None,  # the Hub's cache calls folders by it
         "tasks": tasks,
     }
+
+
+def with_origin(origin: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """Return an origin with its own, `before`; of folders that a run went through one after another, the newest alone.
+
+    Otherwise a run that learns each task in a new folder nests them without end.
+    """
+    if origin["repo"] is None:
+        before = origin_on_hub({"continues": before})
+    return origin | ({"continues": before} if before else {})
 
 
 def saved_method(found: Revision) -> ContinualMethod:
@@ -235,11 +248,11 @@ def check_task(stream: TaskStream, task: Task, method: ContinualMethod, stored: 
 
 
 def check_same_task(stream: TaskStream, t: int, checkpoint: Path, gone: int) -> None:
-    """Raise ValueError if a checkpoint within the 0-based task t belongs to other images than those of the stream.
+    """Raise ValueError if a checkpoint within the 0-based task t belongs to other images or tasks than the stream's.
 
     Args:
         gone: number of first tasks whose training images may be gone.
     """
     path = checkpoint / MANIFEST
     if path.exists():  # earlier versions did not write it
-        stream.check_manifest(read_json(path), gone=gone, tasks=t + 1)
+        stream.check_manifest(read_json(path), gone=gone, tasks=t + 1 if stream.is_open else None)

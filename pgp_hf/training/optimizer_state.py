@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def plain(optimizer: Any) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
+def check_optimizer_state(optimizer: Optimizer) -> None:
     """Raise ValueError if an optimizer has state, or will have, that is neither tensor nor JSON.
 
     Most optimizers make their state in the first step, which is tried on stand-ins for a few parameters. Where that does
@@ -68,19 +69,47 @@ def _stand_ins(group: dict[str, Any]) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    """Return what `load_optimizer` takes: the optimizer's kind, and its state."""
+    return {"kind": _kind(optimizer), "state": optimizer.state_dict()}
+
+
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], where: Path) -> None:
     """Give an optimizer the state that it had at a checkpoint.
 
+    Args:
+        saved: what `optimizer_state` returned.
+        where: the checkpoint.
+
     Raises:
-        ValueError: a state of another optimizer or of other parameters.
+        ValueError: the state of another optimizer, of other parameters, or with other learning rates.
     """
+    state, rates = saved["state"], _learning_rates(optimizer.param_groups)
+    for what, was, now in (
+        ("optimizer", saved["kind"], _kind(optimizer)),
+        ("learning rates", _learning_rates(state["param_groups"]), rates),
+    ):
+        if was != now:
+            raise ValueError(
+                f"{where} was trained with the {what} {was}, and now it is {now}: continue with the same, or start a new "
+                "run in another output_dir."
+            )
     optimizer.load_state_dict(state)
     # torch casts it to the precision of the parameter, while an optimizer may keep it in one of its own
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in state["param_groups"] for index in group["params"]]
     for parameter, index in zip(parameters, indices, strict=True):
         own = optimizer.state.get(parameter, {})
-        for name, saved in state["state"].get(index, {}).items():
+        for name, kept in state["state"].get(index, {}).items():
             now = own.get(name)
-            if isinstance(saved, Tensor) and isinstance(now, Tensor) and now.dtype != saved.dtype:
-                own[name] = saved.to(now.device)
+            if isinstance(kept, Tensor) and isinstance(now, Tensor) and now.dtype != kept.dtype:
+                own[name] = kept.to(now.device)
+
+
+def _kind(optimizer: Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
+def _learning_rates(groups: list[dict[str, Any]]) -> list[float]:
+    """Return the learning rates that a schedule begins with, which it keeps in the groups."""
+    return [float(group.get("initial_lr", group["lr"])) for group in groups]

@@ -26,6 +26,8 @@ def check_optimizer(trainer: Trainer) -> None:
     """
     chosen = trainer.optimizer_cls_and_kwargs
     name = getattr(trainer.args.optim, "value", trainer.args.optim) if chosen is None else chosen[0].__name__
+    if chosen is None:
+        _check_arguments(trainer, str(name))
     # by its name, since these need linear layers that a small model lacks
     moved = "the backward pass" if chosen is None and str(name).endswith("layerwise") else _moves_in(trainer)
     if moved is not None:
@@ -34,6 +36,19 @@ def check_optimizer(trainer: Trainer) -> None:
             "leave the null space of a projection, and entries of finished tasks would move. Choose another, such as "
             "optim='adamw_torch' or 'sgd'."
         )
+
+
+def _check_arguments(trainer: Trainer, name: str) -> None:
+    """Raise ValueError for an optimizer that cannot be made with the arguments that the trainer has for it."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)  # type: ignore[arg-type]  # only a PeftModel is not one
+    except ImportError as error:
+        raise ImportError(f"optim={name!r} needs a package that is not installed: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"optim={name!r} with optim_args={trainer.args.optim_args!r} cannot be used ({error}): write optim_args as "
+            "'name=value,name=value', with values that the optimizer takes."
+        ) from error
 
 
 def _moves_in(trainer: Trainer) -> str | None:

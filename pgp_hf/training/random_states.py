@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
         "numpy.gauss": torch.tensor([legacy["gauss"]], dtype=torch.float64),
         "torch": torch.random.get_rng_state(),
     }
-    if device.type != "cpu" and hasattr(generators := getattr(torch, device.type), "get_rng_state"):
+    generators: Any = getattr(torch, device.type, None)
+    if hasattr(generators, "get_rng_state"):  # the CPU's lacks it
         found[device.type] = generators.get_rng_state().cpu()
     return found
 
@@ -76,4 +78,5 @@ def scatter_random_states(rows: Mapping[str, Tensor], accelerator: Accelerator) 
             "numbers that a model draws as it trains, such as those of dropout, differ from a run that was not stopped.",
             stacklevel=2,
         )
-    set_random_states({name: row[rank % count] for name, row in rows.items()}, accelerator.device)
+    # copied, since torch crashes on a state that does not begin where memory was allocated
+    set_random_states({name: row[rank % count].clone() for name, row in rows.items()}, accelerator.device)

@@ -38,6 +38,9 @@ def percent(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(100 * np.mean(logits.argmax(-1) == labels))
 
 
+Usage = list[int] | dict[str, int]
+LARGE_POOL = 100
+
 SUMMARY = (
     "average_accuracy",
     "forgetting",
@@ -70,7 +73,8 @@ class StreamResults:
         changed: share of old test images that select other pool entries than when their task ended, one value per finished
             task, None as in drift; empty where nothing is selected.
         usage: per seen task, how often its test images selected each pool entry, after the last finished task; None for
-            a task that was not measured.
+            a task that was not measured. Of a pool of more than 100 entries, which may grow with the tasks, only entries
+            that were selected, by their index as text.
         drift_lacks: tasks that drift and changed selections leave out although they were measured, because the run was
             continued from a single revision; 0-based, usually none.
         seconds: wall time by activity, summed over tasks.
@@ -104,7 +108,7 @@ class StreamResults:
     drift: list[float | None] = field(default_factory=list)
     changed: list[float | None] = field(default_factory=list)
     rank: list[int] = field(default_factory=list)
-    usage: list[list[int] | None] | None = None
+    usage: list[Usage | None] | None = None
     drift_lacks: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "statistics": 0.0, "evaluation": 0.0})
     images_trained: int = 0

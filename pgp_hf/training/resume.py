@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from ..data.stream import TaskStream
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, load_weights
-from ..runs.atomic import write_tensors
-from ..runs.folder import MANIFEST, RunFolder
+from ..runs.checkpoint import SETTINGS, step_of
+from ..runs.folder import MANIFEST, RESULTS, RunFolder
 from ..runs.open import open_run
 from ..runs.reading import read_json
 from ..runs.revision import read_method
@@ -27,6 +27,8 @@ from .earlier import EarlierRun, check_method
 from .evaluation import Recorded, References
 from .learning import Room, check_same_task
 from .progress import Progress
+from .settings import check_same_settings, print_differing, recorded_settings, run_settings
+from .writing import load_image_size
 
 
 def check_new(args: PGPTrainingArguments, progress: Progress, folder: RunFolder) -> None:
@@ -52,6 +54,8 @@ def find_run(where: str | Path, **hub: Any) -> RunFolder:
     Raises:
         ValueError: a path that holds no run, or one that lacks a task before another one.
     """
+    if step_of(Path(where)) is not None:  # it lacks what the run has measured
+        raise _no_run(where)
     source = open_run(where, **hub)
     if source.single:
         return source
@@ -114,6 +118,7 @@ class Resumer:
             raise _no_run(str(where))
         earlier = self._earlier(source)
         if finished:
+            self._check_settings(source.task(finished - 1), following)
             self._take_over(earlier, finished - 1)
         if not finished and progress.interrupted:
             if checkpoint is None:
@@ -125,13 +130,27 @@ class Resumer:
         progress.interrupted = False
         if self.args.process_index == 0:
             self._prepare_folder(earlier, finished)
-            self.folder.drop_checkpoints(before=finished)  # the run may have died before doing so
+            # the run may have died before doing so
+            self.folder.drop_checkpoints(before=finished)
+            if self.args.save_full_weights == "last" and not self.args.push_to_hub:
+                self.folder.drop_large(before=finished - 1)
         if not finished and checkpoint is None:
-            warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=4)
+            warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=5)
         return finished or progress.results.first, checkpoint
 
+    def _check_settings(self, folder: Path, following: int) -> None:
+        """Raise ValueError if a finished task was trained with other settings; print them where no task is left to train."""
+        recorded, now = read_json(folder / RESULTS).get("training"), recorded_settings(self.args)
+        if following < self.stream.num_tasks:
+            check_same_settings({"training": recorded}, {"training": now}, folder)
+        elif self.args.process_index == 0 and isinstance(recorded, dict):
+            print_differing(recorded, now)
+
     def check_checkpoint(self, checkpoint: Path, t: int) -> None:
-        """Raise ValueError unless a checkpoint within the 0-based task t is of this method and of these images."""
+        """Raise ValueError unless a checkpoint within the 0-based task t is of these images, settings and method."""
+        if (path := checkpoint / SETTINGS).exists():  # earlier versions did not write it
+            now = run_settings(self.args, self.method, self.learner)
+            check_same_settings(read_json(path), now, checkpoint)
         check_same_task(self.stream, t, checkpoint, gone=t if self.method.stores_images else 0)
         if (found := read_method(checkpoint)) is not None:
             check_method(self.method, found[1], checkpoint)
@@ -252,6 +271,7 @@ class Resumer:
         lost = earlier.load_references(loaded, self.progress.references, record)
         loaded.results.drift_lacks = sorted({*loaded.results.drift_lacks, *lost})
         self._put(loaded.weights, t)
+        load_image_size(self.model, loaded.revision.folder)
 
     def _put(self, tensors: dict[str, Tensor], t: int) -> None:
         """Give the model what it had when the 0-based task t ended."""
@@ -272,9 +292,6 @@ class Resumer:
         if elsewhere and self.args.overwrite_output_dir:
             self.folder.clear()
         if finished and (elsewhere or earlier.source.single):
-            references = self.progress.references
-            for t in references.features:
-                write_tensors(self.folder.features(t), references.tensors(t))
-            earlier.copy_to(self.folder, finished)  # with the digests of these features
+            earlier.copy_to(self.folder, finished, self.progress.references)
         if finished:
             self.folder.promote(finished - 1)  # the run may have died before doing so

@@ -70,6 +70,12 @@ def differing(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def print_differing(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Print the settings that differ from those that a run's last task was trained with."""
+    if differ := differing(recorded, now):
+        print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)
+
+
 def check_same_settings(recorded: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
     """Raise ValueError naming every setting that differs from those that a run was trained with.
 

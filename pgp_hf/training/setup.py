@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from accelerate.utils import DistributedDataParallelKwargs
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,14 +13,33 @@ from transformers import PreTrainedModel
 
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
+from ..heads.statistics import ClassStatistics
 from ..methods import ContinualMethod, ProjectedPrompts
 from ..models import PlainModel, Protectable, StreamModel, stream_model
 from .arguments import PGPTrainingArguments
 from .results import StreamResults
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError for arguments of a `Trainer` that a stream requires or rules out."""
+def check_arguments(args: Any, method: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError for arguments that a stream requires or rules out.
+
+    Args:
+        args, method: as `StreamTrainer` takes them.
+        arguments: the others of a `Trainer`.
+    """
+    if not isinstance(args, PGPTrainingArguments):
+        raise TypeError(f"args is a {type(args).__name__}: pass pgp_hf.PGPTrainingArguments(output_dir, ...).")
+    if not isinstance(method, ContinualMethod | None):
+        raise TypeError(
+            f"method={method!r:.80} is a {type(method).__name__}: pass a method, as pgp_hf.methods.create(name) makes it."
+        )
+    args.check()  # set_push_to_hub() and others come after the arguments' own checks
+    for name in ("train_dataset", "eval_dataset"):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name} is the stream's own, which each task sets anew: leave it out. Other images are evaluated by "
+                "trainer.evaluate(images)."
+            )
     if arguments.get("processing_class") is None and arguments.get("data_collator") is None:
         raise ValueError(
             "processing_class is missing: pass the backbone's image processor, for example "
@@ -65,15 +84,42 @@ def check_model(model: nn.Module, stream: TaskStream, classes: int) -> None:
         learner.check()
 
 
-def spare_buffers(handler: DistributedDataParallelKwargs | None, args: PGPTrainingArguments, model: nn.Module) -> None:
-    """Send buffers between processes only where training changes them, unless the arguments say otherwise.
+def keep_statistics_local(model: nn.Module) -> None:
+    """Keep class statistics, which are buffers, out of what each step sends between processes.
 
-    Class statistics are buffers as well; with every step they would be more than the gradients of all prompts.
+    They change between tasks only, on all processes alike, and would be more than the gradients of all prompts.
     """
-    if handler is not None and args.ddp_broadcast_buffers is None:
-        # before each task all buffers are those of the main process
-        handler.broadcast_buffers = any(
-            isinstance(module, nn.modules.batchnorm._NormBase) for module in model.modules()
+    names = [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, ClassStatistics)
+        for name, _ in module.named_buffers()
+    ]
+    model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]  # where DistributedDataParallel looks
+
+
+def check_precision(model: nn.Module, scaled: bool) -> None:
+    """Raise ValueError for a model that cannot be trained in its precision.
+
+    Args:
+        scaled: whether losses are scaled, so that gradients do not vanish in float16.
+    """
+    half = [
+        (name, parameter.dtype)
+        for name, parameter in stream_model(model).trainable().items()
+        if parameter.is_floating_point() and torch.finfo(parameter.dtype).bits < 32
+    ]
+    if half:
+        name, dtype = half[0]
+        raise ValueError(
+            f"{name} and {len(half) - 1} more parameters that learn are in {str(dtype).removeprefix('torch.')}, in which "
+            "rounding undoes small steps and moves prompts along protected directions: load the model with "
+            "dtype=torch.float32 and keep it so. bf16=True computes in half precision and leaves the weights in float32."
+        )
+    if not scaled and any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise ValueError(
+            "the model's frozen weights are in float16, in which gradients vanish or overflow without fp16=True: load it "
+            "with dtype=torch.float32 (transformers takes the precision of the file otherwise), or torch.bfloat16."
         )
 
 

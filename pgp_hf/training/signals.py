@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..runs.folder import RunFolder
 from ..runs.lock import held
+from .callbacks import ends_epoch
 
 Handler = Callable[[int, FrameType | None], Any]
 P = ParamSpec("P")
@@ -175,8 +176,7 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.agreed = self._agree()
-        # a step that ends an epoch is followed by what is done at the end of one, such as an evaluation
-        self._boundary = not float(state.epoch or 0).is_integer()
+        self._boundary = not ends_epoch(state, control)  # an evaluation may follow
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,16 +20,18 @@ from ..data.stream import TaskStream
 from ..methods import Batch, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts
 from .callbacks import fire
-from .checkpoints import CheckpointTrainer
 from .choosing import check_choice, summarize
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
-from .loss import check_finite, image_losses, mean_over_step
+from .finite import check_loss, check_outputs
+from .fitting import BatchSizes, Beginning, remember
+from .loss import image_losses, mean_over_step
+from .reporting import ReportingTrainer
 from .setup import set_learning_rates
 from .signals import StopOnSignal
 from .views import Passes, head_inputs
 
 
-class TaskTrainer(CheckpointTrainer):
+class TaskTrainer(ReportingTrainer):
     """A `Trainer` that learns the task in hand by a method, on a model that learns streams.
 
     `StreamTrainer`, the only class made of it, chooses the tasks and sets what is annotated here.
@@ -40,6 +44,8 @@ class TaskTrainer(CheckpointTrainer):
     _images: AugmentedImages | None  # and its images
     _handles: list[RemovableHandle]  # of hooks on the optimizer
     _test_queries: dict[int, Tensor | None]
+    _sizes: BatchSizes
+    _beginning: Beginning | None  # of the task in training, for `auto_find_batch_size`
     stops: StopOnSignal
 
     def _fire(self, event: str, **kwargs: Any) -> None:
@@ -47,6 +53,14 @@ class TaskTrainer(CheckpointTrainer):
         fire(self.callback_handler.callbacks, event, self.args, self.state, self.control, **given)
 
     # ---- training ------------------------------------------------------------------------------------------------
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as a `Trainer` does, which calls this again with smaller batches where they do not fit into memory."""
+        if self._beginning is not None:
+            self.optimizer = self._beginning.restore()
+        elif self.args.auto_find_batch_size and self.args.world_size == 1:
+            self._beginning = Beginning(self.model, self.method, self.optimizer, self.accelerator)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with the rules of the model and of the method attached to it."""
@@ -93,7 +107,7 @@ class TaskTrainer(CheckpointTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         step = f"step {self.state.global_step + 1} of {self.state.max_steps}"
         at = f"task {(self.task or 0) + 1} at {step} (learning rate {self._get_learning_rate():g})"
-        check_finite(loss, at, self.progress.kept(self.folder))
+        check_loss(loss, at, self.progress.kept(self.folder))
         return loss
 
     def _maybe_log_save_evaluate(
@@ -109,7 +123,36 @@ class TaskTrainer(CheckpointTrainer):
                 self.state, self.folder.checkpoints(self.task or 0) / f"checkpoint-{self.state.global_step}"
             )
 
+    def _end_method(self, context: TaskContext) -> None:
+        """Let the method keep what it needs from the task that has been trained."""
+        undo = remember(self.method) if self.args.auto_find_batch_size else None
+        self._sizes.fit(lambda: self.method.end_task(context), lambda: self._sizes.training, undo)
+
     # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Return a loader of these images, as a `Trainer` does."""
+        with self._for_one_pass():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """Return a loader of these images, as a `Trainer` does."""
+        with self._for_one_pass():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _for_one_pass(self) -> Iterator[None]:
+        """Make loaders whose workers end with a pass, and whose batches fit.
+
+        Workers that persist would stay with each task's test images, and a `Trainer` would take its first loader for all.
+        """
+        args = self.args
+        before = args.dataloader_persistent_workers, args.per_device_eval_batch_size
+        args.dataloader_persistent_workers, args.per_device_eval_batch_size = False, self._sizes.evaluation
+        try:
+            yield
+        finally:
+            args.dataloader_persistent_workers, args.per_device_eval_batch_size = before
 
     def evaluate_stream(self) -> dict[str, Any]:
         """Evaluate every task trained so far, take the figures into `results`, and return the results file's content.
@@ -126,7 +169,8 @@ class TaskTrainer(CheckpointTrainer):
             measure(
                 self.results, self.progress.references, self.task, self._record, pool_size, self.stream, temperature
             )
-        self.log(summary_logs(self.results))
+        # metrics of the user's own may have the same names, and another unit
+        self.log(summary_logs(self.results, "eval" if self.compute_metrics in (accuracy, None) else "eval_stream"))
         return self.results.to_dict()
 
     def _passes(self) -> Passes:
@@ -141,6 +185,7 @@ class TaskTrainer(CheckpointTrainer):
             collate=self.data_collator,
             prepare=self._prepare_inputs,
             test_loader=self.get_test_dataloader,
+            sizes=self._sizes,
         )
 
     def _record(self, j: int) -> Recorded:
@@ -151,11 +196,13 @@ class TaskTrainer(CheckpointTrainer):
         seen: Dataset[Any] = images if (queries := self._test_queries[j]) is None else CachedQueries(images, queries)
         compute_metrics, self.compute_metrics, self._scorer.recording = self.compute_metrics, None, True
         try:
-            output = self.predict(seen, metric_key_prefix=f"eval_task_{j + 1}")
+            output = self._sizes.fit(lambda: self.predict(seen, metric_key_prefix=f"eval_task_{j + 1}"))
         finally:
             self.compute_metrics, self._scorer.recording = compute_metrics, False
         found: Any = output.predictions  # the dict that prediction_step has returned
-        return Recorded(labels=np.asarray(output.label_ids), **found)
+        recorded = Recorded(labels=np.asarray(output.label_ids), **found)
+        check_outputs(recorded, images, self.progress.kept(self.folder))
+        return recorded
 
     def evaluate(
         self,
@@ -215,7 +262,7 @@ class TaskTrainer(CheckpointTrainer):
 
     # ---- the Hub -------------------------------------------------------------------------------------------------
 
-    # A `Trainer` would upload checkpoints, optimizer state and everything else in `output_dir`; this and its own `_save_checkpoint` prevent it.
+    # a `Trainer` would upload everything in `output_dir`: this prevents it, and that `_save_checkpoint` uploads nothing
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Set the repository's id; the first upload creates it, since a Hub out of reach must not stop the training."""

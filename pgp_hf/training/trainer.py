@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor
@@ -27,19 +28,21 @@ from .agreement import check_same_images
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
 from .evaluation import Scorer, accuracy, test_sets
+from .fitting import BatchSizes
 from .loss import mean_over_step
 from .optimizers import check_optimizer
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
 from .resume import Resumer, check_new, delete_earlier
-from .settings import differing, recorded_settings
+from .settings import print_differing, recorded_settings
 from .setup import (
     check_arguments,
     check_model,
+    check_precision,
     check_settings,
+    keep_statistics_local,
     new_results,
     refuse_sharding,
-    spare_buffers,
     trainable_parameters,
 )
 from .signals import StopOnSignal, holding
@@ -62,7 +65,8 @@ class StreamTrainer(TaskTrainer):
         stream: the tasks.
         method: how the stream is learned; fine-tuning by default.
         processing_class: the backbone's image processor, for training, evaluation and the saved folder.
-        kwargs: any other argument of `Trainer`. A `compute_loss_func` replaces the method's own loss.
+        kwargs: any other argument of `Trainer`. A `compute_loss_func` replaces the method's own loss. `compute_metrics` is
+            what `evaluate()` measures; where it is your own, the stream's measures are logged as `eval_stream_...`.
 
     Attributes:
         method: how the stream is learned.
@@ -88,19 +92,19 @@ class StreamTrainer(TaskTrainer):
     ) -> None:
         model, self._room = learning.Room.of(model, stream)
         check_model(model, stream, self._room.classes)
-        check_arguments({**kwargs, "processing_class": processing_class})
-        args.check()  # set_push_to_hub() and others come after the arguments' own checks
+        check_arguments(args, method, {**kwargs, "processing_class": processing_class})
         self.stream = stream
         self.method = FineTuning() if method is None else method
         # a `Trainer` counts the images of a step only for such a function; `compute_loss` calls it with more than that
         kwargs.setdefault("compute_loss_func", mean_over_step)
         kwargs.setdefault("compute_metrics", accuracy)
-        kwargs.setdefault("eval_dataset", test_sets(stream, min(1, stream.num_tasks)))  # grows with the tasks
+        kwargs["eval_dataset"] = test_sets(stream, min(1, stream.num_tasks))  # grows with the tasks
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        check_precision(model, self.args.fp16)
         check_optimizer(self)
-        spare_buffers(self.accelerator.ddp_handler, self.args, self.model)
+        keep_statistics_local(self.model)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
         self._check_choice()
@@ -117,6 +121,7 @@ class StreamTrainer(TaskTrainer):
         self._images: AugmentedImages | None = None  # and its images
         self._handles: list[RemovableHandle] = []  # of hooks on the optimizer
         self._test_queries: dict[int, Tensor | None] = {}
+        self._sizes, self._beginning = BatchSizes(self.args, lambda: self._train_batch_size), None
         self._scorer = Scorer(stream, self.method, self.args.eval_mask)
         self._blank = copy.deepcopy(self.method.state())
         self.stops = StopOnSignal(self.folder, self.is_world_process_zero())
@@ -138,9 +143,9 @@ class StreamTrainer(TaskTrainer):
 
         Args:
             resume_from_checkpoint: True continues the run in `output_dir` exactly where it stopped, within a task too;
-                a path continues the run in that folder, writing to `output_dir`. An empty folder starts a new run.
-                The path may be a run's folder, one of its task folders or a copy of one (learned as far as that task),
-                or "owner/name@task-3" on the Hub.
+                in an empty folder, it begins a new one. A path continues the run that it holds, writing to `output_dir`;
+                it may be a run's folder, one of its task folders or a copy of one (learned as far as that task), or
+                "owner/name@task-3" on the Hub.
 
         Returns:
             Steps and mean training loss over the tasks trained by this call; `metrics` is the results file's content.
@@ -206,12 +211,13 @@ class StreamTrainer(TaskTrainer):
         learner.begin_task(own)
         self.method.begin_task(context)
         self._fire("on_task_begin", task=t)
+        self._beginning = None
         with self.progress.timed("train"):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         learner.end_task(own)
         with self.progress.timed("statistics"):
             self._passes().learn_class_statistics(own, before)
-            self.method.end_task(context)
+            self._end_method(context)
         self.progress.measure_method(self.method, own, self._passes().images_of)
         self.evaluate_stream()
         self._write_task(t)
@@ -228,6 +234,7 @@ class StreamTrainer(TaskTrainer):
         test_dataset: Any = None,
         *,
         backbone: str | os.PathLike[str] | PreTrainedModel | None = None,
+        dtype: torch.dtype | None = None,
         processing_class: Any = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -246,6 +253,8 @@ class StreamTrainer(TaskTrainer):
             test_dataset: the run's own test images, as far as they are there, on which its tasks are evaluated again;
                 without them, the accuracies of old tasks are not measured. See `TaskStream.from_manifest`.
             backbone: the frozen model, or its Hub id or folder, if the revision does not say where it is.
+            dtype: precision of the frozen weights; by default that of a backbone that is passed, or else the one that
+                the run was trained in. What learns is in float32.
             processing_class: an image processor to use instead of the saved one.
             token, cache_dir, local_files_only: as in every `from_pretrained`; `args.hub_token` by default.
             kwargs: any other argument of the trainer.
@@ -258,7 +267,9 @@ class StreamTrainer(TaskTrainer):
             raise TypeError("args are missing: pass PGPTrainingArguments(output_dir, ...) for the tasks to come.")
         token = args.hub_token if token is None else token
         place = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        opened = learning.open_for_learning(run_or_repo, revision, test_dataset, backbone, processing_class, place)
+        opened = learning.open_for_learning(
+            run_or_repo, revision, test_dataset, backbone, processing_class, place, dtype
+        )
         made = cls.with_method(
             opened.model, args, opened.stream, opened.method, processing_class=opened.processor, **kwargs
         )
@@ -276,12 +287,11 @@ class StreamTrainer(TaskTrainer):
         """Take over the newest task of a run."""
         self._resumer().go_on(source)
         self._source = source
-        differ = differing(self.results.training, recorded_settings(self.args))
         if self.folder.root.resolve() not in (source.root.resolve(), source.root.resolve().parent):
-            self.results.continues = origin | ({"continues": own} if (own := self.results.continues) else {})
+            self.results.continues = learning.with_origin(origin, self.results.continues)
         self.hub_model_id = self.hub_model_id and self.args.hub_repo(self.results.origin).repo_id
-        if differ and self.is_world_process_zero():
-            print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)
+        if self.is_world_process_zero():
+            print_differing(self.results.training, recorded_settings(self.args))
 
     @holding
     def learn(

@@ -15,6 +15,7 @@ from .. import embedded
 from ..data.stored import to_tensors
 from ..inference.backbone import quiet
 from ..methods import ContinualMethod
+from ..models import stream_model
 from ..projection import Projection, ProjectionConfig
 from ..report import card, figures
 from ..runs.atomic import write_json, write_tensors
@@ -33,6 +34,7 @@ from ..runs.folder import (
     RESULTS,
 )
 from ..runs.reading import read_json, sha256, tensor_shapes
+from ..tuners.base import PromptTuner
 from .progress import Progress
 
 
@@ -98,6 +100,13 @@ def write_model(folder: Path, model: PeftModel | PreTrainedModel) -> tuple[str, 
             config["base_model_name_or_path"] = named
             write_json(path, config)
     return file, config
+
+
+def load_image_size(model: PeftModel | PreTrainedModel, folder: Path) -> None:
+    """Give prompts the size of the images that they were trained on, as the adapter in a folder has noted it."""
+    learner = stream_model(model)
+    if isinstance(learner, PromptTuner):
+        learner.adapter_config.image_size = read_json(folder / ADAPTER_CONFIG).get("image_size")
 
 
 def write_exemplars(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from pgp_hf.runs.folder import LARGE
 from pgp_hf.runs.reading import sha256
 
 # audit events of Python; the number of their arguments that are paths. Rust writes the safetensors files unseen, but
@@ -32,6 +33,7 @@ PATHS = {
 }
 LOCKS = (".run.lock", ".run.lock.json")
 TIMED = ("seconds", "train_images_per_second")
+PLACES = ("base_model_name_or_path",)
 
 Kill = Literal["before", "within", "full"]
 
@@ -70,17 +72,17 @@ def _changes(event: str, path: str) -> bool:
     return os.path.lexists(path) == (event != "os.mkdir") or event == "open"
 
 
-def keep_states(root: Path, to: Path) -> None:
-    """Copy the run's folder before each operation: what a kill there would leave, without a run for each.
+def keep_states(root: Path, to: Path, step: int = 1) -> None:
+    """Copy the run's folder before every `step`-th operation: what a kill there would leave, without a run for each.
 
-    `to` gets a folder for each operation, by its number, and `operations.txt` with a line for each: event and path.
+    `to` gets these folders, by the operation's number, and `operations.txt` with a line for each operation: event and path.
     """
     to.mkdir()
     lines = (to / "operations.txt").open("w", buffering=1)
 
     def act(number: int, event: str, path: str) -> None:
         print(event, os.path.relpath(path, root), file=lines)
-        if root.exists():
+        if number % step == 0 and root.exists():
             shutil.copytree(root, to / str(number), symlinks=True)
 
     on_operation(root, act)
@@ -126,7 +128,7 @@ def kill_at(number: int, root: Path, kill: Kill) -> None:
 
 
 def content(run: Path) -> dict[str, Any]:
-    """Return what must be equal in two runs, by file: bits of tensors, JSON but for measured times."""
+    """Return what must be equal in two runs, by file: bits of tensors, JSON but for measured times and places."""
     found: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
@@ -138,7 +140,7 @@ def content(run: Path) -> dict[str, Any]:
             found[name] = _checked(path, run)
         elif path.suffix == ".json":
             read = json.loads(path.read_text(encoding="utf-8"))
-            found[name] = {key: value for key, value in read.items() if key not in TIMED}
+            found[name] = {key: value for key, value in read.items() if key not in TIMED + PLACES}
         else:  # cards, which tell the times, and figures
             found[name] = "there"
     return found
@@ -149,5 +151,7 @@ def _checked(path: Path, run: Path) -> list[str]:
     listed = json.loads(path.read_text(encoding="utf-8"))
     for name, entry in listed["files"].items():
         file = path.parent / name
+        if file.name in LARGE and not file.exists():  # kept for the newest task alone
+            continue
         assert (entry["sha256"], entry["bytes"]) == (sha256(file), file.stat().st_size), file
     return sorted(listed["files"])

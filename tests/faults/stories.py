@@ -33,17 +33,15 @@ def surprises(folder: Path) -> StreamTrainer:
     """Learn a stream that nobody knew, class by class; a later start goes on with the newest task."""
     data, classes = tiny.data(), [(0, 1), (2, 3), (4, 5)]
     parts = [data.filter(lambda label, own=own: label in own, input_columns="label") for own in classes]
-    settings: dict[str, Any] = {**FEW, "compensate_drift": True}
+    args = tiny.arguments(folder, compensate_drift=True, **FEW)
     done = RunFolder(folder).finished_tasks()
     if done:
-        args = tiny.arguments(folder, **settings)
-        known_tests = TaskStream.from_dataset(data, tasks=[list(own) for own in classes[:done]])  # noqa: F841
-        trainer = PGPTrainer.from_pretrained(
-            folder, args=args, test_dataset=data["test"], backbone=tiny.backbone("backbone")
-        )
+        trainer = PGPTrainer.from_pretrained(folder, args=args, test_dataset=data["test"])
     else:
+        tiny.backbone("backbone").save_pretrained(folder.parent / "backbone")
         model = tiny.model(head="statistics", kind="backbone")
-        trainer = tiny.trainer(folder, model=model, stream=TaskStream.empty(seed=0), **settings)
+        model.base_model.adapter_config.base_model_name_or_path = str(folder.parent / "backbone")
+        trainer = PGPTrainer(model, args, TaskStream.empty(seed=0), processing_class=tiny.processor())
     for part in parts[done:]:
         trainer.learn(part, resume_from_checkpoint=True)
     return trainer

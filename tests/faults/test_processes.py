@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
+import bytes_sent
 import forks
+import kills
 import pytest
+import stories
 import tiny
+import torch
+from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.usefixtures("ready"), pytest.mark.timeout(1800)]
 FEW = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2}
@@ -38,6 +45,88 @@ def test_a_folder_that_is_not_shared(tmp_path):
     for log in logs(tmp_path / "log"):
         assert "the run to go on with: 1 finished tasks and no checkpoint on process 0, 0 finished" in log
         assert "must be one folder, shared by all machines" in log
-    shutil.rmtree(tmp_path / "machine-1")
+    shutil.rmtree(tmp_path / "machine-1", ignore_errors=True)
     shutil.copytree(tmp_path / "machine-0", tmp_path / "machine-1")
     assert forks.together(2, lambda rank: work(rank, True), tmp_path / "log") == [0, 0]
+
+
+def test_a_step_sends_gradients_alone(tmp_path):
+    def trainer(folder: Path) -> object:
+        return tiny.trainer(folder, model=tiny.model(head="statistics"), compensate_drift=True, **few)
+
+    few = {**FEW, "save_strategy": "no"}  # a checkpoint sends random states
+    sent = bytes_sent.measure(trainer, tmp_path / "run")
+    assert 0 <= sent["steps"] / sent["optimizer_steps"] - sent["trainable"] < 64  # counts, unused parameters
+    assert sent["model"] < sent["begin"]  # the model, once for each task
+
+
+class Killed(NamedTuple):
+    """One process of several dies at its n-th file operation."""
+
+    rank: int
+    number: int
+    kill: kills.Kill
+
+
+def several(count: int, folder: Path, killed: Killed | None = None, **settings: object) -> list[int]:
+    """Train or go on in several processes; return their exit codes."""
+
+    def work(rank: int) -> None:
+        if killed is not None and killed.rank == rank:
+            kills.kill_at(killed.number, folder, killed.kill)
+        trainer = stories.known(folder, "l2p", {"head": "statistics"}, compensate_drift=True, **settings)
+        trainer.accelerator.wait_for_everyone()
+        trainer.end()
+
+    return forks.together(count, work, folder.with_name("log"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_is_killed(tmp_path, rank):
+    settings = {"per_device_train_batch_size": 2, "save_steps": 1}
+    (tmp_path / "straight").mkdir()
+    assert several(2, tmp_path / "straight" / "run", **settings) == [0, 0]
+    straight = kills.content(tmp_path / "straight" / "run")
+    for number, kill in (
+        (2, "before"),
+        (9, "before"),
+        (31, "within"),
+        (60, "before"),
+        (90, "within"),
+        (130, "before"),
+    ):
+        folder = tmp_path / f"{number}" / "run"
+        folder.parent.mkdir()
+        codes = several(2, folder, Killed(rank, number if rank == 0 else 1 + number // 20, kill), **settings)
+        assert codes[rank] == -9 and codes[1 - rank] != 0
+        assert several(2, folder, **settings) == [0, 0], both_logs(folder)
+        assert kills.content(folder) == straight, number
+
+
+def both_logs(folder: Path) -> str:
+    return "\n".join(logs(folder.with_name("log")))[-3000:]
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes(tmp_path):
+    """One run, whatever number of processes share its batches: to the precision of sums in another order."""
+    runs = {}
+    for count in (1, 2, 4):
+        folder = tmp_path / str(count) / "run"
+        folder.parent.mkdir()
+        assert several(count, folder, per_device_train_batch_size=4 // count) == [0] * count, both_logs(folder)
+        runs[count] = folder
+    for count in (2, 4):
+        for task in ("task-1", "task-2", "task-3"):
+            one, other = (load_file(runs[i] / task / "adapter_model.safetensors") for i in (1, count))
+            assert one.keys() == other.keys()
+            for name, tensor in one.items():
+                size = float(tensor.abs().max()) if name.endswith("scatter") else 1.0  # a sum over images
+                assert torch.allclose(tensor, other[name], atol=2e-4 * size), (count, task, name)
+            one, other = (load_file(runs[i] / task / "projection.safetensors") for i in (1, count))
+            for name, basis in one.items():
+                assert torch.allclose(basis @ basis.mT, other[name] @ other[name].mT, atol=1e-2), (count, task, name)
+        one, other = (json.loads((runs[i] / "results.json").read_text()) for i in (1, count))
+        assert one["heads"] == other["heads"] and one["images_trained"] == other["images_trained"]
+        assert max(abs(x - y) for x, y in zip(one["drift"], other["drift"], strict=True)) < 1e-3

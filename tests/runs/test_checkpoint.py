@@ -167,16 +167,30 @@ def test_an_unfinished_checkpoint_and_other_folders_are_passed_over(stopped, tmp
         assert run.last_checkpoint(0).name == "checkpoint-4"
 
 
+def test_what_was_being_written_is_swept_and_nothing_else(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    run = RunFolder(tmp_path)
+    for name in (".checkpoint-6-x7_ab3de", ".checkpoint-notes", ".checkpoint-6-mine", "notes"):
+        (run.checkpoints(0) / name).mkdir()
+        (run.checkpoints(0) / name / "optimizer.json").write_text("")
+    (tmp_path / "checkpoints" / "mine" / ".checkpoint-6-x7_ab3de").mkdir(parents=True)
+    run.sweep()
+    left = {path.name for path in run.checkpoints(0).iterdir()}
+    assert left == {".checkpoint-notes", ".checkpoint-6-mine", "notes", "checkpoint-2", "checkpoint-4"}
+    assert (tmp_path / "checkpoints" / "mine" / ".checkpoint-6-x7_ab3de").exists()
+    assert run.last_checkpoint(0) == run.checkpoints(0) / "checkpoint-4"
+
+
 @pytest.mark.parametrize("seal_too", [True, False])
 def test_only_what_was_written_is_deleted(stopped, tmp_path, seal_too):
     folder = shutil.copytree(newest(stopped), tmp_path / "checkpoint-4")
-    (folder / "inner").mkdir()
     if not seal_too:
         (folder / SEAL).write_text("{")
     (folder / "optimizer.pt").write_bytes(b"")
     (folder / "rng_state_0.pth").write_bytes(b"")
     kept = shutil.copytree(folder, tmp_path / "checkpoint-6")
     (kept / "notes.txt").write_text("mine")
+    (kept / "inner").mkdir()
     (kept / "inner" / "more.csv").write_text("mine")
     for each in (folder, kept):
         delete_checkpoint(each)

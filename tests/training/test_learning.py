@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, TrainerCallback, ViTForImageClassification, ViTModel
 
 from pgp_hf import PGPTrainer, ProjectionConfig, StreamTrainer, TaskStream, load_pretrained
+from pgp_hf.training.learning import with_origin
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -531,3 +532,17 @@ def test_tasks_of_the_stream_come_first(tmp_path: Path) -> None:
     trainer.train_task(2)
     assert trainer.learn(part(0, data=tiny.data(seed=3))).index == 3
     assert trainer.results.num_tasks == 4
+
+
+def test_folders_that_a_run_went_through_are_not_nested_without_end() -> None:
+    """A run may learn each task in a new folder; revisions on the Hub, where its tasks are, are all kept."""
+    found = None
+    for tasks in range(1, 1001):
+        repo = {3: "me/one", 500: "me/two"}.get(tasks)
+        origin = {"repo": repo, "revision": f"task-{tasks}", "commit": repo and "a" * 40, "tasks": tasks}
+        found = with_origin(origin, found)
+    chain = []
+    while found:
+        chain.append((found["repo"], found["tasks"]))
+        found = found.get("continues")
+    assert chain == [(None, 1000), ("me/two", 500), (None, 499), ("me/one", 3), (None, 2)]
