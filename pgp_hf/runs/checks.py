@@ -32,11 +32,16 @@ def check_stream_file(manifest: dict[str, Any], config: dict[str, Any], path: Pa
 
 
 def _check_names(names: list[str], own: Any, path: Path, file: str) -> None:
-    """Raise ValueError unless the model, by `id2label` in its file, has these class names, or placeholders for them."""
+    """Raise ValueError if the model, by `id2label` in its file, lacks a class, or has one of these names for another.
+
+    Other names are the user's own, such as texts of CLIP or placeholders.
+    """
     if not isinstance(own, dict) or len(own) != len(names):
         raise ValueError(f"{path} has {len(names)} classes, but id2label in {file} has another number.")
+    labels = {name: label for label, name in enumerate(names)}
     for label, name in enumerate(names):
-        if (found := own.get(str(label))) not in (name, f"LABEL_{label}"):
+        found = own.get(str(label))
+        if not isinstance(found, str) or labels.get(found, label) != label:
             raise ValueError(
                 f"{path} names class {label} {name!r:.80}, but id2label in {file} names it {found!r:.80}: expected the same "
                 "names. Fetch the folder again."

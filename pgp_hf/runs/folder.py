@@ -199,7 +199,7 @@ class RunFolder:
             if TASK.fullmatch(folder.parent.name) and UNFINISHED.fullmatch(folder.name):
                 removal.remove_temporary(folder)
         features = [f"task-{t + 1}.safetensors" for t in self._features(temporary=True)]
-        for where, known in ((self.root, (*_TASK_FILES, *_RUN_FILES)), (self.root / FEATURES, features)):
+        for where, known in ((self.root, (*_TASK_FILES, *_RUN_FILES, COPYING)), (self.root / FEATURES, features)):
             removal.remove(where, removal.temporaries(where, known))
 
     def drop_checkpoints(self, before: int | None = None) -> None:

@@ -26,10 +26,11 @@ def check_optimizer(trainer: Trainer) -> None:
     """
     chosen = trainer.optimizer_cls_and_kwargs
     name = getattr(trainer.args.optim, "value", trainer.args.optim) if chosen is None else chosen[0].__name__
-    if chosen is None:
-        _check_arguments(trainer, str(name))
     # by its name, since these need linear layers that a small model lacks
-    moved = "the backward pass" if chosen is None and str(name).endswith("layerwise") else _moves_in(trainer)
+    layerwise = chosen is None and str(name).endswith("layerwise")
+    if chosen is None and not layerwise:
+        _check_arguments(trainer, str(name))
+    moved = "the backward pass" if layerwise else _moves_in(trainer)
     if moved is not None:
         raise ValueError(
             f"the optimizer {name!r} moves weights in {moved}, and not in step() alone: what is evaluated and saved would "

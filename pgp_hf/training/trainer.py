@@ -24,7 +24,7 @@ from ..methods import ContinualMethod, FineTuning, TaskContext
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
 from . import learning
-from .agreement import check_same_images
+from .agreement import check_agreement, check_same_images
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
 from .evaluation import Scorer, accuracy, test_sets
@@ -350,6 +350,9 @@ class StreamTrainer(TaskTrainer):
         if not self.stream.num_tasks:
             raise ValueError("the stream has no task yet: learn(dataset), or stream.append(dataset) before train().")
         check_same_images(self.args, self.stream)
+        check_agreement(
+            self.args, "how to begin", f"resume_from_checkpoint={resume!r}", "Start all processes by the same command."
+        )
         if not resume:
             check_new(self.args, self.progress, self.folder)
             return self.results.first, None

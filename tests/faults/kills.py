@@ -97,7 +97,7 @@ def leave_half(run: Path, operation: str) -> bool:
     path = run / name
     if event == "os.rename" and path.is_file():
         os.truncate(path, path.stat().st_size // 2)
-    elif event == "open":
+    elif event == "open" and not path.is_dir():
         path.write_bytes(b"")
     else:
         return False
@@ -151,7 +151,7 @@ def _checked(path: Path, run: Path) -> list[str]:
     listed = json.loads(path.read_text(encoding="utf-8"))
     for name, entry in listed["files"].items():
         file = path.parent / name
-        if file.name in LARGE and not file.exists():  # kept for the newest task alone
+        if file.name in (*LARGE, "README.md") and not file.exists():  # kept for the newest task alone, or deleted
             continue
         assert (entry["sha256"], entry["bytes"]) == (sha256(file), file.stat().st_size), file
     return sorted(listed["files"])

@@ -15,9 +15,21 @@ Story = Callable[[Path], object]  # trains in the folder that it is given
 FEW = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 3}  # of four steps
 
 
-def known(folder: Path, adapter: str = "l2p", model: dict[str, Any] | None = None, **settings: Any) -> StreamTrainer:
-    """Learn a stream that is known in advance."""
+def begun(folder: Path) -> bool:
+    """Return whether a run has left anything in a folder."""
+    return folder.exists() and any(folder.iterdir())
+
+
+def known(
+    folder: Path,
+    adapter: str = "l2p",
+    model: dict[str, Any] | None = None,
+    resume: bool | None = None,
+    **settings: Any,
+) -> StreamTrainer:
+    """Learn a stream that is known in advance; by default, go on with what the folder holds."""
     settings = {**FEW, **settings}
+    resume = begun(folder) if resume is None else resume
     if (made := settings.pop("make", None)) is None:
         settings["model"] = tiny.model(adapter, **(model or {}))
     else:
@@ -25,7 +37,7 @@ def known(folder: Path, adapter: str = "l2p", model: dict[str, Any] | None = Non
     if "method" in settings:
         settings["method"] = methods.create(settings["method"], **settings.pop("options", {}))
     trainer = tiny.trainer(folder, **settings)
-    trainer.train(resume_from_checkpoint=True if folder.exists() and any(folder.iterdir()) else None)
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import bytes_sent
 import forks
@@ -15,6 +18,7 @@ import stories
 import tiny
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 pytestmark = [pytest.mark.usefixtures("ready"), pytest.mark.timeout(1800)]
 FEW = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2}
@@ -33,6 +37,18 @@ def test_other_images_on_a_process(tmp_path):
     for log in logs(tmp_path / "log"):
         assert "ValueError: the processes do not agree on the images: 3 tasks with 48 training" in log
     assert not (tmp_path / "run" / "task-1").exists()
+
+
+def test_one_process_resumes_and_the_other_does_not(tmp_path):
+    def work(rank: int) -> None:
+        tiny.trainer(tmp_path / "run", **FEW).train(True if rank else None)
+
+    assert forks.together(2, work, tmp_path / "log") == [1, 1]
+    for log in logs(tmp_path / "log"):
+        assert (
+            "do not agree on how to begin: resume_from_checkpoint=None on process 0, resume_from_checkpoint=True"
+            in log
+        )
 
 
 def test_a_folder_that_is_not_shared(tmp_path):
@@ -60,21 +76,26 @@ def test_a_step_sends_gradients_alone(tmp_path):
     assert sent["model"] < sent["begin"]  # the model, once for each task
 
 
-class Killed(NamedTuple):
-    """One process of several dies at its n-th file operation."""
+class Dies(TrainerCallback):
+    """Die at the end of a step, counted over all tasks."""
 
-    rank: int
-    number: int
-    kill: kills.Kill
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-def several(count: int, folder: Path, killed: Killed | None = None, **settings: object) -> list[int]:
-    """Train or go on in several processes; return their exit codes."""
+def several(count: int, folder: Path, before: Callable[[int], object] = bool, **settings: Any) -> list[int]:
+    """Train or go on in several processes, each of which does something `before`; return their exit codes."""
+    resume = stories.begun(folder)  # which a process must not decide by itself
 
     def work(rank: int) -> None:
-        if killed is not None and killed.rank == rank:
-            kills.kill_at(killed.number, folder, killed.kill)
-        trainer = stories.known(folder, "l2p", {"head": "statistics"}, compensate_drift=True, **settings)
+        own = [found] if isinstance(found := before(rank), TrainerCallback) else []
+        model = {"head": "statistics"}
+        trainer = stories.known(folder, "l2p", model, resume, compensate_drift=True, callbacks=own, **settings)
         trainer.accelerator.wait_for_everyone()
         trainer.end()
 
@@ -84,21 +105,21 @@ def several(count: int, folder: Path, killed: Killed | None = None, **settings: 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_of_two_is_killed(tmp_path, rank):
+    """The main process at file operations, the other, which has none, at steps."""
     settings = {"per_device_train_batch_size": 2, "save_steps": 1}
     (tmp_path / "straight").mkdir()
     assert several(2, tmp_path / "straight" / "run", **settings) == [0, 0]
     straight = kills.content(tmp_path / "straight" / "run")
-    for number, kill in (
-        (2, "before"),
-        (9, "before"),
-        (31, "within"),
-        (60, "before"),
-        (90, "within"),
-        (130, "before"),
-    ):
+    for number in (1, 3, 6, 10, 12):
         folder = tmp_path / f"{number}" / "run"
         folder.parent.mkdir()
-        codes = several(2, folder, Killed(rank, number if rank == 0 else 1 + number // 20, kill), **settings)
+
+        def kill(own: int, number: int = number, folder: Path = folder) -> object:
+            if own == rank == 0:
+                return kills.kill_at(30 * number, folder, "within" if number % 2 else "before")
+            return Dies(number) if own == rank else None
+
+        codes = several(2, folder, kill, **settings)
         assert codes[rank] == -9 and codes[1 - rank] != 0
         assert several(2, folder, **settings) == [0, 0], both_logs(folder)
         assert kills.content(folder) == straight, number

@@ -21,6 +21,7 @@ from transformers import ViTForImageClassification, pipeline
 from pgp_hf import ProjectionConfig, load_pretrained
 from pgp_hf.inference.classifier import PromptClassifier, to_image
 from pgp_hf.projection import Projection
+from pgp_hf.runs.digests import Digests
 from pgp_hf.training.callbacks import StreamCallback
 
 pytestmark = pytest.mark.usefixtures("without_figures")
@@ -325,6 +326,7 @@ def test_a_backbone_that_is_not_here(run, tmp_path, name, message):
     shutil.copytree(run[1] / "task-1", tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+    (tmp_path / "a" / "digests.json").unlink()
     with pytest.raises(ValueError, match=message):
         load_pretrained(tmp_path / "a")
 
@@ -456,6 +458,9 @@ def test_a_neighbour_of_another_run_is_no_earlier_task(run, tmp_path):
     results = json.loads((tmp_path / "task-1" / "results.json").read_text())
     results["accuracy_matrix"][0][0] = 0.5
     (tmp_path / "task-1" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="task-1.results.json is not the file that the run wrote"):
+        go_on(tmp_path / "a", tmp_path / "task-2")
+    Digests.of(tmp_path / "task-1").write()  # it is not damaged, but another's
     with pytest.warns(UserWarning, match="of tasks 1 neither"):
         go_on(tmp_path / "a", tmp_path / "task-2")
     assert not (tmp_path / "a" / "task-1").exists()
@@ -483,7 +488,7 @@ def test_a_source_that_is_refused_leaves_the_output_folder_and_the_model_alone(r
     weights.write_bytes(weights.read_bytes()[:-4])
     trainer = tiny.trainer(tmp_path / "run", model=tiny.model(), overwrite_output_dir=True)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    with pytest.raises(ValueError, match="missing or damaged"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors is not the file that the run wrote"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "lone"))
     assert (tmp_path / "run" / "task-3" / "results.json").is_file() and not trainer.results.matrix
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())

@@ -240,7 +240,10 @@ BAD = {
     "a configuration for another shape": (content(CONFIG, prompt_length=3), r"expected \(5, 3, 24\)"),
     "a configuration for a huge shape": (content(CONFIG, pool_size=HUGE, top_k=1), "does not fit|expected"),
     "sizes that are no numbers": (content(CONFIG, pool_size="many"), f"{CONFIG} is not a valid adapter configuration"),
-    "sizes that are fractions": (content(CONFIG, prompt_length=2.5), "does not fit"),
+    "sizes that are fractions": (
+        content(CONFIG, prompt_length=2.5),
+        "prompt_length=2.5 is a float: expected a whole number",
+    ),
     "an unknown setting": (content(CONFIG, run="rm -rf"), "not a valid adapter configuration.*'run'"),
     "numbers for names": (content(CONFIG, id2label={"0": 1, "1": 2}), "does not name the classes|another number"),
     "classes with gaps": (
@@ -556,7 +559,7 @@ def test_peft_too_refuses_a_bare_backbone(folder):
 
 
 def test_another_backbone_is_not_continued_on(folder, tmp_path):
-    trainer = tiny.trainer(tmp_path / "out", model=tiny.model(base=other_weights()))
+    trainer = tiny.trainer(tmp_path / "out", model=tiny.model(base=other_weights()), num_train_epochs=1)
     with pytest.raises(ValueError, match="weights are not those"):
         trainer.train(resume_from_checkpoint=str(folder))
 

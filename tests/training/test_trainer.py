@@ -22,6 +22,7 @@ FILES = {
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "digests.json",
     "method.json",
     "method.safetensors",
     "preprocessor_config.json",
@@ -247,6 +248,7 @@ def test_statistics_use_no_random_number(tmp_path):
     torch.manual_seed(5)
     np.random.seed(5)
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    trainer.method.begin_task(trainer._passes().context(0))
     trainer.method.end_task(trainer._passes().context(0))
     assert torch.equal(torch.get_rng_state(), state[0])
     assert np.array_equal(np.random.get_state()[1], state[1])
