@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import ViTForImageClassification, pipeline
 
 from pgp_hf import ProjectionConfig, load_pretrained
-from pgp_hf.inference.classifier import PromptClassifier, to_image
+from pgp_hf.inference import PromptClassifier, to_image
 from pgp_hf.projection import Projection
 from pgp_hf.runs.digests import Digests
 from pgp_hf.training.callbacks import StreamCallback
