@@ -26,10 +26,11 @@ def load_folder(folder: str | os.PathLike[str], **settings: Any) -> datasets.Dat
         settings: of the builder, such as `drop_labels`.
 
     Raises:
-        ValueError: a file whose name `datasets` would not take literally, or a folder like that with a README.md that
-            chooses files.
+        ValueError: a file whose name `datasets` would not take literally, a folder like that with a README.md that
+            chooses files, or one that `save_to_disk` has written.
     """
     root = os.path.realpath(folder)  # as datasets does; absolute, since it has a reader called "imagefolder" itself
+    _refuse_saved(Path(root))
     _check_literal(root)
     if not _PATTERN.search(root):
         return _built(datasets.load_dataset_builder(root, **settings))
@@ -70,6 +71,16 @@ def is_reader(name: str) -> bool:
 def _built(builder: datasets.DatasetBuilder) -> datasets.DatasetDict:
     builder.download_and_prepare()
     return builder.as_dataset()
+
+
+def _refuse_saved(root: Path) -> None:
+    """Raise ValueError for what `save_to_disk` has written, of which only the tables would be read, without their types."""
+    for marks in (("dataset_dict.json",), ("state.json", "dataset_info.json")):
+        if all((root / mark).is_file() for mark in marks):
+            raise ValueError(
+                f"{root} was written by save_to_disk, as its {marks[0]} shows: use datasets.load_from_disk and pass the "
+                "dataset"
+            )
 
 
 def _check_literal(root: str) -> None:

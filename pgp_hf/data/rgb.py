@@ -11,14 +11,13 @@ import PIL.ImageOps
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert a PIL image to 8-bit RGB, turned upright by its EXIF orientation; alpha is dropped.
+    """Convert a PIL image to 8-bit RGB, turned upright by its EXIF orientation if that can be read; alpha is dropped.
 
     Raises:
         ValueError: a mode whose values have no known range.
     """
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-    if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:  # gone once the image is upright
-        image = PIL.ImageOps.exif_transpose(image)
+    image = _upright(image)
     if deep:
         # PIL would clip 16-bit grey to white: keep the high byte
         image = PIL.Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
@@ -27,6 +26,16 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # PIL warns when such an image is converted straight to RGB
     return image.convert("RGB")
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    image.load()  # errors of the image itself are raised here
+    try:
+        if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:  # gone once the image is upright
+            return PIL.ImageOps.exif_transpose(image)
+    except Exception:  # PIL raises any type on damaged EXIF, even SyntaxError; the image is sound without it
+        return image
+    return image
 
 
 def open_rgb(file: str | os.PathLike[str] | IO[bytes]) -> PIL.Image.Image:

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from .. import embedded
 from ..report import card as model_card
 from ..runs.atomic import write_json
-from ..runs.digests import CARD, Digest, Digests
+from ..runs.digests import CARD, Digests
 from ..runs.folder import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -32,6 +32,7 @@ from ..runs.folder import (
     RESULTS,
     config_name,
 )
+from ..runs.listing import Digest
 from ..runs.reading import read_json
 
 UPLOADED_FILES = (

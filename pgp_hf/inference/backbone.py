@@ -22,8 +22,8 @@ from ..runs.folder import ADAPTER_CONFIG, PROCESSOR
 from ..runs.revision import Revision
 from .adapters import UNFIT, Adapter
 
-MAX_SIDE = 2048
-"""Pixels; more in a file from elsewhere would only fill the memory."""
+MAX_SIDE = 4096
+"""Pixels, the most that images are resized, cropped or padded to; more in a file from elsewhere would only fill the memory."""
 
 
 def find_backbone(
@@ -114,13 +114,20 @@ def load_processor(revision: Revision, source: str | Path | None, hub: dict[str,
         ) from error
 
 
-def _check_processor(processor: BaseImageProcessor) -> None:
-    """Raise ValueError, or what the processor raises, unless it makes finite pixels of moderate size from an image."""
-    for name in ("size", "crop_size", "pad_size"):
+def check_sizes(processor: Any) -> None:
+    """Raise ValueError for an image processor that resizes, crops or pads to a size above `MAX_SIDE`, or to none at all."""
+    for name, step in (("size", "do_resize"), ("crop_size", "do_center_crop"), ("pad_size", "do_pad")):
+        if not getattr(processor, step, True):  # the size is not used
+            continue
         for key, length in dict(getattr(processor, name, None) or {}).items():
             most = MAX_SIDE**2 if key.endswith("_pixels") else MAX_SIDE
             if length is not None and not (type(length) is int and 0 < length <= most):
                 raise ValueError(f"{name} has {key}={length!r}: expected a whole number of pixels from 1 to {most}")
+
+
+def _check_processor(processor: BaseImageProcessor) -> None:
+    """Raise ValueError, or what the processor raises, unless it makes finite pixels of moderate size from an image."""
+    check_sizes(processor)
     with np.errstate(all="ignore"):
         pixels = processor([Image.new("RGB", (32, 32), (200, 100, 50))], return_tensors="pt")["pixel_values"]
     if not torch.isfinite(pixels).all():

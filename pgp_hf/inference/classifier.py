@@ -26,7 +26,7 @@ from ..runs.revision import Revision
 from ..runs.settled import settled
 from ..runs.sources import locate
 from .images import ImageLike, Images, is_indexed, several
-from .opening import open_model
+from .opening import floating_dtype, open_model
 from .reading import read_batches
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def load_pretrained(
     backbone: str | os.PathLike[str] | PreTrainedModel | None = None,
     processor: BaseImageProcessor | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
     eval_mask: str = "seen",
     token: str | bool | None = None,
@@ -279,12 +279,13 @@ def load_pretrained(
         repo_or_dir: id of a repository on the Hub, a run's output folder, or one of its task folders.
         revision: "task-3" for the state after the third task, by default the last; on the Hub also a branch or commit.
         backbone: the frozen model, or its Hub id or folder, if `adapter_config.json` does not say where it is. A model
-            that is passed gets the adapter, as by `PeftModel.from_pretrained`; if the revision is refused, the model
-            stays as it was.
+            that is passed gets the adapter, as by `PeftModel.from_pretrained`, and is cast and moved itself by `dtype`
+            and `device`; if the revision is refused, the model stays as it was.
         processor: an image processor to use instead of the saved one. The saved one is loaded with `backend="pil"`.
         device: where to run; by default the backbone's device, which is the CPU for one that is loaded here.
-        dtype: precision of the weights, beneath an adapter of the frozen ones alone; by default that of a backbone that
-            is passed, or else the one that the run was trained in, float32 unless it was asked for another.
+        dtype: precision of the weights, such as torch.bfloat16 or "bfloat16", beneath an adapter of the frozen ones
+            alone; by default that of a backbone that is passed, or else the one that the run was trained in, float32
+            unless it was asked for another.
         attn_implementation: "eager", "sdpa", ...; transformers' choice by default.
         eval_mask: "seen": a prediction may be any class of the finished tasks; "none": classes without any training
             compete as well.
@@ -294,8 +295,10 @@ def load_pretrained(
 
     Raises:
         ValueError: files that are damaged, altered, contradictory, pickled or ask for code to be run; a backbone that is
-            missing or is not the one the adapter was made on; a run that has not finished a task yet.
+            missing or is not the one the adapter was made on; a run that has not finished a task yet; a `dtype` that is not
+            a floating one.
     """
+    dtype, device = floating_dtype(dtype), None if device is None else torch.device(device)  # before anything is read
     if eval_mask not in ("seen", "none"):
         raise ValueError(f"eval_mask={eval_mask!r} is unknown: choose one of seen, none.")
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}

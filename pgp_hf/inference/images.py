@@ -20,6 +20,7 @@ ImageLike: TypeAlias = (
     "str | os.PathLike[str] | PIL.Image.Image | np.ndarray[Any, Any] | Tensor | bytes | IO[bytes] | Mapping[str, Any]"
 )
 Images: TypeAlias = "Iterable[ImageLike] | Dataset[Any]"
+_NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)  # NumPy lacks bfloat16 and the 8-bit ones
 _BYTES = bytes | bytearray | memoryview
 _KINDS = "a path, a PIL image, an array or tensor, the bytes of a file, an open file, or an item of a dataset"
 
@@ -65,7 +66,7 @@ def to_image(image: ImageLike) -> PIL.Image.Image:
         return to_rgb(given)
     if isinstance(given, Tensor):
         given = given.detach().cpu()
-        given = given.float() if given.dtype == torch.bfloat16 else given  # which numpy lacks
+        given = given.float() if given.is_floating_point() and given.dtype not in _NUMPY_FLOATS else given
     if isinstance(given, np.ndarray | Tensor):
         return array_to_rgb(given)
     if isinstance(given, _BYTES):

@@ -127,9 +127,6 @@ class ProjectionConfig:
                 f"max_images={self.max_images} is not a number of images to take statistics from: use None, or a whole "
                 "number of at least 1."
             )
-        for name in ("probes", "max_images"):
-            if (number := getattr(self, name)) is not None:
-                setattr(self, name, int(number))  # a number of NumPy's own could not be written as JSON
         if not isinstance(self.hold_key_norm, bool):
             raise ValueError(f"hold_key_norm={self.hold_key_norm!r} is neither True nor False.")
         if not _is_number(self.ln_penalty) or not 0 <= self.ln_penalty < float("inf"):
@@ -146,6 +143,10 @@ class ProjectionConfig:
                 "method='frozen' with apply_to='gradient' would let momentum and weight decay move the prompts: use "
                 "apply_to='update'."
             )
+        for name in ("energy", "key_energy", "value_energy", "max_images", "probes", "ln_penalty"):
+            number = getattr(self, name)
+            if number is not None and type(number) not in (int, float):  # NumPy's own cannot be written as JSON
+                setattr(self, name, int(number) if _is_whole(number) else float(number))
 
     @property
     def reads_statistics(self) -> bool:

@@ -117,6 +117,7 @@ def render_card(
         figures={figure: about for figure, about in _figure_texts(run).items() if figure in present},
         code=_code(run, source, own_processor),
         bring=_bring(run, source, own_processor),
+        checks_size=own_processor and not run.whole and _checks_size(run, adapter_config),
         weights_may_go=run.whole and source.tag is None,
         **_opening(run, repo_id),
         **_protocol(run, processor),
@@ -262,6 +263,11 @@ def _precision(results: Mapping[str, Any]) -> str:
     """Return the precision that a backbone had in training, by the name of its digest."""
     named = [name for name in results.get("sha256") or () if name in BACKBONE_KEYS]
     return named[0].removeprefix("backbone.") if named else "float32"
+
+
+def _checks_size(run: _Run, adapter_config: Mapping[str, Any]) -> bool:
+    """Return whether the adapter refuses images of another size; False where no pipeline takes its folder, as with CLIP."""
+    return bool(adapter_config.get("image_size")) and run.adapter.scores == "logits"
 
 
 def _bring(run: _Run, source: Source, own_processor: bool) -> str | None:

@@ -10,7 +10,6 @@ from typing import Any, TypeGuard
 
 MISSING = "–"
 NOT_MEASURED = "not measured"
-_DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -56,8 +55,9 @@ def printable(text: object) -> str:
 
 
 def _steers(c: str) -> bool:
-    # control characters, halves of surrogate pairs (in file names that are not UTF-8), line ends, directions of writing
-    return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in _DIRECTIONS
+    # control characters, what is invisible (directions of writing too), halves of surrogate pairs (in file names that are
+    # not UTF-8), line ends; but scripts and emoji need the zero-width joiner and non-joiner
+    return unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\u200c\u200d"
 
 
 def escape(text: object) -> str:

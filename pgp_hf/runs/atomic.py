@@ -49,6 +49,26 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(own, temporary)
 
 
+def sync(path: Path) -> None:
+    """Write a file, or a folder with all that is in it, through to the disk, so that a power failure leaves it whole."""
+    for one in (*path.rglob("*"), path) if path.is_dir() else (path,):
+        if one.is_dir():
+            sync_names(one)
+        else:
+            with one.open("rb+") as file:  # Windows syncs no file that is open for reading alone
+                os.fsync(file.fileno())
+
+
+def sync_names(folder: Path) -> None:
+    """Write a folder's list of files through to the disk, where the system can do so."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
 def _in_rows(value: Any, indent: str = "") -> str:
     inner = indent + "  "
     if isinstance(value, dict) and value:

@@ -13,12 +13,14 @@ checkpoint-N/  the state after N steps, which `checkpoint.json` completes:
 from __future__ import annotations
 
 import re
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from . import removal
 from .atomic import write_json
-from .reading import read_json, sha256
+from .listing import Digest, parse_digests
+from .reading import read_json
 
 SEAL = "checkpoint.json"
 OPTIMIZER, SCHEDULER, SCALER, RANDOM = "optimizer", "scheduler", "scaler", "random.safetensors"
@@ -44,7 +46,7 @@ def seal(folder: Path, best: str | None) -> None:
         best: name of another checkpoint beside it that training goes back to when it ends; None for none.
     """
     files = {
-        file.relative_to(folder).as_posix(): {"sha256": sha256(file), "bytes": file.stat().st_size}
+        file.relative_to(folder).as_posix(): asdict(Digest.of(file))
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
@@ -78,16 +80,18 @@ def check_files(folder: Path) -> dict[str, Any]:
     content = read_json(folder / SEAL)
     if content.get("format") != FORMAT:
         raise ValueError(f"{folder / SEAL} has format={content.get('format')!r}: this version reads {FORMAT}")
-    if content.keys() != {"format", "best", "files"} or not _is_manifest(content["best"], content["files"]):
-        raise ValueError(f"{folder / SEAL} is damaged: it does not list files with their size and SHA-256")
-    for name, noted in content["files"].items():
+    try:
+        listed = _parse(content)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / SEAL} is damaged: it does not list files with their size and SHA-256 ({error})"
+        ) from error
+    for name, noted in listed.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-        if (size := path.stat().st_size) != noted["bytes"]:
-            raise ValueError(f"{path} is damaged: it has {size} bytes, and {noted['bytes']} were written")
-        if sha256(path) != noted["sha256"]:
-            raise ValueError(f"{path} is damaged or was altered: its SHA-256 is not the one in {SEAL}")
+        if difference := noted.difference(path, SEAL):
+            raise ValueError(f"{path} is damaged or was altered: {difference}")
     return content
 
 
@@ -103,6 +107,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def has_states(folder: Path) -> bool:
+    """Return True if a checkpoint was written to its end, with the optimizer's state."""
+    return all((folder / name).is_file() for name in (SEAL, f"{OPTIMIZER}.json"))
+
+
 def was_begun(folder: Path) -> bool:
     """Return True if a checkpoint's folder holds a file of it."""
     return any((folder / name).exists() for name in _FILES)
@@ -115,18 +124,13 @@ def delete_checkpoint(folder: Path) -> None:
     removal.remove_empty(folder)
 
 
-def _is_manifest(best: Any, files: Any) -> bool:
-    return (best is None or (isinstance(best, str) and _NAME.fullmatch(best) is not None)) and (
-        isinstance(files, dict)
-        and {TRAINER_STATE, PROGRESS} <= files.keys()
-        and all(_is_inside(name) and isinstance(noted, dict) for name, noted in files.items())
-        and all(
-            noted.keys() == {"sha256", "bytes"} and isinstance(noted["sha256"], str) and type(noted["bytes"]) is int
-            for noted in files.values()
-        )
-    )
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+def _parse(content: dict[str, Any]) -> dict[str, Digest]:
+    """Return the digests in `checkpoint.json` by path; raise ValueError for any other content."""
+    if content.keys() != {"format", "best", "files"}:
+        raise ValueError(f"it has {', '.join(content)[:120]} where format, best and files are expected")
+    best, files = content["best"], parse_digests(content["files"])
+    if best is not None and not (isinstance(best, str) and _NAME.fullmatch(best)):
+        raise ValueError(f"best={best!r:.80} is not the name of a checkpoint")
+    if lacking := {TRAINER_STATE, PROGRESS} - files.keys():
+        raise ValueError(f"{min(lacking)} is not among them")
+    return files

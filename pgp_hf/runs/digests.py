@@ -8,64 +8,22 @@ folder of a run that goes on from a single revision also has `earlier_features`,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from . import reading
 from .atomic import write_json
 from .folder import DIGESTS, LARGE
+from .listing import Digest, parse_digests
 
 CARD, FIGURES = "README.md", "figures"
 """Files that people edit: they are listed, but not checked."""
 
 
 class AlteredFileError(ValueError):
-    """Say that a file is damaged or was altered, unlike one that is merely of another run or not there."""
-
-
-@dataclass(frozen=True)
-class Digest:
-    """The size of a file and the SHA-256 of its bytes, in hexadecimal digits."""
-
-    sha256: str
-    bytes: int
-
-    @classmethod
-    def of(cls, path: Path, sha256: str | None = None) -> Digest:
-        """Return that of a file, whose `sha256` may be known."""
-        return cls(sha256 or reading.sha256(path), path.stat().st_size)
-
-    @classmethod
-    def parse(cls, entry: Any) -> Digest:
-        """Return that in a JSON object; raise ValueError for any other content."""
-        if (
-            not isinstance(entry, dict)
-            or entry.keys() != {"sha256", "bytes"}
-            or not (isinstance(entry["sha256"], str) and re.fullmatch("[0-9a-f]{64}", entry["sha256"]))
-            or not (type(entry["bytes"]) is int and entry["bytes"] >= 0)
-        ):
-            raise ValueError(f"{str(entry)[:120]} is not an object of sha256 (64 digits) and bytes")
-        return cls(**entry)
-
-    def check_size(self, path: Path) -> None:
-        """Raise ValueError unless a file has this size."""
-        if (size := path.stat().st_size) != self.bytes:
-            raise AlteredFileError(
-                f"{path} is not the file that the run wrote: it has {size} bytes, {self.bytes} by {DIGESTS}. It is "
-                "damaged or was altered: fetch it again, or use the revision before it."
-            )
-
-    def check(self, path: Path) -> None:
-        """Raise ValueError unless a file has this size and this digest."""
-        self.check_size(path)
-        if reading.sha256(path) != self.sha256:
-            raise AlteredFileError(
-                f"{path} is not the file that the run wrote: its digest differs from the one in {DIGESTS}. It is damaged "
-                "or was altered: fetch it again, or use the revision before it."
-            )
+    """Report a file that is damaged or was altered, not one that is missing or belongs to another run."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +81,7 @@ class Digests:
         try:
             if not {"files", "features"} <= content.keys() <= {"files", "features", "earlier_features"}:
                 raise ValueError(f"it has {', '.join(content)[:120]} where files and features are expected")
-            files, earlier = _parse_all(content["files"]), _parse_all(content.get("earlier_features", {}))
+            files, earlier = parse_digests(content["files"]), parse_digests(content.get("earlier_features", {}))
             features = content["features"]
             return cls(folder, files, features if features is None else Digest.parse(features), earlier)
         except ValueError as error:
@@ -146,9 +104,9 @@ class Digests:
         """Return the files that are checked: all but those that people edit."""
         return [name for name in self.files if name != CARD and not name.startswith(f"{FIGURES}/")]
 
-    def check(self, name: str) -> None:
-        """Raise ValueError unless the file of this name is the one that the run wrote."""
-        self._listed(name).check(self.folder / name)
+    def check(self, name: str, copy: Path | None = None) -> None:
+        """Raise ValueError unless the file of this name, or its copy elsewhere, is the one that the run wrote."""
+        self._compare(self._listed(name), copy or self.folder / name)
 
     def check_read(self, names: Iterable[str]) -> None:
         """Raise ValueError unless those of a revision's files that are read are as the run wrote them.
@@ -158,8 +116,7 @@ class Digests:
         for name in dict.fromkeys(names):
             path = self.folder / name
             if path.exists():
-                listed = self._listed(name)
-                listed.check(path) if name.endswith(".json") else listed.check_size(path)
+                self._compare(self._listed(name), path, size_only=not name.endswith(".json"))
             elif name in self.files and name not in LARGE:
                 raise AlteredFileError(
                     f"{self.folder} has no {name}, which {DIGESTS} lists: the download or copy is incomplete."
@@ -174,7 +131,7 @@ class Digests:
         """
         digest = self.features if own else self.earlier_features.get(path.name)
         if digest is not None:
-            digest.check(path)
+            self._compare(digest, path)
         elif own:
             raise AlteredFileError(
                 f"{path} is not listed in {self.folder / DIGESTS}, so the run did not write it: remove it."
@@ -188,13 +145,10 @@ class Digests:
             )
         return self.files[name]
 
-
-def _parse_all(content: Any) -> dict[str, Digest]:
-    """Return digests by path; raise ValueError for a path that leaves the folder, or another content."""
-    if not isinstance(content, dict):
-        raise ValueError("it has no object of digests by path")
-    for name in content:
-        parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name or ":" in name:
-            raise ValueError(f"{name!r} is not a path in this folder")
-    return {name: Digest.parse(entry) for name, entry in content.items()}
+    def _compare(self, digest: Digest, path: Path, size_only: bool = False) -> None:
+        """Raise ValueError unless a file is the one that was noted."""
+        if difference := digest.difference(path, DIGESTS, size_only):
+            raise AlteredFileError(
+                f"{path} is not the file that the run wrote: {difference}. It is damaged or was altered: fetch it again, or "
+                "use the revision before it."
+            )

@@ -7,6 +7,7 @@ output_dir/  the last finished task's files (large ones as hard links), and
   continued.json        in a run continued from a single revision, or one that learns all tasks as one, the last: the
                         number of tasks that are not here
   .copying              while a task's files are copied to the top level: the name of its folder
+  .task-t.aside/        files of somebody else, while those of task t take their place in task-t/
   .run.lock             while a process trains here, see `lock`
 """
 
@@ -21,8 +22,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import removal
-from .atomic import replacing, write_json
+from .atomic import replacing, sync, sync_names, write_json
 from .checkpoint import UNFINISHED, check_checkpoint, checkpoints, delete_checkpoint, was_begun
+from .lock import HOLDER
 from .reading import read_json
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -46,9 +48,10 @@ _TASK_FILES = (
     *(*_STATE, EXEMPLARS, PROCESSOR, "processor_config.json", "README.md"),
     *(f"figures/{name}.png" for name in _FIGURES),
 )
-# what else is written to the top level, by the run or by the commands of the examples
-_RUN_FILES = (CONTINUED, "comparison.json", "figures/comparison.png", "settings.json", "frozen.json")
+# what else is written to the top level, whose temporary files are swept
+_ALSO_SWEPT = (CONTINUED, "comparison.json", "figures/comparison.png", "settings.json", "frozen.json")
 _UNPUBLISHED = re.compile(TASK.pattern.join((r"\.", r"-[a-z0-9_]{8}")))  # as `mkdtemp` calls folders
+_ASIDE = re.compile(TASK.pattern.join((r"\.", r"\.aside")))
 
 
 class RunFolder:
@@ -122,6 +125,17 @@ class RunFolder:
                 f"{self.root} {what}: a finished task is never trained over. Put back what was removed or changed; or "
                 f"continue from a single task in another output_dir: resume_from_checkpoint={str(self.task(here[-1]))!r}."
             )
+        following, begun, copied = self.finished_tasks() or self.first, self.begun(), self._copied()
+        if later := [t for t in begun if t > following]:
+            raise ValueError(
+                f"{self.root} holds checkpoints of {_named(later)}, but lacks task-{following + 1}, which ended before: a "
+                f"finished task is never trained over. Put back what was removed, or delete {self.root / CHECKPOINTS}."
+            )
+        if begun and copied and not here:
+            raise ValueError(
+                f"{self.root} lacks the folders of the {copied} tasks that its {RESULTS} counts: a finished task is never "
+                f"trained over. Put back what was removed, or delete {self.root / CHECKPOINTS}."
+            )
 
     def check_free(self, t: int) -> None:
         """Raise ValueError if the 0-based task t cannot be published here, such as one that is finished already."""
@@ -131,12 +145,8 @@ class RunFolder:
                 "the run with resume_from_checkpoint=True, or choose another folder."
             )
         path = self.task(t)
-        in_the_way = [path] if path.is_file() else [path / name for name in _TASK_FILES if (path / name).exists()]
-        if in_the_way:
-            raise ValueError(
-                f"{in_the_way[0]} is in the way of a task's files, and no run has written it: move it, or choose another "
-                "output_dir."
-            )
+        whole = path.is_file() or path.is_symlink()
+        _check_free([path] if whole else [path / name for name in _TASK_FILES if (path / name).exists()])
 
     @property
     def first(self) -> int:
@@ -165,7 +175,16 @@ class RunFolder:
                 f"output_dir={self.root} holds an earlier run ({len(self.tasks())} finished tasks): continue it with "
                 "resume_from_checkpoint=True, delete it with overwrite_output_dir=True, or choose another folder."
             )
+        self.check_top_level()
+
+    def check_top_level(self) -> None:
+        """Raise ValueError if the top level holds files that a run would replace."""
         self._check_top_level(self._in_the_way())
+
+    def begun(self) -> list[int]:
+        """Return the 0-based indices of the tasks whose checkpoints are here, whole or not."""
+        found = (TASK.fullmatch(folder.parent.name) for folder in self._all_checkpoints() if was_begun(folder))
+        return sorted({int(name[1]) - 1 for name in found if name})
 
     def clear(self) -> None:
         """Delete the files that an earlier run has written, and the folders that are empty then.
@@ -191,21 +210,26 @@ class RunFolder:
             )
 
     def sweep(self) -> None:
-        """Remove what a run was writing when it died; only for who holds the lock of the folder."""
+        """Remove what a run was writing when it died; only for whoever holds the lock of the folder."""
         for folder in self.root.glob(".task-*"):
             if _UNPUBLISHED.fullmatch(folder.name):
                 removal.remove_temporary(folder)
+            elif aside := _ASIDE.fullmatch(folder.name):
+                removal.merge(folder, self.task(int(aside[1]) - 1))
         for folder in (self.root / CHECKPOINTS).glob("task-*/.checkpoint-*"):
             if TASK.fullmatch(folder.parent.name) and UNFINISHED.fullmatch(folder.name):
                 removal.remove_temporary(folder)
         features = [f"task-{t + 1}.safetensors" for t in self._features(temporary=True)]
-        for where, known in ((self.root, (*_TASK_FILES, *_RUN_FILES, COPYING)), (self.root / FEATURES, features)):
+        for where, known in (
+            (self.root, (*_TASK_FILES, *_ALSO_SWEPT, COPYING, HOLDER)),
+            (self.root / FEATURES, features),
+        ):
             removal.remove(where, removal.temporaries(where, known))
 
     def drop_checkpoints(self, before: int | None = None) -> None:
         """Delete checkpoints of all tasks, or of those with 0-based index below `before`."""
         for folder in self._all_checkpoints():
-            if before is None or int(folder.parent.name.removeprefix("task-")) <= before:
+            if before is None or int(folder.parent.name.removeprefix("task-")) - 1 < before:
                 delete_checkpoint(folder)
         for folder in (*(self.root / CHECKPOINTS).glob("task-*"), self.root / CHECKPOINTS):
             removal.remove_empty(folder)
@@ -228,7 +252,10 @@ class RunFolder:
         try:
             write(temporary)
             temporary.chmod(0o755)  # mkdtemp makes it private, which a finished task is not
-            self._place(temporary, self.task(t))
+            for written in filter(Path.exists, (temporary, self.features(t))):
+                sync(written)  # the task's checkpoints are deleted next
+            self._place(temporary, t)
+            sync_names(self.root)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self.promote(t)
@@ -236,30 +263,47 @@ class RunFolder:
 
     def promote(self, t: int) -> None:
         """Copy a finished task's files to the top level, their digests last."""
-        with replacing(self.root / COPYING) as temporary:  # for who reads the top level meanwhile
+        with replacing(self.root / COPYING) as temporary:  # for whoever reads the top level meanwhile
             temporary.write_text(f"{self.task(t).name}\n", encoding="utf-8")
-        for file in sorted(self.task(t).rglob("*"), key=lambda file: (file.name == DIGESTS, file)):
-            if file.is_file():
-                with replacing(self.root / file.relative_to(self.task(t))) as temporary:
-                    _link(file, temporary) if file.name in LARGE else shutil.copyfile(file, temporary)
+        task = self.task(t)
+        listed = removal.listed(task / DIGESTS)
+        for name in sorted(
+            {*listed, DIGESTS} if listed else self._written(task), key=lambda name: (name == DIGESTS, name)
+        ):
+            if (task / name).is_file():
+                with replacing(self.root / name) as temporary:
+                    _link(task / name, temporary) if name in LARGE else shutil.copyfile(task / name, temporary)
         (self.root / COPYING).unlink(missing_ok=True)
+
+    def complete_copy(self, t: int) -> None:
+        """Copy a finished task's files to the top level unless they are there, where files may have been edited since."""
+        copies = ((self.task(t) / name, self.root / name) for name in (RESULTS, DIGESTS))
+        if (self.root / COPYING).exists() or any(_content(file) != _content(copy) for file, copy in copies):
+            self.promote(t)
 
     def drop_large(self, before: int) -> None:
         """Remove a whole model's weights and stored images from the folders of the tasks with 0-based index below `before`."""
-        for t in range(before):
+        for folder in map(self.task, range(before)):
+            own = removal.listed(folder / DIGESTS)
+            adapter = (folder / ADAPTER_CONFIG).is_file()  # beside which a model's weights are somebody else's
             for name in LARGE:
-                (self.task(t) / name).unlink(missing_ok=True)
+                if name in own and not (name == MODEL and adapter):
+                    (folder / name).unlink(missing_ok=True)
 
-    def _place(self, temporary: Path, target: Path) -> None:
-        """Give a written folder its name; files of somebody else that lie there already stay."""
+    def _place(self, temporary: Path, t: int) -> None:
+        """Give a written folder its name, whole or not at all; files of somebody else that lie there already stay."""
+        target, aside = self.task(t), self.root / f".{self.task(t).name}.aside"
         removal.remove_empty(target)
         if not target.exists():
             os.replace(temporary, target)
             return
-        for file in sorted(temporary.rglob("*"), key=lambda file: (file.name == DIGESTS, file)):
-            if file.is_file():
-                (target / file.relative_to(temporary)).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target / file.relative_to(temporary))
+        pairs = ((file, target / file.relative_to(temporary)) for file in sorted(temporary.rglob("*")))
+        _check_free([there for file, there in pairs if there.exists() and not (file.is_dir() and there.is_dir())])
+        os.replace(target, aside)
+        try:
+            os.replace(temporary, target)
+        finally:  # `sweep` does so if the process dies first
+            removal.merge(aside, target)
 
     def _written(self, folder: Path) -> list[str]:
         """Return the files of a task in its folder or at the top level."""
@@ -273,6 +317,14 @@ class RunFolder:
         if all((self.root / name).is_file() for name in (RESULTS, MANIFEST)):  # a copy of a task
             names |= {*self._written(self.root)}
         return sorted(names)
+
+    def _copied(self) -> int:
+        """Return the number of tasks that the top level counts, 0 where it holds no copy of one."""
+        try:
+            count = read_json(self.root / RESULTS).get("finished_tasks")
+        except ValueError:
+            return 0
+        return count if type(count) is int else 0
 
     def _in_the_way(self) -> list[str]:
         """Return the files at the top level that those of a task would replace."""
@@ -310,6 +362,18 @@ def config_name(folder: Path) -> str:
     """Return the name of the file that describes the model in a task's folder: an adapter's, or a whole model's."""
     whole = (folder / MODEL_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file()
     return MODEL_CONFIG if whole else ADAPTER_CONFIG
+
+
+def _check_free(in_the_way: Sequence[Path]) -> None:
+    if in_the_way:
+        raise ValueError(
+            f"{in_the_way[0]} is in the way of a task's files, and no run has written it: move it, or choose another "
+            "output_dir."
+        )
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
 
 
 def _holds_task(folder: Path) -> bool:

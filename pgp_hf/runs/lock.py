@@ -84,7 +84,8 @@ def _take(folder: Path) -> _Held | None:
         )
         return None
     began = time.strftime("%Y-%m-%d %H:%M:%S%z")
-    write_json(folder / HOLDER, {"host": socket.gethostname(), "pid": os.getpid(), "began": began})
+    noted = {"host": socket.gethostname(), "pid": os.getpid(), "began": began, "started": _started(os.getpid())}
+    write_json(folder / HOLDER, {name: value for name, value in noted.items() if value is not None})
     return _Held(lock, created)
 
 
@@ -116,13 +117,26 @@ def is_held(folder: Path) -> bool:
         return False
     if noted["host"] != socket.gethostname() or os.name == "nt":  # where a signal of 0 is not a question
         return True
+    if noted["pid"] == os.getpid():
+        return folder.resolve() in _held
     try:
         os.kill(noted["pid"], 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
-        return True
-    return True
+        pass
+    # the number of a process that died may be another one's by now
+    then, now = noted.get("started"), _started(noted["pid"])
+    return then is None or now is None or then == now
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process began, in ticks since the system did; None where the system does not say so."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return fields[19].decode()
+    except (OSError, IndexError):
+        return None
 
 
 def _noted(folder: Path) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ def written(folder: Path, known: Collection[str], lists: Iterable[str] = ()) -> 
     """
     noted: dict[str, Any] = {}
     for name in lists:
-        noted |= _noted(folder / name)
+        noted |= listed(folder / name)
     found = [name for name in {**dict.fromkeys(known), **noted} if _is_file(folder, name)]
     found = [name for name in found if name in known or _is_as_noted(folder / name, noted[name])]
     return [*found, *temporaries(folder, known)]
@@ -63,6 +63,27 @@ def remove_temporary(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def listed(path: Path) -> Mapping[str, Any]:
+    """Return what a list of digests notes of each file; nothing for one that is damaged, or leaves its folder."""
+    try:
+        files = read_json(path)["files"] if path.is_file() else {}
+        inside = [PurePosixPath(name) for name in files]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    damaged = not isinstance(files, dict) or not all(isinstance(noted, dict) for noted in files.values())
+    return {} if damaged or any(name.is_absolute() or ".." in name.parts for name in inside) else files
+
+
+def merge(source: Path, target: Path) -> None:
+    """Move a file or folder to a place where a folder may be already, whose own files stay."""
+    if not os.path.lexists(target):
+        os.replace(source, target)
+    elif all(path.is_dir() and not path.is_symlink() for path in (source, target)):
+        for path in sorted(source.iterdir()):
+            merge(path, target / path.name)
+        remove_empty(source)
+
+
 def _is_file(folder: Path, name: str) -> bool:
     """Return whether a path is a file, and no folder on the way is a link."""
     path = folder / name
@@ -70,17 +91,5 @@ def _is_file(folder: Path, name: str) -> bool:
     return path.is_file() and not any((folder / parent).is_symlink() for parent in inside)
 
 
-def _noted(path: Path) -> Mapping[str, Any]:
-    """Return what a list of digests notes of each file; nothing for one that is damaged, or leaves its folder."""
-    try:
-        files = read_json(path)["files"] if path.is_file() else {}
-        inside = (PurePosixPath(name) for name in files)
-        return files if not any(name.is_absolute() or ".." in name.parts for name in inside) else {}
-    except (ValueError, KeyError, TypeError):
-        return {}
-
-
-def _is_as_noted(path: Path, noted: Any) -> bool:
-    return (
-        isinstance(noted, dict) and os.path.getsize(path) == noted.get("bytes") and sha256(path) == noted.get("sha256")
-    )
+def _is_as_noted(path: Path, noted: Mapping[str, Any]) -> bool:
+    return os.path.getsize(path) == noted.get("bytes") and sha256(path) == noted.get("sha256")

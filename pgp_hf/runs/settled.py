@@ -1,4 +1,4 @@
-"""Read the top level of a run that may be in training: while a task's files are being copied there, they do not fit."""
+"""Read a run's top level safely while a training process is replacing its files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .lock import described, is_held
 
 T = TypeVar("T")
 SECONDS = 60.0
-"""Longest time to wait for a task's files, most of which takes the copy of a large one."""
+"""Longest wait, in seconds; copying a large file takes most of it."""
 
 
 def settled(where: str | os.PathLike[str], revision: str | None, read: Callable[[], T]) -> T:
@@ -61,8 +61,13 @@ def _wait(folder: Path, ends: float) -> None:
             continue
         try:
             name = (folder / COPYING).read_text(encoding="utf-8").strip()[:20]
-        except OSError:
-            continue
+        except FileNotFoundError:  # the copy has just ended
+            return
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{folder / COPYING} cannot be read ({error}): expected the name of the task whose files are being copied "
+                "to the top level. Remove it and resume the run, or load a single task, such as revision='task-1'."
+            ) from error
         state = (
             f"is being written by {described(folder)}"
             if alive

@@ -108,7 +108,10 @@ class PGPTrainingArguments(TrainingArguments):
     )
     verify_images: bool = field(default=True, metadata={"help": "decode every image once before training starts"})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "delete an earlier run in output_dir instead of refusing to touch it"}
+        default=False,
+        metadata={
+            "help": "delete the files that an earlier run wrote to output_dir, instead of refusing to touch it; all others stay"
+        },
     )
     save_full_weights: Literal["last", "all"] = field(
         default="last",

@@ -13,6 +13,8 @@ from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -29,7 +31,7 @@ from ..runs.revision import read_method
 from ..runs.states import encode, read_state, write_state
 from .arguments import PGPTrainingArguments
 from .callbacks import ends_epoch
-from .optimizer_state import check_optimizer_state, load_optimizer, optimizer_state, plain
+from .optimizer_state import check_optimizer_state, load_optimizer, note_learning_rates, optimizer_state, plain
 from .progress import Progress
 from .random_states import gather_random_states, scatter_random_states
 from .results import StreamResults
@@ -172,19 +174,30 @@ class CheckpointTrainer(Trainer):
                     "JSON can hold."
                 ) from error
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Create the schedule as a `Trainer` does, and note the learning rates that it begins with."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        # a schedule that follows a metric does not, and a checkpoint has the rates that it has lowered
+        note_learning_rates(plain(optimizer or self.optimizer))
+        return schedule
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._check_states()
         return prepared
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, whole or not at all, and delete those that are not needed any more."""
+    def _save_checkpoint(self, model: nn.Module, trial: Any, with_states: bool = False) -> None:
+        """Write a checkpoint, whole or not at all, and delete those that are not needed any more.
+
+        Args:
+            with_states: also write what training goes on with where `save_only_model` leaves it out.
+        """
         self.store_flos()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         states = gather_random_states(self.accelerator)
         best = self._best(folder)
         if self.is_world_process_zero():
-            self._publish(folder, states, best)
+            self._publish(folder, states if with_states or not self.args.save_only_model else None, best)
             self._rotate(folder, best)
         self.accelerator.wait_for_everyone()
 
@@ -195,7 +208,7 @@ class CheckpointTrainer(Trainer):
             self.state.best_model_checkpoint = str(folder.with_name(f"checkpoint-{step}"))
         return None if self.state.best_model_checkpoint is None else Path(self.state.best_model_checkpoint)
 
-    def _publish(self, folder: Path, states: Mapping[str, Tensor], best: Path | None) -> None:
+    def _publish(self, folder: Path, states: Mapping[str, Tensor] | None, best: Path | None) -> None:
         """Write the files into a folder that takes its name when it is complete."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         best = best if self.args.load_best_model_at_end else None
@@ -215,11 +228,16 @@ class CheckpointTrainer(Trainer):
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _write_checkpoint(self, folder: Path, states: Mapping[str, Tensor]) -> None:
+    def _write_checkpoint(self, folder: Path, states: Mapping[str, Tensor] | None) -> None:
+        """Write the files of a checkpoint.
+
+        Args:
+            states: of the random number generators; None to leave out these and the states of optimizer and schedule.
+        """
         self._write_model(folder)
         if self.task is not None:  # a checkpoint belongs to these tasks alone
             write_json(folder / MANIFEST, self.stream.manifest(self.results.num_tasks))
-        if not self.args.save_only_model:
+        if states is not None:
             write_state(folder, files.OPTIMIZER, optimizer_state(plain(self.optimizer)))
             write_state(folder, files.SCHEDULER, self.lr_scheduler.state_dict())
             if (scaler := getattr(self.accelerator, "scaler", None)) is not None:

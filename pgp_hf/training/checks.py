@@ -37,7 +37,8 @@ class Range:
 
     def __str__(self) -> str:
         if self.above:
-            return f"a number above {self.low:g}, at most {self.high:g}"
+            above = f"number above {self.low:g}"
+            return f"a finite {above}" if self.high is None else f"a {above}, at most {self.high:g}"
         return f"a finite number from {self.low:g}" if self.high is None else f"{self.low:g} to {self.high:g}"
 
 
@@ -59,7 +60,7 @@ _RANGES = {
     "learning_rate": _RATE,
     "head_learning_rate": _RATE,
     "later_prompt_learning_rate": _RATE,
-    "num_train_epochs": Range(0, None, "it counts passes over a task's images"),
+    "num_train_epochs": Range(0, None, "it counts passes over a task's images", above=True),
     "warmup_steps": Range(0, None, "it counts steps, or is a share of all steps below 1"),
     "weight_decay": Range(0, None, "weights would grow"),
     "adam_beta1": _BETA,

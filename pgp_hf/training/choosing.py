@@ -111,7 +111,7 @@ def _check_mode(args: PGPTrainingArguments) -> None:
     mode, expected = settings.get("mode", "min"), "max" if args.greater_is_better else "min"
     if mode != expected:
         raise ValueError(
-            f"lr_scheduler_type={schedule!r} takes {args.metric_for_best_model!r} for the better the "
-            f"{'lower' if mode == 'min' else 'greater'} it is, and greater_is_better={args.greater_is_better}: add "
+            f"lr_scheduler_type={schedule!r} treats {'lower' if mode == 'min' else 'greater'} values of "
+            f"{args.metric_for_best_model!r} as better, and greater_is_better={args.greater_is_better}: add "
             f"lr_scheduler_kwargs={{'mode': {expected!r}}}."
         )

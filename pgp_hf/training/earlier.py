@@ -229,11 +229,11 @@ class EarlierRun:
         Args:
             tasks: number of finished tasks.
         """
-        t, last = j, tasks - 1
+        t, last, beside = j, tasks - 1, RunFolder(path.parent.parent)  # whose first task may be a single revision's
         # a run that goes on from a single revision lacks the folders of earlier tasks, and the first one notes theirs
-        while t < last and not RunFolder.task(self.source, t).is_dir():
+        while t < last and not beside.task(t).is_dir():
             t += 1
-        digests = Digests.read(self.source.task(t))
+        digests = Digests.read(self.source.task(t) if t == last else beside.task(t))
         if digests is not None:
             digests.check_features(path, own=t == j)
 
@@ -348,5 +348,5 @@ def _copy_task(source: Path, features: Path, earlier: list[Path], folder: Path) 
     if (written := Digests.read(source)) is not None:
         for name in written.checked:
             if (folder / name).exists():
-                written.files[name].check(folder / name)
+                written.check(name, folder / name)
         Digests.of(folder, features, earlier).write()

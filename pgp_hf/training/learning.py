@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.stored import Stored
 from ..data.stream import Task, TaskStream
-from ..inference.opening import open_model
+from ..inference.opening import floating_dtype, open_model
 from ..methods import ContinualMethod, ProjectedPrompts, create
 from ..models import StreamModel, open_head, stream_model
 from ..runs.checks import origin_on_hub
@@ -107,13 +107,14 @@ def open_for_learning(
     backbone: str | os.PathLike[str] | PreTrainedModel | None,
     processor: Any,
     hub: dict[str, Any],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Opened:
     """Open a revision to go on from it; for the arguments see `StreamTrainer.from_pretrained`.
 
     Raises:
         ValueError: no such revision, files that do not fit together, or another backbone.
     """
+    dtype = floating_dtype(dtype)  # before anything is read
     source = open_finished(os.fspath(run_or_repo), revision, **hub)
     tasks = source.finished_tasks()
     found = Revision.read(source.task(tasks - 1), f"task-{tasks}")
@@ -126,8 +127,9 @@ def open_for_learning(
     if processor is not None:
         check_same_size(processor, found)
     local = Path(run_or_repo).is_dir()
-    model, processor = open_model(found, backbone, processor, local, hub, trainable=True, dtype=dtype)
     stream = TaskStream.from_manifest(found.manifest, test_dataset, num_tasks=tasks)
+    # last, since it changes a backbone that was passed
+    model, processor = open_model(found, backbone, processor, local, hub, trainable=True, dtype=dtype)
     return Opened(model, method, processor, stream, source)
 
 

@@ -84,12 +84,10 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], where: Path) -> 
     Raises:
         ValueError: the state of another optimizer, of other parameters, or with other learning rates.
     """
-    state, rates = saved["state"], _learning_rates(optimizer.param_groups)
-    for what, was, now in (
-        ("optimizer", saved["kind"], _kind(optimizer)),
-        ("learning rates", _learning_rates(state["param_groups"]), rates),
-    ):
-        if was != now:
+    state = saved["state"]
+    rates = [_learning_rates(groups) for groups in (state["param_groups"], optimizer.param_groups)]
+    for what, was, now in (("optimizer", saved["kind"], _kind(optimizer)), ("learning rates", *rates)):
+        if was != now and was is not None and now is not None:
             raise ValueError(
                 f"{where} was trained with the {what} {was}, and now it is {now}: continue with the same, or start a new "
                 "run in another output_dir."
@@ -110,6 +108,14 @@ def _kind(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
-def _learning_rates(groups: list[dict[str, Any]]) -> list[float]:
-    """Return the learning rates that a schedule begins with, which it keeps in the groups."""
-    return [float(group.get("initial_lr", group["lr"])) for group in groups]
+def note_learning_rates(optimizer: Optimizer) -> None:
+    """Note the learning rates that a schedule begins with in the groups, as most schedules do themselves."""
+    for group in optimizer.param_groups:
+        rate = group["lr"]
+        group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate)
+
+
+def _learning_rates(groups: list[dict[str, Any]]) -> list[float] | None:
+    """Return the learning rates that a schedule began with; None if they were not noted."""
+    noted = [float(group["initial_lr"]) for group in groups if "initial_lr" in group]
+    return noted if len(noted) == len(groups) else None

@@ -28,13 +28,29 @@ class ReportingTrainer(CheckpointTrainer):
         """Save the model as a `Trainer` does, together with the method's state; nothing is uploaded.
 
         A run's folder keeps its card, of which PEFT would make another.
+
+        Raises:
+            ValueError: the run's own folder, while the model is not that of the last finished task, which lies there.
         """
-        path = Path(output_dir or self.folder.root) / CARD
+        folder = Path(output_dir or self.folder.root)
+        if self.args.should_save and folder.resolve() == self.folder.root.resolve():
+            self._check_finished()
+        path = folder / CARD
         before = path.read_bytes() if path.is_file() else None
         super().save_model(output_dir, _internal_call)
         if before is not None and self.args.should_save:
             with replacing(path) as part:
                 part.write_bytes(before)
+
+    def _check_finished(self) -> None:
+        """Raise ValueError unless the model is that of the last finished task in the run's folder."""
+        finished = self.folder.finished_tasks()
+        if self.progress.interrupted or self.task is None or self.task + 1 != finished:
+            newest = f"the state after task {finished}" if finished else "the state after each finished task"
+            raise ValueError(
+                f"output_dir={self.folder.root} is the run's own folder, for {newest}, and the model is in another one: "
+                "pass another folder, as in save_model(folder). Finished tasks are in task-1, task-2, ... already."
+            )
 
     def create_model_card(
         self,

@@ -68,7 +68,7 @@ def find_run(where: str | Path, **hub: Any) -> RunFolder:
 def _no_run(where: str | Path) -> ValueError:
     """Return the error for a path that holds neither a finished task nor a checkpoint."""
     run = next((path for path in Path(where).absolute().parents if not RunFolder(path).is_empty()), None)
-    hint = f" It is inside of the run {run}: pass that." if run else ""
+    hint = f" It is inside the run {run}: pass that." if run else ""
     return ValueError(
         f"resume_from_checkpoint={str(where)!r} holds neither a finished task nor a checkpoint to go on from: expected a "
         f"run's folder, one of its task folders, or 'owner/name@task-3' on the Hub.{hint}"
@@ -116,6 +116,8 @@ class Resumer:
             self.check_checkpoint(checkpoint, following)
         elif not finished and where is not True:  # nothing is deleted or begun for a path that holds nothing
             raise _no_run(str(where))
+        if not finished and self.args.process_index == 0 and not self._elsewhere(source):
+            self.folder.check_top_level()  # where the run has no file yet
         earlier = self._earlier(source)
         if finished:
             self._check_settings(source.task(finished - 1), following)
@@ -182,8 +184,14 @@ class Resumer:
             return
         if source.root.resolve().is_relative_to(here.root.resolve()):
             raise ValueError(f"output_dir={here.root} holds {source.root}: continue it in another output_dir.")
-        if not (resume or self.args.overwrite_output_dir):
-            here.check_unused()
+        if not self.args.overwrite_output_dir:
+            if not (resume and here.tasks()):  # else a copy that was interrupted is completed
+                here.check_unused()
+            elif begun := here.begun():
+                raise ValueError(
+                    f"output_dir={here.root} holds checkpoints of task-{begun[0] + 1}, and only {len(here.tasks())} of the "
+                    f"{tasks} tasks that this run goes on from: it is another run. Choose another output_dir."
+                )
         kept = [] if self.args.overwrite_output_dir else here.tasks()  # of a copy that was interrupted
         try:
             self._prepare_folder(self._earlier(source, going_on=True), tasks)
@@ -294,4 +302,4 @@ class Resumer:
         if finished and (elsewhere or earlier.source.single):
             earlier.copy_to(self.folder, finished, self.progress.references)
         if finished:
-            self.folder.promote(finished - 1)  # the run may have died before doing so
+            self.folder.complete_copy(finished - 1)  # the run may have died before doing so

@@ -1,4 +1,4 @@
-"""Checks and arrangements before a trainer trains."""
+"""Check before training that arguments, model, stream and method fit together, and prepare the model for it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
 from ..heads.statistics import ClassStatistics
+from ..inference.backbone import check_sizes
 from ..methods import ContinualMethod, ProjectedPrompts
 from ..models import PlainModel, Protectable, StreamModel, stream_model
 from .arguments import PGPTrainingArguments
@@ -40,7 +41,13 @@ def check_arguments(args: Any, method: Any, arguments: Mapping[str, Any]) -> Non
                 f"{name} is the stream's own, which each task sets anew: leave it out. Other images are evaluated by "
                 "trainer.evaluate(images)."
             )
-    if arguments.get("processing_class") is None and arguments.get("data_collator") is None:
+    processor = arguments.get("processing_class")
+    if isinstance(processor, BaseImageProcessor):
+        try:
+            check_sizes(processor)
+        except ValueError as error:  # as the saved one would be
+            raise ValueError(f"a run with this processing_class could not be loaded again: {error}.") from error
+    if processor is None and arguments.get("data_collator") is None:
         raise ValueError(
             "processing_class is missing: pass the backbone's image processor, for example "
             "AutoImageProcessor.from_pretrained(name, backend='pil')."

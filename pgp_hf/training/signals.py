@@ -16,8 +16,10 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import distributed
+from torch.utils.data import get_worker_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..runs.checkpoint import checkpoints, has_states
 from ..runs.folder import RunFolder
 from ..runs.lock import held
 from .callbacks import ends_epoch
@@ -67,16 +69,30 @@ def handled(handler: Handler) -> Iterator[None]:
         _ours.remove(handler)
 
 
+def in_child(process: int, signum: int) -> bool:
+    """Return whether a handler runs in a child that has inherited it by a fork, such as a worker of a data loader.
+
+    A child ends as it would without the handler. The main process ends the workers of data loaders, which go on until then.
+    """
+    if os.getpid() == process:
+        return False
+    if signum != signal.SIGINT and get_worker_info() is None:
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+    return True
+
+
 @contextlib.contextmanager
 def leaving(main: bool = True) -> Iterator[None]:
     """Leave at once on a signal, with its code, but run `finally` blocks first; the main process says how to go on."""
     process = os.getpid()
 
     def leave(signum: int, frame: FrameType | None) -> None:
-        if os.getpid() == process:
-            if main:
-                print(f"{signal.Signals(signum).name}: stopped at once. {_GO_ON}", file=sys.stderr, flush=True)
-            raise ending(signum)
+        if in_child(process, signum):
+            return
+        if main:
+            print(f"{signal.Signals(signum).name}: stopped at once. {_GO_ON}", file=sys.stderr, flush=True)
+        raise ending(signum)
 
     with handled(leave):
         yield
@@ -129,21 +145,22 @@ class StopOnSignal(TrainerCallback):
             self._process = os.getpid()
             stack.enter_context(handled(self._handle))
             stack.callback(self._restore)
-            self.depth = 1
+            self.depth, failed = 1, ""
             try:
                 yield
             except Exception as error:
                 if not self.received:
                     raise
-                # such as of a data loader whose worker the signal has ended
+                # such as of a data loader whose worker the signal has ended, or of a checkpoint that cannot be written
+                failed = f", with {type(error).__name__}: {error}"
                 raise ending(self.received) from error
             finally:
                 self.depth = 0
                 if self.received and not self._left:
-                    self._say(f"at once. {self._what_stands()}")
+                    self._say(f"at once{failed.rstrip('.')}.{self._what_stands()}")
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker of a data loader, which the main process ends
+        if in_child(self._process, signum):
             return
         first = not self.received
         again = not first and time.monotonic() - self._since > PATIENCE
@@ -225,13 +242,21 @@ class StopOnSignal(TrainerCallback):
             print(f"{signal.Signals(self.received).name}: stopped {what} {_GO_ON}", file=sys.stderr, flush=True)
 
     def _what_stands(self) -> str:
-        """Describe what the run has written."""
-        finished = self.folder.finished_tasks()
-        checkpoint = self.folder.last_checkpoint(finished or self.folder.first)
+        """Describe by their names what the run has written: reading it takes longer than a process may have left."""
+        if not self.main:
+            return ""
+        try:
+            finished = self.folder.finished_tasks()
+            following = finished or self.folder.first
+        except ValueError:  # a damaged file, which resuming reports
+            return ""
+        checkpoint = next(filter(has_states, checkpoints(self.folder.checkpoints(following))), None)
         if checkpoint is not None:
-            return f"The last checkpoint is {checkpoint}."
+            return f" The last checkpoint is {checkpoint}."
         return (
-            f"The last finished task is {self.folder.task(finished - 1)}." if finished else "Nothing was finished yet."
+            f" The last finished task is {self.folder.task(finished - 1)}."
+            if finished
+            else " Nothing was finished yet."
         )
 
 

@@ -116,8 +116,8 @@ class TaskTrainer(ReportingTrainer):
         """Log, save and evaluate as a `Trainer` does; after a signal, save in any case, and leave."""
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if self.stops.is_due():
-            if self.stops.saved != self.state.global_step:
-                self._save_checkpoint(model, trial)
+            if self.args.save_only_model or self.stops.saved != self.state.global_step:
+                self._save_checkpoint(model, trial, with_states=True)
             self.accelerator.wait_for_everyone()  # a process that leaves may take others with it
             self.stops.leave(
                 self.state, self.folder.checkpoints(self.task or 0) / f"checkpoint-{self.state.global_step}"

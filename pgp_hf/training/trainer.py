@@ -214,6 +214,7 @@ class StreamTrainer(TaskTrainer):
         self._beginning = None
         with self.progress.timed("train"):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._beginning = None  # a copy of all that learns
         learner.end_task(own)
         with self.progress.timed("statistics"):
             self._passes().learn_class_statistics(own, before)
@@ -234,7 +235,7 @@ class StreamTrainer(TaskTrainer):
         test_dataset: Any = None,
         *,
         backbone: str | os.PathLike[str] | PreTrainedModel | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         processing_class: Any = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -253,8 +254,8 @@ class StreamTrainer(TaskTrainer):
             test_dataset: the run's own test images, as far as they are there, on which its tasks are evaluated again;
                 without them, the accuracies of old tasks are not measured. See `TaskStream.from_manifest`.
             backbone: the frozen model, or its Hub id or folder, if the revision does not say where it is.
-            dtype: precision of the frozen weights; by default that of a backbone that is passed, or else the one that
-                the run was trained in. What learns is in float32.
+            dtype: precision of the frozen weights, or its name; by default that of a backbone that is passed, or else
+                the one that the run was trained in. What learns is in float32. A backbone that is passed is cast itself.
             processing_class: an image processor to use instead of the saved one.
             token, cache_dir, local_files_only: as in every `from_pretrained`; `args.hub_token` by default.
             kwargs: any other argument of the trainer.

@@ -593,12 +593,9 @@ def test_a_termination_ends_the_workers(script, planned, local, tmp_path, monkey
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr(script.subprocess, "Popen", popen)
     monkeypatch.setattr(script.time, "sleep", sleep)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            script.main([*local, "--output_dir", str(out), "--rows", "dualprompt-none", "--seeds", "0"])
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*local, "--output_dir", str(out), "--rows", "dualprompt-none", "--seeds", "0"])
+    assert {signum: signal.getsignal(signum) for signum in before} == before
     assert stopped.value.code == 128 + signal.SIGTERM
     assert [process.returncode for process in started] == [-signal.SIGTERM]
     assert not list(out.glob("*-seed*.json"))

@@ -167,6 +167,19 @@ def test_a_card_that_chooses_files_is_not_passed_over(tmp_path):
     assert len(TaskStream.from_dataset(tmp_path / "data[1]", num_tasks=1).train(0)) == 12
 
 
+def test_what_save_to_disk_has_written_is_not_read_as_tables(tmp_path):
+    rows = make(sorted(cycle(12)))
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "splits")
+    rows.save_to_disk(tmp_path / "one[1]")
+    for name, mark in (("splits", "dataset_dict"), ("splits/train", "state"), ("one[1]", "state")):
+        with pytest.raises(
+            ValueError, match=rf"{mark}\.json shows: use datasets\.load_from_disk and pass the dataset"
+        ):
+            TaskStream.from_dataset(tmp_path / name, num_tasks=2)
+    saved = datasets.load_from_disk(tmp_path / "splits")  # as the message says
+    assert len(TaskStream.from_dataset(saved, num_tasks=1).train(0)) == 12
+
+
 @pytest.mark.parametrize("name", ["imagefolder", "parquet", "csv", "json"])
 def test_a_reader_of_datasets_is_not_a_dataset(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -27,15 +27,24 @@ IMAGES = 8  # of a step, by all processes
 def small(processes: int, folder: Path) -> list[str]:
     settings = {
         "num_tasks": 2,
-        "max_train_samples_per_class": 6,
+        "max_train_samples_per_class": 8,  # of five classes: a multiple of the images of a step
         "max_eval_samples_per_class": 4,
         "num_train_epochs": 1,
         "no_compare": "true",
         "optim": "sgd",
+        "learning_rate": 0.05,  # prompts move by far more than rounding does
         "per_device_train_batch_size": IMAGES // processes,
         "output_dir": folder,
     }
     return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+def movement(run: Path) -> dict[str, torch.Tensor]:
+    """Return what the second task changed in the prompts, and in all weights."""
+    before, after = (load_file(run / f"task-{t}" / "adapter_model.safetensors") for t in (1, 2))
+    moved = {name: (after[name].double() - before[name].double()).flatten() for name in sorted(after)}
+    prompts = [change for name, change in moved.items() if "prompt" in name.rpartition(".")[2]]
+    return {"prompt": torch.cat(prompts), "all": torch.cat(list(moved.values()))}
 
 
 def test_every_configuration_is_in_the_readme_and_loads():
@@ -65,7 +74,8 @@ def test_commands_of_the_readme_give_one_result(tmp_path):
         words, processes = shlex.split(command), load_config_from_file(str(ROOT / config)).num_processes
         processes = min(processes, 2)
         at = words.index(next(word for word in words if word.endswith(".py")))
-        own = [*words[:at], *(here if "machine_rank" in command else []), "--num_processes", str(processes)]
+        place = here if "machine_rank" in command else ["--main_process_port", "0"]
+        own = [*words[:at], *place, "--num_processes", str(processes)]
         output = tmp_path / config.stem
         log = (tmp_path / f"log {len(started)}").open("w+")
         run = [sys.executable, "-m", "accelerate.commands.launch", *own[1:], words[at], *small(processes, output)]
@@ -76,9 +86,10 @@ def test_commands_of_the_readme_give_one_result(tmp_path):
     one, *others = (tmp_path / Path(name).stem for name in CONFIGS)
     assert len(others) == 2
     results = json.loads((one / "results.json").read_text())
-    weights = load_file(one / "adapter_model.safetensors")
+    learned = movement(one)
+    assert learned["prompt"].norm() > 1e-4
     for other in others:
         found = json.loads((other / "results.json").read_text())
         assert found["accuracy_matrix"] == results["accuracy_matrix"], other
-        again = load_file(other / "adapter_model.safetensors")
-        assert all(torch.allclose(weights[name], again[name], atol=1e-4) for name in weights), other
+        for kind, moved in movement(other).items():
+            assert (moved - learned[kind]).norm() < 0.01 * learned[kind].norm(), (other, kind)

@@ -129,7 +129,7 @@ FIXED = {
     "der_mcg": {"gate_epochs": 1, "tuning_epochs": 1},
 }  # of small classes, and quick
 ARGUMENTS = {
-    "num_train_epochs": Values((0.5, 1, 2), (-1, NAN, INF, None, "1")),
+    "num_train_epochs": Values((0.5, 1, 2), (0, -1, NAN, INF, None, "1")),
     "max_steps": Values((1, 3, -1), (0, 2.5, "2", None)),
     "per_device_train_batch_size": Values((1, 3, 100), (0, *COUNT.bad, None)),
     "per_device_eval_batch_size": Values((1, 3, 100), (0, *COUNT.bad, None)),

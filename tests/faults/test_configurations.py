@@ -34,8 +34,8 @@ def explore(count: int) -> Counter[str]:
 
 
 def test_a_few_dozen_configurations():
-    ends = explore(36)
-    assert min(ends["trained"], ends["refused"]) >= 9  # both are tested
+    ends = explore(24)
+    assert min(ends["trained"], ends["refused"]) >= 6  # both are tested
 
 
 @pytest.mark.slow

@@ -48,6 +48,10 @@ class Straight:
             if name not in both or found[name] != self.content[name]
         ]
 
+    def has_learned_all(self, run: Path) -> bool:
+        """Return whether there is no call that would go on, since a task is learned by a call of its own."""
+        return self.name == "surprises" and (run / "task-3").exists()
+
     def after_kills(self, folder: Path) -> list[str]:
         """Go on from the states before and within every `step`-th operation; return the differences."""
         differences, tried = [], 0
@@ -60,8 +64,8 @@ class Straight:
                     shutil.copytree(self.states / str(number), run)
                 if within and not kills.leave_half(run, operation):
                     continue
-                if self.name == "surprises" and (run / "task-3").exists():
-                    continue  # the last one that is to be learned: there is no call that goes on
+                if self.has_learned_all(run):
+                    continue
                 tried += 1
                 differences += self.differs(run, f"{number} {'within' if within else 'before'} {operation}")
         print(f"{self.name}: {len(self.operations)} file operations, {tried} states, {len(differences)} differences")
@@ -119,8 +123,9 @@ def test_killed_in_truth(straight, tmp_path, name):
             code = killed(run, folder, number, kill)
             assert code == (-9 if kill != "full" else 1), (number, kill, code)
             if i % 2:  # once more while it goes on
-                assert killed(run, folder, 7 * i, kill) == code
-            differences += run.differs(folder, f"{number} {kill}")
+                assert killed(run, folder, 7 * i, kill) in (code, 0)  # it may end before
+            if not run.has_learned_all(folder):
+                differences += run.differs(folder, f"{number} {kill}")
     assert not differences
 
 

@@ -62,6 +62,25 @@ def test_an_image_is_upright_in_training_and_however_it_is_given(tmp_path, orien
         assert np.array_equal(to_image(to_image(path)), trained)  # turned once
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("damaged", [b"Exif\0\0not a header", b"Exif\0\0MM\0*\0\0\xff\xff", b"Exif\0\0II"])
+def test_damaged_exif_is_as_none(photo, tmp_path, kind, damaged):
+    data = encoded(photo, kind, exif=damaged)
+    path = tmp_path / f"photo.{kind.lower()}"
+    path.write_bytes(data)
+    plain = np.asarray(to_image(encoded(photo, kind)))
+    for given in (path, data, Image.open(path), {"image": Image.open(path)}):
+        assert np.array_equal(to_image(given), plain), type(given)
+
+
+def test_a_truncated_image_is_not_taken_for_one_with_damaged_exif(photo):
+    exif = Image.Exif()
+    exif[274] = 6
+    data = encoded(photo, exif=exif)
+    with pytest.raises(OSError, match=r"truncated|broken"):
+        to_image(Image.open(io.BytesIO(data[: len(data) // 2])))
+
+
 # ---- kinds of input --------------------------------------------------------------------------------------------------
 
 
@@ -93,6 +112,12 @@ def test_every_kind_of_image_alone_or_among_others_gives_the_same_prediction(cla
         assert classifier.predict([make(), make()], top_k=6) == pair, kind
     for several in (rows, rows["image"], undecoded, np.stack([array, array]), (photo for _ in range(2))):
         assert classifier.predict(several, top_k=6) == pair
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_tensor_in_8_bit_floats(dtype):
+    pixels = torch.rand(3, 4, 5).to(dtype)
+    assert np.array_equal(to_image(pixels), to_image(pixels.float()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

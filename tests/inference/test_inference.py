@@ -240,6 +240,26 @@ def test_precision_and_device(run):
         assert {x["label"]: x["score"] for x in a} == pytest.approx({x["label"]: x["score"] for x in b}, abs=0.1)
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "torch.float64"])
+def test_a_precision_by_its_name(run, name):
+    assert load_pretrained(run[1], dtype=name).model.dtype == getattr(torch, name.removeprefix("torch."))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["auto", "int8", "nonsense", "float8_e5m2", torch.int64, torch.float8_e4m3fn, 16, float]
+)
+def test_other_precisions_are_refused_before_anything_is_read(dtype, tmp_path):
+    with pytest.raises(ValueError, match=r"^dtype=.* is not a precision of weights: use torch\.float32"):
+        load_pretrained(tmp_path / "nowhere", dtype=dtype)
+
+
+def test_a_backbone_that_is_passed_is_not_cast_for_a_device_that_there_is_not(run):
+    backbone = tiny.backbone(tiny.ADAPTERS["l2p"])
+    with pytest.raises(RuntimeError, match="device"):
+        load_pretrained(run[1], backbone=backbone, dtype=torch.bfloat16, device="nowhere")
+    assert backbone.dtype == torch.float32
+
+
 @pytest.mark.parametrize(("name", "value"), [("top_k", 0), ("batch_size", -1), ("top_k", 1.5)])
 def test_arguments_out_of_range(run, name, value):
     with pytest.raises(ValueError, match=f"{name}={value} is out of range"):

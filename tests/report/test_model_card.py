@@ -286,6 +286,17 @@ def test_protocol_is_stated():
     assert validation in render(inputs).text
 
 
+def test_the_limits_of_the_size_check_are_stated():
+    inputs = make_inputs()
+    said = "cannot notice another mean or standard deviation"
+    assert said not in render(inputs, processor=PROCESSOR).text  # of an adapter that has noted no size
+    inputs["adapter_config"] |= {"image_size": [224, 192]}
+    card = render(inputs, processor=PROCESSOR)
+    check_as_a_reader(card)
+    assert said in card.text and "unless `image_processor=` names this adapter too" in card.text
+    assert said not in render(inputs).text  # without a processor of its own
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [

@@ -23,6 +23,9 @@ HOSTILE = "cat\x1b[2J\x1b]0;owned\x07\u202egnp\r\u2028\x9b1m"
         ("می‌خواهم", "می‌خواهم"),  # which needs its invisible character
         ("a\x1b[2Jb", r"a\x1b[2Jb"),
         ("a\nb\tc\r", r"a\nb\tc\r"),
+        ("👩\u200d🚀", "👩\u200d🚀"),
+        ("a\u200bb\u00adc\ufeffd\u2060e", r"a\u200bb\xadc\ufeffd\u2060e"),
+        ("a\U000e0041", r"a\U000e0041"),
         ("\u202eabc", r"\u202eabc"),
         ("caf\udce9.png", r"caf\udce9.png"),  # the name of a file in another encoding
     ],
@@ -35,6 +38,9 @@ def test_only_what_steers_is_written_out(text, expected):
 def test_no_character_that_steers_is_left():
     every = printable("".join(map(chr, range(0x110000))))
     assert not {unicodedata.category(c) for c in every} & {"Cc", "Cs", "Zl", "Zp"}
+    assert [c for c in every if unicodedata.category(c) == "Cf"] == ["\u200c", "\u200d"]
+    turns = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    assert not any(unicodedata.bidirectional(c) in turns for c in every)
 
 
 @pytest.fixture(scope="module")

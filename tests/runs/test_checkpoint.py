@@ -115,6 +115,11 @@ def test_a_damaged_seal_says_the_same_or_gives_way(stopped, tmp_path):
         ({"files": {"../../secret": {"sha256": "0", "bytes": 1}}}, "does not list files"),
         ({"files": {"/etc/passwd": {"sha256": "0", "bytes": 1}}}, "does not list files"),
         ({"files": {"trainer_state.json": 1, "progress.json": {}}}, "does not list files"),
+        (
+            {"files": {"progress.json": {"sha256": "short", "bytes": 1}}},
+            r"short.* is not an object of sha256 \(64 digits",
+        ),
+        ({"files": {"progress.json": {"sha256": "a" * 64, "bytes": 1}}}, "trainer_state.json is not among them"),
         ({"best": "../../task-1"}, "does not list files"),
         ({"best": 3}, "does not list files"),
         ({"best": "checkpoint-3"}, "goes back to the best checkpoint when training ends, and .*checkpoint-3 has no"),

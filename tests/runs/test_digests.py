@@ -144,6 +144,15 @@ def test_features_that_were_altered_are_refused(copy, tmp_path):
         resumed(copy, copy)
 
 
+def test_features_beside_a_single_task_are_checked_by_the_digests_of_their_own_task(copy, tmp_path):
+    path = copy / "features" / "task-1.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"features.task-1.safetensors is not the file that the run wrote"):
+        resumed(copy / "task-2", tmp_path / "on")
+
+
 def test_a_copy_of_a_run_has_digests_of_its_own(copy, tmp_path):
     (copy / "task-2" / "README.md").write_text("edited")
     resumed(copy, tmp_path / "on")

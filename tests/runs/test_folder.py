@@ -247,6 +247,112 @@ def test_foreign_files_in_a_tasks_folder_stay_beside_it(tmp_path):
     assert not list(tmp_path.glob(".task-*"))
 
 
+@pytest.mark.parametrize("complete", [whole, lambda folder: listed(folder, "results.json")])
+def test_foreign_files_in_a_tasks_folder_are_not_copied_to_the_top_level(tmp_path, complete):
+    put(tmp_path, ["notes.txt"])
+    run = RunFolder(tmp_path)
+    run.publish(0, complete)
+    (tmp_path / "task-1" / "notes.txt").write_text("another")
+    run.promote(0)
+    assert (tmp_path / "notes.txt").read_text() == "precious" and (tmp_path / "results.json").exists()
+
+
+def listed(folder, *names):
+    """Write these files and their digests."""
+    content = {name: b"ours" for name in names}
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    noted = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": 4} for name, data in content.items()}
+    write_json(folder / "digests.json", {"files": noted, "features": None})
+
+
+def test_what_was_edited_since_the_copy_to_the_top_level_stays(tmp_path):
+    run = RunFolder(tmp_path)
+    run.publish(0, lambda folder: listed(folder, "results.json", "README.md"))
+    (tmp_path / "README.md").write_text("edited")
+    run.complete_copy(0)
+    assert (tmp_path / "README.md").read_text() == "edited"
+    for name, content in ((".copying", "task-1"), ("digests.json", "of the task before")):
+        (tmp_path / "README.md").write_text("old")
+        (tmp_path / name).write_text(content)
+        run.complete_copy(0)
+        assert (tmp_path / "README.md").read_text() == "ours" and not (tmp_path / ".copying").exists()
+
+
+def test_only_large_files_of_the_run_are_dropped(tmp_path):
+    run = RunFolder(tmp_path)
+    run.publish(0, lambda folder: listed(folder, "config.json", "model.safetensors", "exemplars.safetensors"))
+    run.publish(1, lambda folder: listed(folder, "adapter_config.json", "exemplars.safetensors"))
+    run.publish(2, lambda folder: listed(folder, "config.json"))
+    put(tmp_path, ["task-2/model.safetensors", "task-3/model.safetensors"])  # such as a merged model
+    run.drop_large(before=3)
+    found = {name for name in files(tmp_path) if name.startswith("task-") and name.endswith(".safetensors")}
+    assert found == {"task-2/model.safetensors", "task-3/model.safetensors"}
+
+
+def test_a_task_beside_foreign_files_is_placed_whole_or_not_at_all(tmp_path, monkeypatch):
+    put(tmp_path, ["task-1/notes.txt", "task-1/figures/mine.png"])
+    run, replace = RunFolder(tmp_path), os.replace
+    renamed = []
+
+    def die(source, target):
+        if renamed:
+            monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing up
+            raise KeyboardInterrupt
+        renamed.append(target)
+        replace(source, target)
+
+    for _ in range(2):  # the second time, the first one's folders are there
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", die)
+            renamed.clear()
+            with pytest.raises(KeyboardInterrupt):
+                run.publish(0, whole)
+        assert run.finished_tasks() == 0
+        monkeypatch.undo()
+        run.sweep()
+        assert files(tmp_path) == {"task-1/notes.txt", "task-1/figures/mine.png"}
+    run.publish(0, whole)
+    assert {"task-1/notes.txt", "task-1/figures/mine.png", "task-1/results.json"} <= files(tmp_path)
+    # died before the foreign files were back
+    put(tmp_path, [".task-1.aside/figures/other.png", ".task-1.aside/empty/x"])
+    (tmp_path / ".task-1.aside" / "empty" / "x").unlink()
+    run.sweep()
+    assert (run.task(0) / "figures" / "other.png").exists() and (run.task(0) / "empty").is_dir()
+    assert not list(tmp_path.glob(".task-*"))
+
+
+def test_a_foreign_file_with_the_name_of_a_tasks_own_is_not_replaced(tmp_path):
+    put(tmp_path, ["task-1/vocab.txt"])
+    with pytest.raises(ValueError, match="task-1/vocab.txt is in the way of a task's files"):
+        RunFolder(tmp_path).publish(0, lambda folder: listed(folder, "results.json", "vocab.txt"))
+    assert files(tmp_path) == {"task-1/vocab.txt"}
+
+
+@pytest.mark.parametrize("content", [["a.txt"], {"a.txt": ["ours"]}, "a.txt"])
+def test_a_list_of_digests_with_another_content_names_no_file(tmp_path, content):
+    run = finished(tmp_path, 1)
+    write_json(run.task(0) / "digests.json", {"files": content})
+    put(tmp_path, ["task-1/a.txt"])
+    run.clear()
+    assert files(tmp_path) == {"task-1/a.txt"}
+
+
+def test_a_task_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    run, synced, fsync = RunFolder(tmp_path), [], os.fsync
+
+    def note(descriptor):
+        synced.append((os.fstat(descriptor).st_ino, run.finished_tasks()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_tensors(run.features(0), {"features": torch.ones(1)})
+    run.publish(0, whole)
+    before = {inode for inode, finished_tasks in synced if not finished_tasks}
+    written = [path for path in run.task(0).rglob("*") if path.is_file()]
+    assert {path.stat().st_ino for path in (*written, run.features(0))} <= before
+
+
 @pytest.mark.parametrize("name", ["task-1", "task-1/README.md", "task-1/config.json"])
 def test_what_lies_where_a_task_goes_is_found_before(tmp_path, name):
     put(tmp_path, [name])
@@ -275,13 +381,14 @@ def test_a_finished_task_is_never_replaced(tmp_path):
         ([0, 1, 2], 0, "lacks task-1, task-2, task-3, but holds task-4"),
         ([], 4, r"holds task-1, task-2, task-3, task-4, but continued.json says that task-5 is the first"),
         ([0], 2, "holds task-2, but continued.json says that task-3 is the first one"),
-        ([3], 0, None),  # nothing behind it
+        ([3], 0, None),  # nothing after it
         ([0, 1], 2, None),
         ([0, 1, 2, 3], 3, None),
     ],
 )
 def test_a_gap_is_found(tmp_path, lost, first, message):
     run = finished(tmp_path, 4)
+    run.drop_checkpoints()
     for t in lost:
         shutil.rmtree(run.task(t))
     run.start_at(first)
@@ -290,6 +397,30 @@ def test_a_gap_is_found(tmp_path, lost, first, message):
     else:
         with pytest.raises(ValueError, match=message):
             run.check_gaps()
+
+
+@pytest.mark.parametrize(("lost", "first"), [([0, 1], 0), ([1], 0), ([0, 1], 1)])
+def test_checkpoints_of_a_later_task_show_a_gap(tmp_path, lost, first):
+    run = finished(tmp_path)
+    run.check_gaps()
+    for t in lost:
+        shutil.rmtree(run.task(t))
+    run.start_at(first)
+    lacking = (run.finished_tasks() or first) + 1
+    with pytest.raises(ValueError, match=f"checkpoints of task-3, but lacks task-{lacking}.*never trained over"):
+        run.check_gaps()
+    run.drop_checkpoints()
+    run.check_gaps()
+
+
+def test_a_top_level_without_its_tasks_shows_a_gap(tmp_path):
+    run = RunFolder(tmp_path)
+    run.publish(0, lambda folder: write(folder, {"finished_tasks": 1}))
+    put(tmp_path, ["checkpoints/task-1/checkpoint-3/trainer_state.json"])
+    run.check_gaps()
+    shutil.rmtree(run.task(0))
+    with pytest.raises(ValueError, match="lacks the folders of the 1 tasks that its results.json counts"):
+        run.check_gaps()
 
 
 # ---- what a killed run leaves ----------------------------------------------------------------------------------------

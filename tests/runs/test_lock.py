@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -116,6 +115,20 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         pass
 
 
+def test_the_number_of_a_dead_process_may_be_anothers_now(tmp_path, other):
+    noted = {"host": socket.gethostname(), "pid": os.getpid(), "began": "now"}
+    (tmp_path / HOLDER).write_text(json.dumps(noted))
+    assert not is_held(tmp_path)  # this process holds nothing
+    process, _ = other()
+    path = tmp_path / "run" / HOLDER
+    noted = json.loads(path.read_text())
+    assert noted["pid"] == process.pid and is_held(tmp_path / "run")
+    if "started" not in noted:
+        pytest.skip("the system does not tell when a process started")
+    path.write_text(json.dumps({**noted, "started": "1"}))
+    assert not is_held(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("noted", "expected"),
     [
@@ -130,6 +143,5 @@ def test_who_holds_it_is_told_from_what_is_noted(tmp_path, noted, expected):
     if noted is not None:
         (tmp_path / HOLDER).write_text(json.dumps(noted))
     assert is_held(tmp_path) is expected
-    began = time.monotonic()
     with held(tmp_path):  # whatever is noted, the lock itself is free
-        assert is_held(tmp_path) and time.monotonic() - began < lock.SECONDS
+        assert is_held(tmp_path)

@@ -67,8 +67,8 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("kind", tiny.some_of(MODELS, "icarl", "statistics"))
+@pytest.mark.parametrize("after", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_run_whose_size_was_found_is_one_that_began_with_it(kind, after, tmp_path):
     """Whether the first step or a later one is too large, and whatever has been learned by then."""
     make, settings = MODELS[kind]
@@ -86,7 +86,7 @@ def test_a_run_whose_size_was_found_is_one_that_began_with_it(kind, after, tmp_p
     assert found.results.images_trained == straight.results.images_trained
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", tiny.some_of(MODELS, "icarl", "l2p"))
 def test_passes_outside_training_fit_as_well(kind, tmp_path):
     make, settings = MODELS[kind]
     expected = run(tmp_path / "expected", make(), 2, per_device_eval_batch_size=16, cache_queries=False, **settings())
@@ -110,7 +110,7 @@ def test_passes_outside_training_fit_as_well(kind, tmp_path):
         np.testing.assert_allclose(weights(found)[name], value, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["gpm", "l2p", "pgp"])
+@pytest.mark.parametrize("kind", tiny.some_of(["gpm", "l2p", "pgp"], "pgp"))
 def test_a_method_that_fails_half_way_begins_again_from_what_it_remembered(kind, tmp_path):
     """What a task's images show must not be taken in twice."""
 
@@ -175,3 +175,11 @@ def test_a_method_sees_batches_of_the_size_that_was_found(tmp_path):
     method.end_task = lambda context: sizes.append([len(batch.labels) for batch, _ in context.views(None)])
     run(tmp_path, model, 8, method=method, auto_find_batch_size=True).train()
     assert sizes == [[5, 5, 5, 1]] * 2
+
+
+def test_what_a_task_began_with_is_kept_for_its_training_alone(tmp_path):
+    trainer, seen = tiny.trainer(tmp_path, auto_find_batch_size=True, num_train_epochs=1), []
+    evaluate = trainer.evaluate_stream
+    trainer.evaluate_stream = lambda: (seen.append(trainer._beginning), evaluate())[1]
+    trainer.train_task(0)
+    assert seen == [None] and trainer._beginning is None

@@ -55,7 +55,7 @@ def test_nan_is_not_a_number(name):
         ("learning_rate", [-1, -1e-9, float("inf")], [0, 1e-30, 1.0]),
         ("later_prompt_learning_rate", [-1, float("inf")], [0, None]),
         ("head_learning_rate", [-1, float("nan")], [0.1, None]),
-        ("num_train_epochs", [-1, float("inf")], [0.5, 3]),
+        ("num_train_epochs", [0, -1, float("inf")], [0.5, 3]),
         ("max_steps", [0, -2], [-1, 1]),
         ("warmup_steps", [-1, float("inf")], [0, 0.5, 100]),
         ("weight_decay", [-0.1, float("inf")], [0, 0.1]),

@@ -139,10 +139,10 @@ def test_the_users_own_metric(tmp_path):
     ("settings", "message"),
     [
         ({"save_strategy": "best"}, "save_strategy='best' needs evaluations .*eval_strategy='epoch'"),
-        (PLATEAU, r"takes 'eval_current_accuracy' for the better the lower .*lr_scheduler_kwargs=\{'mode': 'max'\}"),
+        (PLATEAU, r"treats lower values of 'eval_current_accuracy' as better.*lr_scheduler_kwargs=\{'mode': 'max'\}"),
         (
             {**PLATEAU, **FALLS, "metric_for_best_model": "eval_mean_loss"},
-            r"'eval_mean_loss' for the better the greater .*\{'mode': 'min'\}",
+            r"treats greater values of 'eval_mean_loss' as better.*\{'mode': 'min'\}",
         ),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_path_without_a_run_deletes_and_begins_nothing(run, tmp_path, where, o
     for folder in (run, tmp_path / "new"):
         with pytest.raises(ValueError, match=f"{where}' holds neither a finished task nor a checkpoint") as caught:
             trainer(folder, overwrite_output_dir=overwrite).train(resume_from_checkpoint=str(tmp_path / where))
-        assert (f"It is inside of the run {run}: pass that." in str(caught.value)) == where.startswith("run/")
+        assert (f"It is inside the run {run}: pass that." in str(caught.value)) == where.startswith("run/")
     assert content(run) == before and not content(tmp_path / "new")
 
 
@@ -116,6 +116,34 @@ def test_an_empty_output_folder_begins_a_run(tmp_path):
     with pytest.warns(UserWarning, match="holds no run to resume: starting with the first task"):
         trainer(tmp_path / "run").train(resume_from_checkpoint=True)
     assert RunFolder(tmp_path / "run").finished_tasks() == 3
+
+
+def test_resuming_replaces_no_file_of_somebody_else(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="holds README.md, which the files of a run would replace"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+    assert (tmp_path / "README.md").read_text() == "mine" and not (tmp_path / "task-1").exists()
+
+
+def test_resuming_a_finished_run_keeps_an_edited_card(run):
+    (run / "README.md").write_text("edited")
+    trainer(run).train(resume_from_checkpoint=True)
+    assert (run / "README.md").read_text() == "edited"
+
+
+def test_learning_on_does_not_delete_checkpoints_of_another_run(run, finished, tmp_path):
+    """Neither where the folder holds nothing else, nor beside the first of the tasks that would be copied there."""
+    for tasks in (0, 1):
+        folder = tmp_path / f"other-{tasks}"
+        checkpoint = folder / "checkpoints" / f"task-{tasks + 1}" / "checkpoint-4"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text("precious")
+        if tasks:
+            shutil.copytree(finished / "task-1", folder / "task-1")
+        before = content(folder)
+        with pytest.raises(ValueError, match=f"another run. Choose|holds an earlier run .{tasks} finished"):
+            learner(run, folder).learn(new_classes(), resume_from_checkpoint=True)
+        assert content(folder) == before
 
 
 # ---- overwriting -----------------------------------------------------------------------------------------------------

@@ -219,6 +219,20 @@ def test_without_old_test_images(straight: tuple[str, Path], tmp_path: Path) -> 
     assert again(tmp_path / "run", tmp_path / "more").evaluate_stream()["accuracy_matrix"][2][0] is not None
 
 
+def test_a_backbone_that_is_passed_stays_as_it_was_if_a_check_fails(
+    straight: tuple[str, Path], base: Path, tmp_path: Path
+) -> None:
+    _, run = straight
+    backbone = ViTModel.from_pretrained(base)
+    given = {"args": tiny.arguments(tmp_path / "run"), "backbone": backbone}
+    modules = [name for name, _ in backbone.named_modules()]
+    with pytest.raises(ValueError):
+        PGPTrainer.from_pretrained(run, test_dataset=part(7), dtype="bfloat16", **given)
+    with pytest.raises(ValueError, match=r"^dtype='int8' is not a precision of weights: use torch\.float32"):
+        PGPTrainer.from_pretrained(run, dtype="int8", **given)
+    assert backbone.dtype == torch.float32 and modules == [name for name, _ in backbone.named_modules()]
+
+
 def test_at_the_moment_of_growth_nothing_known_changes(straight: tuple[str, Path], tmp_path: Path) -> None:
     _, run = straight
     trainer = PGPTrainer.from_pretrained(run, "task-2", tiny.arguments(tmp_path / "run"))

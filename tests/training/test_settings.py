@@ -89,6 +89,7 @@ def test_a_changed_setting_is_named(request, where, name, value):
     with pytest.raises(ValueError, match=rf"other settings, .* {NAMES.get(name, name)}: .*, was ") as refused:
         trainer.train(resume_from_checkpoint=True)
     assert "recorded ones, or start a new run in another output_dir. Free to change are" in str(refused.value)
+    assert "micro-batches (unless batchwise_prompt is set)" in str(refused.value)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,89 @@ def test_handlers_of_others_stay(tmp_path):
         for signum, handler in earlier.items():
             signal.signal(signum, handler)
     assert received == [signal.SIGTERM]
+
+
+class Act(TrainerCallback):
+    """Call a function within the third step of the first task."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.act()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("how", ["steps", "leaving"])
+def test_a_forked_child_ends_as_without_a_handler(tmp_path, name, how):
+    ended = []
+
+    def fork():
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.05)
+        os.kill(child, getattr(signal, name))
+        for _ in range(100):
+            if os.waitpid(child, os.WNOHANG)[0]:
+                ended.append(True)
+                return
+            time.sleep(0.05)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+    if how == "steps":
+        tiny.trainer(tmp_path, callbacks=[Act(fork)], max_steps=3).train_task(0)
+    else:
+        with signals.leaving():
+            fork()
+    assert ended == [True]
+
+
+def test_an_error_after_a_signal_is_said(tmp_path, monkeypatch, capsys):
+    """Such as of a checkpoint for which the disk has no space: the reason for which nothing is saved."""
+    made = trainer(tmp_path, SignalAt(0, 2, signal.SIGTERM))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(made, "_write_checkpoint", full)
+    with pytest.raises(SystemExit) as caught:
+        made.train()
+    assert caught.value.code == 143
+    said = capsys.readouterr().err
+    assert "SIGTERM: stopped at once, with OSError: [Errno 28] No space left on device. Nothing was finished" in said
+
+
+def test_a_model_alone_is_saved_with_its_states_for_a_signal(straight, tmp_path):
+    settings = {"save_only_model": True, "save_strategy": "steps", "save_steps": 3}
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, SignalAt(0, 2, signal.SIGTERM), **settings).train()
+    again = trainer(tmp_path, stopped := SignalAt(9, 0, 0), **settings)
+    again.train(resume_from_checkpoint=True)
+    assert stopped.seen[0] == (0, 4)
+    assert_same(tmp_path, straight)
+
+
+def test_what_is_said_at_once_needs_no_file_to_be_whole_or_read(tmp_path, monkeypatch, capsys):
+    made = trainer(tmp_path, save_strategy="epoch")
+
+    def interrupted(*args):
+        (tmp_path / "continued.json").write_text("{")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(made, "_write_task", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        made.train()
+    assert caught.value.code == 143 and "SIGTERM: stopped at once. Go on by" in capsys.readouterr().err
+    monkeypatch.setattr(RunFolder, "last_checkpoint", None)  # it reads all files
+    (tmp_path / "continued.json").unlink()
+    newest = tmp_path / "checkpoints" / "task-1" / "checkpoint-8"
+    assert made.stops._what_stands() == f" The last checkpoint is {newest}."
+    made.stops.main = False
+    assert not made.stops._what_stands()
 
 
 def test_a_trainer_in_a_thread_leaves_signals_alone(tmp_path):

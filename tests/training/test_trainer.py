@@ -465,6 +465,15 @@ def test_missing_image_processor(tmp_path):
         tiny.trainer(tmp_path, processing_class=None)
 
 
+def test_a_processor_that_loading_would_refuse_is_refused_before_training(tmp_path):
+    processor = tiny.processor()
+    processor.size = {"height": 4097, "width": 20}
+    with pytest.raises(ValueError, match=r"could not be loaded again: size has height=4097: .* from 1 to 4096\.$"):
+        tiny.trainer(tmp_path, processing_class=processor)
+    processor.do_resize = False
+    tiny.trainer(tmp_path, processing_class=processor)
+
+
 def test_a_backbone_of_another_width_is_refused(run):
     _, folder = run
     with pytest.raises(ValueError, match="hidden size 24, this one has 36"):
