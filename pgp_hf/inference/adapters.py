@@ -132,7 +132,8 @@ def read_weights(revision: Revision, expected: Mapping[str, Tensor]) -> dict[str
         ValueError: a file that is damaged, was altered, has other names or shapes, or contradicts the settings.
     """
     counts = {name for name in expected if name.endswith(f"_{LEARNED_ENTRIES}")}
-    found = revision.weights(expected, later=counts)
+    calibrations = {name for name in expected if name.endswith("_statistics.calibration")}
+    found = revision.weights(expected, later=counts | calibrations)
     noted = revision.config.get(LEARNED_ENTRIES) or 0
     for name in counts & found.keys():
         if int(found[name]) != noted:

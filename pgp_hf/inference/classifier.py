@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import PIL.Image
 import torch
 import transformers.pipelines.base
 from peft import PeftModel
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..heads import keep_classes
-from ..models import SelectsPrompts, StreamModel, stream_model
+from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel, stream_model
 from ..projection import Projection
 from ..runs.folder import METHOD
 from ..runs.revision import Revision
 from ..runs.settled import settled
 from ..runs.sources import locate
-from .images import ImageLike, each, to_image
+from .images import ImageLike, Images, is_indexed, several
 from .opening import floating_dtype, open_model
+from .reading import read_batches
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -132,53 +133,127 @@ class PromptClassifier:
         (make,) = _makes_trainers
         return make(name, args=args, test_dataset=test_dataset, **source)
 
+    def export(self, path: str | os.PathLike[str], format: str = "onnx") -> Path:
+        """Write the model to a file that runs without this package.
+
+        It maps `pixel_values` `(B, 3, H, W)`, float32, as `processor` makes them, for any B, to `scores` `(B, K)` of the
+        classes that may be predicted. Their names in this order, and the processor's settings, are in the file:
+        `labels` and `preprocessor_config` in ONNX's metadata, `labels.json` and `preprocessor_config.json` in torch's
+        extra files. It is loaded again and compared with this classifier before it takes its place.
+
+        Args:
+            path: the file.
+            format: "onnx", which needs the extra `pgp_hf[export]`, or "torch" for `torch.export.load`, on this device.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: packages of the extra are missing.
+            ValueError: another format, or a model that cannot be exported.
+        """
+        from .export import export  # imports torch's exporters
+
+        classes = list(self.id2label) if self.classes is None else self.classes
+        return export(self.model, self._learner, self.processor, classes, path, format)
+
     def predict(
-        self, images: ImageLike | Iterable[ImageLike], top_k: int = 1, batch_size: int = 32
+        self,
+        images: ImageLike | Images,
+        top_k: int = 1,
+        batch_size: int = 32,
+        *,
+        num_workers: int = 0,
+        progress: bool | None = False,
     ) -> list[list[dict[str, Any]]]:
-        """Classify images; no task id is needed.
+        """Classify images; no task id is needed. A call of the classifier does the same.
 
         Args:
             images: what `pgp_hf.inference.to_image` takes, such as paths, PIL images, arrays, bytes or items of a
-                dataset, in any mixture; or one of them.
+                dataset, in any mixture; or one of them; a dataset; or a folder, whose image files are classified in the
+                order of `pgp_hf.inference.image_files`.
             top_k: number of classes to name for each image; all classes if there are fewer.
             batch_size: number of images in a forward pass; predictions do not depend on it.
+            num_workers: number of processes that read images ahead, from a folder, a list or a dataset.
+            progress: show a bar on stderr; None for only on a terminal.
 
         Returns:
             `[{"label": name, "score": probability}, ...]` for each image, best first.
 
         Raises:
             TypeError: something else.
-            ValueError: an image that cannot be read; a `top_k` or `batch_size` below 1.
+            ValueError: an image that cannot be read; a `top_k` or `batch_size` below 1, or `num_workers` below 0.
         """
-        return [prediction.labels for prediction in self.classify(images, top_k, batch_size)]
+        found = self.classify(images, top_k, batch_size, num_workers=num_workers, progress=progress)
+        return [prediction.labels for prediction in found]
+
+    __call__ = predict
 
     def classify(
-        self, images: ImageLike | Iterable[ImageLike], top_k: int = 1, batch_size: int = 32
+        self,
+        images: ImageLike | Images,
+        top_k: int = 1,
+        batch_size: int = 32,
+        *,
+        num_workers: int = 0,
+        progress: bool | None = False,
     ) -> Iterator[Prediction]:
         """Classify as `predict` does, but yield each image as soon as its batch is done, with its selected prompts."""
-        for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is out of range: it must be a whole number from 1.")
-        return self._batches(each(images), top_k, batch_size)
+        results = self.stream(images, top_k, batch_size, num_workers=num_workers, progress=progress)
 
-    def _batches(self, images: Iterator[ImageLike], top_k: int, batch_size: int) -> Iterator[Prediction]:
-        top_k = min(top_k, len(self.id2label) if self.classes is None else len(self.classes))
-        while batch := [to_image(image) for image in islice(images, batch_size)]:
-            scores, selected = self._scores(batch)
-            best = scores.sort(descending=True, stable=True)
-            prompts = [None] * len(batch) if selected is None else selected.tolist()
-            for values, indices, own in zip(best.values.tolist(), best.indices.tolist(), prompts, strict=True):
-                named = [{"label": self.id2label[i], "score": score} for score, i in zip(values, indices, strict=True)]
-                yield Prediction(named[:top_k], own)
+        def predictions() -> Iterator[Prediction]:
+            for result in results:
+                if isinstance(result, Exception):
+                    raise result
+                yield result
+
+        return predictions()
+
+    def stream(
+        self,
+        images: ImageLike | Images,
+        top_k: int = 1,
+        batch_size: int = 32,
+        *,
+        num_workers: int = 0,
+        progress: bool | None = False,
+    ) -> Iterator[Prediction | Exception]:
+        """Classify as `classify` does, but yield the error of an image that cannot be read, and go on with the others."""
+        for name, value, least in (
+            ("top_k", top_k, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} is out of range: it must be a whole number from {least}.")
+        return self._results(several(images), top_k, batch_size, num_workers, progress)
+
+    def _results(
+        self, images: Images, top_k: int, batch_size: int, num_workers: int, progress: bool | None
+    ) -> Iterator[Prediction | Exception]:
+        total = len(images) if is_indexed(images) else None
+        hidden = None if progress is None else not progress
+        with tqdm(total=total, unit="img", file=sys.stderr, disable=hidden) as bar:
+            for batch in read_batches(images, self.processor, batch_size, num_workers):
+                predictions = iter(() if batch.pixels is None else self._predictions(batch.pixels, top_k))
+                for error in batch.errors:
+                    yield next(predictions) if error is None else error
+                bar.update(len(batch.errors))
 
     @torch.no_grad()
-    def _scores(self, images: list[PIL.Image.Image]) -> tuple[Tensor, Tensor | None]:
-        """Return probabilities `(B, C)` and selected prompts `(B, k)`."""
-        reference = next(self.model.parameters())
-        pixels = self.processor(images, return_tensors="pt")["pixel_values"].to(reference.device, reference.dtype)
-        logits = self.model(pixel_values=pixels).logits
+    def _predictions(self, pixels: Tensor, top_k: int) -> list[Prediction]:
+        """Return the predictions of a batch `(B, 3, H, W)`."""
+        reference, names = next(self.model.parameters()), self.id2label
+        logits = self.model(pixel_values=pixels.to(reference.device, reference.dtype)).logits
         selected = self._learner.selected_prompts if isinstance(self._learner, SelectsPrompts) else None
-        return logits.float().softmax(-1).cpu(), selected
+        best = logits.float().softmax(-1).cpu().sort(descending=True, stable=True)
+        top_k = min(top_k, len(names) if self.classes is None else len(self.classes))
+        prompts = [None] * len(pixels) if selected is None else selected.tolist()
+        rows = zip(best.values[:, :top_k].tolist(), best.indices[:, :top_k].tolist(), prompts, strict=True)
+        return [
+            Prediction([{"label": names[i], "score": score} for score, i in zip(scores, found, strict=True)], own)
+            for scores, found, own in rows
+        ]
 
 
 def load_pretrained(
@@ -271,12 +346,14 @@ def _adjusting_method(revision: Revision) -> ContinualMethod | None:
 
 
 class _Scores:
-    """Give a model's output `logits` with unseen classes masked, as a hook that can be pickled and copied with the model.
+    """Give a model's output calibrated `logits` with unseen classes masked.
+
+    It is a hook that can be pickled and copied with the model.
 
     Args:
         model: the model.
         classes: label ids that may be predicted; None for all.
-        method: adjusts the logits before they are masked.
+        method: adjusts the logits before they are masked; they are not calibrated then.
     """
 
     def __init__(
@@ -284,8 +361,11 @@ class _Scores:
     ) -> None:
         self.model, self.classes, self.method = model, classes, method
         self.features: list[Tensor] = []  # what the head has read in the running pass
+        learner = stream_model(model)
+        statistics = learner.statistics if isinstance(learner, KeepsClassStatistics) else None
+        self.temperature = None if statistics is None or method is not None else statistics.temperature
         if method is not None:
-            stream_model(model).watch_features(self._watch)
+            learner.watch_features(self._watch)
 
     def _watch(self, features: Tensor) -> None:
         self.features[:] = [features]
@@ -296,7 +376,13 @@ class _Scores:
             given = {name: value for name, value in inputs.items() if name not in ("labels", "return_dict")}
             learner = stream_model(self.model)
             logits = self.method.predict_logits(learner, given, logits.float(), self.features.pop())
+        elif self.temperature is not None and self._uses_statistics():
+            logits = logits / self.temperature
         return keep_classes(logits, self.classes)
+
+    def _uses_statistics(self) -> bool:
+        learner = stream_model(self.model)
+        return isinstance(learner, KeepsClassStatistics) and learner.uses_statistics_head
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if kwargs.get("input_ids") is not None:  # CLIP with the caller's own texts
@@ -314,10 +400,10 @@ class _Scores:
 def _make_classifier(
     model: PreTrainedModel | PeftModel, classes: list[int] | None, method: ContinualMethod | None
 ) -> None:
-    """Add `logits` with unseen classes masked to the model's output, and the class names to its configuration.
+    """Add calibrated `logits` with unseen classes masked to the model's output, and the class names to its configuration.
 
     Args:
-        method: adjusts the logits before they are masked.
+        method: adjusts the logits before they are masked; they are not calibrated then.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     names = stream_model(model).class_names or {}

@@ -4,36 +4,49 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any, TypeAlias, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from ..data.files import image_files
 from ..data.rgb import array_to_rgb, open_rgb, to_rgb
 
 ImageLike: TypeAlias = (
     "str | os.PathLike[str] | PIL.Image.Image | np.ndarray[Any, Any] | Tensor | bytes | IO[bytes] | Mapping[str, Any]"
 )
+Images: TypeAlias = "Iterable[ImageLike] | Dataset[Any]"
 _NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)  # NumPy lacks bfloat16 and the 8-bit ones
 _BYTES = bytes | bytearray | memoryview
 _KINDS = "a path, a PIL image, an array or tensor, the bytes of a file, an open file, or an item of a dataset"
 
 
-def each(images: ImageLike | Iterable[ImageLike]) -> Iterator[ImageLike]:
-    """Return an iterator over images, of which one alone may be given.
+def is_indexed(images: object) -> TypeGuard[Sequence[ImageLike]]:
+    """Return True for what has a length and gives each of its images by index: a list, a dataset, an array of images."""
+    return hasattr(images, "__len__") and hasattr(images, "__getitem__")
+
+
+def several(images: ImageLike | Images) -> Images:
+    """Return images one after another, where one alone, or the folder that they are in, may be given.
 
     Raises:
         TypeError: neither.
+        ValueError: a folder without images.
     """
+    if isinstance(images, str | os.PathLike) and os.path.isdir(images):
+        if not (files := image_files(images)):
+            raise ValueError(f"{os.fspath(images)} holds no images.")
+        return files
     one = isinstance(images, str | os.PathLike | PIL.Image.Image | _BYTES | Mapping) or hasattr(images, "read")
     if one or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):
-        return iter([cast(ImageLike, images)])
-    if not isinstance(images, Iterable):
-        raise TypeError(f"images is a {type(images).__name__}: pass {_KINDS}, or several of them.")
-    return iter(cast("Iterable[ImageLike]", images))
+        return [cast(ImageLike, images)]
+    if not isinstance(images, Iterable) and not is_indexed(images):
+        raise TypeError(f"images is a {type(images).__name__}: pass {_KINDS}, several of them, or a folder.")
+    return cast(Images, images)
 
 
 def to_image(image: ImageLike) -> PIL.Image.Image:

@@ -288,6 +288,14 @@ class ContinualMethod:
         """Return True if the run keeps the images of `exemplars`; once their task has ended, the stream's are not read."""
         return getattr(self.config, "memory_stores", None) == "images"
 
+    @property
+    def adjusts_logits(self) -> bool:
+        """Return True if predictions need the method, since it has scores of its own."""
+        return any(
+            getattr(type(self), part) is not getattr(ContinualMethod, part)
+            for part in ("adjust_logits", "predict_logits")
+        )
+
     def adjust_logits(self, logits: Tensor, features: Tensor) -> Tensor:
         """Return the final scores `(B, C)`, given the model's own and the head's input, `(B, d)`."""
         return logits

@@ -18,6 +18,7 @@ from ..data.images import CachedQueries
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskImages, TaskStream
 from ..heads import keep_classes
+from ..heads.calibration import calibration_error
 from ..methods import ContinualMethod
 from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel
 from .results import LARGE_POOL, StreamResults, Usage, changed_share, percent, relative_drift
@@ -165,6 +166,7 @@ def measure(
     record: Callable[[int], Recorded],
     pool_size: int,
     stream: TaskStream,
+    temperature: float | None = None,
 ) -> None:
     """Evaluate all tasks up to the 0-based task t, which has just ended, and take the figures into `results`.
 
@@ -173,13 +175,15 @@ def measure(
         record: predicts a task's test images; not asked for a task that has none here, whose figures are None.
         pool_size: number of entries that images select from, if they do.
         stream: the tasks.
+        temperature: of scores that are calibrated by one; None for others.
     """
-    tasks = []
+    tasks, sure = [], _Confidence(temperature)
     for j in range(t + 1):
         if not stream.has_test(j):
             tasks.append(_TaskFigures())
             continue
         found = record(j)
+        sure.add(found)
         if j == t:
             references.keep(t, found.features, found.selected)
         elif j >= results.first and j not in references.features:
@@ -187,6 +191,36 @@ def measure(
         compared = results.first <= j < t and j not in results.drift_lacks
         tasks.append(_TaskFigures.of(found, stream.tasks[j].classes, pool_size, references if compared else None, j))
     _take(results, tasks, t - results.first)
+    results.calibration_error = sure.errors()
+
+
+class _Confidence:
+    """Collect the scores of predicted classes, before and after they are calibrated.
+
+    Args:
+        temperature: that logits are divided by; None to collect nothing.
+    """
+
+    def __init__(self, temperature: float | None) -> None:
+        self.temperature = temperature
+        self._scores: list[Tensor] = []
+        self._right: list[Tensor] = []
+
+    def add(self, found: Recorded) -> None:
+        """Add a task's test images."""
+        if self.temperature is None:
+            return
+        logits = torch.from_numpy(found.logits).double()
+        scores = [(logits / divisor).softmax(-1).amax(-1) for divisor in (1.0, self.temperature)]
+        self._scores.append(torch.stack(scores))
+        self._right.append(logits.argmax(-1) == torch.from_numpy(found.labels))
+
+    def errors(self) -> dict[str, float] | None:
+        """Return the calibration errors over all of them; None without any."""
+        if not self._right:
+            return None
+        (before, after), right = torch.cat(self._scores, 1), torch.cat(self._right)
+        return {"before": calibration_error(before, right), "after": calibration_error(after, right)}
 
 
 @dataclass

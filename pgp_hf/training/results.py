@@ -81,6 +81,8 @@ class StreamResults:
         images_trained: training images seen, with repetitions.
         memory: number of training images that the method keeps after the last finished task, and their bytes as
             uncompressed 8-bit RGB.
+        calibration_error: how far scores of the statistics head are from the share of right predictions over all seen
+            test images, `before` and `after` they are calibrated; None for another head, or without test images.
         continues: the revision that the run goes on from: its `repo` (None for a folder), `revision`, `commit` (or None)
             and number of `tasks`, and its own origin as `continues` where it had one; None for a run from its first task.
         training: settings that the last task was trained with, ready for JSON.
@@ -111,6 +113,7 @@ class StreamResults:
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "statistics": 0.0, "evaluation": 0.0})
     images_trained: int = 0
     memory: dict[str, int] = field(default_factory=lambda: {"images": 0, "bytes": 0})
+    calibration_error: dict[str, float] | None = None
     continues: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -167,6 +170,8 @@ class StreamResults:
             results["compensate_drift"] = True
         if self.drift_lacks:
             results["drift_lacks"] = self.drift_lacks
+        if self.calibration_error is not None:
+            results["calibration_error"] = self.calibration_error
         if self.continues is not None:
             results["continues"] = self.continues
         if self.training:
@@ -243,6 +248,7 @@ class StreamResults:
         self.usage = results.get("prompt_usage")
         self.drift_lacks = list(results.get("drift_lacks", []))
         self.memory = dict(results.get("memory", self.memory))
+        self.calibration_error = results.get("calibration_error")
         self.continues = results.get("continues")
         self.trainable_parameters = results.get("trainable_parameters", self.trainable_parameters)
         self.training = dict(results.get("training", {}))

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..data.images import AugmentedImages, CachedQueries
 from ..data.stream import TaskStream
 from ..methods import Batch, TaskContext
-from ..models import SelectsPrompts
+from ..models import KeepsClassStatistics, SelectsPrompts
 from .callbacks import fire
 from .choosing import check_choice, summarize
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
@@ -163,8 +163,12 @@ class TaskTrainer(ReportingTrainer):
             raise ValueError("no task has been trained yet: call train() or train_task(0) first.")
         learner = self.stream_model
         pool_size = learner.pool_size if isinstance(learner, SelectsPrompts) else 0
+        statistics = learner.statistics if isinstance(learner, KeepsClassStatistics) else None
+        temperature = None if statistics is None or self.method.adjusts_logits else statistics.temperature
         with self.progress.timed("evaluation"):
-            measure(self.results, self.progress.references, self.task, self._record, pool_size, self.stream)
+            measure(
+                self.results, self.progress.references, self.task, self._record, pool_size, self.stream, temperature
+            )
         # metrics of the user's own may have the same names, and another unit
         self.log(summary_logs(self.results, "eval" if self.compute_metrics in (accuracy, None) else "eval_stream"))
         return self.results.to_dict()

@@ -253,7 +253,7 @@ class Passes:
 
     @torch.no_grad()
     def learn_class_statistics(self, t: int, before: Tensor | None) -> None:
-        """Add a trained task's images to the statistics head, if there is one.
+        """Add a trained task's images to the statistics head, if there is one, and calibrate its scores by them.
 
         Args:
             before: what the head read of them before the task was trained; None without drift compensation.
@@ -268,16 +268,26 @@ class Passes:
             with restricted:
                 return self.head_features(t)
 
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def views() -> Iterator[tuple[Tensor, Tensor]]:
+            seen.clear()
+            for batch in self._head_views(t):
+                seen.append(batch)
+                yield batch
+
         def gathered() -> ClassStatistics:
             return gather_task(
                 known,
-                self._head_views(t),
+                views(),
                 self.collectives.reduce,
                 before=before,
                 as_before=None if restricted is None else as_before,
             )
 
         learner.learn_statistics(self.sizes.fit(gathered))
+        features, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        known.calibrate(features, labels, self.collectives.reduce)
 
     @property
     def collectives(self) -> Collectives:

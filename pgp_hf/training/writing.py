@@ -134,10 +134,6 @@ def write_method(folder: Path, method: ContinualMethod) -> None:
         "settings": method.settings(),
         "state": state.values,
         "card": asdict(method.describe()),
-        # prediction needs such a method, any other does without
-        "adjusts_logits": any(
-            getattr(type(method), part) is not getattr(ContinualMethod, part)
-            for part in ("adjust_logits", "predict_logits")
-        ),
+        "adjusts_logits": method.adjusts_logits,  # prediction needs such a method, any other does without
     }
     write_json(folder / METHOD, content)

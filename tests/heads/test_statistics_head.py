@@ -126,6 +126,7 @@ def test_saved_and_loaded_alike(tmp_path, method, options):
         "counts": torch.int64,
         "means": torch.float64,
         "scatter": torch.float64,
+        "calibration": torch.float64,
     }
     linear = tiny.model(method)
     linear.save_pretrained(tmp_path / "linear", save_embedding_layers=False)

@@ -131,7 +131,7 @@ def test_a_tensor_of_any_precision(dtype):
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        (7, TypeError, r"images is a int: pass a path, .* or several of them"),
+        (7, TypeError, r"images is a int: pass a path, .* several of them, or a folder"),
         (None, TypeError, r"images is a NoneType"),
         ([None], TypeError, r"an image cannot be of type NoneType"),
         ([[1, 2]], TypeError, r"an image cannot be of type list"),

@@ -77,7 +77,7 @@ class DualPromptAttention(PromptLayer):
         self.add_parameters(adapter_name, config.inference_mode, **parameters)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        prefix = self._prefix(len(hidden_states))
+        prefix = self._prefix(hidden_states.shape[0])  # `len` would fix the size of batches in an export
         if prefix is not None:
             kwargs.update(prefix_key=prefix[0], prefix_value=prefix[1], record=self.record)
         return self.base_layer(hidden_states, *args, **kwargs)
