@@ -21,6 +21,7 @@ from .earlier import find_test_images
 from .manifest import SPLITS, check_complete, check_form, compare, copied, first_tasks, new_settings, train_hashes
 from .rows import verify_images
 from .scenarios import SCENARIOS, check_scenario
+from .shifts import Shift, check_shift
 from .tasks import ImageItem, Part, Parts, Task, TaskImages, by_source, hash_parts, read_entries, write_entries
 
 __all__ = ["ImageItem", "Task", "TaskImages", "TaskStream"]
@@ -109,6 +110,7 @@ class TaskStream:
         label_column: str | None = None,
         image_column: str | None = None,
         scenario: str = "class_incremental",
+        shift: str | None = None,
         seed: int | None = 0,
         class_order: Sequence[int] | None = None,
         test_dataset: datasets.Dataset | None = None,
@@ -133,8 +135,10 @@ class TaskStream:
             image_column: a `datasets.Image` column. Default: the only one.
             scenario: `"class_incremental"`, `"task_incremental"` (the task of each test image is given) or `"online"`
                 (class-incremental, with one epoch for each task).
-            seed: draws the class order, the held-out rows and the rows kept of each class. With None, classes come in
-                label order, and rows are drawn as with 0.
+            shift: `"renderings"` shows each task's images, training and test alike, in a rendering of its own, drawn by
+                the seed (see `pgp_hf.data.shifts.RENDERINGS`). Tasks that are appended are as they are.
+            seed: draws the class order, the held-out rows, the rows kept of each class and the renderings. With None,
+                classes come in label order, and everything else is drawn as with 0.
             class_order: label ids in stream order, instead of a drawn order.
             test_dataset: test rows, with the columns of the train rows.
             test_split: name of the test split of a `DatasetDict`. Default: the first of `test`, `validation`,
@@ -150,6 +154,8 @@ class TaskStream:
             ValueError: any other problem with the dataset or an argument; the message has the fix.
         """
         check_scenario(scenario)
+        if shift is not None:
+            check_shift(shift)
         seed = check_optional_int("seed", seed, 0, none="label order")
         division = Division(num_tasks, tasks, init_classes, increment, class_order)
         division.check()
@@ -164,13 +170,17 @@ class TaskStream:
         if len(kept) < len(data.names):
             ids = {position: label for label, position in enumerate(kept)}
             data = data.relabelled(ids, [data.names[position] for position in kept])
-        images = data.images()
+        images, drawn = data.images(), Shift.draw(shift, len(divided), seed or 0)
+        if drawn is not None:
+            for source in images:
+                source.renderings = drawn.by_class(divided)
         rows = source_data.choose_rows(data.labels, data.test_labels, held_out, seed or 0, *limits.values())
         parts = {}
         for split, source, chosen in zip(SPLITS, images, rows, strict=True):
             of_task = source_data.cut(split, chosen, source.labels, divided, data.names)
             parts[split] = [Part.of(source, own) for own in of_task]
         settings = new_settings(scenario, seed, data.described(held_out[0], limits), shares[1])
+        settings |= {} if drawn is None else drawn.described()
         return cls(settings, [Task(t, own) for t, own in enumerate(divided)], parts, data.names)
 
     @classmethod
@@ -211,8 +221,14 @@ class TaskStream:
             settings = first_tasks(settings, check_int("num_tasks", num_tasks, 0, len(settings["tasks"])))
         entries = settings.pop("tasks")
         tasks, parts, notes = read_entries(entries)
+        shift = Shift.read(settings)
         if test_dataset is not None:
             found = find_test_images(test_dataset, settings, entries)
+            if shift is not None:
+                shown = shift.by_class([task.classes for task in tasks])
+                for part in found[: len(shift.tasks)]:
+                    if part is not None and part.source is not None:
+                        part.source.renderings = shown
             parts["test"] = [there or absent for there, absent in zip(found, parts["test"], strict=True)]
         return cls(settings, tasks, parts, settings["label_names"], notes, begun_open=True)
 
