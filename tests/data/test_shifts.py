@@ -83,7 +83,9 @@ def test_joined_images_keep_their_renderings():
 def test_images_can_be_sent_to_worker_processes():
     images = tiny.stream(shift="renderings").train(1)
     sent = pickle.loads(pickle.dumps(images))
-    assert all(np.array_equal(np.asarray(sent[i]["image"]), np.asarray(images[i]["image"])) for i in range(len(images)))
+    assert all(
+        np.array_equal(np.asarray(sent[i]["image"]), np.asarray(images[i]["image"])) for i in range(len(images))
+    )
 
 
 def test_test_images_found_by_a_manifest_are_rendered():
@@ -113,7 +115,9 @@ def test_another_shift_is_another_stream():
 
 @pytest.mark.parametrize("shift", ["blur", "", 3, True])
 def test_an_unknown_shift(shift):
-    with pytest.raises(ValueError, match=r"shift must be one of \['renderings'\], or None for images as they are, got"):
+    with pytest.raises(
+        ValueError, match=r"shift must be one of \['renderings'\], or None for images as they are, got"
+    ):
         tiny.stream(shift=shift)
 
 
