@@ -298,9 +298,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"{len(plans)} runs, {sum(finished.values())} of them finished earlier")
     work.mkdir(parents=True, exist_ok=True)
     (work / ".gitignore").write_text("*\n", encoding="utf-8")
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, stop)
-    failed = schedule(list(groups.values()), argv, bench.jobs, write_table)
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        failed = schedule(list(groups.values()), argv, bench.jobs, write_table)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
     write_table()
     say(f"table in {table_file}" + (f"; {failed} processes failed, run again to retry" if failed else ""))
     return 1 if failed else 0

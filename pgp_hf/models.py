@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -226,11 +227,7 @@ class PlainModel:
 
     def watch_features(self, callback: Callable[[Tensor], object]) -> RemovableHandle:
         """Call `callback` with the classifier's input, `(B, d)`, at each forward pass until the handle is removed."""
-
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            callback(inputs[0].flatten(1))
-
-        return self.head.register_forward_pre_hook(hook)
+        return self.head.register_forward_pre_hook(partial(_show_input, callback))
 
     def run(self, inputs: Mapping[str, Any]) -> ModelOutput:
         """Return the model's output, past the hooks on it as a whole: from within such a hook, it can run again."""
@@ -281,6 +278,11 @@ class PlainModel:
 
     def resume_after(self, task: int) -> None:
         """Do nothing: see `begin_task`."""
+
+
+def _show_input(callback: Callable[[Tensor], object], head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    # no local function, which could not be pickled with the model
+    callback(inputs[0].flatten(1))
 
 
 def check_trainable(what: str) -> None:

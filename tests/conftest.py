@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hugging Face libraries are imported
 
@@ -12,6 +13,14 @@ import jinja2
 import pytest
 import torch
 
+for _number, _handler in (
+    ("SIGINT", signal.default_int_handler),
+    ("SIGTERM", signal.SIG_DFL),
+    ("SIGHUP", signal.SIG_DFL),
+):
+    # a shell that runs the tests in the background has them ignore some, and a run leaves that as it is
+    if hasattr(signal, _number) and signal.getsignal(getattr(signal, _number)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, _number), _handler)
 torch.set_num_threads(1)
 # the templates of model cards, one of them PEFT's, are compiled for every task and checkpoint of every run
 jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)

@@ -91,7 +91,7 @@ def test_names_are_those_of_the_code(name):
 def test_the_layout_is_the_tested_one():
     rows = re.search(r"## Layout\n.*?\n\| \| \|\n\|---\|---\|\n(.*?)\n\n", CONTRIBUTING, re.DOTALL)[1].splitlines()
     told = [{Path(one).stem for one in re.findall(r"`pgp_hf/([\w.]+)`", row)} for row in rows]
-    alias, below = {"arguments"}, {"version"}
+    alias, below = {"arguments"}, {"version", "fields"}
     assert told[::-1] == [row for row in LAYERS if row not in (alias, below)]
     assert {"convert", "__init__", "__main__"} == APART and "`pgp_hf/convert.py` stands apart" in CONTRIBUTING
 
@@ -100,6 +100,18 @@ def test_bounded_dependencies_are_those_that_move_fast():
     bounded = re.search(r"^(.*?) move fast", CONTRIBUTING, re.DOTALL | re.MULTILINE)[1].rpartition("\n\n")[2]
     names = re.findall(r"`([\w-]+)`", bounded)
     assert len(names) == 5 and all(re.search(rf'"{name}>=[\d.]+,<[\d.]+"', read("pyproject.toml")) for name in names)
+
+
+# ---- the README's guarantees ------------------------------------------------------------------------------------------
+
+
+def test_each_guarantee_has_its_test():
+    section = read("README.md").partition("\n## What is guaranteed\n")[2].partition("\n## ")[0]
+    lines = [" ".join(item.split()) for item in re.findall(r"^- (?:.|\n(?=  ))*", section, re.MULTILINE)]
+    assert 1 <= len(lines) <= 10
+    for line in lines:
+        file, _, test = re.fullmatch(r"- .*: `([\w/.]+)(::)(\w+)`", line).groups()
+        assert re.search(rf"^def {test}\(", read(file), re.MULTILINE), line
 
 
 # ---- the others ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -120,6 +120,11 @@ def images(count: int = 5, size: int | tuple[int, int] = SIDE, channels: int = 3
 def processor() -> ViTImageProcessorPil:
     """Return an image processor for the backbones."""
     return ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
+
+
+def some_of(names: Iterable[str], *default: str) -> list[Any]:
+    """Return parameters of a test: the `default` ones run by default, the others are slow."""
+    return [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

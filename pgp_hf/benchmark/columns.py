@@ -71,7 +71,7 @@ def columns_of(runs: list[Run]) -> list[Column]:
 def in_turn(run: Run) -> bool:
     """Return True unless the run has learned all classes as one task."""
     head = next(iter(run["heads"].values()))
-    return run["num_tasks"] > 1 and not first_task({**run, "accuracy_matrix": head["accuracy_matrix"]})
+    return run["num_tasks"] > 1 and not first_task({**run, "accuracy_matrix": head.get("accuracy_matrix")})
 
 
 def _of_head(head: str, key: str) -> Callable[[list[Run]], list[float]]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from .. import metrics
 from ..report import figures as report
 
 Run = dict[str, Any]
@@ -86,8 +85,8 @@ def accuracy_panels(rows: dict[str, list[Run]]) -> dict[str, dict[str, list[list
 
 def _curves(runs: list[Run], head: str) -> list[list[float]]:
     """Return the average accuracy after each task, for each run; one value where all tasks were learned as one."""
-    found: list[Any] = [metrics.summarize(run["heads"][head]["accuracy_matrix"]) for run in runs]
-    return [[value for value in each["per_task_average_accuracy"] if value is not None] for each in found]
+    found = [run["heads"][head]["per_task_average_accuracy"] for run in runs]
+    return [[value for value in averages if value is not None] for averages in found]
 
 
 def sensitivity_points(

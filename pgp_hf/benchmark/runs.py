@@ -7,7 +7,6 @@ import copy
 import os
 import platform
 import re
-import shutil
 import sys
 import time
 import warnings
@@ -31,6 +30,7 @@ from ..heads.closed_form import frozen_matrices, stream_features
 from ..methods import METHODS, ProjectedPrompts
 from ..models import set_trainable
 from ..report.formatting import as_number
+from ..runs import removal
 from ..runs.atomic import write_json
 from ..runs.folder import RunFolder
 from ..runs.reading import read_json
@@ -62,9 +62,10 @@ def execute(plans: list[Plan], arguments: str, keep: bool = False) -> bool:
             write_json(plan.folder / "settings.json", plan.settings())
         for plan, results in _frozen(plans) if plans[0].classifier is not None else _trained(*plans):
             head = {"row": plan.name, "seed": plan.seed, "arguments": arguments, "settings": plan.settings()}
-            write_json(plan.file, {**head, **results, **machine()})
+            write_json(plan.file, {**head, **results, **machine()}, rows=True)
             if not keep:
-                shutil.rmtree(plan.folder)
+                RunFolder(plan.folder / "run").clear()
+                removal.remove(plan.folder, ["settings.json"])  # and the folder, if that was all
     return True
 
 
@@ -130,7 +131,8 @@ def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
     results = trainer.results.to_dict()
     # accuracies are in `heads`, the others in `settings` and at the top of the file
     accuracies = ("accuracy_matrix", *SUMMARY, "task_incremental")
-    heads = results.pop("heads", {"linear": {key: results[key] for key in accuracies if key in results}})
+    heads = results.pop("heads", {})
+    heads[results["head"]] = {key: results[key] for key in accuracies if key in results}
     elsewhere = {*accuracies, "method", "method_settings", "projection", "seed", "versions"}
     kept = {key: value for key, value in results.items() if key not in elsewhere}
     yield plan, {"num_classes": known.num_classes, "sha256": made_of, **kept, "heads": heads, "resumed": resumed}

@@ -145,7 +145,9 @@ def paired(runs: list[Run]) -> str:
         if "prompt" in run["settings"] and run["num_tasks"] > 1:
             training = {k: v for k, v in _training(run).items() if k not in LATER}
             alike = json.dumps([run["seed"], run["settings"]["prompt"], training], sort_keys=True)
-            accuracy = run["heads"]["linear"]["accuracy_matrix"][0][0]
+            linear = run["heads"]["linear"]  # which has no matrix where the statistics head predicts
+            matrix = linear.get("accuracy_matrix")
+            accuracy = matrix[0][0] if matrix else linear["by_task"]["when_learned"][0]
             first.setdefault(alike, {}).setdefault(accuracy, []).append(f"{run['row']} seed {run['seed']}")
     groups = [found for found in first.values() if sum(map(len, found.values())) > 1]
     apart = [name for found in groups if len(found) > 1 for names in found.values() for name in names]

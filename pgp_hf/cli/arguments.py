@@ -1,34 +1,24 @@
-"""Declare the arguments of the command lines: data, backbone, projection and head."""
+"""Declare the arguments of the command lines: data, projection and head."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import datasets
-from torch import nn
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    CLIPModel,
-    CLIPTokenizer,
-    PreTrainedModel,
-)
-from transformers.utils import logging
 
 from .. import embedded
 from ..data import source as source_data
+from ..data.local import load_image_folders
 from ..data.stream import TaskStream
 from ..projection import CONDITIONS, ProjectionConfig
 from ..projection.config import APPLY_TO, PROBE_SPACES
 from ..training.arguments import PGPTrainingArguments
 from ..tuners.base.config import PromptConfig
-from .resize import resized
+from .model_arguments import ModelArguments
 
 
 @dataclass
@@ -181,24 +171,21 @@ class DataArguments:
         return self._named(self.dataset_name) if self.dataset_name else embedded.digits()
 
     def _folders(self, train_dir: str) -> datasets.DatasetDict:
-        folders = {"train": f"{train_dir}/**"}
-        if self.validation_dir:
-            folders["validation"] = f"{self.validation_dir}/**"
-        splits = datasets.load_dataset("imagefolder", data_files=folders)
+        folders = {"train": train_dir} | ({"validation": self.validation_dir} if self.validation_dir else {})
+        for option, folder in zip(("--train_dir", "--validation_dir"), folders.values(), strict=False):
+            if not os.path.isdir(folder):
+                raise ValueError(f"{option} {folder} is not a folder here: expected one with a subfolder per class.")
+        splits = load_image_folders(folders)
         if self.label_column_name is None and "label" not in splits["train"].features:
             raise ValueError(
-                f"the images in {' and '.join(filter(None, (train_dir, self.validation_dir)))} have no labels: expected "
+                f"the images in {' and '.join(folders.values())} have no labels: expected "
                 "one subfolder per class that holds its images itself, FOLDER/CLASS/IMAGE, and at least two classes. Move "
                 "images that are nested deeper, as in Tiny ImageNet's archive, up into the folder of their class."
             )
         return splits
 
     def _named(self, name: str) -> datasets.DatasetDict:
-        public: str | None = name
-        if self.dataset_revision in (None, "main") or os.path.isdir(name):
-            splits, public = source_data.load(name)
-        else:
-            splits = datasets.load_dataset(name, revision=self.dataset_revision)
+        splits, public = source_data.load(name, self.dataset_revision)
         split = self.dataset_split or "train"
         if split not in splits:
             raise ValueError(
@@ -215,13 +202,14 @@ class DataArguments:
 def string_labels_as_classes(
     train: datasets.Dataset, test: datasets.Dataset | None, column: str
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Return both splits, with `column` turned into a `ClassLabel` if it holds strings."""
-    if getattr(train.features.get(column), "dtype", None) not in ("string", "large_string"):
-        return train, test
+    """Return both splits, with `column` turned into a `ClassLabel` where it holds strings; one with names has its own."""
     splits = [train] if test is None else [train, test]
-    found = {name for data in splits if column in data.features for name in data.unique(column)} - {None}
+    texts = [getattr(data.features.get(column), "dtype", None) in ("string", "large_string") for data in splits]
+    if not any(texts):
+        return train, test
+    found = {name for data, text in zip(splits, texts, strict=True) if text for name in data.unique(column)} - {None}
     classes = datasets.ClassLabel(names=sorted(map(str, found)))
-    splits = [data.cast_column(column, classes) if column in data.features else data for data in splits]
+    splits = [data.cast_column(column, classes) if text else data for data, text in zip(splits, texts, strict=True)]
     return splits[0], splits[1] if len(splits) > 1 else None
 
 
@@ -231,142 +219,6 @@ def _label_order(train: datasets.Dataset, column: str) -> range | None:
         return None
     feature = train.features[column]
     return range(feature.num_classes if isinstance(feature, datasets.ClassLabel) else len(train.unique(column)))
-
-
-@dataclass
-class ModelArguments:
-    """Describe the frozen backbone.
-
-    Args:
-        model_name_or_path: Hub id or local folder; the small backbone of this package by default.
-        model_revision: branch, tag or commit on the Hub.
-        image_size: side of the input in pixels, a multiple of the patch size; the backbone's own by default.
-        image_mean: mean subtracted from pixel values in [0, 1], one number or one per channel.
-        image_std: standard deviation that pixel values are then divided by, one number or one per channel.
-        attn_implementation: attention implementation of transformers.
-
-    Attributes:
-        kind: "vit" or "clip": the embedded backbone to use without `model_name_or_path`.
-    """
-
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or local folder of the backbone; without it, the small one inside this package is used"
-        },
-    )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "branch, tag or commit of the backbone on the Hub"}
-    )
-    image_size: int | None = field(
-        default=None,
-        metadata={"help": "side of the input in pixels, a multiple of the patch size; the backbone's own by default"},
-    )
-    image_mean: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "mean subtracted from pixel values in [0, 1], one number or one per channel; the backbone's own by "
-            "default"
-        },
-    )
-    image_std: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "standard deviation that pixel values are then divided by, one number or one per channel; the "
-            "backbone's own by default. Mean 0 and standard deviation 1 leave pixels in [0, 1]"
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "attention implementation: eager, sdpa, flash_attention_2, ..."}
-    )
-    kind: str = field(default="vit", init=False)
-
-    @property
-    def source(self) -> str:
-        """Hub id or folder of the backbone."""
-        return self.model_name_or_path or str(embedded.clip_path() if self.kind == "clip" else embedded.vit_path())
-
-    def processor(self) -> BaseImageProcessor:
-        """Load the backbone's image processor, with `image_size`, `image_mean` and `image_std` set.
-
-        Raises:
-            ValueError: a mean or standard deviation with a wrong number of channels; a standard deviation that is not
-                above 0.
-        """
-        processor: Any = AutoImageProcessor.from_pretrained(
-            self.source, revision=self.model_revision or "main", backend="pil"
-        )
-        if self.image_size is not None:
-            square = {"height": self.image_size, "width": self.image_size}
-            if getattr(processor, "do_center_crop", False):  # as CLIP's: resize the short side, then crop
-                processor.size, processor.crop_size = {"shortest_edge": self.image_size}, square
-            else:
-                processor.size = square
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            if values is None:
-                continue
-            channels = len(getattr(processor, name))
-            if len(values) not in (1, channels):
-                raise ValueError(
-                    f"{name}={values} has {len(values)} numbers: give one, or one for each of {channels} channels."
-                )
-            if name == "image_std" and not min(values) > 0:
-                raise ValueError(f"image_std={values} must be above 0: pixel values are divided by it.")
-            setattr(processor, name, [*values] * (channels // len(values)))
-            processor.do_normalize = True
-        return processor
-
-    def backbone(self, stream: TaskStream, resize: bool = False) -> PreTrainedModel:
-        """Load the backbone with a new head for the stream's classes.
-
-        Args:
-            stream: the tasks.
-            resize: interpolate the position embeddings to `image_size` here, for a model that is trained itself; an
-                adapter does so at each forward pass.
-
-        Raises:
-            ValueError: an image size that is not a multiple of the patch size.
-        """
-        with _errors_only():  # transformers would warn about the new head, which is intended
-            model = AutoModelForImageClassification.from_pretrained(
-                self.source,
-                revision=self.model_revision or "main",
-                num_labels=stream.num_classes,
-                id2label=stream.id2label,
-                label2id={name: label for label, name in stream.id2label.items()},
-                ignore_mismatched_sizes=True,
-                attn_implementation=self.attn_implementation,
-            )
-        patch = getattr(model.config, "patch_size", 1)
-        if self.image_size is not None and (self.image_size < patch or self.image_size % patch):
-            raise ValueError(
-                f"image_size={self.image_size} is not a multiple of the backbone's patch size {patch}: "
-                f"choose, for example, {max(1, round(self.image_size / patch)) * patch}."
-            )
-        if resize and self.image_size is not None:
-            model = resized(model, self.image_size)
-        # a checkpoint's head with the same number of classes has been loaded: start from a new one in any case
-        for layer in model.classifier.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.data.normal_(std=getattr(model.config, "initializer_range", 0.02))
-                layer.bias.data.zero_()
-        return model
-
-    def clip(self) -> CLIPModel:
-        """Load the backbone as a `CLIPModel`."""
-        return CLIPModel.from_pretrained(
-            self.source, revision=self.model_revision or "main", attn_implementation=self.attn_implementation
-        )
-
-    def tokenizer(self) -> CLIPTokenizer:
-        """Load the tokenizer that belongs to the `CLIPModel`."""
-        return CLIPTokenizer.from_pretrained(self.source, revision=self.model_revision or "main")
-
-    def interpolates(self, model: PreTrainedModel) -> bool:
-        """Return True if `image_size` is not the size that the backbone was trained at."""
-        config = getattr(model.config, "vision_config", model.config)
-        return self.image_size is not None and self.image_size != config.image_size
 
 
 def _setting(name: str, **metadata: Any) -> Any:
@@ -441,14 +293,3 @@ class Arguments(NamedTuple):
     prompts: Any
     run: RunArguments
     training: PGPTrainingArguments
-
-
-@contextlib.contextmanager
-def _errors_only() -> Iterator[None]:
-    """Silence all but errors of transformers."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -21,9 +22,11 @@ from ..methods import ContinualMethod
 from ..models import stream_model
 from ..runs.atomic import write_json
 from ..runs.folder import MANIFEST, METHOD, RESULTS, RunFolder
+from ..runs.lock import held
 from ..runs.reading import read_json
 from ..training.resume import check_method
 from ..training.setup import check_scenario
+from ..training.signals import leaving
 from ..training.trainer import StreamTrainer
 from ..training.views import head_inputs
 from .baseline_arguments import ALL, BaselineArguments, names
@@ -53,6 +56,16 @@ def run(arguments: BaselineArguments, make_model: Callable[[TaskStream], Model])
             model.
     """
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
+    args, main = arguments.training, arguments.training.process_index == 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(leaving(main))
+        if main:
+            stack.enter_context(held(Path(str(args.output_dir))))  # until all runs are finished
+        return _run(arguments, make_model)
+
+
+def _run(arguments: BaselineArguments, make_model: Callable[[TaskStream], Model]) -> Results:
+    """Train and compare, in a folder that is held."""
     args, every = arguments.training, arguments.run.method == ALL
     output_dir, resume = Path(str(args.output_dir)), resume_argument(args.resume_from_checkpoint)
     _check_folder(output_dir, every, args.overwrite_output_dir or (bool(resume) and not every))
@@ -87,10 +100,14 @@ def _check_folder(output_dir: Path, every: bool, may_hold_run: bool) -> None:
 def _clear(output_dir: Path) -> None:
     """Delete earlier runs, all of them before any begins: an interruption must not leave some of other settings."""
     if PartialState().is_main_process:
+        if (file := output_dir / SETTINGS).exists() and not read_json(file).keys() >= {"run", "sha256"}:
+            raise ValueError(f"{file} is not of earlier runs, which would replace it: choose another --output_dir.")
         for folder in (output_dir, *(output_dir / name for name in names())):
-            RunFolder(folder).clear()
-        for name in (SETTINGS, FROZEN):
-            (output_dir / name).unlink(missing_ok=True)
+            if not RunFolder(folder).is_empty():
+                RunFolder(folder).clear()
+        if file.exists():
+            for name in (SETTINGS, FROZEN):
+                (output_dir / name).unlink(missing_ok=True)
     PartialState().wait_for_everyone()
 
 
@@ -211,7 +228,7 @@ class Runs:
             extractors = {"random": random_weights(model.config, args), **extractors}
         rows = frozen_rows(self.stream, self.processor, args, extractors)
         if file is not None:
-            write_json(file, rows)
+            write_json(file, rows, rows=True)
         return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,12 +22,16 @@ from ..report.formatting import MISSING, as_measured
 from ..report.table import plain
 from ..runs.atomic import write_json
 from ..runs.checks import first_task
-from ..runs.folder import RunFolder
+from ..runs.folder import RESULTS, RunFolder
+from ..runs.lock import held
 from ..training.pgp_trainer import PGPTrainer
+from ..training.resume import find_run
+from ..training.signals import leaving
 from .arguments import Arguments
 from .frozen import Extract, frozen_rows, random_weights
 
 Results = dict[str, dict[str, Any]]  # by the name of the row
+TWIN = "baseline"  # its folder, in that of the run
 
 
 def run(name: str, arguments: Arguments, make_model: Callable[[TaskStream], PeftModel]) -> Results:
@@ -43,9 +48,22 @@ def run(name: str, arguments: Arguments, make_model: Callable[[TaskStream], Peft
     Returns:
         Results by row name.
     """
+    args, main = arguments.training, arguments.training.process_index == 0
+    output_dir = Path(str(args.output_dir))  # which is never None: TrainingArguments has a default
+    twin = not arguments.run.no_compare and arguments.run.config().method != "none"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(leaving(main))
+        for folder in (output_dir, *([output_dir / TWIN] if twin else [])) if main else ():
+            stack.enter_context(held(folder))  # until both are finished
+        return _run(name, arguments, make_model, output_dir, twin)
+
+
+def _run(
+    name: str, arguments: Arguments, make_model: Callable[[TaskStream], PeftModel], output_dir: Path, twin: bool
+) -> Results:
+    """Train and compare, in folders that are held."""
     args, projection = arguments.training, arguments.run.config()
     stream, processor = arguments.data.load(args.seed), arguments.model.processor()
-    output_dir = Path(str(args.output_dir))  # which is never None: TrainingArguments has a default
     rows: Results = {}
 
     def train(projection: ProjectionConfig, folder: Path, resume: str | bool | None) -> PGPTrainer:
@@ -66,14 +84,14 @@ def run(name: str, arguments: Arguments, make_model: Callable[[TaskStream], Peft
     resume = resume_argument(args.resume_from_checkpoint)
     if not resume and not args.overwrite_output_dir:
         RunFolder(output_dir).check_unused()
-    compare = not arguments.run.no_compare
-    twin = compare and projection.method != "none"
+    if isinstance(resume, str):
+        find_run(resume, token=args.hub_token)  # before the twin deletes anything
     if twin:
         unprojected = replace(projection, method="none", ln_penalty=0.0)  # a penalty needs a projection
-        train(unprojected, output_dir / "baseline", _twin_of(resume))
+        train(unprojected, output_dir / TWIN, _twin_of(resume))
     trainer = train(projection, output_dir, resume)
     if trainer.is_world_process_zero():
-        if compare:
+        if not arguments.run.no_compare:
             rows = {**without_prompts(trainer, arguments, processor), **rows}
         report(rows, output_dir, twin)
     trainer.accelerator.wait_for_everyone()
@@ -88,10 +106,15 @@ def resume_argument(given: str | bool | None) -> str | bool | None:
 
 
 def _twin_of(resume: str | bool | None) -> str | bool | None:
-    """Return the checkpoint that the twin continues from; a revision on the Hub has no twin."""
-    if isinstance(resume, str):
-        return str(Path(resume) / "baseline") if Path(resume).is_dir() else None
-    return resume
+    """Return the run that the twin continues; None where there is none, as for a revision on the Hub."""
+    if not isinstance(resume, str):
+        return resume
+    run = Path(resume)
+    twins = (run / TWIN, run.parent / TWIN / run.name)
+    found = [twin for twin in twins if not RunFolder(twin).is_empty() or (twin / RESULTS).is_file()]
+    if not found:
+        warnings.warn(f"{resume} has no twin without projection: that is trained from the first task.", stacklevel=2)
+    return str(found[0]) if found else None
 
 
 def without_prompts(trainer: PGPTrainer, arguments: Arguments, processor: BaseImageProcessor) -> Results:
@@ -141,7 +164,8 @@ def print_comparison(rows: Results, output_dir: Path, refused: Mapping[str, str]
     refused = refused or {}
     for name, reason in refused.items():
         print(f"\nno row {name}: {reason}")
-    write_json(output_dir / "comparison.json", {**rows, **{name: {"refused": why} for name, why in refused.items()}})
+    content = {**rows, **{name: {"refused": why} for name, why in refused.items()}}
+    write_json(output_dir / "comparison.json", content, rows=True)
     trained = {name: row for name, row in rows.items() if "method" in row}
     figures.task_curves(trained, output_dir / "figures" / "comparison.png")
 

@@ -6,13 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
-from PIL import Image
 
-
-def image_files(folder: Path) -> list[Path]:
-    """Return the image files in a folder and its subfolders, by their endings; none is opened."""
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings and file.is_file())
+from ..data.files import image_files
 
 
 def labelled_images(folders: Sequence[str], option: str, names: Sequence[str] = ()) -> datasets.Dataset:

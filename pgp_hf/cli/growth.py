@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from ..data.stream import TaskStream
-from ..report.formatting import one_line
+from ..report.formatting import one_line, printable
 from ..report.table import plain
 
 NOT_MEASURED = "not measured"
@@ -49,7 +49,7 @@ def known_classes(stream: TaskStream) -> str:
 def _names(names: Sequence[str]) -> str:
     """Return class names as a phrase, with no more than fit on a line."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(one_line, names[:_SHOWN])) + more
+    return ", ".join(printable(one_line(name)) for name in names[:_SHOWN]) + more
 
 
 def _described(task: Mapping[str, Any], names: Sequence[str]) -> str:

@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 import datasets
 
 from ..data import source as source_data
-from ..report.formatting import one_line
+from ..report.formatting import one_line, printable
 from ..runs.revision import Revision
 from ..runs.sources import locate
 from ..training.arguments import PGPTrainingArguments
-from ..training.learning import RECORDED
+from ..training.settings import RECORDED
 from ..training.trainer import StreamTrainer
 from .arguments import DataArguments, string_labels_as_classes
 from .experiment import resume_argument
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         learn(parse(argv, prog))
     except (TypeError, ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {as_options(one_line(error))}", file=sys.stderr)
+        print(f"error: {printable(as_options(one_line(error)))}", file=sys.stderr)
         return 1
     return 0
 
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def as_options(message: str) -> str:
     """Return an error message with the names of arguments in Python replaced by those of options."""
     for name, option in _OPTIONS.items():
-        message = re.sub(rf"(?<![\w-]){name}", option, message)
+        message = re.sub(rf"(?<![\w/\\-]){name}", option, message)  # but not within a path
     return message
 
 

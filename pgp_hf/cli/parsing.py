@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 EMBEDDED = {"num_tasks": 5, "num_train_epochs": 3, "augmentation": "none"}
 SOURCES = {"--model_name_or_path", "--dataset_name", "--train_dir"}
 HELP = {"-h", "--help"}
+# arguments of transformers that mean something else for a stream, or are refused and left out of the help
+_OWN_HELP = {
+    "metric_for_best_model": "what chooses a checkpoint or ends a task early, on the images of --train_val_split: "
+    "eval_current_accuracy by default, eval_mean_accuracy, or the same with loss",
+    "greater_is_better": "whether greater values of --metric_for_best_model are better; by default, unless it is a loss",
+    "resume_from_checkpoint": "true continues the run in --output_dir exactly where it stopped; the folder of a run or of one "
+    "of its tasks, or owner/name@task-3 on the Hub, continues that run in --output_dir",
+    "auto_find_batch_size": "halve the batch size when memory runs out, in training, statistics and evaluation",
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval", "prediction_loss_only", "batch_eval_metrics", "enable_jit_checkpoint"),
+        argparse.SUPPRESS,
+    ),
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -59,12 +72,15 @@ def copied_fields(config: type[DataclassInstance], names: Iterable[str]) -> list
 
 def new_parser(kinds: Sequence[type], **settings: Any) -> HfArgumentParser:
     """Make the parser of options that are the fields of dataclasses; `settings` are argparse's own."""
-    return HfArgumentParser(
+    parser = HfArgumentParser(
         kinds,  # type: ignore[arg-type]  # annotated with a NewType, which no class can match
         formatter_class=HelpFormatter,
         allow_abbrev=False,  # `option` would not recognise them
         **settings,
     )
+    for action in parser._actions:
+        action.help = _OWN_HELP.get(action.dest, action.help)
+    return parser
 
 
 def read(

@@ -16,11 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from ..inference import Prediction, PromptClassifier, load_pretrained, to_image
-from .folders import image_files
+from ..inference import Prediction, PromptClassifier, image_files, load_pretrained
+from ..report.formatting import one_line, printable
 
 PROGRESS_FROM = 20  # with fewer images, a progress bar would be gone before it is read
 
@@ -40,20 +39,20 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, description
             args.model, args.revision, backbone=args.backbone, device=args.device, token=args.token
         )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(one_line(error))}", file=sys.stderr)
         return 1
-    width = max((len(str(file)) for file in files), default=0)
-    for file, prediction in _classify(classifier, files, errors, args.top_k, args.batch_size):
+    width = max((len(printable(file)) for file in files), default=0)
+    for file, prediction in _classify(classifier, files, errors, args):
         if args.json_lines:
             found = {"image": str(file), "predictions": prediction.labels}
             lines = [json.dumps(found if prediction.prompts is None else {**found, "prompts": prediction.prompts})]
         else:
-            named = [f"{label['score']:7.2%}  {label['label']}" for label in prediction.labels]
-            lines = [f"{str(file) if i == 0 else '':{width}}  {line}" for i, line in enumerate(named)]
+            named = [f"{label['score']:7.2%}  {printable(label['label'])}" for label in prediction.labels]
+            lines = [f"{printable(file) if i == 0 else '':{width}}  {line}" for i, line in enumerate(named)]
         tqdm.write("\n".join(lines), file=sys.stdout)  # above the bar, where there is one
     sys.stdout.flush()
     for message in errors:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
     return 1 if errors else 0
 
 
@@ -70,6 +69,9 @@ def _parse(argv: Sequence[str] | None, prog: str | None, description: str | None
     parser.add_argument(
         "--batch_size", type=_positive, default=32, help="number of images in a forward pass (default: 32)"
     )
+    parser.add_argument(
+        "--num_workers", type=_from_zero, default=0, help="number of processes that read images ahead (default: 0)"
+    )
     parser.add_argument("--json_lines", action="store_true", help="print one JSON object per line instead of a table")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: a GPU if there is one)")
     parser.add_argument("--token", help="for a private repository; by default that of HF_TOKEN or `hf auth login`")
@@ -85,6 +87,11 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
+
+
+def _from_zero(text: str) -> int:
+    """Parse a whole number from 0."""
+    return 0 if int(text) == 0 else _positive(text)
 
 
 def _find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -104,17 +111,13 @@ def _find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 
 def _classify(
-    classifier: PromptClassifier, files: Sequence[Path], errors: list[str], top_k: int, batch_size: int
+    classifier: PromptClassifier, files: Sequence[Path], errors: list[str], args: argparse.Namespace
 ) -> Iterator[tuple[Path, Prediction]]:
     """Yield each file that can be read with its prediction, batch by batch; add an error for each that cannot."""
-    with tqdm(total=len(files), unit="img", file=sys.stderr, disable=len(files) < PROGRESS_FROM) as bar:
-        for start in range(0, len(files), batch_size):
-            batch = files[start : start + batch_size]
-            read: dict[Path, Image.Image] = {}
-            for file in batch:
-                try:
-                    read[file] = to_image(file)
-                except ValueError as error:
-                    errors.append(str(error))
-            yield from zip(read, classifier.classify(list(read.values()), top_k, batch_size), strict=True)
-            bar.update(len(batch))
+    progress = None if len(files) >= PROGRESS_FROM else False
+    results = classifier.stream(files, args.top_k, args.batch_size, num_workers=args.num_workers, progress=progress)
+    for file, result in zip(files, results, strict=True):
+        if isinstance(result, Exception):
+            errors.append(str(result))
+        else:
+            yield file, result

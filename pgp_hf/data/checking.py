@@ -32,7 +32,9 @@ def check_optional_int(name: str, value: Any, low: int, none: str) -> int | None
 
 
 def check_share(name: str, value: float | None) -> float | None:
-    """Return `value` as a float, or None if it is None; raise ValueError unless it lies between 0 and 1."""
+    """Return `value` as a float, or None if it is None; raise TypeError or ValueError unless it lies between 0 and 1."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise TypeError(f"{name} must be a number between 0 and 1, got {value!r} ({type(value).__name__})")
     if value is not None and not 0 < value < 1:
         raise ValueError(f"{name} must lie strictly between 0 and 1, got {value}")
     return None if value is None else float(value)

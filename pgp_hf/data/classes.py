@@ -91,6 +91,8 @@ def _class_order(given: Sequence[int] | None, seed: int | None, num_classes: int
     """Return the label ids in stream order: as given, drawn with `seed`, or in label order when `seed` is None."""
     if given is None:
         return range(num_classes) if seed is None else np.random.default_rng(seed).permutation(num_classes).tolist()
+    if not isinstance(given, Sequence | np.ndarray):
+        raise TypeError(f"class_order must be a list of label ids, got {given!r} ({type(given).__name__})")
     order = [check_int("an element of class_order", label, 0, num_classes - 1) for label in given]
     duplicates = sorted(label for label, count in Counter(order).items() if count > 1)
     missing = sorted(set(range(num_classes)) - set(order))

@@ -8,6 +8,7 @@ from typing import Any
 from .checking import check_int, shorten
 
 MANIFEST_FORMAT = 1
+MAX_IMAGES = 10**8  # of a task, which has a label each in memory
 SPLITS = ("train", "test")
 # besides the tasks' contents, these must agree for two streams to be the same ...
 _SAME = ("scenario", "shift", "num_tasks", "num_classes", "label_names", "label_values", "class_order", "renderings")
@@ -119,7 +120,10 @@ def check_complete(manifest: Any) -> Divided:
         divided = divide(manifest)
         for task in manifest["tasks"]:
             for split in SPLITS:
-                images, sha256 = check_int("num_images", task[split]["num_images"], 0), task[split]["sha256"]
+                images, sha256 = (
+                    check_int("num_images", task[split]["num_images"], 0, MAX_IMAGES),
+                    task[split]["sha256"],
+                )
                 if (sha256 is None) != (images == 0) or not isinstance(sha256, str | None):
                     raise ValueError(f"{images} {split} images with sha256={sha256!r}")
         names = manifest["label_names"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import PIL.Image
@@ -11,12 +11,14 @@ import PIL.ImageOps
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert a PIL image to 8-bit RGB; alpha is dropped.
+    """Convert a PIL image to 8-bit RGB, turned upright by its EXIF orientation if that can be read; alpha is dropped.
 
     Raises:
         ValueError: a mode whose values have no known range.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    image = _upright(image)
+    if deep:
         # PIL would clip 16-bit grey to white: keep the high byte
         image = PIL.Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -26,19 +28,29 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def open_rgb(path: str | os.PathLike[str]) -> PIL.Image.Image:
-    """Open an image file as RGB, turned upright by its EXIF orientation.
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    image.load()  # errors of the image itself are raised here
+    try:
+        if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:  # gone once the image is upright
+            return PIL.ImageOps.exif_transpose(image)
+    except Exception:  # PIL raises any type on damaged EXIF, even SyntaxError; the image is sound without it
+        return image
+    return image
+
+
+def open_rgb(file: str | os.PathLike[str] | IO[bytes]) -> PIL.Image.Image:
+    """Open an image file, or one in memory, as RGB, turned upright by its EXIF orientation.
 
     Raises:
-        ValueError: a missing file, or one that does not decode; the message names the path.
+        ValueError: a missing file, or one that does not decode; the message names its path.
     """
     try:
-        with PIL.Image.open(path) as image:
+        with PIL.Image.open(file) as image:
             image.load()
-            turned = image.getexif().get(PIL.ExifTags.Base.Orientation) is not None
-            return to_rgb(PIL.ImageOps.exif_transpose(image) if turned else image)
+            return to_rgb(image)
     except Exception as error:  # decoders raise any type on damaged bytes
-        raise ValueError(f"{os.fspath(path)} cannot be read as an image ({type(error).__name__}: {error}).") from error
+        name = os.fspath(file) if isinstance(file, str | os.PathLike) else getattr(file, "name", "a file in memory")
+        raise ValueError(f"{name} cannot be read as an image ({type(error).__name__}: {error}).") from error
 
 
 def array_to_rgb(array: Any) -> PIL.Image.Image:

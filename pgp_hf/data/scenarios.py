@@ -68,5 +68,5 @@ SCENARIOS = {
 
 def check_scenario(name: str) -> None:
     """Raise ValueError unless there is a scenario of this name."""
-    if name not in SCENARIOS:
+    if not isinstance(name, str) or name not in SCENARIOS:
         raise ValueError(f"scenario must be one of {shorten(SCENARIOS)}, got {name!r}")

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from .checking import check_optional_int, shorten
+from .local import is_reader, load_folder
 from .rows import ImageRows
 
 EVAL_SPLITS = ("test", "validation", "valid", "val")
@@ -29,8 +30,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # ---- splits ---------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str]) -> tuple[datasets.DatasetDict, str | None]:
+def load(path: str | os.PathLike[str], revision: str | None = None) -> tuple[datasets.DatasetDict, str | None]:
     """Load a local folder of parquet or image files, or a dataset from the Hub.
+
+    Args:
+        path: the folder, whose name is taken as it is, or the Hub id.
+        revision: branch, tag or commit on the Hub.
 
     Returns:
         The splits, and a name for the dataset that holds no path of this machine.
@@ -39,9 +44,10 @@ def load(path: str | os.PathLike[str]) -> tuple[datasets.DatasetDict, str | None
         ValueError: `path` is neither a folder nor a Hub id, or it does not load; the message has the reason.
     """
     text = os.fspath(path)
-    if os.path.isdir(text):
+    local = os.path.isdir(text)
+    if local:
         name = Path(text).resolve().name or None
-    elif isinstance(path, str) and HUB_ID.fullmatch(text):
+    elif isinstance(path, str) and HUB_ID.fullmatch(text) and not is_reader(text):
         name = text
     else:
         raise ValueError(
@@ -49,10 +55,11 @@ def load(path: str | os.PathLike[str]) -> tuple[datasets.DatasetDict, str | None
             f"pass a folder of parquet or image files, a Hub id, or a loaded datasets.Dataset"
         )
     try:
-        splits = datasets.load_dataset(text)
-        return _labelled_folder(text, splits) if os.path.isdir(text) else splits, name
+        if local:
+            return _labelled_folder(text, load_folder(text)), name
+        return datasets.load_dataset(text, **({} if revision is None else {"revision": revision})), name
     except Exception as error:  # load_dataset raises a dozen unrelated types; the reason is kept
-        where = "folder" if os.path.isdir(text) else "no such folder exists; as a Hub id"
+        where = "folder" if local else "no such folder exists; as a Hub id"
         raise ValueError(
             f"dataset {text!r} ({where}) could not be loaded: {type(error).__name__}: {error}. "
             f"Fix the path or id, or load it yourself and pass the datasets.DatasetDict"
@@ -64,7 +71,7 @@ def _labelled_folder(folder: str, splits: datasets.DatasetDict) -> datasets.Data
     any_split = next(iter(splits.values()))
     if any_split.info.builder_name != "imagefolder" or list(any_split.features) != ["image"]:
         return splits
-    labelled = datasets.load_dataset(folder, drop_labels=False)
+    labelled = load_folder(folder, drop_labels=False)
     names = next(iter(labelled.values())).features["label"].names
     flat = any(entry.is_file() for entry in os.scandir(folder))
     return splits if set(names) & {*splits, *([Path(folder).resolve().name] if flat else [])} else labelled
@@ -206,47 +213,53 @@ def map_labels(
 ) -> tuple[np.ndarray, np.ndarray | None, list[str], list[int]]:
     """Map the labels to ids 0..C-1.
 
-    A ClassLabel keeps its ids and names. In an integer column, the distinct values of the train split are sorted and
-    numbered.
+    A ClassLabel keeps its ids and names, and the test split's classes are found by their names, whatever their order
+    there. In an integer column, the distinct values of the train split are sorted and numbered.
 
     Returns:
         Ids of the train rows and of the test rows (None without any), the C names, and the C values in the column.
 
     Raises:
-        ValueError: labels outside their ClassLabel, features that differ between the splits, or test labels that no
-            train row has.
+        ValueError: labels outside their ClassLabel, names in one split alone, or test labels that no train row has.
     """
-    feature = train.features[column]
-    raw = read_labels("train", train, column)
-    raw_test = None if test is None else read_labels("test", test, column)
-    if isinstance(feature, datasets.ClassLabel):
-        names, values = list(feature.names), np.arange(feature.num_classes)
-        outside = np.setdiff1d(np.concatenate([raw] if raw_test is None else [raw, raw_test]), values)
-        if len(outside):
-            raise ValueError(
-                f"label column {column!r} holds {shorten(outside.tolist())}, outside its ClassLabel's "
-                f"0..{len(names) - 1}; name them all: dataset.cast_column({column!r}, datasets.ClassLabel(names=...))"
-            )
-    else:
-        values = np.unique(raw)
-        names = [str(value) for value in values]
-    if test is None or raw_test is None:
-        return np.searchsorted(values, raw), None, names, values.tolist()
-    other = test.features[column]
-    if getattr(feature, "names", None) != getattr(other, "names", None):
+    found, names, values = _numbered("train", train, column)
+    if test is None:
+        return found, None, names, values
+    named = isinstance(train.features[column], datasets.ClassLabel)
+    if named != isinstance(test.features[column], datasets.ClassLabel):
+        has, lacks = ("train", "test") if named else ("test", "train")
         raise ValueError(
-            f"label column {column!r} is {feature} in the train split but {other} in the test split; "
-            f"cast the test split: test.cast_column({column!r}, train.features[{column!r}])"
+            f"label column {column!r} has class names in the {has} split and integers alone in the {lacks} split; name "
+            f"these, in the order of their own values: {lacks}.cast_column({column!r}, datasets.ClassLabel(names=[...]))"
         )
-    unknown = np.setdiff1d(raw_test, raw)
-    if len(unknown):
-        known = dict(zip(values.tolist(), names, strict=True))
+    test_found, test_names, test_values = _numbered("test", test, column)
+    known = {names[position]: position for position in np.unique(found).tolist()}
+    unknown = [position for position in np.unique(test_found).tolist() if test_names[position] not in known]
+    if unknown:
         raise ValueError(
             f"{len(unknown)} labels are in the test split but not in train: "
-            f"{shorten(known.get(value, value) for value in unknown.tolist())}; remove those rows from the test split, "
-            f"or add training images of these classes"
+            f"{shorten((test_names if named else test_values)[position] for position in unknown)}; remove those rows from "
+            f"the test split, or add training images of these classes"
         )
-    return np.searchsorted(values, raw), np.searchsorted(values, raw_test), names, values.tolist()
+    ids = np.array([known.get(name, -1) for name in test_names])
+    return found, ids[test_found], names, values
+
+
+def _numbered(split: str, data: datasets.Dataset, column: str) -> tuple[np.ndarray, list[str], list[int]]:
+    """Return the class of each row of a split, as a position in its classes' names and values, which follow."""
+    feature, raw = data.features[column], read_labels(split, data, column)
+    if not isinstance(feature, datasets.ClassLabel):
+        values = np.unique(raw)
+        return np.searchsorted(values, raw), [str(value) for value in values], values.tolist()
+    names = list(feature.names)
+    outside = np.setdiff1d(raw, np.arange(len(names)))
+    if len(outside):
+        raise ValueError(
+            f"label column {column!r} of the {split} split holds {shorten(outside.tolist())}, outside its ClassLabel's "
+            f"0..{len(names) - 1}; name all values, in their order: "
+            f"dataset.cast_column({column!r}, datasets.ClassLabel(names=[...]))"
+        )
+    return raw, names, list(range(len(names)))
 
 
 class Labelled(NamedTuple):

@@ -55,6 +55,10 @@ class StoredImages(TaskImages):
         self.labels = labels
         self._rows = np.arange(len(labels))
 
+    def place(self, position: int) -> str:
+        """Return where the image at a position within the task comes from, for error messages."""
+        return f"image {position} of those that the run has kept"
+
     def _decoded(self, position: int) -> Image.Image:
         if position not in self._images:
             raise ValueError(

@@ -320,6 +320,11 @@ class TaskStream:
         """Return True if there are test images of task `t` (0-based), and they are here."""
         return self._parts["test"][self._index(t)].present
 
+    def has_validation(self, t: int) -> bool:
+        """Return True if the test images of task `t` (0-based) are here and were held out of its training images to choose by."""
+        held_out = self._settings.get("train_val_split") is not None and "source" not in self._notes[self._index(t)]
+        return held_out and self.has_test(t)
+
     def num_images(self, split: str, t: int) -> int:
         """Return the number of images of task `t` (0-based), here or not.
 

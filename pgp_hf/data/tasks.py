@@ -77,6 +77,10 @@ class TaskImages(torch.utils.data.Dataset[ImageItem]):
         image = self._decoded(position)
         return {"image": image, "label": int(self.labels[position]), "task": self.task, "index": position}
 
+    def place(self, position: int) -> str:
+        """Return where the image at a position within the task comes from, for error messages."""
+        return f"the image in row {self._rows[position]} of the {self._source.split} split"
+
     def _decoded(self, position: int) -> PIL.Image.Image:
         return self._source.decode(int(self._rows[position]))
 

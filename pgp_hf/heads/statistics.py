@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibration import TEMPERATURES, best_temperature, losses
+
 Total = Callable[[Tensor], Tensor]  # the sum of a tensor over the processes of a data-parallel run
+
+TESTED = 8192  # the images of a task that calibrate on each process: more would change little
 
 EMPTY = (
     "the statistics head knows no class yet: train a task first (the trainer gathers the statistics when a task ends), "
@@ -41,6 +45,7 @@ class ClassStatistics(nn.Module):
         counts: `(C,)`, int64.
         means: `(C, d)`; zero for a class without features.
         scatter: `(d, d)`.
+        calibration: `(T,)`: the cross-entropy of left-out training images at each of `calibration.TEMPERATURES`.
 
     Raises:
         ValueError: fewer than 0 classes or 1 dimension, a shrinkage outside [0, 1].
@@ -49,6 +54,7 @@ class ClassStatistics(nn.Module):
     counts: Tensor
     means: Tensor
     scatter: Tensor
+    calibration: Tensor
 
     def __init__(self, num_classes: int, dim: int, shrinkage: float = 0.1) -> None:
         super().__init__()
@@ -60,6 +66,7 @@ class ClassStatistics(nn.Module):
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("means", torch.zeros(num_classes, dim, dtype=torch.float64))
         self.register_buffer("scatter", torch.zeros(dim, dim, dtype=torch.float64))
+        self.register_buffer("calibration", torch.zeros_like(TEMPERATURES))
         self._solved: tuple[list[tuple[Tensor, int | None]], tuple[Tensor, Tensor, Tensor]] | None = None
 
     @property
@@ -193,6 +200,73 @@ class ClassStatistics(nn.Module):
         turn = torch.linalg.solve(scatter + ridge * torch.eye(dim).to(scatter), turn) if ridge > 0 else turn
         self.means[self.seen] += shift + (self.means[self.seen] - centre) @ turn
         return self
+
+    # ---- calibration ---------------------------------------------------------------------------------------------
+
+    @property
+    def temperature(self) -> float:
+        """Return what logits are to be divided by, so that their softmax is as sure as it is right; 1.0 before `calibrate`.
+
+        Classes are not Gaussian, and a few images each say little about their means: at 1.0, wrong answers get scores near
+        1. The order of the classes stays as it is.
+        """
+        return best_temperature(self.calibration)
+
+    @torch.no_grad()
+    def calibrate(self, features: Tensor, labels: Tensor, total: Total | None = None) -> ClassStatistics:
+        """Take a new task's images, whose features are part of the statistics, as a test: each is scored without itself.
+
+        Against all classes known so far, their scores say how sure the head may be of any image. The losses of earlier
+        tasks, which met fewer classes, count half with each task that follows.
+
+        Args:
+            features: `(N, d)`, N >= 0.
+            labels: `(N,)`.
+            total: the sum of a tensor over the processes of a data-parallel run, each with images of its own.
+        """
+        known = self.seen.nonzero()[:, 0]
+        labels = labels.to(self.counts.device)
+        # the only image of a class has nothing else to be recognised by
+        tested = (self.counts[labels] > 1).nonzero()[:, 0]
+        tested = tested[:: -(-len(tested) // TESTED) or 1]
+        curve = torch.zeros_like(self.calibration)
+        for part in tested.split(1024):
+            scores = self._left_out(features[part.to(features.device)], labels[part])
+            curve += losses(scores[:, known], torch.searchsorted(known, labels[part])).to(curve)
+        self.calibration.div_(2).add_(curve if total is None else total(curve))
+        return self
+
+    def _left_out(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the logits of images that the statistics hold, `(N, C)`, as they would be without the image itself.
+
+        With r the image's offset from its class mean, leaving it out takes `n_c / (n_c - 1) r r^T` from the scatter, which
+        is a change of rank one in Sigma (Sherman and Morrison 1950), and moves the mean by `r / (n_c - 1)`. The trace in
+        the shrinkage stays.
+        """
+        counts, whitening = self.counts.double(), self.whitening()
+        total, own = counts.sum(), counts[labels, None]
+        centre = counts @ self.means / total
+        means = (self.means - centre) @ whitening
+        x = (features.to(self.means.device).to(torch.float64) - centre) @ whitening
+        offset = x - means[labels]
+        apart = torch.cdist(x, means).square()  # to the means, and the part of it that lies along the offset
+        along = (offset * x).sum(-1, keepdim=True) - offset @ means.mT
+        length = offset.square().sum(-1, keepdim=True)
+        grown = own / (own - 1)
+        apart.scatter_(1, labels[:, None], grown**2 * length)
+        along.scatter_(1, labels[:, None], grown * length)
+        change = (1 - self.shrinkage) / total * grown
+        apart += change / (1 - change * length).clamp(min=1e-6) * along.square()
+        return (
+            counts.log()
+            - apart * (total - 1) / total / 2
+            + torch.zeros_like(apart).scatter_(1, labels[:, None], -grown.log())
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load statistics of earlier versions as well, which are not calibrated."""
+        state_dict.setdefault(f"{prefix}calibration", torch.zeros_like(TEMPERATURES))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # ---- the classifier ------------------------------------------------------------------------------------------
 

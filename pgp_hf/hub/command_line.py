@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from ..report.formatting import printable
 from .push import WAIT, PushError, push
 
 PUSH = (
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             say=lambda line: print(line, flush=True),
         )
     except (PushError, ValueError) as error:
-        print(f"error: {error}", flush=True)
+        print("\n".join(map(printable, f"error: {error}".splitlines())), flush=True)
         return 1
     return 0
 

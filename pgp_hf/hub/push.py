@@ -24,7 +24,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
-from ..runs.folder import EXEMPLARS, MODEL, MODEL_CONFIG, RESULTS, RunFolder
+from ..runs.folder import DIGESTS, EXEMPLARS, MODEL, MODEL_CONFIG, RESULTS, RunFolder
 from ..runs.reading import read_json
 from .origin import origin_of, task_numbers
 from .queue import Refused, Uploads, explain
@@ -234,7 +234,8 @@ def _difference(tree: dict[str, RepoFile], wanted: dict[str, Path]) -> str | Non
 
     Neither the card counts, which people may edit, nor stored images that are not to be uploaded or are here no more.
     """
-    for path in sorted({*tree, *wanted} - {CARD} - _foreign(wanted) - ({EXEMPLARS} - wanted.keys())):
+    paths = {*tree, *wanted} - {CARD} - _foreign(wanted) - ({EXEMPLARS} - wanted.keys())
+    for path in sorted(paths, key=lambda path: (path == DIGESTS, path)):  # which differ wherever another file does
         if path not in tree or path not in wanted:
             return path
         there, data = tree[path], wanted[path].read_bytes()
@@ -274,10 +275,11 @@ def push(
         say: receives a line for each task.
 
     Raises:
-        ValueError: a folder without finished tasks; a `repo_id` or `base_model` that is not an id on the Hub.
+        ValueError: a folder without finished tasks, or that lacks one before another; a `repo_id` or `base_model` that is not an id on the Hub.
         PushError: tasks that could not be uploaded, with the reason and the command that finishes it.
     """
     folder = RunFolder(output_dir)
+    folder.check_gaps()
     tasks = folder.finished_tasks()
     if not tasks:
         raise ValueError(f"{folder.root} holds no finished task (task-1): give the output_dir of a run.")

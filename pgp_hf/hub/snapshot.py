@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from huggingface_hub.utils import validate_repo_id
 from .. import embedded
 from ..report import card as model_card
 from ..runs.atomic import write_json
+from ..runs.digests import CARD, Digests
 from ..runs.folder import (
     ADAPTER,
     ADAPTER_CONFIG,
     BASES,
     DESCRIPTION,
+    DIGESTS,
     EXEMPLARS,
     MANIFEST,
     METHOD,
@@ -29,9 +32,9 @@ from ..runs.folder import (
     RESULTS,
     config_name,
 )
+from ..runs.listing import Digest
 from ..runs.reading import read_json
 
-CARD = "README.md"
 UPLOADED_FILES = (
     ADAPTER_CONFIG,
     ADAPTER,
@@ -47,6 +50,7 @@ UPLOADED_FILES = (
     PROCESSOR,
     "processor_config.json",
     "figures/*.png",
+    DIGESTS,
 )
 """The only files that are uploaded, but for stored training images, for which one has to ask."""
 
@@ -75,7 +79,7 @@ def snapshot(
     Absolute paths in JSON are reduced to their last part, such as the name of a dataset's folder.
     `base_model_name_or_path` stays when it is a Hub id or the name of an embedded backbone; a local folder becomes
     `base_model`, or null. The card is rendered anew, with `repo_id` in its code. Files without such entries are copied
-    byte for byte.
+    byte for byte. The digests are those of the copies, and leave out cards and figures.
 
     Args:
         folder: the finished task.
@@ -88,8 +92,9 @@ def snapshot(
         The files, by their path in the repository.
 
     Raises:
-        ValueError: a folder that is not a finished task.
+        ValueError: a folder that is not a finished task, or a file that is damaged or was altered.
     """
+    digests = Digests.read(folder)
     config = config_name(folder)
     contents = {name: read_json(folder / name) for name in (RESULTS, MANIFEST, config, DESCRIPTION)}
     base = contents[config].get("base_model_name_or_path")
@@ -103,10 +108,29 @@ def snapshot(
         if public == content:
             shutil.copyfile(folder / path, target / path)
         else:
-            write_json(target / path, public)
+            # an earlier version wrote, and perhaps uploaded, results in the other form
+            write_json(target / path, public, rows=path == RESULTS and digests is not None)
     contents[config]["base_model_name_or_path"] = named or base  # a card shows the last part of a local path
     model_card.save_card(target / CARD, *contents.values(), repo_id=repo_id)
+    if digests is not None:
+        _public_digests(digests, target).write(target)
     return listed(target, exemplars)
+
+
+def _public_digests(digests: Digests, target: Path) -> Digests:
+    """Return the digests of a copy of a task's files; raise ValueError if a file is not as the run wrote it.
+
+    Those of large files are there in any case: they may be uploaded, or have been, without being here now. Those of
+    features, which another machine computes with other last bits, are left out.
+    """
+    ours = [name for name in digests.checked if is_ours(name, exemplars=True)]
+    digests.check_read(ours)  # whether all are there
+    files = {name: digest for name, digest in digests.files.items() if name in ours}
+    for name in ours:
+        if (target / name).exists():
+            digests.check(name)
+            files[name] = Digest.of(target / name)
+    return replace(digests, files=files, features=None, earlier_features={})
 
 
 def _is_local(name: str) -> bool:

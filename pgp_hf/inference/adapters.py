@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,12 +18,16 @@ from transformers import PreTrainedModel
 
 from .. import tuners  # noqa: F401 (registers the adapters)
 from ..models import weights
-from ..runs.folder import ADAPTER_CONFIG
+from ..runs.folder import ADAPTER, ADAPTER_CONFIG
 from ..runs.revision import Revision
 from ..tuners.base.config import PromptConfig
+from ..tuners.base.learned import LEARNED_ENTRIES
 
-# what PEFT and the tuners raise for impossible settings
-UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, OverflowError, StopIteration)
+# what transformers, PEFT and the tuners raise for impossible settings
+UNFIT = (
+    *(TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, ArithmeticError, StopIteration),
+    StrictDataclassError,
+)
 
 # settings of LoRA that a prediction depends on, or that do not matter to it; any other must be at its default, since
 # some change the backbone or name modules to import
@@ -112,6 +118,30 @@ def expected_weights(
             return weights(wrap(type(base)(own), copy.deepcopy(config)))
     except UNFIT as error:
         raise ValueError(f"the adapter does not fit this {type(base).__name__}: {error}") from error
+
+
+def read_weights(revision: Revision, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read an adapter's tensors.
+
+    Args:
+        revision: the adapter's files.
+        expected: tensors of the names and shapes that there must be; files of earlier versions may lack numbers of learned
+            entries.
+
+    Raises:
+        ValueError: a file that is damaged, was altered, has other names or shapes, or contradicts the settings.
+    """
+    counts = {name for name in expected if name.endswith(f"_{LEARNED_ENTRIES}")}
+    calibrations = {name for name in expected if name.endswith("_statistics.calibration")}
+    found = revision.weights(expected, later=counts | calibrations)
+    noted = revision.config.get(LEARNED_ENTRIES) or 0
+    for name in counts & found.keys():
+        if int(found[name]) != noted:
+            raise ValueError(
+                f"{revision.folder / ADAPTER}: {name!r} is {int(found[name])}, and {ADAPTER_CONFIG} has "
+                f"{LEARNED_ENTRIES}={noted}: the files do not belong together."
+            )
+    return found
 
 
 def wrap(base: PreTrainedModel, config: PeftConfig) -> PeftModel:

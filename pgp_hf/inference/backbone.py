@@ -8,17 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
 from .. import embedded
 from ..runs.folder import ADAPTER_CONFIG, PROCESSOR
 from ..runs.revision import Revision
-from .adapters import Adapter
+from .adapters import UNFIT, Adapter
+
+MAX_SIDE = 4096
+"""Pixels, the most that images are resized, cropped or padded to; more in a file from elsewhere would only fill the memory."""
 
 
 def find_backbone(
@@ -97,14 +102,39 @@ def load_processor(revision: Revision, source: str | Path | None, hub: dict[str,
     if not saved and source is None:
         raise ValueError(f"{revision.folder} has no {PROCESSOR}: pass the backbone's image processor as processor=...")
     try:
-        return AutoImageProcessor.from_pretrained(
+        processor = AutoImageProcessor.from_pretrained(
             revision.folder if saved else source, backend="pil", trust_remote_code=False, **({} if saved else hub)
         )
-    except (OSError, TypeError, ValueError, AttributeError, KeyError) as error:
+        _check_processor(processor)
+        return processor
+    except (OSError, *UNFIT) as error:
         where = revision.folder / PROCESSOR if saved else source
         raise ValueError(
             f"no image processor can be loaded from {where} ({error}): pass one as processor=..."
         ) from error
+
+
+def check_sizes(processor: Any) -> None:
+    """Raise ValueError for an image processor that resizes, crops or pads to a size above `MAX_SIDE`, or to none at all."""
+    for name, step in (("size", "do_resize"), ("crop_size", "do_center_crop"), ("pad_size", "do_pad")):
+        if not getattr(processor, step, True):  # the size is not used
+            continue
+        for key, length in dict(getattr(processor, name, None) or {}).items():
+            most = MAX_SIDE**2 if key.endswith("_pixels") else MAX_SIDE
+            if length is not None and not (type(length) is int and 0 < length <= most):
+                raise ValueError(f"{name} has {key}={length!r}: expected a whole number of pixels from 1 to {most}")
+
+
+def _check_processor(processor: BaseImageProcessor) -> None:
+    """Raise ValueError, or what the processor raises, unless it makes finite pixels of moderate size from an image."""
+    check_sizes(processor)
+    with np.errstate(all="ignore"):
+        pixels = processor([Image.new("RGB", (32, 32), (200, 100, 50))], return_tensors="pt")["pixel_values"]
+    if not torch.isfinite(pixels).all():
+        settings = ", ".join(
+            f"{name}={getattr(processor, name, None)}" for name in ("image_mean", "image_std", "rescale_factor")
+        )
+        raise ValueError(f"it makes pixels that are not finite of an image: {settings}")
 
 
 @contextmanager

@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import PIL.Image
 import torch
 import transformers.pipelines.base
 from peft import PeftModel
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..data.rgb import array_to_rgb, open_rgb, to_rgb
 from ..heads import keep_classes
-from ..models import SelectsPrompts, StreamModel, stream_model
+from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel, stream_model
 from ..projection import Projection
 from ..runs.folder import METHOD
 from ..runs.revision import Revision
+from ..runs.settled import settled
 from ..runs.sources import locate
-from .opening import open_model
+from .images import ImageLike, Images, is_indexed, several
+from .opening import floating_dtype, open_model
+from .reading import read_batches
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from ..methods import ContinualMethod
-
-ImageLike: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | np.ndarray[Any, Any] | Tensor"
-
 
 _makes_trainers: list[Callable[..., Any]] = []  # handed in, since nothing here imports code for training
 
@@ -84,6 +82,11 @@ class PromptClassifier:
         inside = self.model.base_model if isinstance(self.model, PeftModel) else self.model
         return f"PromptClassifier({type(inside).__name__}, {len(known)} of {len(self.id2label)} classes)"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but a token, which nobody expects there."""
+        token = self._source.get("token")
+        return {**self.__dict__, "_source": {**self._source, "token": None if isinstance(token, str) else token}}
+
     @property
     def _learner(self) -> StreamModel:
         return stream_model(self.model)
@@ -130,55 +133,127 @@ class PromptClassifier:
         (make,) = _makes_trainers
         return make(name, args=args, test_dataset=test_dataset, **source)
 
-    def predict(
-        self, images: ImageLike | Iterable[ImageLike], top_k: int = 1, batch_size: int = 32
-    ) -> list[list[dict[str, Any]]]:
-        """Classify images; no task id is needed.
+    def export(self, path: str | os.PathLike[str], format: str = "onnx") -> Path:
+        """Write the model to a file that runs without this package.
+
+        It maps `pixel_values` `(B, 3, H, W)`, float32, as `processor` makes them, for any B, to `scores` `(B, K)` of the
+        classes that may be predicted. Their names in this order, and the processor's settings, are in the file:
+        `labels` and `preprocessor_config` in ONNX's metadata, `labels.json` and `preprocessor_config.json` in torch's
+        extra files. It is loaded again and compared with this classifier before it takes its place.
 
         Args:
-            images: paths, PIL images or arrays (see `pgp_hf.inference.to_image`) in any mixture; or one of them.
+            path: the file.
+            format: "onnx", which needs the extra `pgp_hf[export]`, or "torch" for `torch.export.load`, on this device.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: packages of the extra are missing.
+            ValueError: another format, or a model that cannot be exported.
+        """
+        from .export import export  # imports torch's exporters
+
+        classes = list(self.id2label) if self.classes is None else self.classes
+        return export(self.model, self._learner, self.processor, classes, path, format)
+
+    def predict(
+        self,
+        images: ImageLike | Images,
+        top_k: int = 1,
+        batch_size: int = 32,
+        *,
+        num_workers: int = 0,
+        progress: bool | None = False,
+    ) -> list[list[dict[str, Any]]]:
+        """Classify images; no task id is needed. A call of the classifier does the same.
+
+        Args:
+            images: what `pgp_hf.inference.to_image` takes, such as paths, PIL images, arrays, bytes or items of a
+                dataset, in any mixture; or one of them; a dataset; or a folder, whose image files are classified in the
+                order of `pgp_hf.inference.image_files`.
             top_k: number of classes to name for each image; all classes if there are fewer.
             batch_size: number of images in a forward pass; predictions do not depend on it.
+            num_workers: number of processes that read images ahead, from a folder, a list or a dataset.
+            progress: show a bar on stderr; None for only on a terminal.
 
         Returns:
             `[{"label": name, "score": probability}, ...]` for each image, best first.
 
         Raises:
-            ValueError: an image that cannot be read; a `top_k` or `batch_size` below 1.
+            TypeError: something else.
+            ValueError: an image that cannot be read; a `top_k` or `batch_size` below 1, or `num_workers` below 0.
         """
-        return [prediction.labels for prediction in self.classify(images, top_k, batch_size)]
+        found = self.classify(images, top_k, batch_size, num_workers=num_workers, progress=progress)
+        return [prediction.labels for prediction in found]
+
+    __call__ = predict
 
     def classify(
-        self, images: ImageLike | Iterable[ImageLike], top_k: int = 1, batch_size: int = 32
+        self,
+        images: ImageLike | Images,
+        top_k: int = 1,
+        batch_size: int = 32,
+        *,
+        num_workers: int = 0,
+        progress: bool | None = False,
     ) -> Iterator[Prediction]:
         """Classify as `predict` does, but yield each image as soon as its batch is done, with its selected prompts."""
-        for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is out of range: it must be a whole number from 1.")
-        one = isinstance(images, str | os.PathLike | PIL.Image.Image) or (
-            isinstance(images, np.ndarray | Tensor) and images.ndim < 4
-        )
-        several = cast("Iterable[ImageLike]", [images] if one else images)
-        return self._batches(iter(several), top_k, batch_size)
+        results = self.stream(images, top_k, batch_size, num_workers=num_workers, progress=progress)
 
-    def _batches(self, images: Iterator[ImageLike], top_k: int, batch_size: int) -> Iterator[Prediction]:
-        top_k = min(top_k, len(self.id2label) if self.classes is None else len(self.classes))
-        while batch := [to_image(image) for image in islice(images, batch_size)]:
-            scores, selected = self._scores(batch)
-            best = scores.sort(descending=True, stable=True)
-            prompts = [None] * len(batch) if selected is None else selected.tolist()
-            for values, indices, own in zip(best.values.tolist(), best.indices.tolist(), prompts, strict=True):
-                named = [{"label": self.id2label[i], "score": score} for score, i in zip(values, indices, strict=True)]
-                yield Prediction(named[:top_k], own)
+        def predictions() -> Iterator[Prediction]:
+            for result in results:
+                if isinstance(result, Exception):
+                    raise result
+                yield result
+
+        return predictions()
+
+    def stream(
+        self,
+        images: ImageLike | Images,
+        top_k: int = 1,
+        batch_size: int = 32,
+        *,
+        num_workers: int = 0,
+        progress: bool | None = False,
+    ) -> Iterator[Prediction | Exception]:
+        """Classify as `classify` does, but yield the error of an image that cannot be read, and go on with the others."""
+        for name, value, least in (
+            ("top_k", top_k, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} is out of range: it must be a whole number from {least}.")
+        return self._results(several(images), top_k, batch_size, num_workers, progress)
+
+    def _results(
+        self, images: Images, top_k: int, batch_size: int, num_workers: int, progress: bool | None
+    ) -> Iterator[Prediction | Exception]:
+        total = len(images) if is_indexed(images) else None
+        hidden = None if progress is None else not progress
+        with tqdm(total=total, unit="img", file=sys.stderr, disable=hidden) as bar:
+            for batch in read_batches(images, self.processor, batch_size, num_workers):
+                predictions = iter(() if batch.pixels is None else self._predictions(batch.pixels, top_k))
+                for error in batch.errors:
+                    yield next(predictions) if error is None else error
+                bar.update(len(batch.errors))
 
     @torch.no_grad()
-    def _scores(self, images: list[PIL.Image.Image]) -> tuple[Tensor, Tensor | None]:
-        """Return probabilities `(B, C)` and selected prompts `(B, k)`."""
-        reference = next(self.model.parameters())
-        pixels = self.processor(images, return_tensors="pt")["pixel_values"].to(reference.device, reference.dtype)
-        logits = self.model(pixel_values=pixels).logits
+    def _predictions(self, pixels: Tensor, top_k: int) -> list[Prediction]:
+        """Return the predictions of a batch `(B, 3, H, W)`."""
+        reference, names = next(self.model.parameters()), self.id2label
+        logits = self.model(pixel_values=pixels.to(reference.device, reference.dtype)).logits
         selected = self._learner.selected_prompts if isinstance(self._learner, SelectsPrompts) else None
-        return logits.float().softmax(-1).cpu(), selected
+        best = logits.float().softmax(-1).cpu().sort(descending=True, stable=True)
+        top_k = min(top_k, len(names) if self.classes is None else len(self.classes))
+        prompts = [None] * len(pixels) if selected is None else selected.tolist()
+        rows = zip(best.values[:, :top_k].tolist(), best.indices[:, :top_k].tolist(), prompts, strict=True)
+        return [
+            Prediction([{"label": names[i], "score": score} for score, i in zip(scores, found, strict=True)], own)
+            for scores, found, own in rows
+        ]
 
 
 def load_pretrained(
@@ -188,7 +263,7 @@ def load_pretrained(
     backbone: str | os.PathLike[str] | PreTrainedModel | None = None,
     processor: BaseImageProcessor | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
     eval_mask: str = "seen",
     token: str | bool | None = None,
@@ -204,56 +279,47 @@ def load_pretrained(
         repo_or_dir: id of a repository on the Hub, a run's output folder, or one of its task folders.
         revision: "task-3" for the state after the third task, by default the last; on the Hub also a branch or commit.
         backbone: the frozen model, or its Hub id or folder, if `adapter_config.json` does not say where it is. A model
-            that is passed gets the adapter, as by `PeftModel.from_pretrained`; if the revision is refused, the model
-            stays as it was.
+            that is passed gets the adapter, as by `PeftModel.from_pretrained`, and is cast and moved itself by `dtype`
+            and `device`; if the revision is refused, the model stays as it was.
         processor: an image processor to use instead of the saved one. The saved one is loaded with `backend="pil"`.
         device: where to run; by default the backbone's device, which is the CPU for one that is loaded here.
-        dtype: precision of the weights; by default the backbone's.
+        dtype: precision of the weights, such as torch.bfloat16 or "bfloat16", beneath an adapter of the frozen ones
+            alone; by default that of a backbone that is passed, or else the one that the run was trained in, float32
+            unless it was asked for another.
         attn_implementation: "eager", "sdpa", ...; transformers' choice by default.
         eval_mask: "seen": a prediction may be any class of the finished tasks; "none": classes without any training
             compete as well.
         token, cache_dir, local_files_only: as in every `from_pretrained`.
 
+    While a run copies the files of a task to the top level of its folder, this waits.
+
     Raises:
         ValueError: files that are damaged, altered, contradictory, pickled or ask for code to be run; a backbone that is
-            missing or is not the one the adapter was made on.
+            missing or is not the one the adapter was made on; a run that has not finished a task yet; a `dtype` that is not
+            a floating one.
     """
+    dtype, device = floating_dtype(dtype), None if device is None else torch.device(device)  # before anything is read
     if eval_mask not in ("seen", "none"):
         raise ValueError(f"eval_mask={eval_mask!r} is unknown: choose one of seen, none.")
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    folder = locate(repo_or_dir, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    found = Revision.read(folder, revision)
-    method = _adjusting_method(found)
     local = Path(repo_or_dir).is_dir()
-    model: Any  # a PreTrainedModel, or a PeftModel
-    model, processor = open_model(found, backbone, processor, local, hub, attn_implementation)
+
+    def read() -> tuple[Path, Revision, ContinualMethod | None, Any, BaseImageProcessor]:
+        folder = locate(repo_or_dir, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        found = Revision.read(folder, revision)
+        method = _adjusting_method(found)
+        opened = open_model(found, backbone, processor, local, hub, attn_implementation, dtype=dtype)
+        return folder, found, method, *opened
+
+    folder, found, method, model, opened_processor = settled(repo_or_dir, revision, read)
     if found.learned:
         stream_model(model).resume_after(found.learned - 1)
     classes = None if eval_mask == "none" else found.seen_classes
     _make_classifier(model, classes, method)
     # by its commit, since a branch moves on
     source = {"run_or_repo": repo_or_dir, "revision": revision if local else folder.name, "backbone": backbone, **hub}
-    model = model.to(device=device, dtype=dtype).eval()
-    return PromptClassifier(model, processor, found, classes, source)
-
-
-def to_image(image: ImageLike) -> PIL.Image.Image:
-    """Convert a path, a PIL image or an array to an RGB image.
-
-    Args:
-        image: arrays are `(H, W)`, `(H, W, C)` or `(C, H, W)` with C in 1, 3, 4, integers in 0..255 or floats in [0, 1].
-
-    Raises:
-        ValueError: a file that does not decode, an array that is not an image.
-        TypeError: anything else.
-    """
-    if isinstance(image, str | os.PathLike):
-        return open_rgb(image)
-    if isinstance(image, PIL.Image.Image):
-        return to_rgb(image)
-    if isinstance(image, np.ndarray | Tensor):
-        return array_to_rgb(image.detach().cpu() if isinstance(image, Tensor) else image)
-    raise TypeError(f"an image cannot be of type {type(image).__name__}: pass paths, PIL images or arrays.")
+    model = model.to(device=device).eval()
+    return PromptClassifier(model, opened_processor, found, classes, source)
 
 
 def _adjusting_method(revision: Revision) -> ContinualMethod | None:
@@ -279,42 +345,70 @@ def _adjusting_method(revision: Revision) -> ContinualMethod | None:
     return method
 
 
-def _make_classifier(
-    model: PreTrainedModel | PeftModel, classes: list[int] | None, method: ContinualMethod | None
-) -> None:
-    """Add `logits` with unseen classes masked to the model's output, and the class names to its configuration.
+class _Scores:
+    """Give a model's output calibrated `logits` with unseen classes masked.
+
+    It is a hook that can be pickled and copied with the model.
 
     Args:
-        method: adjusts the logits before they are masked.
+        model: the model.
+        classes: label ids that may be predicted; None for all.
+        method: adjusts the logits before they are masked; they are not calibrated then.
     """
-    learner, features = stream_model(model), list[Tensor]()
-    if method is not None:
-        learner.watch_features(lambda seen: features.__setitem__(slice(None), [seen]))
 
-    def kept(logits: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, classes: list[int] | None, method: ContinualMethod | None
+    ) -> None:
+        self.model, self.classes, self.method = model, classes, method
+        self.features: list[Tensor] = []  # what the head has read in the running pass
+        learner = stream_model(model)
+        statistics = learner.statistics if isinstance(learner, KeepsClassStatistics) else None
+        self.temperature = None if statistics is None or method is not None else statistics.temperature
         if method is not None:
+            learner.watch_features(self._watch)
+
+    def _watch(self, features: Tensor) -> None:
+        self.features[:] = [features]
+
+    def _kept(self, logits: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self.method is not None:
             inputs = {**dict(zip(("pixel_values",), args, strict=False)), **kwargs}
             given = {name: value for name, value in inputs.items() if name not in ("labels", "return_dict")}
-            logits = method.predict_logits(learner, given, logits.float(), features.pop())
-        return keep_classes(logits, classes)
+            learner = stream_model(self.model)
+            logits = self.method.predict_logits(learner, given, logits.float(), self.features.pop())
+        elif self.temperature is not None and self._uses_statistics():
+            logits = logits / self.temperature
+        return keep_classes(logits, self.classes)
 
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = learner.class_names or {}
-    base.config.id2label, base.config.label2id = dict(names), {name: index for index, name in names.items()}
+    def _uses_statistics(self) -> bool:
+        learner = stream_model(self.model)
+        return isinstance(learner, KeepsClassStatistics) and learner.uses_statistics_head
 
-    def mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if kwargs.get("input_ids") is not None:  # CLIP with the caller's own texts
             return output
         if isinstance(output, tuple):
             at = 1 if kwargs.get("labels") is not None else 0  # the loss comes first
-            return *output[:at], kept(output[at], args, kwargs), *output[at + 1 :]
-        logits = kept(learner.class_logits(output), args, kwargs)
+            return *output[:at], self._kept(output[at], args, kwargs), *output[at + 1 :]
+        logits = self._kept(stream_model(self.model).class_logits(output), args, kwargs)
         if "logits" not in output:
             return ImageClassifierOutput(logits=logits)
         output.logits = logits
         return output
 
-    model.register_forward_hook(mask, with_kwargs=True)
+
+def _make_classifier(
+    model: PreTrainedModel | PeftModel, classes: list[int] | None, method: ContinualMethod | None
+) -> None:
+    """Add calibrated `logits` with unseen classes masked to the model's output, and the class names to its configuration.
+
+    Args:
+        method: adjusts the logits before they are masked; they are not calibrated then.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = stream_model(model).class_names or {}
+    base.config.id2label, base.config.label2id = dict(names), {name: index for index, name in names.items()}
+    model.register_forward_hook(_Scores(model, classes, method), with_kwargs=True)
     # otherwise the pipeline logs an error that the model is not supported, although it works
     supported = getattr(transformers.pipelines.base, "SUPPORTED_PEFT_TASKS", {})
     known = supported.setdefault("image-classification", [])

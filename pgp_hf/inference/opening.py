@@ -13,9 +13,26 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..models import PlainModel, load_weights, set_trainable
 from ..runs.revision import Revision
-from .adapters import expected_weights, plain_backbone, read_adapter, wrap
+from .adapters import expected_weights, plain_backbone, read_adapter, read_weights, wrap
 from .backbone import find_backbone, load_backbone, load_processor
 from .whole import load_whole
+
+
+def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return a precision that weights can have, which may be given by its name.
+
+    Raises:
+        ValueError: anything but a floating type of at least 16 bits, or None.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found is None and dtype is None:
+        return None
+    if not (isinstance(found, torch.dtype) and found.is_floating_point and torch.finfo(found).bits >= 16):
+        raise ValueError(
+            f"dtype={dtype!r} is not a precision of weights: use torch.float32, torch.bfloat16, torch.float16, "
+            "torch.float64 or one of their names, such as 'bfloat16'; or leave it out."
+        )
+    return found
 
 
 def open_model(
@@ -26,6 +43,7 @@ def open_model(
     hub: dict[str, Any],
     attn_implementation: str | None = None,
     trainable: bool = False,
+    dtype: torch.dtype | str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, BaseImageProcessor]:
     """Open the model of a revision, and its image processor.
 
@@ -36,13 +54,16 @@ def open_model(
         local: whether the files were made on this machine, so that paths in them are valid.
         hub: `token` and other options of `from_pretrained`.
         attn_implementation: "eager", "sdpa", ...; transformers' choice by default.
-        trainable: whether what has learned can learn on.
+        trainable: whether what has learned can learn on; it is in float32 then.
+        dtype: precision of the weights, or its name, beneath an adapter of the frozen ones alone; by default that of a
+            backbone that is passed, or else the one that the run was trained in. A backbone that is passed is cast itself.
 
     Raises:
-        ValueError: files that are damaged or do not fit together, or another backbone.
+        ValueError: files that are damaged or do not fit together, another backbone, or not a floating `dtype`.
     """
+    precision = floating_dtype(dtype)  # before a backbone that was passed is touched
     if not found.whole:
-        return _open_adapter(found, backbone, processor, local, hub, attn_implementation, trainable)
+        return _open_adapter(found, backbone, processor, local, hub, attn_implementation, trainable, precision)
     if backbone is not None:
         raise ValueError(
             f"{found.folder} holds a whole model, which needs no backbone: leave out backbone={backbone!r:.80}."
@@ -56,6 +77,10 @@ def open_model(
         PlainModel(model).check()
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()  # products round by alignment in memory, and a file has one of its own
+        if torch.finfo(model.dtype).bits < 32:
+            model.float()  # of an earlier version, which trained in any precision
+    if precision is not None:
+        nn.Module.to(model, precision)
     return model, processor
 
 
@@ -67,6 +92,7 @@ def _open_adapter(
     hub: dict[str, Any],
     attn_implementation: str | None,
     trainable: bool,
+    dtype: torch.dtype | None,
 ) -> tuple[PeftModel, BaseImageProcessor]:
     adapter = read_adapter(found)
     source: str | Path | None = None
@@ -75,12 +101,15 @@ def _open_adapter(
     else:
         source, revision_of = find_backbone(backbone, found, local)
         options = {"attn_implementation": attn_implementation, "revision": revision_of or "main", **hub}
-        base = load_backbone(source, adapter, options)
+        # in the precision of its digest; transformers would take that of its file
+        base = load_backbone(source, adapter, {**options, "dtype": found.precision})
     processor = processor or load_processor(found, source, hub)
-    weights = found.weights(expected_weights(base, adapter.config))
+    weights = read_weights(found, expected_weights(base, adapter.config))
     if found.results is not None:
         found.bases()
     found.check_backbone(base)
+    if dtype is not None:  # the last check has passed
+        nn.Module.to(base, dtype)
 
     adapter.config.inference_mode = not trainable
     with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are soon replaced

@@ -46,7 +46,9 @@ def open_whole(folder: Path, attn_implementation: str | None = None) -> PreTrain
                 output_loading_info=True,
             )
     except (OSError, *UNFIT) as error:
-        raise ValueError(f"the model in {folder} cannot be loaded: {error}") from error
+        raise ValueError(
+            f"the model in {folder} cannot be loaded, {MODEL} or {MODEL_CONFIG} is damaged: {error}"
+        ) from error
     for what, names in told.items():
         if names:
             raise ValueError(

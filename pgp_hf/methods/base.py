@@ -272,7 +272,8 @@ class ContinualMethod:
     def end_task(self, context: TaskContext) -> None:
         """Keep whatever later tasks need from the trained task.
 
-        Gradients are on. The model is in training mode until `context.views` is read.
+        Gradients are on. The model is in training mode until `context.views` is read. With `auto_find_batch_size`, a call
+        that runs out of memory is followed by another one with smaller batches, after `load_state`.
         """
 
     def exemplars(self) -> Sequence[Sequence[int]]:
@@ -286,6 +287,14 @@ class ContinualMethod:
     def stores_images(self) -> bool:
         """Return True if the run keeps the images of `exemplars`; once their task has ended, the stream's are not read."""
         return getattr(self.config, "memory_stores", None) == "images"
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Return True if predictions need the method, since it has scores of its own."""
+        return any(
+            getattr(type(self), part) is not getattr(ContinualMethod, part)
+            for part in ("adjust_logits", "predict_logits")
+        )
 
     def adjust_logits(self, logits: Tensor, features: Tensor) -> Tensor:
         """Return the final scores `(B, C)`, given the model's own and the head's input, `(B, d)`."""

@@ -135,9 +135,9 @@ class BiC(ExemplarMethod):
             allowed = f"{name}={getattr(self.config, name)}"
             what = f"{quota} exemplars of each of {old} classes (all that {allowed} allows)"
             fix = f"set {name} to at least {needed * factor}"
+        more = ", or raise validation_share" if min(fewest, quota) > 1 else ""  # it is below 1
         raise ValueError(
-            f"validation_share={share} of {what} is less than one image to correct the bias with: {fix}, or raise "
-            "validation_share."
+            f"validation_share={share} of {what} is less than one image to correct the bias with: {fix}{more}."
         )
 
     def train_images(self, context: TaskContext, images: Dataset[Item]) -> Dataset[Item]:

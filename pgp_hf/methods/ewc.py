@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
+from ..fields import check_fields
 from ..models import KeepsClassStatistics
 from .base import Batch, ContinualMethod, MethodCard, MethodState, TaskContext
 from .registry import register
@@ -56,13 +57,11 @@ class EWCConfig:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.strength < math.inf:
             raise ValueError(f"strength={self.strength} is out of range: use a finite number >= 0.")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma} is outside [0, 1]: it is a share of what was known before.")
-        for name, allowed in (("mode", ("online", "separate")), ("labels", ("sampled", "exact", "true"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
         if self.max_images is not None and self.max_images < 1:
             raise ValueError(f"max_images={self.max_images} is out of range: use at least 1, or None for all.")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..fields import check_fields
 from ..models import PlainModel, StreamModel
 from ..projection import Basis, SecondMoment
 from ..projection.state import as_file, as_saved, from_main_process
@@ -43,6 +44,7 @@ class GPMConfig:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.energy <= 1:
             raise ValueError(
                 f"energy={self.energy} is outside [0, 1]: it is a share of the inputs' energy, such as 0.9; 0 is fine-tuning."
@@ -191,6 +193,8 @@ class LayerInputs(ContinualMethod, ABC):
         """Extend the bases by what the task's training images show to the layers."""
         if not self.active:
             return
+        if self._guard is not None:
+            self._guard.check()
         self._guard = None
         layers, moments = self._observe(context)
         reduce, _, broadcast = context.collectives

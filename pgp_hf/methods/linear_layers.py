@@ -128,6 +128,15 @@ class Guard:
         for tensor, value in self.still:
             tensor.copy_(value)
 
+    def check(self) -> None:
+        """Raise RuntimeError if anything has moved, since the last `restore`, that must not."""
+        self.projector.check(self._matrices().items())
+        if not all(torch.equal(tensor, value) for tensor, value in self.still):
+            raise RuntimeError(
+                "weights outside the linear layers have moved after the last step, where older tasks need them as they "
+                "were: an optimizer moves them in the backward pass or in eval(), or a callback does. Leave that out."
+            )
+
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()

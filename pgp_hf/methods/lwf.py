@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from ..data.scenarios import SCENARIOS
+from ..fields import check_fields
 from .base import Batch, ContinualMethod, MethodCard, TaskContext
 from .distillation import distillation, teacher_logits, teacher_of
 from .registry import register
@@ -34,6 +35,7 @@ class LwFConfig:
     temperature: float = field(default=2.0, metadata={"help": "what scores are divided by before they are compared"})
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.strength < math.inf:
             raise ValueError(f"strength={self.strength} is out of range: use a finite number >= 0.")
         if not 0 < self.temperature < math.inf:

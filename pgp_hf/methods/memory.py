@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..fields import check_fields
 from ..runs.folder import EXEMPLARS
 
 if TYPE_CHECKING:
@@ -42,10 +43,7 @@ class MemoryConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.memory_stores not in get_args(Stores):
-            raise ValueError(
-                f"memory_stores={self.memory_stores!r} is unknown: choose one of {', '.join(get_args(Stores))}."
-            )
+        check_fields(self)
 
     def limit(self) -> str:
         """Return what the card says of where the images are."""

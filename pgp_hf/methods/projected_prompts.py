@@ -83,9 +83,14 @@ class ProjectedPrompts(ContinualMethod):
         return losses + self.projection.penalty(_protectable(context.model))
 
     def end_task(self, context: TaskContext) -> None:
-        """Extend the projection's bases by what the task's training images show."""
+        """Extend the projection's bases by what the task's training images show.
+
+        Raises:
+            RuntimeError: prompts have moved where they must not.
+        """
         if not self.projection.active:
             return
+        self.projection.projector.check(self._parameters(context.model))
         self.projection.update_bases(
             _protectable(context.model),
             self._inputs(context),

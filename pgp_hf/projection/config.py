@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 from .conditions import CONDITIONS
@@ -127,7 +127,9 @@ class ProjectionConfig:
                 f"max_images={self.max_images} is not a number of images to take statistics from: use None, or a whole "
                 "number of at least 1."
             )
-        if not 0 <= self.ln_penalty < float("inf"):
+        if not isinstance(self.hold_key_norm, bool):
+            raise ValueError(f"hold_key_norm={self.hold_key_norm!r} is neither True nor False.")
+        if not _is_number(self.ln_penalty) or not 0 <= self.ln_penalty < float("inf"):
             raise ValueError(
                 f"ln_penalty={self.ln_penalty} is not a weight: use 0 for no penalty, or a finite number above 0."
             )
@@ -141,6 +143,10 @@ class ProjectionConfig:
                 "method='frozen' with apply_to='gradient' would let momentum and weight decay move the prompts: use "
                 "apply_to='update'."
             )
+        for name in ("energy", "key_energy", "value_energy", "max_images", "probes", "ln_penalty"):
+            number = getattr(self, name)
+            if number is not None and type(number) not in (int, float):  # NumPy's own cannot be written as JSON
+                setattr(self, name, int(number) if _is_whole(number) else float(number))
 
     @property
     def reads_statistics(self) -> bool:
@@ -169,13 +175,17 @@ read_config: HandedIn[ProjectionConfig] = HandedIn()
 
 def check_energy(name: str, value: float) -> None:
     """Raise ValueError unless `value` lies in (0, 1]."""
-    if not 0 < value <= 1:
+    if not _is_number(value) or not 0 < value <= 1:
         raise ValueError(f"{name}={value} is outside (0, 1]: it is a share of the energy, such as 0.99.")
 
 
 def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_whole(value: object) -> bool:

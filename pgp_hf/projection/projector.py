@@ -14,6 +14,8 @@ from .config import APPLY_TO
 from .moments import float64_device
 
 NamedParameters = Iterable[tuple[str, Tensor]]
+ROUNDINGS = 8  # of a value: what a copy to its precision can change, sixteen times
+SHARE = 1e-4  # of a movement: far above the rounding of bases, far below what any cause has shown
 TRANSPOSED = ".T"  # ends the name of a basis for a parameter with its last two dimensions swapped
 
 
@@ -116,6 +118,35 @@ class NullSpaceProjector:
             if name in self.hold_norm:
                 moved = _hold_norm(bases, name, start, moved)
             value.copy_(start + moved)
+
+    @torch.no_grad()
+    def check(self, named_parameters: NamedParameters) -> None:
+        """Raise RuntimeError if a protected parameter has moved along directions of its bases since `anchor`.
+
+        It has if something moved it after the last step. With `apply_to="gradient"`, which promises nothing of the kind,
+        nothing is checked.
+
+        Raises:
+            RuntimeError: such a parameter; or `anchor` has not been called since the bases were set.
+            ValueError: a basis whose parameter is missing.
+        """
+        if self.apply_to == "gradient":
+            return
+        for name, parameter, bases in self._protected(named_parameters):
+            if not any(basis.rank for basis in bases.values()):
+                continue
+            value = _local(parameter)
+            device = float64_device(value.device)
+            value, start = (tensor.to(device).to(torch.float64) for tensor in (value, self.start(name)))
+            moved = value - start
+            along = float((moved - _project_all(bases, name, moved)).norm())
+            rounding = ROUNDINGS * torch.finfo(parameter.dtype).eps * float(value.norm())
+            if not along <= rounding + SHARE * float(moved.norm()):  # NaN is not
+                raise RuntimeError(
+                    f"{name} has moved along directions that older tasks protect: {along / float(moved.norm()):.1%} of its "
+                    "movement, although each step of the optimizer is projected. Something else moves it: an optimizer that "
+                    "steps in the backward pass or exchanges weights in eval(), or a callback. Leave that out."
+                )
 
     @torch.no_grad()
     def project_gradients_(self, named_parameters: NamedParameters) -> None:

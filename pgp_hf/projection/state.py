@@ -154,7 +154,7 @@ class Projection:
         gather: Collective | None = None,
         broadcast: Collective | None = None,
     ) -> None:
-        """Observe a finished task and extend the bases.
+        """Observe a finished task and extend the bases; on an error they are as they were, and nothing stays observed.
 
         Args:
             model: in eval mode.
@@ -165,13 +165,16 @@ class Projection:
             reduce, gather, broadcast: see `end_task`.
         """
         shapes = {name: tuple(parameter.shape) for name, parameter in model.prompt_parameters().items()}
-        if self.config.method in WITHOUT_IMAGES:
-            self.observe(model, {}, task=task, seed=seed, classes=classes)
-            reduce = gather = None  # every process has seen the same
-        elif self.active and shapes:
-            for inputs, images in batches:
-                self.observe(model, inputs, images, task=task, seed=seed, classes=classes)
-        self.end_task(shapes, reduce=reduce, broadcast=broadcast, gather=gather)
+        try:
+            if self.config.method in WITHOUT_IMAGES:
+                self.observe(model, {}, task=task, seed=seed, classes=classes)
+                reduce = gather = None  # every process has seen the same
+            elif self.active and shapes:
+                for inputs, images in batches:
+                    self.observe(model, inputs, images, task=task, seed=seed, classes=classes)
+            self.end_task(shapes, reduce=reduce, broadcast=broadcast, gather=gather)
+        finally:
+            self._observed = {}
 
     @torch.no_grad()
     def observe(

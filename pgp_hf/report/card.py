@@ -17,6 +17,7 @@ from .. import embedded
 from ..data.scenarios import SCENARIOS, Scenario
 from ..runs.atomic import replacing
 from ..runs.checks import finished_tasks, first_task
+from ..runs.digest import BACKBONE_KEYS
 from ..runs.folder import METHOD, PROCESSOR
 from ..runs.reading import read_json
 from .figures import figure_names
@@ -116,6 +117,7 @@ def render_card(
         figures={figure: about for figure, about in _figure_texts(run).items() if figure in present},
         code=_code(run, source, own_processor),
         bring=_bring(run, source, own_processor),
+        checks_size=own_processor and not run.whole and _checks_size(run, adapter_config),
         weights_may_go=run.whole and source.tag is None,
         **_opening(run, repo_id),
         **_protocol(run, processor),
@@ -253,8 +255,19 @@ def _code(run: _Run, source: Source, own_processor: bool) -> dict[str, str]:
         alone = transformers_code(source, run.num_classes, own_processor)
     else:
         predict = predict_code(source)
-        alone = peft_code(source, run.adapter, run.num_classes, own_processor)
+        alone = peft_code(source, run.adapter, run.num_classes, own_processor, _precision(run.results))
     return {"predict": predict, "alone": alone, "checkpoint": source.checkpoint}
+
+
+def _precision(results: Mapping[str, Any]) -> str:
+    """Return the precision that a backbone had in training, by the name of its digest."""
+    named = [name for name in results.get("sha256") or () if name in BACKBONE_KEYS]
+    return named[0].removeprefix("backbone.") if named else "float32"
+
+
+def _checks_size(run: _Run, adapter_config: Mapping[str, Any]) -> bool:
+    """Return whether the adapter refuses images of another size; False where no pipeline takes its folder, as with CLIP."""
+    return bool(adapter_config.get("image_size")) and run.adapter.scores == "logits"
 
 
 def _bring(run: _Run, source: Source, own_processor: bool) -> str | None:

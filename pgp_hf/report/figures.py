@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .. import metrics
+from ..metrics._running import Accuracies
 from ..runs.checks import finished_tasks, first_task
 from .drawing import (
     Values,
@@ -265,7 +266,7 @@ def prompt_usage(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pa
     Args:
         results: `prompt_usage` is needed, counts of shape `(tasks, pool entries)`: how many of the task's test images
             selected the entry after the last trained task. A row may be `None`, for a task that was not measured
-            (hatched), or all zero (left blank).
+            (hatched), or all zero (left blank), or `{entry: count}` for those that were selected in a large pool.
         path: the PNG file to write; its folder is made.
 
     Returns:
@@ -274,7 +275,7 @@ def prompt_usage(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pa
     Raises:
         ValueError: the counts are missing, negative or ragged, or `path` does not end in `.png`.
     """
-    counts = _grid(results, "prompt_usage")
+    counts = _grid({"prompt_usage": _dense(results.get("prompt_usage"))}, "prompt_usage")
     if (counts < 0).any():
         raise ValueError(f"prompt_usage holds counts of images, so none may be negative; got {np.nanmin(counts)}.")
     total = counts.sum(axis=1, keepdims=True)
@@ -338,12 +339,20 @@ def _curves(results: Mapping[str, Any]) -> dict[str, dict[str, Values]]:
 
 
 def _accuracies(run: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, Values]:
-    """Return by panel what follows from the accuracy matrix of a run's head, or of the run itself."""
-    matrix = head["accuracy_matrix"]
-    average: Any = metrics.summarize(matrix, run.get("finished_tasks"))["per_task_average_accuracy"]
+    """Return by panel what follows from the accuracies of a run's head, or of the run itself.
+
+    Args:
+        head: with an accuracy matrix, or what is kept instead of it, unless its matrix is the run's.
+    """
+    average: Any
+    if "per_task_forgetting" in head:
+        average, lost = head["per_task_average_accuracy"], head["per_task_forgetting"]
+    else:
+        matrix = head.get("accuracy_matrix") or run["accuracy_matrix"]
+        average = metrics.summarize(matrix, run.get("finished_tasks"))["per_task_average_accuracy"]
+        lost = Accuracies.of(matrix[: len(average)]).forgetting
     found = {"accuracy": np.array(average, dtype=float)}
-    if not first_task({**run, "accuracy_matrix": matrix}):
-        lost: Any = [metrics.summarize(matrix, task + 1)["forgetting"] for task in range(len(average))]
+    if not first_task(run):
         found["forgetting"] = np.array(lost, dtype=float)
     return _with_points(found)
 
@@ -377,6 +386,15 @@ def _mean_and_deviation(curves: Sequence[float] | Sequence[Sequence[float]]) -> 
     """Return mean and standard deviation over the seeds, `()` or `(tasks,)`; the latter is None for a single seed."""
     values = np.array(curves, dtype=float)
     return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None
+
+
+def _dense(rows: Sequence[Any] | None) -> list[Any]:
+    """Return rows of counts with one for each pool entry, up to the last that any task selects."""
+    sparse = [row for row in rows or () if isinstance(row, Mapping)]
+    size = max((int(entry) + 1 for row in sparse for entry in row), default=1)
+    return [
+        [row.get(str(entry), 0) for entry in range(size)] if isinstance(row, Mapping) else row for row in rows or ()
+    ]
 
 
 def _grid(results: Mapping[str, Any], key: str) -> Values:

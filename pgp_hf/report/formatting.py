@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -46,6 +47,17 @@ def as_sentence(text: str) -> str:
 def one_line(text: object) -> str:
     """Replace every run of white space in a text with one space."""
     return " ".join(str(text).split())
+
+
+def printable(text: object) -> str:
+    """Return a text for a terminal: characters that steer it, or hide or turn others, are written as `\\x1b` and the like."""
+    return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in str(text))
+
+
+def _steers(c: str) -> bool:
+    # control characters, what is invisible (directions of writing too), halves of surrogate pairs (in file names that are
+    # not UTF-8), line ends; but scripts and emoji need the zero-width joiner and non-joiner
+    return unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\u200c\u200d"
 
 
 def escape(text: object) -> str:

@@ -72,7 +72,9 @@ def predict_code(source: Source) -> str:
     return _predict(source, "" if source.found else f", backbone={_quoted(source.backbone)}")
 
 
-def peft_code(source: Source, adapter: AdapterCard, num_classes: int, own_processor: bool) -> str:
+def peft_code(
+    source: Source, adapter: AdapterCard, num_classes: int, own_processor: bool, precision: str = "float32"
+) -> str:
     """Return the code that scores a photo with PEFT alone.
 
     The size of the head comes with an adapter of this package.
@@ -82,15 +84,16 @@ def peft_code(source: Source, adapter: AdapterCard, num_classes: int, own_proces
         adapter: how the backbone is loaded, and where the scores are.
         num_classes: number of scores.
         own_processor: whether the run saved its image processor; otherwise the backbone's is used.
+        precision: of the backbone in training; transformers would take that of its file.
     """
     package = "\nfrom pgp_hf import embedded" if source.inside else ""
     registers = "" if adapter.from_peft else "import pgp_hf  # registers the adapter with PEFT\n"
-    base = source.base
+    base = f"{source.base}, dtype=torch.{precision}"
     if adapter.from_peft:
         base = f"\n    {base}, num_labels={num_classes}, ignore_mismatched_sizes=True\n"
     return f"""{registers}import torch
 from peft import PeftModel{package}
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, {adapter.base_class}
 
 base = {adapter.base_class}.from_pretrained({base})
@@ -116,7 +119,7 @@ def transformers_code(source: Source, num_classes: int, own_processor: bool) -> 
     """
     package = "from pgp_hf import embedded\n" if source.inside and not own_processor else ""
     return f"""import torch
-{package}from PIL import Image
+{package}from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 model = AutoModelForImageClassification.from_pretrained({source.saved}).eval()
@@ -138,7 +141,8 @@ def _processor(source: Source, own: bool) -> str:
 
 def _scores(source: Source, attribute: str, num_classes: int, own_processor: bool) -> str:
     return f"""{_processor(source, own_processor)}
-pixels = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")["pixel_values"]
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")  # upright, as in training
+pixels = processor(photo, return_tensors="pt")["pixel_values"]
 with torch.no_grad():
     scores = model(pixel_values=pixels).{attribute}  # (1, {num_classes}): one column per class"""
 

@@ -27,9 +27,25 @@ def check_stream_file(manifest: dict[str, Any], config: dict[str, Any], path: Pa
         raise ValueError(f"{path} has {error}") from error
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: label_names are not {count} strings, one per class.")
-    if (own := config.get("id2label")) is not None and (not isinstance(own, dict) or len(own) != count):
-        name = ADAPTER_CONFIG if "peft_type" in config else MODEL_CONFIG
-        raise ValueError(f"{path} has {count} classes, but id2label in {name} has another number.")
+    if (own := config.get("id2label")) is not None:
+        _check_names(names, own, path, ADAPTER_CONFIG if "peft_type" in config else MODEL_CONFIG)
+
+
+def _check_names(names: list[str], own: Any, path: Path, file: str) -> None:
+    """Raise ValueError if the model, by `id2label` in its file, lacks a class, or has one of these names for another.
+
+    Other names are the user's own, such as texts of CLIP or placeholders.
+    """
+    if not isinstance(own, dict) or len(own) != len(names):
+        raise ValueError(f"{path} has {len(names)} classes, but id2label in {file} has another number.")
+    labels = {name: label for label, name in enumerate(names)}
+    for label, name in enumerate(names):
+        found = own.get(str(label))
+        if not isinstance(found, str) or labels.get(found, label) != label:
+            raise ValueError(
+                f"{path} names class {label} {name!r:.80}, but id2label in {file} names it {found!r:.80}: expected the same "
+                "names. Fetch the folder again."
+            )
 
 
 def check_results_file(results: dict[str, Any], manifest: dict[str, Any], path: Path) -> int:

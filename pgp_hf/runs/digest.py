@@ -8,9 +8,15 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+# under which `results.json` keeps a backbone's digest, one for each precision
+BACKBONE_KEYS = {
+    f"backbone.{str(dtype).removeprefix('torch.')}": dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+
 
 def backbone_key(model: nn.Module) -> str:
-    """Return the name under which `results.json` keeps a backbone's digest, one name per precision."""
+    """Return the name under which `results.json` keeps a backbone's digest."""
     return f"backbone.{str(next(model.parameters()).dtype).removeprefix('torch.')}"
 
 

@@ -10,6 +10,7 @@ from ..projection import Projection, ProjectionConfig
 from .checks import origin_on_hub
 from .folder import RunFolder, config_name
 from .revision import Revision
+from .settled import settled
 from .sources import TASK, locate
 
 
@@ -84,7 +85,7 @@ def open_finished(where: str | Path, revision: str | None = None, **hub: Any) ->
         hub: `token` and other options, as for `locate`.
 
     Raises:
-        ValueError: no such revision, one that is damaged, or a run without a finished task.
+        ValueError: no such revision, one that is damaged, a run without a finished task, or one that lacks a task.
     """
     if not Path(where).is_dir():
         return open_run(f"{where}@{revision or 'main'}", **hub)
@@ -92,6 +93,8 @@ def open_finished(where: str | Path, revision: str | None = None, **hub: Any) ->
     if revision not in (None, "main"):
         folder = locate(where, revision)
         return RevisionRun(folder, _finished_tasks(folder, revision), folder.resolve().parent)
+    if not run.single:
+        run.check_gaps()
     if not run.finished_tasks():
         raise ValueError(f"{run.root} holds no finished task: expected a run's folder, or one of its task folders.")
     return run
@@ -99,12 +102,20 @@ def open_finished(where: str | Path, revision: str | None = None, **hub: Any) ->
 
 def load_projection_config(repo_or_dir: str | Path, revision: str | None = None, **hub: Any) -> ProjectionConfig:
     """Read the settings of a revision's projection: `ProjectionConfig.from_pretrained`."""
-    return Revision.read(locate(repo_or_dir, revision, **hub), revision).projection_config()
+
+    def read() -> ProjectionConfig:
+        return Revision.read(locate(repo_or_dir, revision, **hub), revision).projection_config()
+
+    return settled(repo_or_dir, revision, read)
 
 
 def load_projection(repo_or_dir: str | Path, revision: str | None = None, **hub: Any) -> Projection:
     """Read a revision's projection with its bases: `Projection.from_pretrained`."""
-    return Revision.read(locate(repo_or_dir, revision, **hub), revision).projection()
+
+    def read() -> Projection:
+        return Revision.read(locate(repo_or_dir, revision, **hub), revision).projection()
+
+    return settled(repo_or_dir, revision, read)
 
 
 def _repo_of(t: int, repo: str, results: Mapping[str, Any]) -> str:

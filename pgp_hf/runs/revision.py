@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..projection import Basis, Projection, ProjectionConfig
@@ -20,12 +21,14 @@ from .checks import (
     finished_tasks,
     first_task,
 )
-from .digest import backbone_key, backbone_sha256
+from .digest import BACKBONE_KEYS, backbone_key, backbone_sha256
+from .digests import Digests
 from .folder import (
     ADAPTER,
     ADAPTER_CONFIG,
     BASES,
     DESCRIPTION,
+    DIGESTS,
     EXEMPLARS,
     MANIFEST,
     METHOD,
@@ -35,7 +38,10 @@ from .folder import (
     RESULTS,
     config_name,
 )
-from .sources import OTHERS, REVISION_FILES, RUN_FILES, TASK, without_weights
+from .sources import MODEL_FILES, OTHERS, REVISION_FILES, RUN_FILES, TASK, without_weights
+
+READ = tuple(dict.fromkeys(name for name in (*REVISION_FILES, *MODEL_FILES, *OTHERS, EXEMPLARS) if name != DIGESTS))
+"""The files of a revision that are checked against their digests."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,14 @@ class Revision:
         folder: where the files are.
         config: content of `adapter_config.json`, or of `config.json` where a whole model has learned.
         manifest, results: content of `stream.json` and `results.json`; both None for an adapter without a run.
+        digests: of all files; None for an adapter without a run, or a run of an earlier version.
     """
 
     folder: Path
     config: dict[str, Any]
     manifest: dict[str, Any] | None
     results: dict[str, Any] | None
+    digests: Digests | None = None
 
     @classmethod
     def read(cls, folder: Path, revision: str | None = None) -> Revision:
@@ -62,8 +70,13 @@ class Revision:
             revision: the name that it was requested by; "task-3" must hold three finished tasks.
 
         Raises:
-            ValueError: a file that is damaged, asks for code to be run, or contradicts another.
+            ValueError: a file that is damaged or was altered, asks for code to be run, or contradicts another.
         """
+        digests = Digests.read(folder)
+        if digests is not None:
+            # beside an adapter, the files of a whole model are somebody else's, and not read
+            foreign = (MODEL, MODEL_CONFIG) if config_name(folder) == ADAPTER_CONFIG else ()
+            digests.check_read(name for name in READ if name not in foreign)
         for name in (*REVISION_FILES, *OTHERS):
             if name.endswith(".json") and (folder / name).exists():
                 reading.refuse_code(reading.read_json(folder / name), folder / name)
@@ -77,7 +90,7 @@ class Revision:
         if not there and name == MODEL_CONFIG:
             raise ValueError(f"{folder} is a model without a run: load it with transformers.")
         if not there:
-            return cls(folder, config, None, None)
+            return cls(folder, config, None, None, digests)
         if len(there) < len(RUN_FILES):
             lacking = next(name for name in RUN_FILES if name not in there)
             raise ValueError(f"{folder} has {there[0]}, but no {lacking}: the download or copy is incomplete.")
@@ -89,7 +102,7 @@ class Revision:
             raise ValueError(
                 f"{folder / RESULTS} shows {tasks} finished tasks, but the revision is called {revision!r}."
             )
-        return cls(folder, config, manifest, results)
+        return cls(folder, config, manifest, results, digests)
 
     @property
     def tasks(self) -> int:
@@ -110,6 +123,12 @@ class Revision:
         return list(dict.fromkeys(label for own in classes for label in own))
 
     @property
+    def precision(self) -> torch.dtype:
+        """Return the precision that the frozen weights had in training; float32 where nothing says so."""
+        noted = [name for name in (self.results or {}).get("sha256", {}) if name in BACKBONE_KEYS]
+        return BACKBONE_KEYS[noted[0]] if noted else torch.float32
+
+    @property
     def whole(self) -> bool:
         """Return whether a whole model has learned, and not an adapter."""
         return "peft_type" not in self.config
@@ -128,19 +147,21 @@ class Revision:
         reading.read_tensors(path)
         self._check_digest(path)
 
-    def weights(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def weights(self, expected: Mapping[str, Tensor], later: Collection[str] = ()) -> dict[str, Tensor]:
         """Read the adapter's tensors.
 
         Args:
             expected: tensors with exactly the names and shapes that the file must have; their values are not read, and
                 they may be on the meta device.
+            later: names among them that files of earlier versions lack.
 
         Raises:
             ValueError: a file that is damaged, was altered, or has other names or shapes.
         """
         path = self.folder / ADAPTER
         shapes = reading.tensor_shapes(path)
-        missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+        missing = sorted(expected.keys() - shapes.keys() - set(later))
+        extra = sorted(shapes.keys() - expected.keys())
         if missing or extra:
             what = [f"it lacks {name!r}" for name in missing[:1]] + [f"it holds {name!r}" for name in extra[:1]]
             raise ValueError(
@@ -257,6 +278,9 @@ class Revision:
         return (self.results or {}).get("sha256", {}).get(name)
 
     def _check_digest(self, path: Path) -> None:
+        if self.digests is not None:
+            self.digests.check(path.name)
+            return
         noted = self._noted_digest(path.name)
         if noted is not None and noted != reading.sha256(path):
             raise ValueError(

@@ -26,6 +26,7 @@ from .folder import (
     BASES,
     CHECKPOINTS,
     DESCRIPTION,
+    DIGESTS,
     EXEMPLARS,
     MANIFEST,
     METHOD,
@@ -34,18 +35,18 @@ from .folder import (
     MODEL_CONFIG,
     PROCESSOR,
     RESULTS,
+    TASK,
     config_name,
 )
 
 RUN_FILES = (MANIFEST, RESULTS, DESCRIPTION, BASES)
 """Files that every finished task has; an adapter without a run has none of them."""
-REVISION_FILES = (ADAPTER_CONFIG, ADAPTER, PROCESSOR, *RUN_FILES, METHOD_STATE, METHOD)
-"""All files of a revision that are read; runs of earlier versions lack those of the method."""
+REVISION_FILES = (ADAPTER_CONFIG, ADAPTER, PROCESSOR, *RUN_FILES, METHOD_STATE, METHOD, DIGESTS)
+"""All files of a revision that are read; runs of earlier versions lack the digests and those of the method."""
 MODEL_FILES = (MODEL_CONFIG, MODEL, *REVISION_FILES[2:])
 """The same where a whole model has learned, and not an adapter."""
 # files that other loaders read: this package only searches them for requests to run code
 OTHERS = (MODEL_CONFIG, "processor_config.json")
-TASK = re.compile(r"task-([1-9]\d{0,5})")
 _TO_CONTINUE = re.compile(rf"README\.md|figures/[\w-]+\.png|{re.escape(EXEMPLARS)}")
 
 
@@ -120,7 +121,7 @@ def _local(folder: Path, revision: str | None) -> Path:
     name = config_name(folder)
     _require((folder / name).is_file(), folder)
     files = (file.relative_to(folder) for file in folder.rglob("*"))
-    # a run in training has a Trainer's checkpoints, which hold pickles and are never read here
+    # checkpoints of earlier versions hold pickles; none are read here
     reading.refuse_pickles((str(file) for file in files if CHECKPOINTS not in file.parts), folder)
     if name == ADAPTER_CONFIG:
         _require((folder / ADAPTER).is_file(), folder)

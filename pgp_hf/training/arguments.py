@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from ..hub import TaskRepo, choose_repo
+from .checks import check_together, check_values, refuse_what_breaks_streams
+from .choosing import CURRENT_ACCURACY, chooses
 
 
 @dataclass
@@ -42,10 +44,14 @@ class PGPTrainingArguments(TrainingArguments):
         hub_exemplars: upload the images that a method stores (`memory_stores="images"`) as well.
         hub_wait: longest wait, in seconds, for uploads that are under way when the last task ends.
 
-    All other arguments are those of `TrainingArguments`.
+    All other arguments are those of `TrainingArguments`. Whatever is chosen by an evaluation, a checkpoint
+    (`load_best_model_at_end`), an early stop or a learning rate, needs a stream with `train_val_split`, and a
+    `metric_for_best_model` that every task has: `eval_current_accuracy` of the task in training, the default,
+    `eval_mean_accuracy` over all tasks so far, or their losses, `eval_current_loss` and `eval_mean_loss`.
 
     Raises:
-        ValueError: a combination that cannot work, each with the fix.
+        TypeError: a value of another type, such as None or text where a number belongs.
+        ValueError: a value out of range, or a combination that cannot work, each with the fix.
     """
 
     learning_rate: float = field(default=0.001875, metadata={"help": "constant learning rate: 0.03 * 16 / 256"})
@@ -102,7 +108,10 @@ class PGPTrainingArguments(TrainingArguments):
     )
     verify_images: bool = field(default=True, metadata={"help": "decode every image once before training starts"})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "delete an earlier run in output_dir instead of refusing to touch it"}
+        default=False,
+        metadata={
+            "help": "delete the files that an earlier run wrote to output_dir, instead of refusing to touch it; all others stay"
+        },
     )
     save_full_weights: Literal["last", "all"] = field(
         default="last",
@@ -151,73 +160,26 @@ class PGPTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_values(self)  # before transformers compares and converts them
+        if self.metric_for_best_model is None and chooses(self):
+            self.metric_for_best_model = CURRENT_ACCURACY  # transformers would take a "loss" that no evaluation has
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
+        self.check()
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError for a value that cannot work, with the fix; some may have been set since."""
         if self.push_to_hub:
             self.check_hub()
-        self._refuse_what_breaks_streams()
-        self._check_own()
-
-    def _refuse_what_breaks_streams(self) -> None:
-        """Raise ValueError for settings of a `Trainer` that do not work with a stream of tasks."""
-        casts = "would cast the prompts permanently, and rounding would undo the projection: use bf16=True, which keeps them in float32."
-        for name, value, refused, why in (
-            ("bf16_full_eval", self.bf16_full_eval, True, casts),
-            ("fp16_full_eval", self.fp16_full_eval, True, casts),
-            (
-                "dataloader_drop_last",
-                self.dataloader_drop_last,
-                True,
-                "would leave test images out of the evaluation, and small tasks out of the training: leave it False.",
-            ),
-            (
-                "eval_do_concat_batches",
-                self.eval_do_concat_batches,
-                False,
-                "leaves test images in pieces: leave it True.",
-            ),
-            (
-                "remove_unused_columns",
-                self.remove_unused_columns,
-                True,
-                "would drop the images before they are read: leave it False.",
-            ),
-        ):
-            if value == refused:
-                raise ValueError(f"{name}={value} {why}")
-        if self.deepspeed:
-            raise ValueError(
-                "deepspeed steps flattened shards, which cannot be projected, and prompts are far too small to gain "
-                "from it: launch with plain data parallelism (accelerate launch --multi_gpu)."
-            )
-        if self.n_gpu > 1:
-            raise ValueError(
-                f"{self.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas share the prompt selection: "
-                "start with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
-            )
-
-    def _check_own(self) -> None:
-        """Raise ValueError for settings of this class that cannot work."""
-        for name in ("head_learning_rate", "later_prompt_learning_rate"):
-            rate = getattr(self, name)
-            if rate is not None and not 0 <= rate < float("inf"):
-                raise ValueError(f"{name}={rate} is not a learning rate: use a finite number >= 0, or leave it out.")
+        check_values(self)
+        refuse_what_breaks_streams(self)
         if self.later_prompt_learning_rate is not None and not self.reinit_optimizer:
             raise ValueError(
                 "later_prompt_learning_rate and reinit_optimizer=False are mutually exclusive: one optimizer for all tasks "
                 "keeps its learning rates."
             )
-        if not 0 < self.crop_min_scale <= 1:
-            raise ValueError(f"crop_min_scale={self.crop_min_scale} is outside (0, 1]: it is a share of the image.")
-        for name, allowed in (
-            ("train_mask", ("task", "seen")),
-            ("eval_mask", ("seen", "none")),
-            ("augmentation", ("none", "flip", "crop_flip")),
-            ("save_full_weights", ("last", "all")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+        check_together(self)
 
     def hub_repo(self, origin: dict[str, Any] | None = None, new_run: bool = False) -> TaskRepo:
         """Return the repository to upload to: `hub_model_id`, or the token's user and the name of `output_dir`.
@@ -247,6 +209,4 @@ class PGPTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"hub_revision={self.hub_revision!r}: tasks are commits on main, tagged task-1, task-2, ...; leave it out."
             )
-        if not self.hub_wait >= 0:
-            raise ValueError(f"hub_wait={self.hub_wait} must be at least 0: it is a number of seconds.")
         self.hub_repo()  # checks the ids

@@ -13,6 +13,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from ..data.images import set_epoch
 from ..data.stream import TaskStream
 from ..models import StreamModel
+from ..report.formatting import printable
 from ..runs.checks import first_task
 from .arguments import PGPTrainingArguments
 
@@ -81,7 +82,7 @@ class StreamProgress(ProgressCallback, StreamCallback):
         self.learned = f"tasks 1 to {task + 1}" if before else self.learned
         if state.is_world_process_zero:
             names = [stream.label_names[label] for label in own.tasks[task - before].classes]
-            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            shown = ", ".join(map(printable, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
             title = f"{self.learned} of {stream.num_tasks}{' as one' if before else ''}".capitalize()
             tqdm.write(f"{title}: {len(own.train(task - before))} images of {shown}")
 
@@ -177,6 +178,12 @@ class FollowTraining(TrainerCallback):
     ) -> None:
         for images in self.images():
             set_epoch(images, int((state.epoch or 0) + 1e-6))
+
+
+def ends_epoch(state: TrainerState, control: TrainerControl) -> bool:
+    """Return whether the step that has just ended is followed by what is done at the end of an epoch."""
+    last = control.should_epoch_stop or control.should_training_stop
+    return last or float(state.epoch or 0).is_integer()
 
 
 def fire(callbacks: Iterable[TrainerCallback], event: str, *arguments: Any, **kwargs: Any) -> None:

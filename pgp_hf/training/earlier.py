@@ -19,11 +19,13 @@ from transformers import PreTrainedModel
 from .. import hub
 from ..data.stored import Stored, from_tensors
 from ..data.stream import TaskStream
-from ..inference.adapters import expected_weights, read_adapter
+from ..inference.adapters import expected_weights, read_adapter, read_weights
 from ..inference.whole import load_whole
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, weights
 from ..report import card, figures
+from ..runs.atomic import write_tensors
+from ..runs.digests import AlteredFileError, Digests
 from ..runs.folder import DESCRIPTION, EXEMPLARS, MANIFEST, RESULTS, RunFolder, config_name
 from ..runs.reading import read_json, read_tensors
 from ..runs.revision import Revision
@@ -102,11 +104,11 @@ class EarlierRun:
         expected = weights(self.model)
         if not revision.whole:
             if not self.stream.is_open or not isinstance(self.model, PeftModel):
-                return revision.weights(expected)
+                return read_weights(revision, expected)
             base = cast(PreTrainedModel, self.model.get_base_model())
             adapter = read_adapter(revision)
             before = expected_weights(base, adapter.config, adapter.class_names)
-            return _enlarged(revision.weights(before), expected)
+            return _enlarged(read_weights(revision, before), expected)
         tensors = load_whole(revision).state_dict()
         if self.stream.is_open:
             tensors = _enlarged(tensors, expected)
@@ -197,6 +199,7 @@ class EarlierRun:
         for j in range(self.results.first, last.tasks):
             path = self.source.features(j)
             if path.is_file():
+                self._check_reference(path, j, last.tasks)
                 tensors = _read_reference(path, self.stream.num_images("test", j), j)
                 references.keep(j, tensors["features"], tensors.get("selected"))
                 continue
@@ -204,6 +207,8 @@ class EarlierRun:
                 continue
             try:
                 then = loaded.weights if j == last.tasks - 1 else self._weights(self._earlier(last, j))
+            except AlteredFileError:
+                raise
             except (ValueError, EntryNotFoundError):
                 lost.append(j)
                 continue
@@ -214,9 +219,23 @@ class EarlierRun:
                 f"{self.source.root}: of tasks {', '.join(str(j + 1) for j in new)} neither features/ nor the revision is "
                 'there, so drift and changed selections leave them out from now on. Continue from "owner/name@task-k" on '
                 "the Hub, or from a folder next to task-1, task-2, ... to have them measured.",
-                stacklevel=6,
+                stacklevel=7,
             )
         return lost
+
+    def _check_reference(self, path: Path, j: int, tasks: int) -> None:
+        """Raise ValueError unless the features of the 0-based task j are as the run wrote them, as far as it noted that.
+
+        Args:
+            tasks: number of finished tasks.
+        """
+        t, last, beside = j, tasks - 1, RunFolder(path.parent.parent)  # whose first task may be a single revision's
+        # a run that goes on from a single revision lacks the folders of earlier tasks, and the first one notes theirs
+        while t < last and not beside.task(t).is_dir():
+            t += 1
+        digests = Digests.read(self.source.task(t) if t == last else beside.task(t))
+        if digests is not None:
+            digests.check_features(path, own=t == j)
 
     def _earlier(self, last: Revision, j: int) -> Revision:
         """Read the revision of the earlier task j; ValueError when there is none, or it is another run's."""
@@ -230,18 +249,36 @@ class EarlierRun:
 
     # ---- its files -----------------------------------------------------------------------------------------------
 
-    def copy_to(self, folder: RunFolder, finished: int) -> None:
-        """Copy the finished tasks that can be found to another run's folder, each whole or not at all."""
+    def copy_to(self, folder: RunFolder, finished: int, references: References) -> None:
+        """Copy the finished tasks that can be found to another run's folder, each whole or not at all.
+
+        Their digests are made anew, since that folder has features of its own. A run of an earlier version has none, and
+        gets none: its tasks are compared with those on the Hub.
+
+        Raises:
+            ValueError: the folder holds a task of another run.
+        """
         last, first = Revision.read(self.source.task(finished - 1)), finished - 1
         while first > self.source.first:
             try:
                 self._earlier(last, first - 1)
+            except AlteredFileError:
+                raise
             except (ValueError, EntryNotFoundError):  # reported with the references
                 break
             first -= 1
+        there = folder.tasks()  # where an earlier copy was interrupted
+        for t in there:
+            if t >= finished or not _same_results(self.source.task(t), folder.task(t)):
+                raise ValueError(f"output_dir={folder.root} holds task-{t + 1} of another run: choose another folder.")
         folder.start_at(first)
+        for t in references.features:
+            if not (there and folder.features(t).exists()):
+                write_tensors(folder.features(t), references.tensors(t))
         for t in range(first, finished):
-            folder.publish(t, partial(_copy_task, self.source.task(t)))
+            if t not in there:
+                earlier = [folder.features(j) for j in range(first)] if t == first else []
+                folder.publish(t, partial(_copy_task, self.source.task(t), folder.features(t), earlier))
 
 
 def _enlarged(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -253,6 +290,11 @@ def _enlarged(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
             found[name] = tensor.new_zeros(shape)
             found[name][tuple(slice(length) for length in tensor.shape)] = tensor
     return found
+
+
+def _same_results(a: Path, b: Path) -> bool:
+    """Return whether two folders hold the same task, whose results have the digests of its other files."""
+    return a.is_dir() and (a / RESULTS).read_bytes() == (b / RESULTS).read_bytes()
 
 
 def check_method(method: ContinualMethod, saved: dict[str, Any], folder: Path) -> None:
@@ -277,8 +319,13 @@ def _read_reference(path: Path, images: int, j: int) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def _copy_task(source: Path, folder: Path) -> None:
+def _copy_task(source: Path, features: Path, earlier: list[Path], folder: Path) -> None:
     """Copy the files of the contract; card and figures are made anew where they are missing.
+
+    Args:
+        source: folder of the task.
+        features, earlier: files with those of the task's test images and of earlier tasks', whose digests are noted here.
+        folder: to fill.
 
     Raises:
         ValueError: a link that leaves the folder, which would copy an unrelated local file into the run.
@@ -298,3 +345,8 @@ def _copy_task(source: Path, folder: Path) -> None:
         )
         figures.save_figures(results, folder / "figures")
         card.save_card(folder / "README.md", results, manifest, adapter, description)
+    if (written := Digests.read(source)) is not None:
+        for name in written.checked:
+            if (folder / name).exists():
+                written.check(name, folder / name)
+        Digests.of(folder, features, earlier).write()

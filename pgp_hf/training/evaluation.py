@@ -18,9 +18,10 @@ from ..data.images import CachedQueries
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskImages, TaskStream
 from ..heads import keep_classes
+from ..heads.calibration import calibration_error
 from ..methods import ContinualMethod
 from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel
-from .results import StreamResults, changed_share, percent, relative_drift
+from .results import LARGE_POOL, StreamResults, Usage, changed_share, percent, relative_drift
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -165,6 +166,7 @@ def measure(
     record: Callable[[int], Recorded],
     pool_size: int,
     stream: TaskStream,
+    temperature: float | None = None,
 ) -> None:
     """Evaluate all tasks up to the 0-based task t, which has just ended, and take the figures into `results`.
 
@@ -173,13 +175,15 @@ def measure(
         record: predicts a task's test images; not asked for a task that has none here, whose figures are None.
         pool_size: number of entries that images select from, if they do.
         stream: the tasks.
+        temperature: of scores that are calibrated by one; None for others.
     """
-    tasks = []
+    tasks, sure = [], _Confidence(temperature)
     for j in range(t + 1):
         if not stream.has_test(j):
             tasks.append(_TaskFigures())
             continue
         found = record(j)
+        sure.add(found)
         if j == t:
             references.keep(t, found.features, found.selected)
         elif j >= results.first and j not in references.features:
@@ -187,6 +191,36 @@ def measure(
         compared = results.first <= j < t and j not in results.drift_lacks
         tasks.append(_TaskFigures.of(found, stream.tasks[j].classes, pool_size, references if compared else None, j))
     _take(results, tasks, t - results.first)
+    results.calibration_error = sure.errors()
+
+
+class _Confidence:
+    """Collect the scores of predicted classes, before and after they are calibrated.
+
+    Args:
+        temperature: that logits are divided by; None to collect nothing.
+    """
+
+    def __init__(self, temperature: float | None) -> None:
+        self.temperature = temperature
+        self._scores: list[Tensor] = []
+        self._right: list[Tensor] = []
+
+    def add(self, found: Recorded) -> None:
+        """Add a task's test images."""
+        if self.temperature is None:
+            return
+        logits = torch.from_numpy(found.logits).double()
+        scores = [(logits / divisor).softmax(-1).amax(-1) for divisor in (1.0, self.temperature)]
+        self._scores.append(torch.stack(scores))
+        self._right.append(logits.argmax(-1) == torch.from_numpy(found.labels))
+
+    def errors(self) -> dict[str, float] | None:
+        """Return the calibration errors over all of them; None without any."""
+        if not self._right:
+            return None
+        (before, after), right = torch.cat(self._scores, 1), torch.cat(self._right)
+        return {"before": calibration_error(before, right), "after": calibration_error(after, right)}
 
 
 @dataclass
@@ -195,7 +229,7 @@ class _TaskFigures:
 
     Attributes:
         accuracy, within, linear, linear_within: in percent, as in [`StreamResults`].
-        usage: how often each pool entry was selected.
+        usage: how often each pool entry was selected, see [`StreamResults`].
         drift, changed: since the task ended.
     """
 
@@ -203,7 +237,7 @@ class _TaskFigures:
     within: float | None = None
     linear: float | None = None
     linear_within: float | None = None
-    usage: list[int] | None = None
+    usage: Usage | None = None
     drift: float | None = None
     changed: float | None = None
 
@@ -218,7 +252,7 @@ class _TaskFigures:
             figures.linear = percent(found.linear, found.labels)
             figures.linear_within = _percent_within(found.linear, found.labels, own)
         if found.selected is not None:
-            figures.usage = np.bincount(found.selected.ravel(), minlength=pool_size).tolist()
+            figures.usage = _count_selections(found.selected, pool_size)
         if references is not None:
             figures.drift = relative_drift(references.features[j], found.features)
             if found.selected is not None:
@@ -228,13 +262,14 @@ class _TaskFigures:
 
 def _take(results: StreamResults, tasks: Sequence[_TaskFigures], at: int) -> None:
     """Take the figures of all tasks seen into the row with index `at` of the results, which is their last then."""
+    last = results.first + at
     results.matrix[at:] = [[each.accuracy for each in tasks]]
     if results.within is not None:
-        results.within[at:] = [[each.within for each in tasks]]
-    two_heads = results.head == "statistics"
-    results.linear_matrix[at:] = [[each.linear for each in tasks]] if two_heads else []
-    if results.linear_within is not None:
-        results.linear_within[at:] = [[each.linear_within for each in tasks]] if two_heads else []
+        results.within.take(last, [each.within for each in tasks])
+    if results.head == "statistics":
+        results.linear.take(last, [each.linear for each in tasks])
+        if results.linear_within is not None:
+            results.linear_within.take(last, [each.linear_within for each in tasks])
     results.drift[at:] = [_mean([each.drift for each in tasks], at)]
     selects = any(each.usage is not None for each in tasks)
     results.usage = [each.usage for each in tasks] if selects else None
@@ -243,6 +278,14 @@ def _take(results: StreamResults, tasks: Sequence[_TaskFigures], at: int) -> Non
         results.changed[at:] = [*lacking, _mean([each.changed for each in tasks], at)]
     else:
         results.changed[at:] = []
+
+
+def _count_selections(selected: np.ndarray, pool_size: int) -> Usage:
+    """Return how often each pool entry was selected; of a large pool, those that were."""
+    counts: list[int] = np.bincount(selected.ravel(), minlength=pool_size).tolist()
+    if pool_size <= LARGE_POOL:
+        return counts
+    return {str(entry): count for entry, count in enumerate(counts) if count}
 
 
 def _mean(values: Sequence[float | None], at: int) -> float | None:
@@ -258,15 +301,15 @@ def _percent_within(logits: np.ndarray, labels: np.ndarray, classes: np.ndarray)
     return float(100 * np.mean(classes[logits[:, classes].argmax(-1)] == labels))
 
 
-def summary_logs(results: StreamResults) -> dict[str, float]:
-    """Return what is logged after the evaluation of a stream."""
+def summary_logs(results: StreamResults, prefix: str = "eval") -> dict[str, float]:
+    """Return what is logged after the evaluation of a stream, accuracies in percent, under names with this prefix."""
     content = results.to_dict()
-    changed = {"eval_changed_selections": results.changed[-1]} if results.changed else {}
-    kept = {"eval_forgetting": content["forgetting"], "eval_drift": results.drift[-1], **changed}
+    changed = {f"{prefix}_changed_selections": results.changed[-1]} if results.changed else {}
+    kept = {f"{prefix}_forgetting": content["forgetting"], f"{prefix}_drift": results.drift[-1], **changed}
     logs = {
-        **{f"eval_task_{j + 1}_accuracy": value for j, value in enumerate(results.matrix[-1])},
-        "eval_average_accuracy": content["average_accuracy"],
+        **{f"{prefix}_task_{j + 1}_accuracy": value for j, value in enumerate(results.matrix[-1])},
+        f"{prefix}_average_accuracy": content["average_accuracy"],
         **({} if results.first else kept),  # nothing to compare with where all tasks were learned as one
-        "eval_projection_rank": results.rank[-1] if results.rank else 0,
+        f"{prefix}_projection_rank": results.rank[-1] if results.rank else 0,
     }
     return {name: value for name, value in logs.items() if value is not None}  # None was not measured

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from peft import PeftModel
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.stored import Stored
 from ..data.stream import Task, TaskStream
-from ..inference.opening import open_model
+from ..inference.opening import floating_dtype, open_model
 from ..methods import ContinualMethod, ProjectedPrompts, create
 from ..models import StreamModel, open_head, stream_model
+from ..runs.checks import origin_on_hub
 from ..runs.folder import MANIFEST, PROCESSOR, RunFolder
 from ..runs.open import open_finished
 from ..runs.reading import read_json
@@ -24,14 +25,6 @@ from ..runs.revision import Revision
 
 if TYPE_CHECKING:
     from .arguments import PGPTrainingArguments
-
-# the settings of a `Trainer` and of this package that the result of a task depends on
-RECORDED = (
-    *("seed", "data_seed", "num_train_epochs", "max_steps", "optim", "optim_args", "weight_decay", "max_grad_norm"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("learning_rate", "head_learning_rate", "later_prompt_learning_rate", "label_smoothing_factor", "bf16", "fp16"),
-    *("augmentation", "crop_min_scale", "train_mask", "eval_mask", "compensate_drift"),
-)
 
 
 @dataclass
@@ -114,12 +107,14 @@ def open_for_learning(
     backbone: str | os.PathLike[str] | PreTrainedModel | None,
     processor: Any,
     hub: dict[str, Any],
+    dtype: torch.dtype | str | None = None,
 ) -> Opened:
     """Open a revision to go on from it; for the arguments see `StreamTrainer.from_pretrained`.
 
     Raises:
         ValueError: no such revision, files that do not fit together, or another backbone.
     """
+    dtype = floating_dtype(dtype)  # before anything is read
     source = open_finished(os.fspath(run_or_repo), revision, **hub)
     tasks = source.finished_tasks()
     found = Revision.read(source.task(tasks - 1), f"task-{tasks}")
@@ -132,8 +127,9 @@ def open_for_learning(
     if processor is not None:
         check_same_size(processor, found)
     local = Path(run_or_repo).is_dir()
-    model, processor = open_model(found, backbone, processor, local, hub, trainable=True)
     stream = TaskStream.from_manifest(found.manifest, test_dataset, num_tasks=tasks)
+    # last, since it changes a backbone that was passed
+    model, processor = open_model(found, backbone, processor, local, hub, trainable=True, dtype=dtype)
     return Opened(model, method, processor, stream, source)
 
 
@@ -160,6 +156,16 @@ def origin(source: RunFolder, run_or_repo: str | os.PathLike[str], revision: str
         "commit": source.root.name if on_hub else None,  # the Hub's cache calls folders by it
         "tasks": tasks,
     }
+
+
+def with_origin(origin: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """Return an origin with its own, `before`; of folders that a run went through one after another, the newest alone.
+
+    Otherwise a run that learns each task in a new folder nests them without end.
+    """
+    if origin["repo"] is None:
+        before = origin_on_hub({"continues": before})
+    return origin | ({"continues": before} if before else {})
 
 
 def saved_method(found: Revision) -> ContinualMethod:
@@ -244,32 +250,11 @@ def check_task(stream: TaskStream, task: Task, method: ContinualMethod, stored: 
 
 
 def check_same_task(stream: TaskStream, t: int, checkpoint: Path, gone: int) -> None:
-    """Raise ValueError if a checkpoint within the 0-based task t belongs to other images than those of the stream.
+    """Raise ValueError if a checkpoint within the 0-based task t belongs to other images or tasks than the stream's.
 
     Args:
         gone: number of first tasks whose training images may be gone.
     """
     path = checkpoint / MANIFEST
     if path.exists():  # earlier versions did not write it
-        stream.check_manifest(read_json(path), gone=gone, tasks=t + 1)
-
-
-# ---- settings --------------------------------------------------------------------------------------------------------
-
-
-def recorded_settings(args: PGPTrainingArguments) -> dict[str, Any]:
-    """Return the settings that a task's result depends on, ready for JSON."""
-    found = {name: getattr(args, name) for name in RECORDED}
-    # whatever their division among processes and micro-batches, since that changes nothing
-    found["images_per_step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    # enums have their value
-    return {name: getattr(value, "value", value) for name, value in found.items()}
-
-
-def differing(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describe each setting that differs from the recorded one."""
-    return [
-        f"{name}: {now[name]!r}, was {recorded[name]!r}"
-        for name in now
-        if name in recorded and recorded[name] != now[name]
-    ]
+        stream.check_manifest(read_json(path), gone=gone, tasks=t + 1 if stream.is_open else None)

@@ -68,18 +68,3 @@ def image_losses(
             "one for each image; the trainer averages over the images of the whole step."
         )
     return losses
-
-
-def check_finite(loss: Tensor, at: str, kept: str) -> None:
-    """Raise FloatingPointError unless a step's loss is finite.
-
-    Args:
-        loss: a scalar.
-        at: the step and its learning rate, for the message.
-        kept: what remains of the run, likewise.
-    """
-    if not torch.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss became {loss.item()} in {at}; {kept}. Lower learning_rate, set max_grad_norm, or use bf16 instead of "
-            "fp16."
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from ..data.stored import Stored, keep_images
 from ..data.stream import TaskImages
 from ..methods import ContinualMethod
+from ..metrics._running import Accuracies
 from ..runs.folder import RunFolder
 from .evaluation import References
 from .results import StreamResults
@@ -35,6 +36,8 @@ class Progress:
     stored: Stored = field(default_factory=Stored)
     task: int | None = None
     interrupted: bool = False
+    images_before: int = 0  # images trained before the task
+    running: dict[str, float] = field(default_factory=dict)  # when the activities that go on have started
 
     def begin(self, t: int) -> None:
         """Begin the 0-based task t.
@@ -56,7 +59,7 @@ class Progress:
                 f"t={t} is not the next task: {done} of {tasks} tasks are trained, so t={following} comes next (counted "
                 f"from 0{as_one})."
             )
-        self.task, self.interrupted = t, True
+        self.task, self.interrupted, self.images_before = t, True, self.results.images_trained
 
     def measure_method(self, method: ContinualMethod, task: int, images_of: Callable[[int], TaskImages]) -> None:
         """Note what a method keeps that has just ended a task, and store its images if it says so.
@@ -82,9 +85,8 @@ class Progress:
 
     def forget(self) -> None:
         """Go back to before the first task."""
-        blank: dict[str, Any] = {
-            name: [] for name in ("matrix", "within", "linear_matrix", "linear_within", "drift", "changed", "rank")
-        }
+        blank: dict[str, Any] = {name: [] for name in ("matrix", "drift", "changed", "rank")}
+        blank |= {name: Accuracies() for name in ("within", "linear", "linear_within")}
         self.stored = {}
         self.results, self.task = replace(self.results, usage=None, memory={"images": 0, "bytes": 0}, **blank), None
 
@@ -99,9 +101,25 @@ class Progress:
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:
         """Add the wall time of the block to that of an activity."""
-        started = time.perf_counter()
-        yield
-        self.results.seconds[activity] += time.perf_counter() - started
+        self.running[activity] = time.perf_counter()
+        try:
+            yield
+            self.results.seconds[activity] += time.perf_counter() - self.running[activity]
+        finally:
+            del self.running[activity]
+
+    def counted(self) -> dict[str, Any]:
+        """Return what has been counted and measured up to now, within a task: a checkpoint keeps it."""
+        now = time.perf_counter()
+        since = {activity: now - started for activity, started in self.running.items()}
+        seconds = {activity: spent + since.get(activity, 0.0) for activity, spent in self.results.seconds.items()}
+        return {"images_trained": self.results.images_trained, "seconds": seconds}
+
+    def recount(self, counted: Mapping[str, Any] | None = None) -> None:
+        """Count on from a checkpoint of the task in training, or else from its start."""
+        self.results.images_trained = self.images_before
+        if counted is not None:
+            self.results.images_trained, self.results.seconds = counted["images_trained"], dict(counted["seconds"])
 
 
 def task_seed(seed: int, t: int) -> int:

@@ -16,6 +16,7 @@ from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskImages
 from ..methods import ContinualMethod
 from ..methods.memory import rgb_bytes
+from ..metrics._running import Accuracies, Row
 from ..runs.checks import finished_tasks, first_task, origin_on_hub
 from ..version import __version__
 
@@ -37,8 +38,8 @@ def percent(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(100 * np.mean(logits.argmax(-1) == labels))
 
 
-Rows = list[list[float | None]]
-"""Accuracies in percent, a row per finished task; None where there were no test images."""
+Usage = list[int] | dict[str, int]
+LARGE_POOL = 100
 
 SUMMARY = (
     "average_accuracy",
@@ -64,20 +65,24 @@ class StreamResults:
         num_tasks: of the stream; it grows with one that does.
         matrix: accuracies in percent of the chosen head, a row per finished task; that of task i has i + 1 entries. None
             for a task whose test images were not there.
-        within: the same where each image's task is known, and only its classes compete: from the same predictions. None
-            for a run that was begun by a version that did not measure it.
-        linear_matrix, linear_within: the same for the linear head, where a statistics head classifies; else empty.
+        within: those where each image's task is known, and only its classes compete: from the same predictions. None for a
+            run that was begun by a version that did not measure it. As of all but the chosen head's, what follows from
+            the matrix is kept instead of it, so that a file grows linearly with the tasks besides the one matrix.
+        linear, linear_within: the same for the linear head, where a statistics head classifies; else empty.
         drift, rank: one value per finished task; a drift is None where no earlier task was measured.
         changed: share of old test images that select other pool entries than when their task ended, one value per finished
             task, None as in drift; empty where nothing is selected.
         usage: per seen task, how often its test images selected each pool entry, after the last finished task; None for
-            a task that was not measured.
+            a task that was not measured. Of a pool of more than 100 entries, which may grow with the tasks, only entries
+            that were selected, by their index as text.
         drift_lacks: tasks that drift and changed selections leave out although they were measured, because the run was
             continued from a single revision; 0-based, usually none.
         seconds: wall time by activity, summed over tasks.
         images_trained: training images seen, with repetitions.
         memory: number of training images that the method keeps after the last finished task, and their bytes as
             uncompressed 8-bit RGB.
+        calibration_error: how far scores of the statistics head are from the share of right predictions over all seen
+            test images, `before` and `after` they are calibrated; None for another head, or without test images.
         continues: the revision that the run goes on from: its `repo` (None for a folder), `revision`, `commit` (or None)
             and number of `tasks`, and its own origin as `continues` where it had one; None for a run from its first task.
         training: settings that the last task was trained with, ready for JSON.
@@ -96,18 +101,19 @@ class StreamResults:
     method_settings: dict[str, Any] = field(default_factory=dict)
     trainable_parameters: int = 0
     first: int = 0
-    matrix: Rows = field(default_factory=list)
-    within: Rows | None = field(default_factory=list)
-    linear_matrix: Rows = field(default_factory=list)
-    linear_within: Rows | None = field(default_factory=list)
+    matrix: list[Row] = field(default_factory=list)
+    within: Accuracies | None = field(default_factory=Accuracies)
+    linear: Accuracies = field(default_factory=Accuracies)
+    linear_within: Accuracies | None = field(default_factory=Accuracies)
     drift: list[float | None] = field(default_factory=list)
     changed: list[float | None] = field(default_factory=list)
     rank: list[int] = field(default_factory=list)
-    usage: list[list[int] | None] | None = None
+    usage: list[Usage | None] | None = None
     drift_lacks: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "statistics": 0.0, "evaluation": 0.0})
     images_trained: int = 0
     memory: dict[str, int] = field(default_factory=lambda: {"images": 0, "bytes": 0})
+    calibration_error: dict[str, float] | None = None
     continues: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -140,7 +146,7 @@ class StreamResults:
             "scenario": self.scenario,
             "num_tasks": self.num_tasks,
             "finished_tasks": self.first + len(self.matrix),
-            **self._accuracies(self.matrix),
+            **(own := self._accuracies()),
             "drift": [*[0.0] * self.first, *self.drift],
             "projection_rank": [0] * self.first + self.rank,
             "train_images_per_second": self.images_trained / max(self.seconds["train"], 1e-9),
@@ -164,28 +170,31 @@ class StreamResults:
             results["compensate_drift"] = True
         if self.drift_lacks:
             results["drift_lacks"] = self.drift_lacks
+        if self.calibration_error is not None:
+            results["calibration_error"] = self.calibration_error
         if self.continues is not None:
             results["continues"] = self.continues
         if self.training:
             results["training"] = self.training
         if self.head == "statistics":
             results["heads"] = {
-                "linear": {**self._accuracies(self.linear_matrix), **self._task_incremental(self.linear_within)},
-                "statistics": {**self._accuracies(self.matrix), **self._task_incremental(self.within)},
+                "linear": {**self.linear.to_dict(), **self._task_incremental(self.linear_within)},
+                # whose matrix is that above
+                "statistics": {**{name: own[name] for name in SUMMARY}, **self._task_incremental(self.within)},
             }
         return results
 
-    def _accuracies(self, matrix: Rows) -> dict[str, Any]:
-        """Return a head's accuracy matrix, and what follows from it."""
-        full: Rows = [[None] * self.num_tasks for _ in range(self.first)]
-        full += [[*row, *[None] * (self.num_tasks - len(row))] for row in matrix]
+    def _accuracies(self) -> dict[str, Any]:
+        """Return the chosen head's accuracy matrix, and what follows from it."""
+        full: list[Row] = [[None] * self.num_tasks for _ in range(self.first)]
+        full += [[*row, *[None] * (self.num_tasks - len(row))] for row in self.matrix]
         full += [[None] * self.num_tasks for _ in range(self.num_tasks - len(full))]
-        summary = metrics.summarize(full, self.first + len(matrix))
+        summary = metrics.summarize(full, self.first + len(self.matrix))
         return {"accuracy_matrix": full, **{name: summary[name] for name in SUMMARY}}
 
-    def _task_incremental(self, within: Rows | None) -> dict[str, Any]:
+    def _task_incremental(self, within: Accuracies | None) -> dict[str, Any]:
         """Return an entry of the accuracies where tasks are known; nothing where that is the scenario itself."""
-        return {"task_incremental": self._accuracies(within)} if within and not self._task_known else {}
+        return {} if self._task_known or within is None or not within.now else {"task_incremental": within.to_dict()}
 
     @property
     def _task_known(self) -> bool:
@@ -225,33 +234,30 @@ class StreamResults:
                 f"{self.first + 1} on, by the same method: the earlier results.json was altered. Fetch it again."
             )
         rows = range(first, finished_tasks(results))
-        self.matrix = _rows(results, rows)
+        # without the entries of later tasks
+        self.matrix = [results["accuracy_matrix"][i][: i + 1] for i in rows]
         if not self._task_known:
-            self.within = _known_rows(results, rows)
+            self.within = _within(results, rows)
         if self.head == "statistics":
             linear = results["heads"]["linear"]
-            self.linear_matrix = _rows(linear, rows)
-            self.linear_within = None if self._task_known else _known_rows(linear, rows)
+            self.linear = Accuracies.load(linear, rows)
+            self.linear_within = None if self._task_known else _within(linear, rows)
         self.changed = list(results.get("changed_selections", []))[self.first :]
         self.drift, self.rank = (list(results[name])[self.first :] for name in ("drift", "projection_rank"))
         self.seconds, self.images_trained = dict(results["seconds"]), results["images_trained"]
         self.usage = results.get("prompt_usage")
         self.drift_lacks = list(results.get("drift_lacks", []))
         self.memory = dict(results.get("memory", self.memory))
+        self.calibration_error = results.get("calibration_error")
         self.continues = results.get("continues")
         self.trainable_parameters = results.get("trainable_parameters", self.trainable_parameters)
         self.training = dict(results.get("training", {}))
 
 
-def _rows(results: dict[str, Any], rows: range) -> Rows:
-    """Return the rows of finished tasks, without the entries of later tasks."""
-    return [results["accuracy_matrix"][i][: i + 1] for i in rows]
-
-
-def _known_rows(results: dict[str, Any], rows: range) -> Rows | None:
-    """Return the same of the task-incremental accuracies; None from a version that did not measure them."""
-    known = results.get("task_incremental")
-    return None if known is None else _rows(known, rows)
+def _within(content: dict[str, Any], rows: range) -> Accuracies | None:
+    """Return a head's task-incremental accuracies; None from a version that did not measure them."""
+    known = content.get("task_incremental")
+    return None if known is None else Accuracies.load(known, rows)
 
 
 @cache

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
@@ -15,30 +16,63 @@ from transformers import PreTrainedModel
 from ..data.stream import TaskStream
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, load_weights
-from ..runs.atomic import write_tensors
-from ..runs.folder import MANIFEST, RunFolder
+from ..runs.checkpoint import SETTINGS, step_of
+from ..runs.folder import MANIFEST, RESULTS, RunFolder
 from ..runs.open import open_run
 from ..runs.reading import read_json
 from ..runs.revision import read_method
+from .agreement import check_agreement
 from .arguments import PGPTrainingArguments
 from .earlier import EarlierRun, check_method
 from .evaluation import Recorded, References
 from .learning import Room, check_same_task
 from .progress import Progress
+from .settings import check_same_settings, print_differing, recorded_settings, run_settings
+from .writing import load_image_size
 
 
-def start_new(args: PGPTrainingArguments, progress: Progress, folder: RunFolder) -> None:
-    """Prepare the folder of a new run.
+def check_new(args: PGPTrainingArguments, progress: Progress, folder: RunFolder) -> None:
+    """Raise ValueError if a new run cannot begin: this trainer has begun one, or the folder holds an earlier one."""
+    progress.check_new()
+    if args.process_index == 0 and not args.overwrite_output_dir:
+        folder.check_unused()
+
+
+def delete_earlier(args: PGPTrainingArguments, folder: RunFolder) -> None:
+    """Delete an earlier run in the folder of a new one, if `overwrite_output_dir` says so."""
+    if args.process_index == 0 and args.overwrite_output_dir:
+        folder.clear()
+
+
+def find_run(where: str | Path, **hub: Any) -> RunFolder:
+    """Find the run to continue.
+
+    Args:
+        where: as `open_run` has it.
+        hub: `token` and other options, as for `locate`.
 
     Raises:
-        ValueError: this trainer has begun a run, or the folder holds an earlier one.
+        ValueError: a path that holds no run, or one that lacks a task before another one.
     """
-    progress.check_new()
-    if args.process_index == 0:
-        if args.overwrite_output_dir:
-            folder.clear()
-        else:
-            folder.check_unused()
+    if step_of(Path(where)) is not None:  # it lacks what the run has measured
+        raise _no_run(where)
+    source = open_run(where, **hub)
+    if source.single:
+        return source
+    source.check_gaps()
+    if source.is_empty():
+        raise _no_run(where)
+    return source
+
+
+def _no_run(where: str | Path) -> ValueError:
+    """Return the error for a path that holds neither a finished task nor a checkpoint."""
+    run = next((path for path in Path(where).absolute().parents if not RunFolder(path).is_empty()), None)
+    hint = f" It is inside the run {run}: pass that." if run else ""
+    return ValueError(
+        f"resume_from_checkpoint={str(where)!r} holds neither a finished task nor a checkpoint to go on from: expected a "
+        f"run's folder, one of its task folders, or 'owner/name@task-3' on the Hub.{hint}"
+    )
 
 
 @dataclass(frozen=True)
@@ -77,10 +111,16 @@ class Resumer:
         finished, progress = source.finished_tasks(), self.progress
         following = finished or source.first
         checkpoint = source.last_checkpoint(following) if following < self.stream.num_tasks else None
+        self._check_shared(source, finished, checkpoint)
         if checkpoint is not None:
             self.check_checkpoint(checkpoint, following)
+        elif not finished and where is not True:  # nothing is deleted or begun for a path that holds nothing
+            raise _no_run(str(where))
+        if not finished and self.args.process_index == 0 and not self._elsewhere(source):
+            self.folder.check_top_level()  # where the run has no file yet
         earlier = self._earlier(source)
         if finished:
+            self._check_settings(source.task(finished - 1), following)
             self._take_over(earlier, finished - 1)
         if not finished and progress.interrupted:
             if checkpoint is None:
@@ -92,12 +132,27 @@ class Resumer:
         progress.interrupted = False
         if self.args.process_index == 0:
             self._prepare_folder(earlier, finished)
+            # the run may have died before doing so
+            self.folder.drop_checkpoints(before=finished)
+            if self.args.save_full_weights == "last" and not self.args.push_to_hub:
+                self.folder.drop_large(before=finished - 1)
         if not finished and checkpoint is None:
-            warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=4)
+            warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=5)
         return finished or progress.results.first, checkpoint
 
+    def _check_settings(self, folder: Path, following: int) -> None:
+        """Raise ValueError if a finished task was trained with other settings; print them where no task is left to train."""
+        recorded, now = read_json(folder / RESULTS).get("training"), recorded_settings(self.args)
+        if following < self.stream.num_tasks:
+            check_same_settings({"training": recorded}, {"training": now}, folder)
+        elif self.args.process_index == 0 and isinstance(recorded, dict):
+            print_differing(recorded, now)
+
     def check_checkpoint(self, checkpoint: Path, t: int) -> None:
-        """Raise ValueError unless a checkpoint within the 0-based task t is of this method and of these images."""
+        """Raise ValueError unless a checkpoint within the 0-based task t is of these images, settings and method."""
+        if (path := checkpoint / SETTINGS).exists():  # earlier versions did not write it
+            now = run_settings(self.args, self.method, self.learner)
+            check_same_settings(read_json(path), now, checkpoint)
         check_same_task(self.stream, t, checkpoint, gone=t if self.method.stores_images else 0)
         if (found := read_method(checkpoint)) is not None:
             check_method(self.method, found[1], checkpoint)
@@ -129,12 +184,20 @@ class Resumer:
             return
         if source.root.resolve().is_relative_to(here.root.resolve()):
             raise ValueError(f"output_dir={here.root} holds {source.root}: continue it in another output_dir.")
-        if not (resume or self.args.overwrite_output_dir):
-            here.check_unused()
+        if not self.args.overwrite_output_dir:
+            if not (resume and here.tasks()):  # else a copy that was interrupted is completed
+                here.check_unused()
+            elif begun := here.begun():
+                raise ValueError(
+                    f"output_dir={here.root} holds checkpoints of task-{begun[0] + 1}, and only {len(here.tasks())} of the "
+                    f"{tasks} tasks that this run goes on from: it is another run. Choose another output_dir."
+                )
+        kept = [] if self.args.overwrite_output_dir else here.tasks()  # of a copy that was interrupted
         try:
             self._prepare_folder(self._earlier(source, going_on=True), tasks)
         except BaseException:
-            here.clear()
+            if not kept:
+                here.clear()
             raise
 
     def find(self, t: int) -> tuple[bool, Path | None]:
@@ -142,16 +205,25 @@ class Resumer:
 
         A finished one is taken over.
         """
-        if self.folder.task(t).is_dir():
+        self.folder.check_gaps()
+        finished = t in self.folder.tasks()
+        checkpoint = None if finished else self.folder.last_checkpoint(t)
+        self._check_shared(self.folder, t + finished, checkpoint)
+        if finished:
             self.stream.check_manifest(
                 read_json(self.folder.task(t) / MANIFEST), tasks=t + 1
             )  # before the model grows
             self._take_over(self._earlier(self.folder, going_on=True), t)
             return True, None
-        checkpoint = self.folder.last_checkpoint(t)
         if checkpoint is not None:
             self.check_checkpoint(checkpoint, t)
         return False, checkpoint
+
+    def _check_shared(self, source: RunFolder, finished: int, checkpoint: Path | None) -> None:
+        """Raise ValueError unless all processes have found the same state of a run."""
+        found = f"{finished} finished tasks and {'no checkpoint' if checkpoint is None else checkpoint.name}"
+        fix = f"{source.root} must be one folder, shared by all machines."
+        check_agreement(self.args, "the run to go on with", found, fix)
 
     def _earlier(self, source: RunFolder, going_on: bool = False) -> EarlierRun:
         return EarlierRun(source, self.stream, self.model, self.learner, self.method, self.progress.results, going_on)
@@ -166,7 +238,7 @@ class Resumer:
     def _find(self, where: str | bool) -> RunFolder:
         """Find the run, and check that it can be continued in this folder."""
         with self.args.main_process_first(desc="fetching the run"):  # it may be on the Hub
-            source = open_run(self.folder.root if where is True else str(where), token=self.args.hub_token)
+            source = self._own() if where is True else find_run(str(where), token=self.args.hub_token)
         if self._elsewhere(source):
             if source.root.resolve().is_relative_to(self.folder.root.resolve()):
                 raise ValueError(
@@ -179,6 +251,13 @@ class Resumer:
                 "reinit_optimizer=False carries the optimizer's state from task to task, which finished tasks do "
                 "not keep: such a run cannot be resumed exactly. Start anew, or use reinit_optimizer=True."
             )
+        return source
+
+    def _own(self) -> RunFolder:
+        """Return the run in this folder, which may have begun nothing yet."""
+        source = open_run(self.folder.root)
+        if not source.single:
+            source.check_gaps()
         return source
 
     def _take_over(self, earlier: EarlierRun, t: int) -> None:
@@ -200,6 +279,7 @@ class Resumer:
         lost = earlier.load_references(loaded, self.progress.references, record)
         loaded.results.drift_lacks = sorted({*loaded.results.drift_lacks, *lost})
         self._put(loaded.weights, t)
+        load_image_size(self.model, loaded.revision.folder)
 
     def _put(self, tensors: dict[str, Tensor], t: int) -> None:
         """Give the model what it had when the 0-based task t ended."""
@@ -220,9 +300,6 @@ class Resumer:
         if elsewhere and self.args.overwrite_output_dir:
             self.folder.clear()
         if finished and (elsewhere or earlier.source.single):
-            earlier.copy_to(self.folder, finished)
-            references = self.progress.references
-            for t in references.features:
-                write_tensors(self.folder.features(t), references.tensors(t))
+            earlier.copy_to(self.folder, finished, self.progress.references)
         if finished:
-            self.folder.promote(finished - 1)  # the run may have died before doing so
+            self.folder.complete_copy(finished - 1)  # the run may have died before doing so

@@ -1,26 +1,53 @@
-"""Checks and arrangements before a trainer trains."""
+"""Check before training that arguments, model, stream and method fit together, and prepare the model for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
+from ..heads.statistics import ClassStatistics
+from ..inference.backbone import check_sizes
 from ..methods import ContinualMethod, ProjectedPrompts
 from ..models import PlainModel, Protectable, StreamModel, stream_model
 from .arguments import PGPTrainingArguments
 from .results import StreamResults
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError for arguments of a `Trainer` that a stream requires or rules out."""
-    if arguments.get("processing_class") is None and arguments.get("data_collator") is None:
+def check_arguments(args: Any, method: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError for arguments that a stream requires or rules out.
+
+    Args:
+        args, method: as `StreamTrainer` takes them.
+        arguments: the others of a `Trainer`.
+    """
+    if not isinstance(args, PGPTrainingArguments):
+        raise TypeError(f"args is a {type(args).__name__}: pass pgp_hf.PGPTrainingArguments(output_dir, ...).")
+    if not isinstance(method, ContinualMethod | None):
+        raise TypeError(
+            f"method={method!r:.80} is a {type(method).__name__}: pass a method, as pgp_hf.methods.create(name) makes it."
+        )
+    args.check()  # set_push_to_hub() and others come after the arguments' own checks
+    for name in ("train_dataset", "eval_dataset"):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name} is the stream's own, which each task sets anew: leave it out. Other images are evaluated by "
+                "trainer.evaluate(images)."
+            )
+    processor = arguments.get("processing_class")
+    if isinstance(processor, BaseImageProcessor):
+        try:
+            check_sizes(processor)
+        except ValueError as error:  # as the saved one would be
+            raise ValueError(f"a run with this processing_class could not be loaded again: {error}.") from error
+    if processor is None and arguments.get("data_collator") is None:
         raise ValueError(
             "processing_class is missing: pass the backbone's image processor, for example "
             "AutoImageProcessor.from_pretrained(name, backend='pil')."
@@ -52,8 +79,55 @@ def check_model(model: nn.Module, stream: TaskStream, classes: int) -> None:
             f"the model's head has {len(names)} outputs, the stream {classes} classes: load the backbone with "
             f"num_labels={classes} (and ignore_mismatched_sizes=True if it had a head)."
         )
+    own = {name: label for label, name in names.items()}
+    for label, name in enumerate(stream.label_names[:classes]):
+        if own.get(name, label) != label:
+            raise ValueError(
+                f"the model has {name!r} as class {own[name]}, the stream has it as class {label}, and predictions would get "
+                "the wrong names: load the backbone with id2label=stream.id2label, or make a CLIP model's configuration by "
+                "ClipPromptConfig.for_classes(tokenizer, stream.label_names)."
+            )
     if isinstance(learner, PlainModel):
         learner.check()
+
+
+def keep_statistics_local(model: nn.Module) -> None:
+    """Keep class statistics, which are buffers, out of what each step sends between processes.
+
+    They change between tasks only, on all processes alike, and would be more than the gradients of all prompts.
+    """
+    names = [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, ClassStatistics)
+        for name, _ in module.named_buffers()
+    ]
+    model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]  # where DistributedDataParallel looks
+
+
+def check_precision(model: nn.Module, scaled: bool) -> None:
+    """Raise ValueError for a model that cannot be trained in its precision.
+
+    Args:
+        scaled: whether losses are scaled, so that gradients do not vanish in float16.
+    """
+    half = [
+        (name, parameter.dtype)
+        for name, parameter in stream_model(model).trainable().items()
+        if parameter.is_floating_point() and torch.finfo(parameter.dtype).bits < 32
+    ]
+    if half:
+        name, dtype = half[0]
+        raise ValueError(
+            f"{name} and {len(half) - 1} more parameters that learn are in {str(dtype).removeprefix('torch.')}, in which "
+            "rounding undoes small steps and moves prompts along protected directions: load the model with "
+            "dtype=torch.float32 and keep it so. bf16=True computes in half precision and leaves the weights in float32."
+        )
+    if not scaled and any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise ValueError(
+            "the model's frozen weights are in float16, in which gradients vanish or overflow without fp16=True: load it "
+            "with dtype=torch.float32 (transformers takes the precision of the file otherwise), or torch.bfloat16."
+        )
 
 
 def refuse_sharding(sharded: bool) -> None:

@@ -1,87 +1,66 @@
-"""Train on the task in hand: the steps, losses, predictions and checkpoints of a stream's trainer."""
+"""Train on the task in hand: the steps, losses and predictions of a stream's trainer."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, Trainer
+from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.images import AugmentedImages, CachedQueries
 from ..data.stream import TaskStream
-from ..inference.backbone import quiet
-from ..inference.whole import open_whole
-from ..methods import Batch, ContinualMethod, MethodState, TaskContext
-from ..models import SelectsPrompts, StreamModel, load_weights, stream_model
-from ..runs.atomic import write_json
-from ..runs.folder import MANIFEST, RunFolder
-from ..runs.revision import read_method
-from .arguments import PGPTrainingArguments
+from ..methods import Batch, TaskContext
+from ..models import KeepsClassStatistics, SelectsPrompts
 from .callbacks import fire
-from .evaluation import Recorded, Scorer, measure, summary_logs
-from .loss import check_finite, image_losses, mean_over_step
-from .progress import Progress
-from .results import StreamResults
+from .choosing import check_choice, summarize
+from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
+from .finite import check_loss, check_outputs
+from .fitting import BatchSizes, Beginning, remember
+from .loss import image_losses, mean_over_step
+from .reporting import ReportingTrainer
 from .setup import set_learning_rates
+from .signals import StopOnSignal
 from .views import Passes, head_inputs
-from .writing import write_method
 
 
-class TaskTrainer(Trainer):
+class TaskTrainer(ReportingTrainer):
     """A `Trainer` that learns the task in hand by a method, on a model that learns streams.
 
     `StreamTrainer`, the only class made of it, chooses the tasks and sets what is annotated here.
     """
 
-    args: PGPTrainingArguments
-    model: nn.Module
     hub_model_id: str | None  # type: ignore[assignment]  # transformers annotates it as None
-    stream: TaskStream
     training_stream: TaskStream
-    method: ContinualMethod
-    folder: RunFolder
-    progress: Progress
     _scorer: Scorer
     _context: TaskContext | None  # of the task in training
     _images: AugmentedImages | None  # and its images
     _handles: list[RemovableHandle]  # of hooks on the optimizer
     _test_queries: dict[int, Tensor | None]
-
-    @property
-    def stream_model(self) -> StreamModel:
-        """Return what learns: the prompt tuner inside the `PeftModel`, or the adapter around a plain model."""
-        return stream_model(self._whole_model())
-
-    @property
-    def results(self) -> StreamResults:
-        """Return the `StreamResults` so far."""
-        return self.progress.results
-
-    @property
-    def task(self) -> int | None:
-        """Return the 0-based index of the task in training or trained last; None before the first."""
-        return self.progress.task
-
-    @task.setter
-    def task(self, task: int | None) -> None:
-        self.progress.task = task
-
-    def _whole_model(self) -> PeftModel | PreTrainedModel:
-        return self.accelerator.unwrap_model(self.model)
+    _sizes: BatchSizes
+    _beginning: Beginning | None  # of the task in training, for `auto_find_batch_size`
+    stops: StopOnSignal
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         given = {"model": self.model, "stream": self.stream, "training_stream": self.training_stream, **kwargs}
         fire(self.callback_handler.callbacks, event, self.args, self.state, self.control, **given)
 
     # ---- training ------------------------------------------------------------------------------------------------
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as a `Trainer` does, which calls this again with smaller batches where they do not fit into memory."""
+        if self._beginning is not None:
+            self.optimizer = self._beginning.restore()
+        elif self.args.auto_find_batch_size and self.args.world_size == 1:
+            self._beginning = Beginning(self.model, self.method, self.optimizer, self.accelerator)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with the rules of the model and of the method attached to it."""
@@ -128,10 +107,52 @@ class TaskTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         step = f"step {self.state.global_step + 1} of {self.state.max_steps}"
         at = f"task {(self.task or 0) + 1} at {step} (learning rate {self._get_learning_rate():g})"
-        check_finite(loss, at, self.progress.kept(self.folder))
+        check_loss(loss, at, self.progress.kept(self.folder))
         return loss
 
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Log, save and evaluate as a `Trainer` does; after a signal, save in any case, and leave."""
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if self.stops.is_due():
+            if self.args.save_only_model or self.stops.saved != self.state.global_step:
+                self._save_checkpoint(model, trial, with_states=True)
+            self.accelerator.wait_for_everyone()  # a process that leaves may take others with it
+            self.stops.leave(
+                self.state, self.folder.checkpoints(self.task or 0) / f"checkpoint-{self.state.global_step}"
+            )
+
+    def _end_method(self, context: TaskContext) -> None:
+        """Let the method keep what it needs from the task that has been trained."""
+        undo = remember(self.method) if self.args.auto_find_batch_size else None
+        self._sizes.fit(lambda: self.method.end_task(context), lambda: self._sizes.training, undo)
+
     # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Return a loader of these images, as a `Trainer` does."""
+        with self._for_one_pass():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """Return a loader of these images, as a `Trainer` does."""
+        with self._for_one_pass():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _for_one_pass(self) -> Iterator[None]:
+        """Make loaders whose workers end with a pass, and whose batches fit.
+
+        Workers that persist would stay with each task's test images, and a `Trainer` would take its first loader for all.
+        """
+        args = self.args
+        before = args.dataloader_persistent_workers, args.per_device_eval_batch_size
+        args.dataloader_persistent_workers, args.per_device_eval_batch_size = False, self._sizes.evaluation
+        try:
+            yield
+        finally:
+            args.dataloader_persistent_workers, args.per_device_eval_batch_size = before
 
     def evaluate_stream(self) -> dict[str, Any]:
         """Evaluate every task trained so far, take the figures into `results`, and return the results file's content.
@@ -142,9 +163,14 @@ class TaskTrainer(Trainer):
             raise ValueError("no task has been trained yet: call train() or train_task(0) first.")
         learner = self.stream_model
         pool_size = learner.pool_size if isinstance(learner, SelectsPrompts) else 0
+        statistics = learner.statistics if isinstance(learner, KeepsClassStatistics) else None
+        temperature = None if statistics is None or self.method.adjusts_logits else statistics.temperature
         with self.progress.timed("evaluation"):
-            measure(self.results, self.progress.references, self.task, self._record, pool_size, self.stream)
-        self.log(summary_logs(self.results))
+            measure(
+                self.results, self.progress.references, self.task, self._record, pool_size, self.stream, temperature
+            )
+        # metrics of the user's own may have the same names, and another unit
+        self.log(summary_logs(self.results, "eval" if self.compute_metrics in (accuracy, None) else "eval_stream"))
         return self.results.to_dict()
 
     def _passes(self) -> Passes:
@@ -159,6 +185,7 @@ class TaskTrainer(Trainer):
             collate=self.data_collator,
             prepare=self._prepare_inputs,
             test_loader=self.get_test_dataloader,
+            sizes=self._sizes,
         )
 
     def _record(self, j: int) -> Recorded:
@@ -169,11 +196,44 @@ class TaskTrainer(Trainer):
         seen: Dataset[Any] = images if (queries := self._test_queries[j]) is None else CachedQueries(images, queries)
         compute_metrics, self.compute_metrics, self._scorer.recording = self.compute_metrics, None, True
         try:
-            output = self.predict(seen, metric_key_prefix=f"eval_task_{j + 1}")
+            output = self._sizes.fit(lambda: self.predict(seen, metric_key_prefix=f"eval_task_{j + 1}"))
         finally:
             self.compute_metrics, self._scorer.recording = compute_metrics, False
         found: Any = output.predictions  # the dict that prediction_step has returned
-        return Recorded(labels=np.asarray(output.label_ids), **found)
+        recorded = Recorded(labels=np.asarray(output.label_ids), **found)
+        check_outputs(recorded, images, self.progress.kept(self.folder))
+        return recorded
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate as a `Trainer` does; of the stream's tasks, also under the names that a checkpoint is chosen by."""
+        if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        handler = self.callback_handler
+        callbacks = handler.callbacks
+        # it looks for its metric in each task's evaluation, and says that it is disabled where that is another task's
+        handler.callbacks = [one for one in callbacks if not isinstance(one, EarlyStoppingCallback)]
+        try:
+            metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
+        finally:
+            handler.callbacks = callbacks
+        summary = summarize(metrics, self._current_sets(), list(self.eval_dataset), metric_key_prefix)
+        self.log(dict(summary))
+        metrics.update(summary)
+        self.control = handler.on_evaluate(self.args, self.state, self.control, dict(metrics))
+        return metrics
+
+    def _current_sets(self) -> list[str]:
+        """Return the names in `eval_dataset` of the test images of the task in training; of all, if learned as one."""
+        sets = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+        return [name for name in sets if self.results.first or name == f"task_{(self.task or 0) + 1}"]
+
+    def _check_choice(self) -> None:
+        check_choice(self.args, self.stream, self.callback_handler.callbacks, self.compute_metrics is not accuracy)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as a `Trainer` does, after noting the task of the test images by their dataset."""
@@ -200,42 +260,10 @@ class TaskTrainer(Trainer):
             return loss, None, None
         return loss, found if self._scorer.recording else found["logits"], labels
 
-    # ---- checkpoints ---------------------------------------------------------------------------------------------
+    # ---- the Hub -------------------------------------------------------------------------------------------------
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as a `Trainer` does, together with the method's state; nothing is uploaded."""
-        with quiet():
-            super().save_model(output_dir, _internal_call=True)
-        if output_dir is not None and self.args.should_save:
-            write_method(Path(output_dir), self.method)
-            if _internal_call and self.task is not None:  # a checkpoint, which belongs to these tasks alone
-                write_json(Path(output_dir) / MANIFEST, self.stream.manifest(self.results.num_tasks))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if model is None and isinstance(whole := self._whole_model(), PreTrainedModel):
-            # a `Trainer` looks for the names in the model, and the file has those of older versions of transformers
-            load_weights(whole, open_whole(Path(resume_from_checkpoint)).state_dict())
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_method(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is not None:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_method(self, checkpoint: str) -> None:
-        """Give the method what it remembered at a checkpoint; one from before methods had files holds nothing."""
-        if (found := read_method(Path(checkpoint))) is not None:
-            self.method.load_state(MethodState(found[0], found[1].get("state", {})))
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.folder.checkpoints(self.task)) if self.task is not None else super()._get_output_dir(trial)
-
-    # A `Trainer` would upload checkpoints, optimizer state and everything else in `output_dir`; these methods prevent it.
+    # a `Trainer` would upload everything in `output_dir`: this prevents it, and that `_save_checkpoint` uploads nothing
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Set the repository's id; the first upload creates it, since a Hub out of reach must not stop the training."""
         self.hub_model_id = self.args.hub_repo().repo_id
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Leave checkpoints where they are: `PushTasks` uploads finished tasks."""

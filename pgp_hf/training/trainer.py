@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor
@@ -24,21 +24,28 @@ from ..methods import ContinualMethod, FineTuning, TaskContext
 from ..runs.atomic import write_tensors
 from ..runs.folder import RunFolder
 from . import learning
+from .agreement import check_agreement, check_same_images
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining, StreamProgress
 from .evaluation import Scorer, accuracy, test_sets
+from .fitting import BatchSizes
 from .loss import mean_over_step
+from .optimizers import check_optimizer
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
-from .resume import Resumer, start_new
+from .resume import Resumer, check_new, delete_earlier
+from .settings import print_differing, recorded_settings
 from .setup import (
     check_arguments,
     check_model,
+    check_precision,
     check_settings,
+    keep_statistics_local,
     new_results,
     refuse_sharding,
     trainable_parameters,
 )
+from .signals import StopOnSignal, holding
 from .task_trainer import TaskTrainer
 from .writing import write_task
 
@@ -58,13 +65,15 @@ class StreamTrainer(TaskTrainer):
         stream: the tasks.
         method: how the stream is learned; fine-tuning by default.
         processing_class: the backbone's image processor, for training, evaluation and the saved folder.
-        kwargs: any other argument of `Trainer`. A `compute_loss_func` replaces the method's own loss.
+        kwargs: any other argument of `Trainer`. A `compute_loss_func` replaces the method's own loss. `compute_metrics` is
+            what `evaluate()` measures; where it is your own, the stream's measures are logged as `eval_stream_...`.
 
     Attributes:
         method: how the stream is learned.
         training_stream: what is trained on: the stream, or all of its tasks as one; tasks count from `results.first`.
         folder: the `RunFolder` that is written to.
         progress: how far the run has come: `results`, the `task`, and what drift is measured against.
+        stops: stops the run on a signal.
 
     Raises:
         TypeError: a model of another kind, or one without a head.
@@ -83,18 +92,22 @@ class StreamTrainer(TaskTrainer):
     ) -> None:
         model, self._room = learning.Room.of(model, stream)
         check_model(model, stream, self._room.classes)
-        check_arguments({**kwargs, "processing_class": processing_class})
+        check_arguments(args, method, {**kwargs, "processing_class": processing_class})
         self.stream = stream
         self.method = FineTuning() if method is None else method
         # a `Trainer` counts the images of a step only for such a function; `compute_loss` calls it with more than that
         kwargs.setdefault("compute_loss_func", mean_over_step)
         kwargs.setdefault("compute_metrics", accuracy)
-        kwargs.setdefault("eval_dataset", test_sets(stream, min(1, stream.num_tasks)))  # grows with the tasks
+        kwargs["eval_dataset"] = test_sets(stream, min(1, stream.num_tasks))  # grows with the tasks
         kwargs.setdefault("data_collator", ImageCollator(processing_class))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        check_precision(model, self.args.fp16)
+        check_optimizer(self)
+        keep_statistics_local(self.model)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
+        self._check_choice()
         self.training_stream = trained = self.method.training_stream(stream)
         names = dict(enumerate(stream.label_names[: self._room.classes]))
         learner.prepare_stream([list(task.classes) for task in trained.tasks[: self._room.tasks]], names)
@@ -108,11 +121,13 @@ class StreamTrainer(TaskTrainer):
         self._images: AugmentedImages | None = None  # and its images
         self._handles: list[RemovableHandle] = []  # of hooks on the optimizer
         self._test_queries: dict[int, Tensor | None] = {}
+        self._sizes, self._beginning = BatchSizes(self.args, lambda: self._train_batch_size), None
         self._scorer = Scorer(stream, self.method, self.args.eval_mask)
         self._blank = copy.deepcopy(self.method.state())
+        self.stops = StopOnSignal(self.folder, self.is_world_process_zero())
+        self.add_callback(self.stops)
         self.add_callback(FollowTraining(learner, lambda: (self._images, self.train_dataset)))
         if self.args.push_to_hub:
-            self.args.check_hub()  # set_push_to_hub() comes after the arguments' own checks
             self.add_callback(PushTasks(lambda: self.results.origin))
         if not self.args.disable_tqdm:
             self.pop_callback(ProgressCallback)
@@ -120,6 +135,7 @@ class StreamTrainer(TaskTrainer):
 
     # ---- the stream ----------------------------------------------------------------------------------------------
 
+    @holding
     def train(  # type: ignore[override]  # trial and the rest are passed on by keyword
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> TrainOutput:
@@ -127,23 +143,28 @@ class StreamTrainer(TaskTrainer):
 
         Args:
             resume_from_checkpoint: True continues the run in `output_dir` exactly where it stopped, within a task too;
-                a path continues the run in that folder, writing to `output_dir`. An empty folder starts a new run.
-                The path may be a run's folder, one of its task folders or a copy of one (learned as far as that task),
-                or "owner/name@task-3" on the Hub.
+                in an empty folder, it begins a new one. A path continues the run that it holds, writing to `output_dir`;
+                it may be a run's folder, one of its task folders or a copy of one (learned as far as that task), or
+                "owner/name@task-3" on the Hub.
 
         Returns:
             Steps and mean training loss over the tasks trained by this call; `metrics` is the results file's content.
 
         Raises:
-            ValueError: images that do not decode, an `output_dir` that holds another run, a run that does not fit.
+            ValueError: images that do not decode, an `output_dir` that holds another run or that another process writes
+                to, a run that does not fit.
             FloatingPointError: a loss that is not finite; the tasks finished before stay as they are.
+            SystemExit: after SIGTERM, SIGHUP or Ctrl-C, for which it is a KeyboardInterrupt as well. Within a task, the
+                step in hand is finished and saved before; the code is 128 + the signal's number.
         """
         first, checkpoint = self._start(resume_from_checkpoint)
-        self._note_first(first)  # uploads, which begin with the stream, need it
         if self.args.verify_images:
             if self.is_world_process_zero():
                 self.stream.verify(not self.args.disable_tqdm, gone=first if self.method.stores_images else 0)
             self.accelerator.wait_for_everyone()
+        if not resume_from_checkpoint:
+            delete_earlier(self.args, self.folder)
+        self._note_first(first)  # uploads, which begin with the stream, need it
         self._fire("on_stream_begin", first_task=first)
         steps, loss = 0, 0.0
         for t in range(first, self.stream.num_tasks):
@@ -153,23 +174,27 @@ class StreamTrainer(TaskTrainer):
         self._fire("on_stream_end", results=results)
         return TrainOutput(steps, loss / max(self.stream.num_tasks - first, 1), results)
 
+    @holding
     def train_task(self, t: int, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Learn the task with 0-based index t, then gather statistics, evaluate, and write its folder.
 
         For a method that learns all tasks as one, t is the last.
 
         Raises:
-            ValueError: a task out of turn, or an earlier one that has failed.
+            ValueError: a task out of turn, or an earlier one that has failed; an `output_dir` that holds another run.
         """
         self._enter()
+        if self.task is None and self.stops.depth == 1 and resume_from_checkpoint is None:  # not by `train` or `learn`
+            check_new(self.args, self.progress, self.folder)
+            delete_earlier(self.args, self.folder)
         self.progress.begin(t)
+        if self.is_world_process_zero():
+            self.folder.check_free(t)
         self._note_first(t)
         self.method.begun = True
         learner, own = self.stream_model, t - self.results.first  # the task's index in the training stream
         self._room.grow(learner, t, self.args.seed)
-        self.results.note_task(
-            self._room.counted(t), learning.recorded_settings(self.args), trainable_parameters(learner)
-        )
+        self.results.note_task(self._room.counted(t), recorded_settings(self.args), trainable_parameters(learner))
         with self.progress.timed("train"):
             self._images = images = self._passes().augmented(own)
             self._context = context = self._passes().context(own)
@@ -186,12 +211,14 @@ class StreamTrainer(TaskTrainer):
         learner.begin_task(own)
         self.method.begin_task(context)
         self._fire("on_task_begin", task=t)
+        self._beginning = None
         with self.progress.timed("train"):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._beginning = None  # a copy of all that learns
         learner.end_task(own)
         with self.progress.timed("statistics"):
             self._passes().learn_class_statistics(own, before)
-            self.method.end_task(context)
+            self._end_method(context)
         self.progress.measure_method(self.method, own, self._passes().images_of)
         self.evaluate_stream()
         self._write_task(t)
@@ -208,6 +235,7 @@ class StreamTrainer(TaskTrainer):
         test_dataset: Any = None,
         *,
         backbone: str | os.PathLike[str] | PreTrainedModel | None = None,
+        dtype: torch.dtype | str | None = None,
         processing_class: Any = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -226,6 +254,8 @@ class StreamTrainer(TaskTrainer):
             test_dataset: the run's own test images, as far as they are there, on which its tasks are evaluated again;
                 without them, the accuracies of old tasks are not measured. See `TaskStream.from_manifest`.
             backbone: the frozen model, or its Hub id or folder, if the revision does not say where it is.
+            dtype: precision of the frozen weights, or its name; by default that of a backbone that is passed, or else
+                the one that the run was trained in. What learns is in float32. A backbone that is passed is cast itself.
             processing_class: an image processor to use instead of the saved one.
             token, cache_dir, local_files_only: as in every `from_pretrained`; `args.hub_token` by default.
             kwargs: any other argument of the trainer.
@@ -238,7 +268,9 @@ class StreamTrainer(TaskTrainer):
             raise TypeError("args are missing: pass PGPTrainingArguments(output_dir, ...) for the tasks to come.")
         token = args.hub_token if token is None else token
         place = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        opened = learning.open_for_learning(run_or_repo, revision, test_dataset, backbone, processing_class, place)
+        opened = learning.open_for_learning(
+            run_or_repo, revision, test_dataset, backbone, processing_class, place, dtype
+        )
         made = cls.with_method(
             opened.model, args, opened.stream, opened.method, processing_class=opened.processor, **kwargs
         )
@@ -256,13 +288,13 @@ class StreamTrainer(TaskTrainer):
         """Take over the newest task of a run."""
         self._resumer().go_on(source)
         self._source = source
-        differ = learning.differing(self.results.training, learning.recorded_settings(self.args))
         if self.folder.root.resolve() not in (source.root.resolve(), source.root.resolve().parent):
-            self.results.continues = origin | ({"continues": own} if (own := self.results.continues) else {})
+            self.results.continues = learning.with_origin(origin, self.results.continues)
         self.hub_model_id = self.hub_model_id and self.args.hub_repo(self.results.origin).repo_id
-        if differ and self.is_world_process_zero():
-            print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)
+        if self.is_world_process_zero():
+            print_differing(self.results.training, recorded_settings(self.args))
 
+    @holding
     def learn(
         self, dataset: Any, test_dataset: Any = None, *, resume_from_checkpoint: bool | None = None, **columns: Any
     ) -> Task:
@@ -300,10 +332,13 @@ class StreamTrainer(TaskTrainer):
     def _prepare(self, task: Task, resume: bool) -> tuple[bool, Path | None]:
         """Check an appended task and make room for it; return whether it is finished, else its last checkpoint."""
         learning.check_task(self.stream, task, self.method, self.progress.stored, self.stream_model)
+        self._check_choice()
+        check_same_images(self.args, self.stream)
         if self.args.verify_images and self.is_world_process_zero():
             self.stream.verify(not self.args.disable_tqdm, task.index if self.method.stores_images else 0)
         if task.index == 0 and not resume:
-            start_new(self.args, self.progress, self.folder)
+            check_new(self.args, self.progress, self.folder)
+            delete_earlier(self.args, self.folder)
         self._enter(resume)
         found = self._resumer().find(task.index) if resume else (False, None)
         self._room.grow(self.stream_model, task.index, self.args.seed)
@@ -315,9 +350,12 @@ class StreamTrainer(TaskTrainer):
         """Begin a new run, or take over an earlier one; return the first task, and the checkpoint to enter it by."""
         if not self.stream.num_tasks:
             raise ValueError("the stream has no task yet: learn(dataset), or stream.append(dataset) before train().")
+        check_same_images(self.args, self.stream)
+        check_agreement(
+            self.args, "how to begin", f"resume_from_checkpoint={resume!r}", "Start all processes by the same command."
+        )
         if not resume:
-            start_new(self.args, self.progress, self.folder)
-            self.accelerator.wait_for_everyone()
+            check_new(self.args, self.progress, self.folder)
             return self.results.first, None
         first, checkpoint = self._resumer().resume(resume)
         self.accelerator.wait_for_everyone()
@@ -365,13 +403,13 @@ class StreamTrainer(TaskTrainer):
         if self.is_world_process_zero():
             if tensors := self.progress.references.tensors(t):  # there may be no test image
                 write_tensors(self.folder.features(t), tensors)
-            self.folder.publish(t, self._write_files)
+            self.folder.publish(t, partial(self._write_files, features=self.folder.features(t) if tensors else None))
             if self.args.save_full_weights == "last" and not self.args.push_to_hub:  # `PushTasks` waits for the Hub
                 self.folder.drop_large(before=t)
-            shutil.rmtree(self.folder.checkpoints(t).parent, ignore_errors=True)
+            self.folder.drop_checkpoints()
         self.accelerator.wait_for_everyone()
 
-    def _write_files(self, folder: Path) -> None:
+    def _write_files(self, folder: Path, features: Path | None) -> None:
         write_task(
             folder,
             model=self._whole_model(),
@@ -380,6 +418,7 @@ class StreamTrainer(TaskTrainer):
             progress=self.progress,
             manifest=self.stream.manifest(self.results.num_tasks),
             digest=self._digest,
+            features=features,
         )
 
     def push_to_hub(  # type: ignore[override]  # it makes several commits

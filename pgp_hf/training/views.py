@@ -20,11 +20,13 @@ from transformers.utils.generic import ModelOutput
 from ..data.images import AugmentedImages, CachedQueries, Exemplars, ImageCollator
 from ..data.stored import Stored, StoredImages
 from ..data.stream import TaskImages, TaskStream
-from ..heads.statistics import gather_task
+from ..heads.statistics import ClassStatistics, gather_task
 from ..methods import Batch, Collectives, Observed, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel, exchanged
 from ..projection import Projection
 from .arguments import PGPTrainingArguments
+from .finite import check_pixels
+from .fitting import BatchSizes
 
 Views = Iterator[tuple[Batch, list[int]]]
 
@@ -41,6 +43,7 @@ class Passes:
         collate: makes a batch of items.
         prepare: moves a batch to the device.
         test_loader: makes the loader that evaluation uses.
+        sizes: numbers of images in a batch.
     """
 
     args: PGPTrainingArguments
@@ -53,6 +56,7 @@ class Passes:
     collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
     prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     test_loader: Callable[[Dataset], DataLoader]
+    sizes: BatchSizes
 
     @property
     def hidden(self) -> bool:
@@ -99,6 +103,7 @@ class Passes:
 
         Raises:
             ValueError: fewer images than processes.
+            FloatingPointError: pixel values that are not finite.
         """
         images = self.stream.train(t)
         indices = np.arange(len(images))
@@ -107,9 +112,10 @@ class Passes:
             indices = np.sort(np.random.default_rng([self.args.seed, t]).permutation(indices)[:limit])
         share = indices[self.args.process_index :: self.args.world_size]
         if len(indices) < self.args.world_size:
+            fix = ", or raise max_images" if len(indices) < len(images) else ""
             raise ValueError(
                 f"{len(indices)} images for the statistics of task {t + 1} are too few for {self.args.world_size} "
-                "processes: use fewer processes, or raise max_images."
+                f"processes: use fewer processes{fix}."
             )
         loader = DataLoader(
             Subset[Any](images if queries is None else CachedQueries(images, queries), share.tolist()),
@@ -120,13 +126,14 @@ class Passes:
         )
         self.model.eval()
         for i, batch in enumerate(tqdm(loader, desc="statistics", leave=False, disable=self.hidden)):
-            yield Batch.split(self.prepare(batch)), share[i * batch_size : (i + 1) * batch_size].tolist()
+            positions = share[i * batch_size : (i + 1) * batch_size].tolist()
+            check_pixels(batch["pixel_values"], [(images, position) for position in positions])
+            yield Batch.split(self.prepare(batch)), positions
 
     @torch.no_grad()
     def views_for_method(self, t: int, limit: int | None) -> Views:
         """Yield the training images for a method, with queries where the model selects prompts by them."""
-        # the batch size of training, which also leaves memory for the backward passes of a method
-        for batch, positions in self.training_views(t, self.args.train_batch_size, limit):
+        for batch, positions in self.training_views(t, self.sizes.training, limit):
             if "prompt_query" not in batch.inputs and isinstance(self.learner, SelectsPrompts):
                 with self.accelerator.autocast():  # as training and evaluation see them; the rest is in full precision
                     batch.inputs["prompt_query"] = self.learner.query(batch.inputs["pixel_values"])
@@ -166,22 +173,27 @@ class Passes:
         """Return training images of any tasks as a dataset that is augmented anew in each epoch."""
         return Exemplars({task: self.augmented(task) for task in {int(task) for task, _ in places}}, places)
 
-    @torch.no_grad()
     def observe(self, places: Sequence[Sequence[int]]) -> Observed:
         """Return the model's view of training images, unaugmented, on every process.
 
         Args:
             places: 0-based task of each, and its position within the task.
         """
-        world, size = self.args.world_size, self.args.eval_batch_size
+        return self.sizes.fit(lambda: self._observed(places))
+
+    @torch.no_grad()
+    def _observed(self, places: Sequence[Sequence[int]]) -> Observed:
+        world, size = self.args.world_size, self.sizes.evaluation
         rounds = -(-len(places) // world)
         # all processes take as many, so that their results can be gathered: the last images stand in for missing ones
         own = [min(i * world + self.args.process_index, len(places) - 1) for i in range(rounds)]
         images = {task: self.images_of(task) for task in {int(task) for task, _ in places}}
         features, logits = [], []
         for start in range(0, rounds, size):
-            chosen = [places[i] for i in own[start : start + size]]
-            batch = Batch.split(self.prepare(self.collate([dict(images[int(t)][int(i)]) for t, i in chosen])))
+            chosen = [(images[int(places[i][0])], int(places[i][1])) for i in own[start : start + size]]
+            collated = self.collate([dict(of_task[i]) for of_task, i in chosen])
+            check_pixels(collated["pixel_values"], chosen)
+            batch = Batch.split(self.prepare(collated))
             with head_inputs(self.learner) as seen:
                 output = self.forward(batch)
             features.append(seen[0].float())
@@ -230,24 +242,24 @@ class Passes:
 
     @torch.no_grad()
     def _head_views(self, t: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch, _ in self.training_views(t, self.args.eval_batch_size):
+        for batch, _ in self.training_views(t, self.sizes.evaluation):
             with head_inputs(self.learner) as features, self.accelerator.autocast():
                 self.model(**batch.inputs)
             yield features[0].float().cpu(), batch.labels
 
     def head_features(self, t: int) -> Tensor:
         """Return the head's inputs for this process's share of a task's training images, `(N, d)`, on the CPU."""
-        return torch.cat([features for features, _ in self._head_views(t)])
+        return self.sizes.fit(lambda: torch.cat([features for features, _ in self._head_views(t)]))
 
     @torch.no_grad()
     def learn_class_statistics(self, t: int, before: Tensor | None) -> None:
-        """Add a trained task's images to the statistics head, if there is one.
+        """Add a trained task's images to the statistics head, if there is one, and calibrate its scores by them.
 
         Args:
             before: what the head read of them before the task was trained; None without drift compensation.
         """
         learner = self.learner
-        if not isinstance(learner, KeepsClassStatistics) or learner.statistics is None:
+        if not isinstance(learner, KeepsClassStatistics) or (known := learner.statistics) is None:
             return
         restricted = None if before is None else learner.as_before_task(t)
 
@@ -256,14 +268,26 @@ class Passes:
             with restricted:
                 return self.head_features(t)
 
-        statistics = gather_task(
-            learner.statistics,
-            self._head_views(t),
-            self.collectives.reduce,
-            before=before,
-            as_before=None if restricted is None else as_before,
-        )
-        learner.learn_statistics(statistics)
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def views() -> Iterator[tuple[Tensor, Tensor]]:
+            seen.clear()
+            for batch in self._head_views(t):
+                seen.append(batch)
+                yield batch
+
+        def gathered() -> ClassStatistics:
+            return gather_task(
+                known,
+                views(),
+                self.collectives.reduce,
+                before=before,
+                as_before=None if restricted is None else as_before,
+            )
+
+        learner.learn_statistics(self.sizes.fit(gathered))
+        features, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        known.calibrate(features, labels, self.collectives.reduce)
 
     @property
     def collectives(self) -> Collectives:

@@ -15,9 +15,11 @@ from .. import embedded
 from ..data.stored import to_tensors
 from ..inference.backbone import quiet
 from ..methods import ContinualMethod
+from ..models import stream_model
 from ..projection import Projection, ProjectionConfig
 from ..report import card, figures
 from ..runs.atomic import write_json, write_tensors
+from ..runs.digests import Digests
 from ..runs.folder import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -32,6 +34,7 @@ from ..runs.folder import (
     RESULTS,
 )
 from ..runs.reading import read_json, sha256, tensor_shapes
+from ..tuners.base import PromptTuner
 from .progress import Progress
 
 
@@ -44,14 +47,16 @@ def write_task(
     progress: Progress,
     manifest: dict[str, Any],
     digest: dict[str, str],
+    features: Path | None = None,
 ) -> None:
-    """Write the files of a task that has just ended into `folder`.
+    """Write the files of a task that has just ended into `folder`, their digests last.
 
     Args:
         processor: the image processor; one that cannot be saved is left out.
         progress: with the content of `results.json`, to which the files' digests are added, and stored images.
         manifest: content of `stream.json`.
         digest: of the frozen weights, by the names that `results.json` has.
+        features: the file with those of the task's test images, as far as there are any.
     """
     file, config = write_model(folder, model)
     if hasattr(processor, "save_pretrained"):
@@ -68,9 +73,10 @@ def write_task(
         written.append(EXEMPLARS)
     digests = {name: sha256(folder / name) for name in written}
     results = {**progress.results.to_dict(), "sha256": {**digests, **digest}}
-    write_json(folder / RESULTS, results)
+    write_json(folder / RESULTS, results, rows=True)
     figures.save_figures(results, folder / "figures")
     card.save_card(folder / "README.md", results, manifest, config, description)
+    Digests.of(folder, features, known=digests).write()
 
 
 def write_model(folder: Path, model: PeftModel | PreTrainedModel) -> tuple[str, dict[str, Any]]:
@@ -94,6 +100,13 @@ def write_model(folder: Path, model: PeftModel | PreTrainedModel) -> tuple[str, 
             config["base_model_name_or_path"] = named
             write_json(path, config)
     return file, config
+
+
+def load_image_size(model: PeftModel | PreTrainedModel, folder: Path) -> None:
+    """Give prompts the size of the images that they were trained on, as the adapter in a folder has noted it."""
+    learner = stream_model(model)
+    if isinstance(learner, PromptTuner):
+        learner.adapter_config.image_size = read_json(folder / ADAPTER_CONFIG).get("image_size")
 
 
 def write_exemplars(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -121,10 +134,6 @@ def write_method(folder: Path, method: ContinualMethod) -> None:
         "settings": method.settings(),
         "state": state.values,
         "card": asdict(method.describe()),
-        # prediction needs such a method, any other does without
-        "adjusts_logits": any(
-            getattr(type(method), part) is not getattr(ContinualMethod, part)
-            for part in ("adjust_logits", "predict_logits")
-        ),
+        "adjusts_logits": method.adjusts_logits,  # prediction needs such a method, any other does without
     }
     write_json(folder / METHOD, content)

@@ -158,7 +158,7 @@ def test_defaults():
         (["--trainable", "lora:2", "--image_size", "40"], "--image_size 40 and --trainable lora:2 are mutually exclu"),
         (["--method", "all", "--push_to_hub", "true"], "--push_to_hub and --method all are mutually exclusive"),
         (["--method", "all", "--resume_from_checkpoint", "x"], "--resume_from_checkpoint x is for a single method"),
-        (["--head_learning_rate", "-1"], "head_learning_rate=-1.0 is not a learning rate"),
+        (["--head_learning_rate", "-1"], "head_learning_rate=-1.0 is out of range"),
         (["--preset", "cifar10"], "preset .cifar10. is unknown: choose one of"),
     ],
 )

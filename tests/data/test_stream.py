@@ -370,10 +370,8 @@ def test_test_labels_must_be_known():
         TaskStream.from_dataset(make([0, 1, 2, 3, 4]), num_tasks=1, test_dataset=make(cycle(6)))
 
 
-def test_features_of_both_splits_must_agree(splits):
-    other = make(cycle(12), label_feature=datasets.ClassLabel(names=NAMES[::-1]))
-    with pytest.raises(ValueError, match=r"cast the test split"):
-        TaskStream.from_dataset(splits["train"], num_tasks=2, test_dataset=other)
+def test_both_splits_have_the_columns(splits):
+    other = make(cycle(12))
     with pytest.raises(ValueError, match=r"label_column='label' is not a column of the test split"):
         TaskStream.from_dataset(splits["train"], num_tasks=2, test_dataset=other.rename_column("label", "y"))
 

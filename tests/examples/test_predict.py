@@ -84,11 +84,13 @@ def test_a_file_that_is_named_twice_is_classified_once(run, photos, predict):
     assert out.count("a.png") == 1
 
 
-def test_a_bar_for_many_files_does_not_touch_the_output(run, tmp_path, predict):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_for_many_files_on_a_terminal_does_not_touch_the_output(run, tmp_path, predict, monkeypatch, terminal):
     for i in range(25):
         Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     code, out, err = predict(run, tmp_path, "--json_lines", "--batch_size", 10)
-    assert code == 0 and "25/25" in err
+    assert code == 0 and ("25/25" in err if terminal else err == "")
     assert [json.loads(line)["image"] for line in out.splitlines()] == sorted(str(f) for f in tmp_path.glob("*.png"))
 
 
@@ -98,7 +100,7 @@ def test_a_model_that_is_refused(run, photos, predict, tmp_path):
     assert predict(tmp_path / "nowhere", photos)[0] == 1
 
 
-@pytest.mark.parametrize("arguments", [["--top_k", "0"], ["--batch_size", "none"], []])
+@pytest.mark.parametrize("arguments", [["--top_k", "0"], ["--batch_size", "none"], ["--num_workers", "-1"], []])
 def test_wrong_arguments(arguments, predict, capsys):
     with pytest.raises(SystemExit) as error:
         predict(*(["model", "image", *arguments] if arguments else []))

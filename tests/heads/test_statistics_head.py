@@ -19,7 +19,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional as F
 from transformers import pipeline
 
-from pgp_hf import L2PConfig
+from pgp_hf import L2PConfig, metrics
 from pgp_hf.training.results import changed_share
 
 NAMES = {label: f"LABEL_{label}" for label in range(6)}
@@ -126,6 +126,7 @@ def test_saved_and_loaded_alike(tmp_path, method, options):
         "counts": torch.int64,
         "means": torch.float64,
         "scatter": torch.float64,
+        "calibration": torch.float64,
     }
     linear = tiny.model(method)
     linear.save_pretrained(tmp_path / "linear", save_embedding_layers=False)
@@ -245,7 +246,6 @@ def test_both_heads_are_measured_on_the_same_run(run, tmp_path):
     results = read(folder)
     assert results["head"] == "statistics" and set(results["heads"]) == {"linear", "statistics"}
     summary = {
-        "accuracy_matrix",
         "average_accuracy",
         "forgetting",
         "forgetting_clipped",
@@ -254,13 +254,17 @@ def test_both_heads_are_measured_on_the_same_run(run, tmp_path):
         "per_task_average_accuracy",
         "task_incremental",
     }
-    assert all(set(head) == summary for head in results["heads"].values())
-    assert {name: results[name] for name in summary} == results["heads"]["statistics"]
+    assert {name: results[name] for name in summary} == results["heads"]["statistics"]  # whose matrix is the run's
+    own = results["heads"]["linear"]
+    assert set(own) == {*summary, "per_task_forgetting", "by_task"}
     linear = tiny.trainer(tmp_path, model=tiny.model(method), num_train_epochs=1)
     linear.train()
     plain = read(tmp_path)
     assert plain["head"] == "linear" and "heads" not in plain
-    assert {name: plain[name] for name in summary} == results["heads"]["linear"]  # the training is the same
+    assert {name: plain[name] for name in summary} == {name: own[name] for name in summary}  # the training is the same
+    matrix = plain["accuracy_matrix"]
+    assert own["by_task"]["now"] == matrix[2] and own["by_task"]["when_learned"] == [matrix[t][t] for t in range(3)]
+    assert own["per_task_forgetting"] == [metrics.summarize(matrix, t + 1)["forgetting"] for t in range(3)]
     assert (plain["drift"], plain.get("changed_selections")) == (results["drift"], results.get("changed_selections"))
     assert results["average_accuracy"] > plain["average_accuracy"]
     weights, expected = (load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path))

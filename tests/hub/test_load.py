@@ -127,14 +127,16 @@ class Payload:
         ({"adapter_model.safetensors": b"\xff" * 64}, "adapter_model.safetensors is missing or damaged"),
         ({"results.json": False}, "no results.json"),
         ({"method.safetensors": False}, "has method.json, but no method.safetensors"),
-        ({"results.json": b" " * (8 * 2**20 + 1)}, "results.json has 8388609 bytes, at most 8388608 are allowed"),
+        ({"results.json": b" " * (16 * 2**20 + 1)}, "results.json has 16777217 bytes, at most 16777216 are allowed"),
         ({"config.json": b'{"auto_map": {"AutoModel": "evil.Model"}}'}, "config.json asks for code"),
         ({"../../../evil.json": b"{}", "preprocessor_config.json": b"{}"}, "no image processor can be loaded"),
         ({"adapter_config.json": False}, "has no adapter_config.json"),
+        ({"stream.json": b"{}", "digests.json": None}, "digests.json is missing or damaged"),
     ],
 )
 def test_bad_repositories(hub, repo, python, tmp_path, files, message):
-    """False removes a file, None is a pickle that leaves a trace when it is read."""
+    """False removes a file, None is a pickle that leaves a trace when it is read. Whoever wrote them left out digests."""
+    files = {"digests.json": False, **files}
     pickled = pickle.dumps(Payload(tmp_path / "executed"))
     repo.edit(**{name: None if data is False else pickled if data is None else data for name, data in files.items()})
     error = python(LOAD, options={"cache_dir": str(tmp_path / "cache")}, fails=True).error
@@ -147,6 +149,7 @@ def test_a_path_of_another_machine_is_no_backbone(hub, repo, python, tmp_path):
     """Not even when there is such a folder here."""
     tiny.backbone().save_pretrained(tmp_path / "vit")
     config = json.loads(repo.files()["adapter_config.json"])
+    repo.edit(**{"digests.json": None})
     for name in (str(tmp_path / "vit"), "../vit"):
         repo.edit(**{"adapter_config.json": json.dumps({**config, "base_model_name_or_path": name}).encode()})
         error = python(LOAD.replace("backbone=tiny.backbone(), ", ""), options={}, fails=True).error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from pgp_hf import PGPTrainingArguments, ProjectionConfig
 from pgp_hf.cli import experiment
 from pgp_hf.hub.push import _title
 from pgp_hf.hub.snapshot import is_ours
+from pgp_hf.runs.digests import Digests
 from pgp_hf.training.pushing import PushTasks
 
 TRAIN = """
@@ -70,8 +72,10 @@ def check_complete(repo: Repo, folder: Path, tasks: int = 3) -> None:
         task, there = folder / f"task-{k}", repo.files(f"task-{k}")
         files = {file.relative_to(task).as_posix(): file.read_bytes() for file in task.rglob("*") if file.is_file()}
         assert set(there) == set(files)
-        card = there.pop("README.md").decode()
+        card, digests = there.pop("README.md").decode(), json.loads(there.pop("digests.json"))
         assert all(there[path] == files[path] for path in there)
+        for path, digest in digests["files"].items():
+            assert digest["sha256"] == hashlib.sha256(there[path]).hexdigest()
         assert f'"{repo.name}"' in card and "path/to/this/folder" not in card
 
 
@@ -297,6 +301,7 @@ def test_a_training_that_breaks_off_reports_when_the_program_ends(hub, home, exp
     script = """
 from types import SimpleNamespace
 from pgp_hf import PGPTrainingArguments
+from pgp_hf.runs.digests import Digests
 from pgp_hf.training.pushing import PushTasks
 args = PGPTrainingArguments(FOLDER, use_cpu=True, push_to_hub=True, hub_model_id="me/run")
 push, state = PushTasks(), SimpleNamespace(is_world_process_zero=True)
@@ -402,6 +407,9 @@ def test_published_revisions_are_never_changed(hub, python, expected, tmp_path):
     shutil.copytree(expected[0], folder)
     results = json.loads((folder / "task-1" / "results.json").read_text())
     (folder / "task-1" / "results.json").write_text(json.dumps({**results, "seed": 77}))
+    answer = python(PUSH, argv=[str(folder), *argv])
+    assert answer.value == 1 and "results.json is not the file that the run wrote" in answer.out
+    Digests.of(folder / "task-1").write()
     answer = python(PUSH, argv=[str(folder), *argv])
     assert answer.value == 1 and "its task-1 differs from the one here in results.json" in answer.out
     del repo.tags["task-1"]

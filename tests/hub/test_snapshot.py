@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft import AutoPeftModel, PeftConfig
 
 from pgp_hf import embedded, hub
 from pgp_hf.runs.atomic import write_tensors
+from pgp_hf.runs.digests import Digests
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,7 @@ def task(finished, tmp_path) -> Path:
 
 def change(path: Path, **content) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+    Digests.of(path.parent).write()  # as if the run had written it
 
 
 def taken(task: Path, **kwargs) -> dict[str, bytes]:
@@ -76,7 +79,8 @@ def test_nothing_else_is(task, stray):
 
 def test_files_without_paths_are_copied_byte_for_byte(task):
     files = taken(task)
-    assert all(files[path] == (task / path).read_bytes() for path in files if path != "README.md")
+    own = ("README.md", "digests.json")
+    assert all(files[path] == (task / path).read_bytes() for path in files if path not in own)
     card = ModelCard(files["README.md"].decode())
     assert card.data.to_dict()["model-index"][0]["name"] == "run" and '"me/run"' in card.text
 
@@ -136,6 +140,7 @@ def test_a_methods_files_go_along_without_paths_and_the_card_tells_of_it(task):
     method = {"name": "ours", "settings": {"exemplars": "/data/jane/exemplars"}, "state": {"seen": 2}, "card": card}
     (task / "method.json").write_text(json.dumps(method))
     write_tensors(task / "method.safetensors", {"importance": torch.ones(3)})
+    Digests.of(task).write()
     files = taken(task)
     assert files["method.safetensors"] == (task / "method.safetensors").read_bytes()
     assert json.loads(files["method.json"]) == {**method, "settings": {"exemplars": "exemplars"}}
@@ -146,6 +151,7 @@ def test_a_methods_files_go_along_without_paths_and_the_card_tells_of_it(task):
 def test_a_run_of_before_there_were_files_of_a_method(task):
     for name in ("method.json", "method.safetensors"):
         (task / name).unlink()
+    Digests.of(task).write()
     assert not {"method.json", "method.safetensors"} & taken(task).keys()
 
 
@@ -156,6 +162,37 @@ def test_class_names_are_no_paths(task):
     files = taken(task)
     assert json.loads(files["adapter_config.json"])["id2label"] == names
     assert json.loads(files["stream.json"])["label_names"] == list(names.values())
+
+
+def test_the_digests_are_those_of_the_copies_without_what_people_edit(task):
+    own = json.loads((task / "digests.json").read_text())["files"]
+    change(task / "adapter_config.json", base_model_name_or_path="/home/jane/vit")
+    files = taken(task)
+    content = json.loads(files["digests.json"])
+    assert content.keys() == {"files", "features"} and content["features"] is None
+    edited = {path for path in own if path == "README.md" or path.startswith("figures/")}
+    assert content["files"].keys() == own.keys() - edited and edited
+    for path, digest in content["files"].items():
+        assert digest == {"sha256": hashlib.sha256(files[path]).hexdigest(), "bytes": len(files[path])}
+        assert (digest == own[path]) is (path != "adapter_config.json")
+
+
+def test_a_run_of_before_there_were_digests_is_uploaded_as_it_was(task):
+    (task / "digests.json").unlink()
+    assert "digests.json" not in taken(task)
+
+
+@pytest.mark.parametrize("name", ["projection.safetensors", "preprocessor_config.json", "stream.json"])
+def test_a_file_that_is_damaged_or_missing_does_not_leave(task, name):
+    data = bytearray((task / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (task / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name} is (not the file that the run wrote|missing or damaged)"):
+        taken(task)
+    if name == "projection.safetensors":
+        (task / name).unlink()
+        with pytest.raises(ValueError, match=f"has no {name}, which digests.json lists"):
+            taken(task)
 
 
 def test_a_folder_that_is_no_finished_task(task):

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from transformers import ViTForImageClassification, pipeline
 
 from pgp_hf import ProjectionConfig, load_pretrained
-from pgp_hf.inference.classifier import PromptClassifier, to_image
+from pgp_hf.inference import PromptClassifier, to_image
 from pgp_hf.projection import Projection
+from pgp_hf.runs.digests import Digests
 from pgp_hf.training.callbacks import StreamCallback
 
 pytestmark = pytest.mark.usefixtures("without_figures")
@@ -107,10 +108,12 @@ def test_each_revision_predicts_as_on_its_day_to_the_bit(runs, pixels, method, a
         assert loaded.classes == seen
         unseen = [c for c in range(6) if c not in seen]
         found = logits(loaded, pixels)
-        assert torch.equal(found[:, seen], expected[t][:, seen])
+        statistics = loaded.model.base_model.statistics  # whose scores are calibrated
+        scale = 1.0 if statistics is None else statistics.temperature
+        assert torch.equal(found[:, seen], expected[t][:, seen] / scale)
         assert torch.isneginf(found[:, unseen]).all()
         bare = load_pretrained(folder / f"task-{t + 1}", attn_implementation=attention, eval_mask="none")
-        assert torch.equal(logits(bare, pixels), expected[t])
+        assert torch.equal(logits(bare, pixels), expected[t] / scale)
     assert load_pretrained(folder).classes == trainer.stream.class_order  # the last task
     pipe = pipeline("image-classification", model=loaded.model, image_processor=loaded.processor)
     for image, named in zip(images(), loaded.predict(images(), top_k=3), strict=True):
@@ -237,6 +240,26 @@ def test_precision_and_device(run):
         assert {x["label"]: x["score"] for x in a} == pytest.approx({x["label"]: x["score"] for x in b}, abs=0.1)
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "torch.float64"])
+def test_a_precision_by_its_name(run, name):
+    assert load_pretrained(run[1], dtype=name).model.dtype == getattr(torch, name.removeprefix("torch."))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["auto", "int8", "nonsense", "float8_e5m2", torch.int64, torch.float8_e4m3fn, 16, float]
+)
+def test_other_precisions_are_refused_before_anything_is_read(dtype, tmp_path):
+    with pytest.raises(ValueError, match=r"^dtype=.* is not a precision of weights: use torch\.float32"):
+        load_pretrained(tmp_path / "nowhere", dtype=dtype)
+
+
+def test_a_backbone_that_is_passed_is_not_cast_for_a_device_that_there_is_not(run):
+    backbone = tiny.backbone(tiny.ADAPTERS["l2p"])
+    with pytest.raises(RuntimeError, match="device"):
+        load_pretrained(run[1], backbone=backbone, dtype=torch.bfloat16, device="nowhere")
+    assert backbone.dtype == torch.float32
+
+
 @pytest.mark.parametrize(("name", "value"), [("top_k", 0), ("batch_size", -1), ("top_k", 1.5)])
 def test_arguments_out_of_range(run, name, value):
     with pytest.raises(ValueError, match=f"{name}={value} is out of range"):
@@ -323,6 +346,7 @@ def test_a_backbone_that_is_not_here(run, tmp_path, name, message):
     shutil.copytree(run[1] / "task-1", tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+    (tmp_path / "a" / "digests.json").unlink()
     with pytest.raises(ValueError, match=message):
         load_pretrained(tmp_path / "a")
 
@@ -454,6 +478,9 @@ def test_a_neighbour_of_another_run_is_no_earlier_task(run, tmp_path):
     results = json.loads((tmp_path / "task-1" / "results.json").read_text())
     results["accuracy_matrix"][0][0] = 0.5
     (tmp_path / "task-1" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="task-1.results.json is not the file that the run wrote"):
+        go_on(tmp_path / "a", tmp_path / "task-2")
+    Digests.of(tmp_path / "task-1").write()  # it is not damaged, but another's
     with pytest.warns(UserWarning, match="of tasks 1 neither"):
         go_on(tmp_path / "a", tmp_path / "task-2")
     assert not (tmp_path / "a" / "task-1").exists()
@@ -481,7 +508,7 @@ def test_a_source_that_is_refused_leaves_the_output_folder_and_the_model_alone(r
     weights.write_bytes(weights.read_bytes()[:-4])
     trainer = tiny.trainer(tmp_path / "run", model=tiny.model(), overwrite_output_dir=True)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    with pytest.raises(ValueError, match="missing or damaged"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors is not the file that the run wrote"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "lone"))
     assert (tmp_path / "run" / "task-3" / "results.json").is_file() and not trainer.results.matrix
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())

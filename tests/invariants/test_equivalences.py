@@ -84,8 +84,8 @@ def test_the_same_trainer_goes_on_after_an_interruption(tmp_path, monkeypatch, t
     owner, name = (trainer.method, "end_task") if phase == "method.end_task" else (trainer, phase)
     finish = getattr(owner, name)
 
-    def interrupted(*args):
-        finish(*args)
+    def interrupted(*args, **kwargs):
+        finish(*args, **kwargs)
         if trainer.task == task:
             raise KeyboardInterrupt
 
@@ -145,7 +145,7 @@ def test_resume_in_another_folder_and_of_a_finished_run(straight, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 4}, "seed=3"),
+        ({"seed": 4}, "seed: 4, was 3"),
         ({"stream": lambda: tiny.stream(seed=1)}, "class_order|order"),
         ({"stream": lambda: tiny.stream(dataset=tiny.data(seed=5))}, "sha256|content|differ"),
         ({"projection": ProjectionConfig(energy=0.5)}, "energy=0.9"),

@@ -214,7 +214,7 @@ def test_a_model_that_shares_nothing_says_so(tmp_path):
     ("settings", "message"),
     [
         ({"strength": -1.0}, "strength=-1.0 is out of range"),
-        ({"strength": float("nan")}, "strength=nan is out of range"),
+        ({"strength": float("nan")}, "strength=nan is not a number"),
         ({"gamma": 1.5}, r"gamma=1.5 is outside \[0, 1\]"),
         ({"mode": "both"}, "mode='both' is unknown: choose one of online, separate"),
         ({"labels": "argmax"}, "labels='argmax' is unknown: choose one of sampled, exact, true"),

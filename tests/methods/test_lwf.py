@@ -157,7 +157,7 @@ def test_accumulation_changes_nothing(tmp_path):
     ("settings", "message"),
     [
         ({"strength": -0.1}, "strength=-0.1 is out of range"),
-        ({"strength": float("nan")}, "strength=nan is out of range"),
+        ({"strength": float("nan")}, "strength=nan is not a number"),
         ({"temperature": 0.0}, "temperature=0.0 is out of range: use a finite number > 0"),
         ({"temperature": float("inf")}, "temperature=inf is out of range"),
     ],

@@ -160,6 +160,7 @@ def test_a_run_that_does_not_name_its_method_is_one_of_projected_prompts(tmp_pat
         for folder in (tmp_path / name, tmp_path / name / "task-1"):
             (folder / "method.json").unlink()
             (folder / "method.safetensors").unlink()
+            (folder / "digests.json").unlink()
             results = json.loads((folder / "results.json").read_text())
             del results["sha256"]["method.safetensors"]
             (folder / "results.json").write_text(json.dumps(results))

@@ -65,8 +65,8 @@ def stopped(folder, method, step=6):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (FineTuning, "name='counter_for_tests', this one 'fine_tuning'"),
-        (lambda: Counter(TapsConfig((3,))), r"taps=\[1, 2\], this one \[3\]"),
+        (FineTuning, "method.name: 'fine_tuning', was 'counter_for_tests'"),
+        (lambda: Counter(TapsConfig((3,))), r"method.taps: \[3\], was \[1, 2\]"),
     ],
 )
 def test_a_checkpoint_within_the_first_task_is_held_against_the_method(tmp_path, other, message):
@@ -95,6 +95,7 @@ def test_a_refused_run_leaves_the_trainer_as_it_was(tmp_path):
     for folder in (tmp_path / "run", tmp_path / "run" / "task-1"):
         content = json.loads((folder / "method.json").read_text())
         (folder / "method.json").write_text(json.dumps({**content, "state": {"foreign": 1}}))
+        (folder / "digests.json").unlink()
     second = tiny.trainer(tmp_path / "run", projection=ProjectionConfig(energy=0.9))
     with pytest.raises(ValueError, match="remembers nothing, but its files hold foreign"):
         second.train(resume_from_checkpoint=True)

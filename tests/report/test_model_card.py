@@ -286,6 +286,17 @@ def test_protocol_is_stated():
     assert validation in render(inputs).text
 
 
+def test_the_limits_of_the_size_check_are_stated():
+    inputs = make_inputs()
+    said = "cannot notice another mean or standard deviation"
+    assert said not in render(inputs, processor=PROCESSOR).text  # of an adapter that has noted no size
+    inputs["adapter_config"] |= {"image_size": [224, 192]}
+    card = render(inputs, processor=PROCESSOR)
+    check_as_a_reader(card)
+    assert said in card.text and "unless `image_processor=` names this adapter too" in card.text
+    assert said not in render(inputs).text  # without a processor of its own
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
@@ -689,7 +700,10 @@ def test_weights_that_may_go_are_promised_only_where_they_stay(what, repo_id, to
 def test_lora_is_told_as_far_as_a_sentence_can(lora, parts):
     text = render(of_model("lora:8", **lora)).text
     assert f": PEFT's {parts} It was trained with" in text
-    assert f'"{BASE}", num_labels=6, ignore_mismatched_sizes=True\n' in text and "import pgp_hf  #" not in text
+    assert (
+        f'"{BASE}", dtype=torch.float32, num_labels=6, ignore_mismatched_sizes=True\n' in text
+        and "import pgp_hf  #" not in text
+    )
 
 
 # ---- other adapters and scenarios ------------------------------------------------------------------------------------
@@ -791,7 +805,14 @@ def test_the_last_revision_is_pinned_too_and_has_nothing_to_go_on_with():
 def test_a_pinned_backbone_stays_pinned():
     inputs = make_inputs()
     inputs["adapter_config"]["revision"] = "abc123"
-    assert '.from_pretrained("google/vit-base-patch16-224-in21k", revision="abc123")' in render(inputs).text
+    assert '.from_pretrained("google/vit-base-patch16-224-in21k", revision="abc123", dtype=' in render(inputs).text
+
+
+def test_the_backbone_is_loaded_in_the_precision_of_the_training():
+    inputs = make_inputs()
+    assert "dtype=torch.float32)" in render(inputs).text
+    inputs["results"]["sha256"] = {"adapter_model.safetensors": "0" * 64, "backbone.bfloat16": "0" * 64}
+    assert "dtype=torch.bfloat16)" in render(inputs).text
 
 
 def test_one_task():

@@ -214,7 +214,13 @@ KEYS = ("classes", "new_classes")
     ],
 )
 def test_streams_that_a_revision_may_have(manifest):
-    check_stream_file(manifest, {"id2label": dict(enumerate(manifest["label_names"]))}, Path("stream.json"))
+    names = manifest["label_names"]
+    check_stream_file(manifest, {"id2label": {str(c): name for c, name in enumerate(names)}}, Path("stream.json"))
+    check_stream_file(manifest, {"id2label": {str(c): f"LABEL_{c}" for c in range(len(names))}}, Path("stream.json"))
+    other = {str(c): name for c, name in enumerate([names[1], names[0], *names[2:]])}
+    for config, file in (({}, "config.json"), ({"peft_type": "L2P"}, "adapter_config.json")):
+        with pytest.raises(ValueError, match=f"names class 0 '.*', but id2label in {file} names it '.*'"):
+            check_stream_file(manifest, {**config, "id2label": other}, Path("stream.json"))
 
 
 @pytest.mark.parametrize(

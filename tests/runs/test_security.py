@@ -46,7 +46,9 @@ def sound(tmp_path_factory):
 
 @pytest.fixture
 def folder(sound, tmp_path):
+    """A copy without digests: a stranger who alters a file can alter its digest as well."""
     shutil.copytree(sound, tmp_path / "bad")
+    (tmp_path / "bad" / "digests.json").unlink()
     return tmp_path / "bad"
 
 
@@ -147,6 +149,13 @@ def deep(found):
     return json.dumps(found).replace('"dtype"', f'"x": {nested(100_000)}, "dtype"', 1).encode()
 
 
+def many(count):
+    """A file of empty tensors."""
+    entries = ",".join(f'"t{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(count))
+    header = f"{{{entries}}}".encode()
+    return struct.pack("<Q", len(header)) + header
+
+
 def twice(found):
     """Two entries of one name."""
     one = json.dumps({PROMPT: found[PROMPT]})[1:-1]
@@ -231,12 +240,15 @@ BAD = {
     "a configuration for another shape": (content(CONFIG, prompt_length=3), r"expected \(5, 3, 24\)"),
     "a configuration for a huge shape": (content(CONFIG, pool_size=HUGE, top_k=1), "does not fit|expected"),
     "sizes that are no numbers": (content(CONFIG, pool_size="many"), f"{CONFIG} is not a valid adapter configuration"),
-    "sizes that are fractions": (content(CONFIG, prompt_length=2.5), "does not fit"),
+    "sizes that are fractions": (
+        content(CONFIG, prompt_length=2.5),
+        "prompt_length=2.5 is a float: expected a whole number",
+    ),
     "an unknown setting": (content(CONFIG, run="rm -rf"), "not a valid adapter configuration.*'run'"),
     "numbers for names": (content(CONFIG, id2label={"0": 1, "1": 2}), "does not name the classes|another number"),
     "classes with gaps": (
         content(CONFIG, id2label={str(2 * c): f"class {c}" for c in range(6)}),
-        "does not name the classes 0, 1",
+        "names class 1 'class 1', but id2label in adapter_config.json names it None",
     ),
     "fewer classes than the stream": (content(CONFIG, id2label={"0": "a", "1": "b"}), "has 6 classes, but id2label"),
     "not a number among the weights": (
@@ -366,6 +378,18 @@ BAD = {
     "a stream of more classes than memory": (
         content("stream.json", num_classes=HUGE),
         "expected tasks with the classes 0 to",
+    ),
+    "a thousand million classes": (
+        content("stream.json", num_classes=10**9),
+        "stream.json has num_classes=1000000000",
+    ),
+    "a thousand million tasks": (
+        lambda folder: [content(name, num_tasks=10**9)(folder) for name in ("stream.json", "results.json")],
+        "stream.json has num_classes=6: expected tasks with the classes",
+    ),
+    "more names than anybody reads": (
+        raw(ADAPTER, lambda data: many(120_000)),
+        f"{ADAPTER} is missing or damaged .its header has 120000 entries, at most 50000 are allowed",
     ),
     "class names that are none": (content("stream.json", label_names=[1] * 6), "label_names are not 6 strings"),
     # the method's files
@@ -535,7 +559,7 @@ def test_peft_too_refuses_a_bare_backbone(folder):
 
 
 def test_another_backbone_is_not_continued_on(folder, tmp_path):
-    trainer = tiny.trainer(tmp_path / "out", model=tiny.model(base=other_weights()))
+    trainer = tiny.trainer(tmp_path / "out", model=tiny.model(base=other_weights()), num_train_epochs=1)
     with pytest.raises(ValueError, match="weights are not those"):
         trainer.train(resume_from_checkpoint=str(folder))
 

@@ -144,6 +144,7 @@ def without_digest(folder):
     results = json.loads((folder / "results.json").read_text())
     del results["sha256"][FILE]
     (folder / "results.json").write_text(json.dumps(results))
+    (folder / "digests.json").unlink()
 
 
 @pytest.mark.parametrize(

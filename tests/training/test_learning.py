@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, TrainerCallback, ViTForImageClassification, ViTModel
 
 from pgp_hf import PGPTrainer, ProjectionConfig, StreamTrainer, TaskStream, load_pretrained
+from pgp_hf.training.learning import with_origin
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -216,6 +217,20 @@ def test_without_old_test_images(straight: tuple[str, Path], tmp_path: Path) -> 
     # old features are kept for whoever brings the images later
     assert (tmp_path / "run/features/task-1.safetensors").is_file()
     assert again(tmp_path / "run", tmp_path / "more").evaluate_stream()["accuracy_matrix"][2][0] is not None
+
+
+def test_a_backbone_that_is_passed_stays_as_it_was_if_a_check_fails(
+    straight: tuple[str, Path], base: Path, tmp_path: Path
+) -> None:
+    _, run = straight
+    backbone = ViTModel.from_pretrained(base)
+    given = {"args": tiny.arguments(tmp_path / "run"), "backbone": backbone}
+    modules = [name for name, _ in backbone.named_modules()]
+    with pytest.raises(ValueError):
+        PGPTrainer.from_pretrained(run, test_dataset=part(7), dtype="bfloat16", **given)
+    with pytest.raises(ValueError, match=r"^dtype='int8' is not a precision of weights: use torch\.float32"):
+        PGPTrainer.from_pretrained(run, dtype="int8", **given)
+    assert backbone.dtype == torch.float32 and modules == [name for name, _ in backbone.named_modules()]
 
 
 def test_at_the_moment_of_growth_nothing_known_changes(straight: tuple[str, Path], tmp_path: Path) -> None:
@@ -531,3 +546,17 @@ def test_tasks_of_the_stream_come_first(tmp_path: Path) -> None:
     trainer.train_task(2)
     assert trainer.learn(part(0, data=tiny.data(seed=3))).index == 3
     assert trainer.results.num_tasks == 4
+
+
+def test_folders_that_a_run_went_through_are_not_nested_without_end() -> None:
+    """A run may learn each task in a new folder; revisions on the Hub, where its tasks are, are all kept."""
+    found = None
+    for tasks in range(1, 1001):
+        repo = {3: "me/one", 500: "me/two"}.get(tasks)
+        origin = {"repo": repo, "revision": f"task-{tasks}", "commit": repo and "a" * 40, "tasks": tasks}
+        found = with_origin(origin, found)
+    chain = []
+    while found:
+        chain.append((found["repo"], found["tasks"]))
+        found = found.get("continues")
+    assert chain == [(None, 1000), ("me/two", 500), (None, 499), ("me/one", 3), (None, 2)]

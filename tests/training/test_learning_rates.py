@@ -88,7 +88,7 @@ class StopAfterFirst(TrainerCallback):
 
 @pytest.mark.parametrize("rate", [-1.0, float("inf"), float("nan")])
 def test_other_values_are_refused(tmp_path, rate):
-    with pytest.raises(ValueError, match="head_learning_rate=.* is not a learning rate: use a finite number >= 0"):
+    with pytest.raises(ValueError, match="head_learning_rate=.*a (finite number from 0|number)"):
         trainer(tmp_path, head_learning_rate=rate)
 
 

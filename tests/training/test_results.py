@@ -53,7 +53,7 @@ def check(results: StreamResults, **settings) -> dict:
     assert check_results_file(content, manifest, "results.json") == results.first + len(results.matrix)
     again = new(results.head, results.first, **settings)
     again.load(content)
-    kept = "continues matrix within linear_matrix linear_within drift changed rank usage drift_lacks"
+    kept = "continues matrix within linear linear_within drift changed rank usage drift_lacks"
     for name in kept.split():
         assert getattr(again, name) == getattr(results, name), name
     return content
@@ -79,13 +79,19 @@ def test_a_file_has_null_where_images_were_absent_and_the_same_numbers_elsewhere
     learn(full, PATTERNS["all"])
     content, complete = check(results), check(full)
     assert (finished_tasks(content), first_task(content)) == (len(TASKS), first)
+    for i, (row, of) in enumerate(zip(content["accuracy_matrix"], complete["accuracy_matrix"], strict=True)):
+        seen = [value if j <= i and here(i, j) else N for j, value in enumerate(of)]
+        assert row == (seen if i >= first else [N] * len(TASKS))
     pairs = [(content, complete), (content["task_incremental"], complete["task_incremental"])]
     if head == "statistics":
         pairs += [(content["heads"][name], complete["heads"][name]) for name in ("linear", "statistics")]
     for found, whole in pairs:
-        for i, (row, of) in enumerate(zip(found["accuracy_matrix"], whole["accuracy_matrix"], strict=True)):
-            seen = [value if j <= i and here(i, j) else N for j, value in enumerate(of)]
-            assert row == (seen if i >= first else [N] * len(TASKS))
+        if "by_task" in whole:
+            now = [value if here(3, j) else N for j, value in enumerate(whole["by_task"]["now"])]
+            learned = [
+                value if j >= first and here(j, j) else N for j, value in enumerate(whole["by_task"]["when_learned"])
+            ]
+            assert (found["by_task"]["now"], found["by_task"]["when_learned"]) == (now, learned)
         averages = [all(here(i, j) for j in range(i + 1)) and i >= first for i in range(len(TASKS))]
         assert [value is not None for value in found["per_task_average_accuracy"]] == averages
         assert (found["average_accuracy"] is None) is not averages[-1]
@@ -138,9 +144,9 @@ def test_a_stream_that_goes_on_keeps_its_rows_and_takes_other_settings():
     results.num_tasks = 2
     for t in range(2):
         results.matrix.append([50.0] * (t + 1))
-        results.within.append([60.0] * (t + 1))
-        results.linear_matrix.append([40.0] * (t + 1))
-        results.linear_within.append([45.0] * (t + 1))
+        results.within.take(t, [60.0] * (t + 1))
+        results.linear.take(t, [40.0] * (t + 1))
+        results.linear_within.take(t, [45.0] * (t + 1))
         results.drift.append(0.1 * t)
         results.rank.append(t)
     earlier = json.loads(json.dumps(results.to_dict()))

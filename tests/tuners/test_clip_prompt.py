@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import tiny
@@ -251,9 +252,9 @@ def test_more_tasks_than_contexts(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("classification", config, "ViTForImageClassification has no vision and text towers"),
+        ("classification", config, "ViTForImageClassification cannot take CLIP prompts: it has no vision_model"),
         ("clip", lambda: config(text_length=10), r"takes 19 tokens .*18 positions: shorten text_length to at most 9"),
-        ("clip", lambda: L2PConfig(), "CLIPModel has no patch embeddings"),
+        ("clip", lambda: L2PConfig(), "CLIPModel cannot take visual prompts: it has no patch embeddings"),
         ("clip", lambda: config(image_length=-1), "image_length=-1"),
         ("clip", lambda: ClipPromptConfig(id2label={0: "a"}), "1 class names, but class_tokens for 0"),
     ],
@@ -261,6 +262,28 @@ def test_more_tasks_than_contexts(tmp_path):
 def test_what_does_not_fit(kind, settings, message):
     with pytest.raises(ValueError, match=message):
         tiny.model(settings(), kind=kind)
+
+
+@pytest.mark.parametrize("length", [9, 17, 18, 19, 200])
+@pytest.mark.parametrize("text_length", [0, 2, 10, 40])
+def test_advice_about_long_class_names_works(length, text_length):
+    tokens = [[38, *[5] * (length - 2), 39]]
+
+    def make_with(text_length):
+        return tiny.model(
+            ClipPromptConfig(class_tokens=tokens, id2label={0: "a"}, text_length=text_length), kind="clip"
+        )
+
+    try:
+        make_with(text_length)
+    except ValueError as error:
+        advised = re.search(r"shorten text_length to at most (-?\d+)", str(error))
+        if advised:
+            make_with(int(advised[1]))
+        else:
+            assert length > 18 and "shorten the name, or its template, to at most 18 tokens" in str(error)
+    else:
+        assert length + text_length <= 18
 
 
 def test_without_class_names_there_is_nothing_to_classify(images):

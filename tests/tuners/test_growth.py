@@ -507,8 +507,8 @@ def test_older_files_have_none_of_the_new_fields(adapter, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"grow_pool": 0}, "grow_pool=0 is out of range: it must be at least 1"),
-        ({"added_entries": -1}, "added_entries=-1 is out of range: it must be at least 0"),
+        ({"grow_pool": 0}, "grow_pool=0 is out of range: it must be finite, and at least 1"),
+        ({"added_entries": -1}, "added_entries=-1 is out of range: it must be finite, and at least 0"),
         ({"learned_entries": 4}, "learned_entries=4 is out of range: expected 10 to 10"),
         ({"learned_entries": 13, "added_entries": 2, "grow_pool": 1}, "expected 10 to 12"),
     ],
@@ -582,7 +582,11 @@ def test_a_template_has_one_place_for_the_name(template):
 @pytest.mark.parametrize(
     ("names", "change", "message"),
     [
-        (["class 6 " * 30], None, "the longest class name takes .* shorten text_length"),
+        (
+            ["class 6 " * 30],
+            None,
+            r"the longest class name takes \d+ tokens, .*no text_length leaves room.*shorten the name, or its template",
+        ),
         (["x"], "tokenizer", "the tokenizer makes .* of the class name 'class 0' with template='{}'"),
         (["x"], "none", "no tokenizer for new class names can be loaded from the backbone"),
     ],

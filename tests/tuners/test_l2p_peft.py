@@ -273,7 +273,9 @@ def test_config_refuses(setting, message):
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(2, 2), lambda: BertModel(bert())], ids=["linear", "bert"])
 def test_refuses_models_without_patches(make):
-    with pytest.raises(ValueError, match="(Linear|BertModel) has no patch embeddings.*use a ViTModel"):
+    with pytest.raises(
+        ValueError, match="(Linear|BertModel) cannot take visual prompts: it has no patch embeddings.*Use a ViT"
+    ):
         get_peft_model(make(), L2PConfig())
 
 

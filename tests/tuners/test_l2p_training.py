@@ -122,14 +122,15 @@ def test_bfloat16_autocast():
 
 @pytest.mark.parametrize("kind", ["classification", "backbone"])
 def test_bfloat16_backbone(kind):
-    """The prompts stay float32, so that small steps are not rounded away."""
+    """Prompts and head stay float32, so that small steps are not rounded away."""
     model, images = tiny.model(base=tiny.backbone(kind).bfloat16()), tiny.images(8)
     layer = model.base_model.layer
     assert layer.l2p_prompt["default"].dtype == layer.l2p_key["default"].dtype == torch.float32
     assert layer.position_embeddings.dtype == torch.bfloat16
     output = model.train()(images)
     hidden = output.logits if kind == "classification" else output.last_hidden_state
-    assert hidden.dtype == torch.bfloat16 and hidden.isfinite().all()
+    assert hidden.dtype == (torch.float32 if kind == "classification" else torch.bfloat16) and hidden.isfinite().all()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     (hidden.float().square().sum() - output.prompt_similarity.sum()).backward()
     assert all(p[a].grad.isfinite().all() and p[a].grad.any() for p in (layer.l2p_prompt, layer.l2p_key) for a in p)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from peft import PeftConfig
 
 from ... import embedded
+from ...fields import check_fields
 from .card import AdapterCard
 from .peft_type import extend_peft_type
 
@@ -29,6 +30,8 @@ class PromptConfig(PeftConfig):
         target_modules: names of the wrapped modules; filled in when the adapter is added.
         exclude_modules: not used, but read by PEFT.
         modules_to_save: names of modules that are trained and saved whole; the classifier by default, [] for none.
+        image_size: height and width of the images in training, the only ones that are then accepted; None to accept any,
+            [] after images of several sizes. Filled in by training.
 
     Attributes:
         method_name: the PEFT type, in upper case; each adapter has its own.
@@ -43,7 +46,7 @@ class PromptConfig(PeftConfig):
     method_name: ClassVar[str]
     base_class: ClassVar[str] = "AutoModelForImageClassification"
     command_line: ClassVar[tuple[str, ...]] = ()
-    filled_in: ClassVar[tuple[str, ...]] = ("id2label",)
+    filled_in: ClassVar[tuple[str, ...]] = ("id2label", "image_size")
 
     pull_constraint_coeff: float = field(
         default=0.1, metadata={"help": "weight of the pull term, which draws the selected keys towards the query"}
@@ -79,13 +82,16 @@ class PromptConfig(PeftConfig):
         default=None,
         metadata={"help": "modules that are trained and saved whole; the classifier by default, [] for none"},
     )
+    image_size: list[int] | None = field(
+        default=None,
+        metadata={"help": "height and width of the images in training; filled in by training"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fields(self, skip=PeftConfig.__mro__)
         self.peft_type = extend_peft_type(self.method_name)
         self._at_least(pull_constraint_coeff=0)
-        if self.head not in ("linear", "statistics"):
-            raise ValueError(f"head={self.head!r} is unknown: choose one of linear, statistics.")
         if not 0 < self.shrinkage <= 1:
             raise ValueError(f"shrinkage={self.shrinkage} is outside (0, 1]: it is a share, such as 0.1.")
         if self.id2label is not None:
@@ -104,8 +110,10 @@ class PromptConfig(PeftConfig):
     def _at_least(self, **least: int) -> None:
         """Raise ValueError for the first of these fields that is below its least value."""
         for name, value in least.items():
-            if not getattr(self, name) >= value:  # catches NaN
-                raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be at least {value}.")
+            if not value <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is out of range: it must be finite, and at least {value}."
+                )
 
     def settings(self) -> dict[str, Any]:
         """Return the adapter's own settings, ready for JSON, which must agree for a run to be continued."""

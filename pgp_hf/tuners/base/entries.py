@@ -169,3 +169,22 @@ class TaskEntryTuner(PromptTuner):
             current = parameter.select(axis, self._task).clone()
             parameter.copy_(kept)
             parameter.select(axis, self._task).copy_(current)
+
+    @torch.no_grad()
+    def end_task(self, task: int) -> None:
+        """Finish the 0-based task.
+
+        Raises:
+            RuntimeError: an entry of another task has moved.
+        """
+        super().end_task(task)
+        if self._kept is None or self._task is None:
+            return
+        for (container, axis), kept in zip(self._entries(), self._kept, strict=True):
+            others = [entry for entry in range(kept.shape[axis]) if entry != self._task]
+            index = torch.tensor(others, dtype=torch.int64, device=kept.device)
+            if not torch.equal(container[self.adapter].index_select(axis, index), kept.index_select(axis, index)):
+                raise RuntimeError(
+                    f"entries of other tasks than task {task + 1} have moved after the last step: an optimizer moves them in "
+                    "the backward pass or in eval(), or a callback does. Leave that out."
+                )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -188,6 +189,7 @@ class PromptTuner(BaseTuner):
                 hook.remove()
             config.target_modules = [f"{name}.{target}" for target in config.target_modules or ()]
             self._post_injection_hook(self.model, config, adapter)
+            self._cast_adapter_dtype(adapter)  # the new head has the backbone's precision
         config.id2label = {}
         if config.head == "statistics":
             self._add_statistics(self.layer, config, adapter)
@@ -248,6 +250,14 @@ class PromptTuner(BaseTuner):
             setattr(parent, target_name, layer)
         if layer is self.layer and config.head == "statistics":
             self._add_statistics(layer, config, adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep what trains in float32 beneath any backbone: as PEFT does it for prompts, the head and all that is saved."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in self.model.modules() if autocast_adapter_dtype else ():
+            copies = getattr(module, "modules_to_save", None)
+            if isinstance(copies, nn.ModuleDict) and adapter_name in copies:
+                copies[adapter_name].to(torch.promote_types(next(self.model.parameters()).dtype, torch.float32))
 
     def unload(self) -> nn.Module:
         """Return the base model without adapter and hooks, as it was before."""
@@ -310,6 +320,24 @@ class PromptTuner(BaseTuner):
         """Return the pool entries `(B, k)` of the last forward pass; None where nothing is selected."""
         return self.layer.selected
 
+    def _check_size(self, pixel_values: Tensor) -> None:
+        """Note the images' size in training; in prediction, refuse images that another processor has made.
+
+        Raises:
+            ValueError: images of another size than in training.
+        """
+        config, size = self.adapter_config, list(pixel_values.shape[-2:])
+        if self.model.training and self._in_task:
+            config.image_size = size if config.image_size in (None, size) else []
+        elif config.image_size not in (None, [], size):
+            height, width = config.image_size
+            raise ValueError(
+                f"pixel_values are {size[0]} x {size[1]}, and the prompts were trained on {height} x {width}: use the image "
+                "processor in the adapter's folder. transformers.pipeline(..., model=FOLDER) takes the backbone's, unless "
+                "image_processor=FOLDER names it. To predict at another size all the same, set the adapter configuration's "
+                "image_size to None."
+            )
+
     # ---- heads ---------------------------------------------------------------------------------------------------
 
     def _add_statistics(self, layer: PromptLayer, config: PromptConfig, adapter_name: str) -> None:
@@ -364,13 +392,7 @@ class PromptTuner(BaseTuner):
 
     def watch_features(self, callback: Callable[[Tensor], object]) -> RemovableHandle:
         """Call `callback` with the head's input, `(B, d)`, at each forward pass until the handle is removed."""
-
-        def show(
-            classifier: nn.Module, args: tuple[Any, ...]
-        ) -> None:  # returns None: any other value would replace the input
-            callback(args[0])
-
-        return self.model.classifier.register_forward_pre_hook(show)
+        return self.model.classifier.register_forward_pre_hook(partial(_show_input, callback))
 
     @torch.enable_grad()
     def traced(self, pixel_values: Tensor, prompt_query: Tensor | None = None) -> Traced:
@@ -397,3 +419,8 @@ class PromptTuner(BaseTuner):
             for layer in layers.values():
                 layer.copies = None
         return Traced(features[0], copies, {})
+
+
+def _show_input(callback: Callable[[Tensor], object], classifier: nn.Module, args: tuple[Any, ...]) -> None:
+    # no local function, which could not be pickled; it returns None, since any other value would replace the input
+    callback(args[0])

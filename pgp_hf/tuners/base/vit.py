@@ -15,6 +15,7 @@ from .config import PromptConfig
 from .head import prepare_head
 from .model import PromptTuner
 from .outputs import add_similarity
+from .structure import backbone_name, check_vit
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification, ViTModel
@@ -58,6 +59,7 @@ class ViTPromptTuner(PromptTuner):
         config = cast(PromptConfig, peft_config)
         name = backbone_name(self.model)
         backbone = self.model.get_submodule(name)
+        check_vit(self.model, backbone)
         targets = self._targets(config, f"{name}." if name else "", backbone)
         self._check_targets(config, targets)
         config.target_modules = targets
@@ -81,6 +83,7 @@ class ViTPromptTuner(PromptTuner):
                 model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
                 self.backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
                 self.backbone.register_forward_hook(self._after_backbone),
+                self.backbone.register_forward_hook(self._for_head),
                 model.register_forward_hook(self._after_model, with_kwargs=True),
             ]
         )
@@ -148,6 +151,7 @@ class ViTPromptTuner(PromptTuner):
         if config.interpolate_pos_encoding and kwargs.get("interpolate_pos_encoding") is None:
             kwargs["interpolate_pos_encoding"] = True
         pixel_values = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        self._check_size(pixel_values)
         if query is None:
             position = {k: v for k, v in kwargs.items() if k == "interpolate_pos_encoding" and v is not None}
             query = self.query(pixel_values, **position)
@@ -159,6 +163,18 @@ class ViTPromptTuner(PromptTuner):
         similarity = self._select(query, config)
         self._similarity = similarity if self.model.training else None
         return args, kwargs
+
+    def _for_head(self, backbone: ViTModel, args: tuple[Any, ...], output: Any) -> None:
+        """Give the head its input in its own precision, which may be above the backbone's."""
+        head = getattr(self.model, "classifier", None)
+        if self.layer.bypass or head is None:
+            return
+        copies = getattr(head, "modules_to_save", {})
+        adapter = self.layer.adapter
+        used = copies[adapter] if adapter in copies else getattr(head, "original_module", head)
+        hidden, parameter = getattr(output, "last_hidden_state", None), next(used.parameters(), None)
+        if hidden is not None and parameter is not None:
+            output.last_hidden_state = hidden.to(parameter.dtype)
 
     def _after_classifier(self, classifier: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._head_hook is not None:
@@ -184,19 +200,3 @@ class ViTPromptTuner(PromptTuner):
                 changes["loss"] = loss - self.adapter_config.pull_constraint_coeff * pull
             output = add_similarity(output, similarity, **changes)
         return output.to_tuple() if self._as_tuple else output
-
-
-def backbone_name(model: nn.Module) -> str:
-    """Return the name of the ViT inside `model`, empty when it is the model itself.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for name, module in model.named_modules():
-        embeddings = getattr(module, "embeddings", None)
-        if hasattr(embeddings, "patch_embeddings") and hasattr(embeddings, "cls_token"):
-            return name
-    raise ValueError(
-        f"{type(model).__name__} has no patch embeddings with a CLS token, which visual prompts need: "
-        "use a ViTModel or a ViTForImageClassification."
-    )

@@ -42,7 +42,7 @@ class ClipImagePrompt(PromptLayer):
         self.inserted = 0
         if self.adapter is None or len(self.clip_prompt_image[self.adapter]) == 0:
             return embeddings
-        prompts = self.expand_to_batch("clip_prompt_image", len(embeddings))
+        prompts = self.expand_to_batch("clip_prompt_image", embeddings.shape[0])  # `len` would fix it in an export
         self.inserted = prompts.shape[1]
         return torch.cat([embeddings[:, :1], prompts.to(embeddings.dtype), embeddings[:, 1:]], dim=1)
 

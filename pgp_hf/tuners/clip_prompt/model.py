@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +19,7 @@ from ...heads.growing import new_names
 from ..base.consistency import consistency_rows
 from ..base.entries import TaskEntryTuner
 from ..base.layer import strip_prompts
+from ..base.structure import check_clip
 from .config import ClipPromptConfig, tokenize
 from .layer import ClipImagePrompt, ClipTextContext
 
@@ -51,8 +53,7 @@ class ClipPromptModel(TaskEntryTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         model, config = self.model, cast(ClipPromptConfig, peft_config)
-        if not all(hasattr(model, name) for name in ("vision_model", "text_model", "visual_projection")):
-            raise ValueError(f"{type(model).__name__} has no vision and text towers: CLIP prompts need a CLIPModel.")
+        check_clip(model)
         self._check_width(config, model.config.vision_config.hidden_size)
         self._check_tokens(config.class_tokens or [], config.text_length)
         config.target_modules = ["vision_model.embeddings", "text_model.embeddings"]
@@ -61,11 +62,16 @@ class ClipPromptModel(TaskEntryTuner):
     def _check_tokens(self, names: Sequence[Sequence[int]], text_length: int) -> None:
         """Raise ValueError for class names that the text tower cannot read."""
         room = self.model.config.text_config.max_position_embeddings
-        longest = max((len(tokens) for tokens in names), default=0) + text_length
+        longest = max((len(tokens) for tokens in names), default=0)
         if longest > room:
             raise ValueError(
-                f"the longest class name takes {longest} tokens with text_length={text_length}, the text "
-                f"tower has {room} positions: shorten text_length to at most {text_length - longest + room}."
+                f"the longest class name takes {longest} tokens, and the text tower has {room} positions, so that no "
+                f"text_length leaves room for it: shorten the name, or its template, to at most {room} tokens."
+            )
+        if longest + text_length > room:
+            raise ValueError(
+                f"the longest class name takes {longest + text_length} tokens with text_length={text_length}, the text "
+                f"tower has {room} positions: shorten text_length to at most {room - longest}."
             )
         words = self.model.config.text_config.vocab_size
         strange = [token for tokens in names for token in tokens if not 0 <= token < words]
@@ -118,11 +124,7 @@ class ClipPromptModel(TaskEntryTuner):
 
     def watch_features(self, callback: Callable[[Tensor], object]) -> RemovableHandle:
         """Call `callback` with the image embeddings `(B, P)` that the class names are compared with."""
-
-        def show(projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            callback(output)
-
-        return self.model.visual_projection.register_forward_hook(show)
+        return self.model.visual_projection.register_forward_hook(partial(_show_output, callback))
 
     def _head_width(self, config: ClipPromptConfig) -> int:
         return self.model.config.projection_dim
@@ -249,9 +251,11 @@ class ClipPromptModel(TaskEntryTuner):
     @torch.no_grad()
     def end_task(self, task: int) -> None:
         """Keep the text features of the task's classes: its context is final."""
+        super().end_task(task)
         if self._live:
             features = self._text_features(self._live, task, self.adapter_config)
-            self.text_layer.clip_prompt_features[self.adapter][self._live] = features
+            table = self.text_layer.clip_prompt_features[self.adapter]
+            table[self._live] = features.to(table)
         self._live = None
 
     def resume_after(self, task: int) -> None:
@@ -293,6 +297,8 @@ class ClipPromptModel(TaskEntryTuner):
         if self.text_layer.adapter is None or args or kwargs.get("input_ids") is not None:
             return None
         config, kwargs = self.adapter_config, dict(kwargs)
+        if kwargs.get("pixel_values") is not None:
+            self._check_size(kwargs["pixel_values"])
         kwargs.pop("num_items_in_batch", None)
         if not config.class_tokens:
             raise ValueError(
@@ -377,6 +383,12 @@ class ClipPromptModel(TaskEntryTuner):
             width, length = consistency_rows(tokens, norms, first.self_attn, self.layer.inserted)
             yield name, "prompt", width.flatten(0, 2)
             yield f"{name}.T", "value", length.flatten(0, 2)
+
+
+def _show_output(
+    callback: Callable[[Tensor], object], projection: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> None:
+    callback(output)
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...fields import check_value
 from ..base.card import AdapterCard, entries, setting
 from ..base.config import PoolConfig
 
@@ -35,7 +36,7 @@ class DualPromptConfig(PoolConfig):
             finished tasks.
         shrinkage: how far the statistics head's covariance is drawn towards an isotropic one, in (0, 1].
         modules_to_save: names of modules that are trained and saved whole; the classifier by default, [] for none.
-        hidden_size, id2label, target_modules, exclude_modules: filled in when the adapter is added; leave them out.
+        hidden_size, id2label, image_size, target_modules, exclude_modules: filled in; leave them out.
 
     Raises:
         ValueError: sizes that are negative, a layer named twice or negative.
@@ -76,7 +77,10 @@ class DualPromptConfig(PoolConfig):
         super().__post_init__()
         self._at_least(general_length=0, expert_length=0)
         for name in ("general_layers", "expert_layers"):
-            layers = list(getattr(self, name))
+            given = getattr(self, name)
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise TypeError(f"{name}={given!r}: expected a list of layers, counted from 0; [] for none.")
+            layers = [check_value(f"a layer of {name}", layer, int) for layer in given]
             if len(set(layers)) != len(layers) or any(layer < 0 for layer in layers):
                 raise ValueError(f"{name}={layers}: name each layer once, counted from 0.")
             setattr(self, name, layers)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..base.attention import install, uninstall
 from ..base.layer import PromptLayer, uniform
+from ..base.learned import add_learned_entries
 from .config import DualPromptConfig
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class DualPromptEmbeddings(PromptLayer):
     def update_layer(self, adapter_name: str, config: DualPromptConfig) -> None:
         key = uniform(config.entries, self.position_embeddings.shape[-1])
         self.add_parameters(adapter_name, config.inference_mode, dualprompt_key=key)
+        add_learned_entries(self, "dualprompt_", adapter_name, config)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.base_layer(*args, **kwargs)
@@ -75,7 +77,7 @@ class DualPromptAttention(PromptLayer):
         self.add_parameters(adapter_name, config.inference_mode, **parameters)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        prefix = self._prefix(len(hidden_states))
+        prefix = self._prefix(hidden_states.shape[0])  # `len` would fix the size of batches in an export
         if prefix is not None:
             kwargs.update(prefix_key=prefix[0], prefix_value=prefix[1], record=self.record)
         return self.base_layer(hidden_states, *args, **kwargs)

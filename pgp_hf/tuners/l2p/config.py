@@ -35,7 +35,7 @@ class L2PConfig(PoolConfig):
         modules_to_save: names of modules that are trained and saved whole; the classifier by default, [] for none.
         learned_entries: number of prompts that images can select so far, None for all; filled in with `grow_pool`.
         added_entries: number of prompts that tasks have added; filled in with `grow_pool`.
-        hidden_size, id2label, target_modules, exclude_modules: filled in when the adapter is added; leave them out.
+        hidden_size, id2label, image_size, target_modules, exclude_modules: filled in; leave them out.
 
     Raises:
         ValueError: sizes that are negative, `top_k` above `pool_size`, an unknown `head_type`.

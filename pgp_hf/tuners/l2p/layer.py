@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.layer import PromptLayer, uniform
+from ..base.learned import add_learned_entries
 from .config import L2PConfig
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class L2PEmbeddings(PromptLayer):
             l2p_prompt=uniform(config.entries, config.prompt_length, width),
             l2p_key=uniform(config.entries, width),
         )
+        if config.grow_pool is not None:
+            add_learned_entries(self, "l2p_", adapter_name, config)
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         embeddings = self.base_layer(pixel_values, *args, **kwargs)

@@ -155,7 +155,10 @@ class L2PModel(ViTPromptTuner):
         """Return the position embedding of CLS, `(1, 1, d)`, which the prompts share."""
         (prompt_name, _), config = self.prompt_parameters(), self.adapter_config
         inserted = config.top_k * config.prompt_length
-        return {prompt_name: self.layer.position_embeddings[:, :1].detach()} if inserted else {}
+        if not inserted:
+            return {}
+        offset = self.layer.position_embeddings[:, :1].detach()
+        return {prompt_name: offset.to(torch.promote_types(offset.dtype, torch.float32))}
 
     @torch.no_grad()
     def protected_rows(

@@ -1,0 +1,182 @@
+"""Declare the arguments of the command lines that say which backbone there is, and load it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from .. import embedded
+from ..data.stream import TaskStream
+from .resize import resized
+
+
+@dataclass
+class ModelArguments:
+    """Describe the frozen backbone.
+
+    Args:
+        model_name_or_path: Hub id or local folder; the small backbone of this package by default.
+        model_revision: branch, tag or commit on the Hub.
+        image_size: side of the input in pixels, a multiple of the patch size; the backbone's own by default.
+        image_mean: mean subtracted from pixel values in [0, 1], one number or one per channel.
+        image_std: standard deviation that pixel values are then divided by, one number or one per channel.
+        attn_implementation: attention implementation of transformers.
+        dtype: precision of the frozen weights.
+
+    Attributes:
+        kind: "vit" or "clip": the embedded backbone to use without `model_name_or_path`.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or local folder of the backbone; without it, the small one inside this package is used"
+        },
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit of the backbone on the Hub"}
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "side of the input in pixels, a multiple of the patch size; the backbone's own by default"},
+    )
+    image_mean: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "mean subtracted from pixel values in [0, 1], one number or one per channel; the backbone's own by "
+            "default"
+        },
+    )
+    image_std: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "standard deviation that pixel values are then divided by, one number or one per channel; the "
+            "backbone's own by default. Mean 0 and standard deviation 1 leave pixels in [0, 1]"
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "attention implementation: eager, sdpa, flash_attention_2, ..."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={
+            "help": "precision of the frozen weights, whatever that of the checkpoint; float16 goes with --fp16. What learns "
+            "is always in float32. To compute in half precision, choose --bf16, which leaves the weights as they are"
+        },
+    )
+    kind: str = field(default="vit", init=False)
+
+    @property
+    def source(self) -> str:
+        """Hub id or folder of the backbone."""
+        return self.model_name_or_path or str(embedded.clip_path() if self.kind == "clip" else embedded.vit_path())
+
+    def processor(self) -> BaseImageProcessor:
+        """Load the backbone's image processor, with `image_size`, `image_mean` and `image_std` set.
+
+        Raises:
+            ValueError: a mean or standard deviation with a wrong number of channels; a standard deviation that is not
+                above 0.
+        """
+        processor: Any = AutoImageProcessor.from_pretrained(
+            self.source, revision=self.model_revision or "main", backend="pil"
+        )
+        if self.image_size is not None:
+            square = {"height": self.image_size, "width": self.image_size}
+            if getattr(processor, "do_center_crop", False):  # as CLIP's: resize the short side, then crop
+                processor.size, processor.crop_size = {"shortest_edge": self.image_size}, square
+            else:
+                processor.size = square
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            channels = len(getattr(processor, name))
+            if len(values) not in (1, channels):
+                raise ValueError(
+                    f"{name}={values} has {len(values)} numbers: give one, or one for each of {channels} channels."
+                )
+            if name == "image_std" and not min(values) > 0:
+                raise ValueError(f"image_std={values} must be above 0: pixel values are divided by it.")
+            setattr(processor, name, [*values] * (channels // len(values)))
+            processor.do_normalize = True
+        return processor
+
+    def backbone(self, stream: TaskStream, resize: bool = False) -> PreTrainedModel:
+        """Load the backbone with a new head for the stream's classes.
+
+        Args:
+            stream: the tasks.
+            resize: interpolate the position embeddings to `image_size` here, for a model that is trained itself; an
+                adapter does so at each forward pass.
+
+        Raises:
+            ValueError: an image size that is not a multiple of the patch size.
+        """
+        with _errors_only():  # transformers would warn about the new head, which is intended
+            model = AutoModelForImageClassification.from_pretrained(
+                self.source,
+                revision=self.model_revision or "main",
+                num_labels=stream.num_classes,
+                id2label=stream.id2label,
+                label2id={name: label for label, name in stream.id2label.items()},
+                ignore_mismatched_sizes=True,
+                attn_implementation=self.attn_implementation,
+                dtype=self.dtype,
+            )
+        patch = getattr(model.config, "patch_size", 1)
+        if self.image_size is not None and (self.image_size < patch or self.image_size % patch):
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of the backbone's patch size {patch}: "
+                f"choose, for example, {max(1, round(self.image_size / patch)) * patch}."
+            )
+        if resize and self.image_size is not None:
+            model = resized(model, self.image_size)
+        # a checkpoint's head with the same number of classes has been loaded: start from a new one in any case
+        for layer in model.classifier.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.data.normal_(std=getattr(model.config, "initializer_range", 0.02))
+                layer.bias.data.zero_()
+        return model
+
+    def clip(self) -> CLIPModel:
+        """Load the backbone as a `CLIPModel`."""
+        return CLIPModel.from_pretrained(
+            self.source,
+            revision=self.model_revision or "main",
+            attn_implementation=self.attn_implementation,
+            dtype=self.dtype,
+        )
+
+    def tokenizer(self) -> CLIPTokenizer:
+        """Load the tokenizer that belongs to the `CLIPModel`."""
+        return CLIPTokenizer.from_pretrained(self.source, revision=self.model_revision or "main")
+
+    def interpolates(self, model: PreTrainedModel) -> bool:
+        """Return True if `image_size` is not the size that the backbone was trained at."""
+        config = getattr(model.config, "vision_config", model.config)
+        return self.image_size is not None and self.image_size != config.image_size
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """Silence all but errors of transformers."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
