@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .checking import check_int, shorten
+from .shifts import Shift
 
 MANIFEST_FORMAT = 1
 MAX_IMAGES = 10**8  # of a task, which has a label each in memory
@@ -129,6 +130,7 @@ def check_complete(manifest: Any) -> Divided:
         names = manifest["label_names"]
         if len(names) != manifest["num_classes"] or not all(isinstance(name, str) for name in names):
             raise ValueError(f"label_names={shorten(names)} are not {manifest['num_classes']} strings")
+        Shift.read(manifest)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(

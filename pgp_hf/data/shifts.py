@@ -57,9 +57,9 @@ class Shift(NamedTuple):
         Raises:
             ValueError: an unknown name.
         """
+        check_shift(name)
         if name is None:
             return None
-        check_shift(name)
         # numbers of its own, so that a shift changes neither class order nor rows
         rng, known = np.random.default_rng([seed, 0x5417]), SHIFTS[name]
         rounds = -(-num_tasks // len(known))
@@ -82,9 +82,9 @@ class Shift(NamedTuple):
             ValueError: a shift or a rendering that is not known here.
         """
         name, tasks = manifest.get("shift"), manifest.get("renderings")
+        check_shift(name)
         if name is None:
             return None
-        check_shift(name)
         if not isinstance(tasks, list) or (unknown := [task for task in tasks if task not in SHIFTS[str(name)]]):
             shown = shorten(unknown) if isinstance(tasks, list) else repr(tasks)
             raise ValueError(f"renderings={shown}: expected one of {shorten(SHIFTS[str(name)])} for each task")
@@ -92,6 +92,6 @@ class Shift(NamedTuple):
 
 
 def check_shift(name: object) -> None:
-    """Raise ValueError unless there is a shift of this name."""
-    if name not in SHIFTS:
+    """Raise ValueError unless there is a shift of this name, or it is None."""
+    if name is not None and name not in SHIFTS:
         raise ValueError(f"shift must be one of {shorten(SHIFTS)}, or None for images as they are, got {name!r}")

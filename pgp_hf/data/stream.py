@@ -19,10 +19,9 @@ from .checking import check_int, check_optional_int, check_share, shorten
 from .classes import Division, LabelNames, Labels, check_names, rename, warn_of_similar
 from .earlier import find_test_images
 from .manifest import SPLITS, check_complete, check_form, compare, copied, first_tasks, new_settings, train_hashes
-from .rows import verify_images
 from .scenarios import SCENARIOS, check_scenario
 from .shifts import Shift, check_shift
-from .tasks import ImageItem, Part, Parts, Task, TaskImages, by_source, hash_parts, read_entries, write_entries
+from .tasks import ImageItem, Part, Parts, Task, TaskImages, by_source, read_entries, verify_parts, write_entries
 
 __all__ = ["ImageItem", "Task", "TaskImages", "TaskStream"]
 
@@ -154,8 +153,7 @@ class TaskStream:
             ValueError: any other problem with the dataset or an argument; the message has the fix.
         """
         check_scenario(scenario)
-        if shift is not None:
-            check_shift(shift)
+        check_shift(shift)
         seed = check_optional_int("seed", seed, 0, none="label order")
         division = Division(num_tasks, tasks, init_classes, increment, class_order)
         division.check()
@@ -221,14 +219,8 @@ class TaskStream:
             settings = first_tasks(settings, check_int("num_tasks", num_tasks, 0, len(settings["tasks"])))
         entries = settings.pop("tasks")
         tasks, parts, notes = read_entries(entries)
-        shift = Shift.read(settings)
         if test_dataset is not None:
             found = find_test_images(test_dataset, settings, entries)
-            if shift is not None:
-                shown = shift.by_class([task.classes for task in tasks])
-                for part in found[: len(shift.tasks)]:
-                    if part is not None and part.source is not None:
-                        part.source.renderings = shown
             parts["test"] = [there or absent for there, absent in zip(found, parts["test"], strict=True)]
         return cls(settings, tasks, parts, settings["label_names"], notes, begun_open=True)
 
@@ -380,8 +372,6 @@ class TaskStream:
         Raises:
             ValueError: an image file that cannot be read.
         """
-        for split in SPLITS:
-            hash_parts(self._parts[split])
         tasks = write_entries(self.tasks, self._parts, copied(self._notes))
         own = {"num_tasks": self.num_tasks, "num_classes": self.num_classes, "label_names": self.label_names}
         content = {**copied({**self._settings, **own, "class_order": self.class_order}), "tasks": tasks}
@@ -401,19 +391,8 @@ class TaskStream:
             ValueError: images that do not decode; the message names split and row of the first one, and says how many
                 there are.
         """
-        groups = [
-            group
-            for split in SPLITS
-            for group in by_source(
-                part for part in self._parts[split][gone if split == "train" else 0 :] if not part.verified
-            )
-        ]
-        chosen = [(source, sorted(row for part in own for row in part.rows.tolist())) for source, own in groups]
-        if chosen:
-            verify_images(chosen, progress)
-        for _, own in groups:
-            for part in own:
-                part.verified = True
+        here = [self._parts[split][gone if split == "train" else 0 :] for split in SPLITS]
+        verify_parts(here, progress)
 
     def check_manifest(self, manifest: Mapping[str, Any], gone: int = 0, tasks: int | None = None) -> None:
         """Compare this stream with the manifest of an earlier run.

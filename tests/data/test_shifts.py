@@ -10,6 +10,7 @@ import tiny
 from PIL import Image
 
 from pgp_hf import TaskStream, load_pretrained
+from pgp_hf.cli.settings import digests
 from pgp_hf.data.shifts import RENDERINGS, SHIFTS, Shift
 
 
@@ -108,6 +109,8 @@ def test_another_shift_is_another_stream():
     with pytest.raises(ValueError, match=r"shift: 'renderings' here, None in the manifest"):
         shifted.check_manifest(plain.manifest())
     shifted.check_manifest(tiny.stream(shift="renderings").manifest())
+    backbone = tiny.backbone()
+    assert digests(plain, backbone)["stream"] != digests(shifted, backbone)["stream"]
     other = {**shifted.manifest(), "renderings": shifted.manifest()["renderings"][::-1]}
     with pytest.raises(ValueError, match=r"renderings\[0\]"):
         shifted.check_manifest(other)
