@@ -41,6 +41,7 @@ train_dir DIR|folder of training images, with one subfolder per class
 validation_dir DIR|folder of test images, likewise, in place of --test_fraction 0.2
 num_tasks N|tasks that the classes are divided into (default: 10)
 scenario NAME|class_incremental (default), task_incremental, or online: one epoch
+shift NAME|renderings: each task's images are seen in a rendering of its own
 train_val_split SHARE|evaluate on this share of the training images, which is held out
 also|increment init_classes dataset_config_name dataset_revision dataset_split image_column_name label_column_name \
 class_order class_order_seed test_fraction max_train_samples_per_class max_eval_samples_per_class""",
