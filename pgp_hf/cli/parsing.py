@@ -44,7 +44,7 @@ _OWN_HELP = {
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keep the lines of the description, and show each option by one name, with its default if it has one."""
+    """Keep the lines of the description, and show each option without its spelling with hyphens, and its default."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=min(shutil.get_terminal_size().columns, WIDTH))
@@ -56,7 +56,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         if not action.option_strings:
             return super()._format_action_invocation(action)
         values = "" if action.nargs == 0 else f" {self._format_args(action, action.dest.upper())}"
-        return action.option_strings[0] + values
+        return ", ".join(name for name in action.option_strings if "-" not in name[2:]) + values
 
 
 class OptionParser(HfArgumentParser):
