@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 from pgp_hf.cli import console
 from pgp_hf.cli.main import main
@@ -44,11 +45,11 @@ def test_traceback_before_or_after_the_command(before, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["l2p_pgp", "dualprompt_pgp", "clip_pgp", "baselines"])
-def test_examples_refuse_as_the_command_does_and_help_fast(name):
+def test_examples_refuse_as_the_command_does_and_help_fast(name, capsys):
     script = EXAMPLES / f"run_{name}.py"
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith(f"usage: python {script} [CONFIG]"), done.stderr
-    code = f"import sys, runpy; sys.argv = ['x', 'none.yaml']; runpy.run_path({str(script)!r}, run_name='__main__')"
-    if name == "l2p_pgp":  # it takes seconds
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("error: none.yaml does")
+    with tiny.script(script) as module:
+        assert console.run(module.main, ["none.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: none.yaml does not exist: ") and told.count("\n") == 1
