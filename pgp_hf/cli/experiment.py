@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -35,7 +36,8 @@ from .recipes import as_published
 Results = dict[str, dict[str, Any]]  # by the name of the row
 MakeModel = Callable[[Arguments, TaskStream], PeftModel]
 TWIN, PUBLISHED = "baseline", "published"  # their folders, in that of the run
-SHOWN = 5  # tasks in a table, which then fits 100 columns
+WIDTH = 100  # columns of a terminal
+SHOWN = 5  # tasks in a table, which then fits
 
 
 class Planned(NamedTuple):
@@ -231,28 +233,28 @@ def report(rows: Results, runs: list[Planned], name: str) -> None:
     """
     output_dir, arguments, _ = runs[-1]
     print_comparison(rows, output_dir)
-    known = {one.folder.name: rows[one.label(name)] for one in runs[:-1]}
-    labels = {one.folder.name: one.label(name) for one in runs[:-1]}
+    label = {one.folder.name: one.label(name) for one in runs[:-1]}
     tasks, own = max(len(row["drift"]) for row in rows.values()), rows[runs[-1].label(name)]
     print(
         f"\nWritten to {output_dir}: {runs[-1].label(name)}, the adapter after the last task, bases, results.json,"
         f"\n  README.md (model card); task-1 ... task-{tasks}: the same files after each task; figures/: accuracy"
         "\n  matrix, curves, stability, usage, comparison; comparison.json: this table"
     )
-    if TWIN in known:
-        print(f"  {TWIN}/: {labels[TWIN]}, the same without projection")
-    if PUBLISHED in known:
-        print(f"  {PUBLISHED}/: {labels[PUBLISHED]}, PGP as published, {_linear_heads(own, known[TWIN])}")
-    embedded = arguments.model.model_name_or_path is None and not (
-        arguments.data.dataset_name or arguments.data.train_dir
-    )
-    for text in (frozen_wins(rows, embedded), verdict(own, known[TWIN]) if TWIN in known else None):
+    twin = rows[label[TWIN]] if label else None
+    if twin:
+        print(f"  {TWIN}/: {label[TWIN]}, the same without projection")
+    if twin and PUBLISHED in label:
+        trained = " and ".join(as_measured(_trained_head(row), 2) for row in (own, twin))
+        print(
+            f"  {PUBLISHED}/: {label[PUBLISHED]}, PGP as published, where the trained head predicts; with that head, "
+            f"\n    {runs[-1].label(name)} and {label[TWIN]} reach {trained} %"
+        )
+    no_source = not (arguments.model.model_name_or_path or arguments.data.dataset_name or arguments.data.train_dir)
+    for text in (frozen_wins(rows, embedded=no_source), verdict(own, twin) if twin else None):
         if text:
-            print(f"\n{text}")
+            print("\n" + textwrap.fill(text, WIDTH))
 
 
-def _linear_heads(own: dict[str, Any], twin: dict[str, Any]) -> str:
-    """Say what head PGP was published with, and how accurate it is in the other runs."""
-    accuracies = [row.get("heads", {}).get("linear", {}).get("average_accuracy") for row in (own, twin)]
-    here, other = (as_measured(value, 2) for value in accuracies)
-    return f"whose linear head predicts; that of the others reaches {here}, without projection {other}"
+def _trained_head(row: dict[str, Any]) -> float | None:
+    """Return the average accuracy of the head that was trained along with a statistics head."""
+    return row["heads"]["linear"]["average_accuracy"]

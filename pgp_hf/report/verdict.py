@@ -61,10 +61,10 @@ def frozen_wins(rows: Mapping[str, Row], embedded: bool) -> str | None:
     best = max(frozen, key=lambda name: frozen[name])
     if frozen[best] <= max(known):
         return None
-    wins = f'"{best}" wins ({frozen[best]:.2f} %)'
+    wins = f"{best} wins here ({frozen[best]:.2f} %)"
     if not embedded:
-        return f"{wins}: here the frozen backbone's own features separate the classes better than trained prompts do."
+        return f"{wins}: the frozen backbone's own features separate these classes better than trained prompts do."
     return (
-        f"{wins}: the small backbone was pre-trained on glyphs, and digits are easy for it.\n"
-        "Streams where prompts beat frozen classifiers: model_cards/cifar100-vit-tiny."
+        f"{wins}: digits are easy for a backbone that was pre-trained on glyphs. For a stream where prompts win, see "
+        "model_cards/cifar100-vit-tiny."
     )
