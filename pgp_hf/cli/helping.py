@@ -59,7 +59,7 @@ general_length N|length of the general prefixes (default: 5)
 expert_length N|length of the expert prefixes (default: 5)
 general_layers N ...|layers, from 0, with general prefixes (default: 0 1)
 expert_layers N ...|layers, from 0, with expert prefixes (default: 2 3 4)
-also|pool_size grow_pool copy_previous pull_constraint_coeff""",
+also|selection pool_size grow_pool copy_previous pull_constraint_coeff""",
     "CLIP": """\
 text_length N|context tokens before each class name (default: 16)
 image_length N|image prompt tokens after CLS (default: 10)
