@@ -1,8 +1,8 @@
-"""Wrap a ViT's attention, with general and expert prefixes, and its embeddings, with the experts' keys."""
+"""Wrap a backbone's attention, with general and expert prefixes, and its embeddings, with the experts' keys."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class DualPromptEmbeddings(PromptLayer):
     dualprompt_key: nn.ParameterDict
 
     def update_layer(self, adapter_name: str, config: DualPromptConfig) -> None:
-        key = uniform(config.entries, self.position_embeddings.shape[-1])
+        key = uniform(config.entries, cast(int, config.hidden_size))
         self.add_parameters(adapter_name, config.inference_mode, dualprompt_key=key)
         add_learned_entries(self, "dualprompt_", adapter_name, config)
 
@@ -32,7 +32,7 @@ class DualPromptEmbeddings(PromptLayer):
 
 
 class DualPromptAttention(PromptLayer):
-    """Wrap a `ViTAttention`: keys become `[p_k; k]`, values `[p_v; v]`; queries and the sequence stay.
+    """Wrap an attention such as `ViTAttention`: keys become `[p_k; k]`, values `[p_v; v]`; queries and the sequence stay.
 
     Prefixes are in the space of projected keys and values (no W_k, W_v, LayerNorm or position), for each head. In each
     parameter the first axis is that of the heads, and the last the one along which a projection acts:
@@ -41,6 +41,7 @@ class DualPromptAttention(PromptLayer):
         dualprompt_expert_key     (H, M, L, dh)    dualprompt_expert_value   (H, M, L, dh)
 
     Attributes:
+        mixture: weight of each expert for each image of the running batch, `(B, M)`; None to use the selected ones.
         record: a list that receives queries and prefix weights of the next forward passes, or None.
     """
 
@@ -58,6 +59,7 @@ class DualPromptAttention(PromptLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
+        self.mixture: Tensor | None = None
         self.record: list[tuple[Tensor, Tensor]] | None = None
         install(base_layer)
 
@@ -65,7 +67,8 @@ class DualPromptAttention(PromptLayer):
         uninstall(self.base_layer)
 
     def update_layer(self, adapter_name: str, config: DualPromptConfig, general: bool, expert: bool) -> None:
-        heads, width = self.base_layer.num_attention_heads, self.base_layer.head_dim
+        width = self.base_layer.head_dim
+        heads = self.base_layer.k_proj.out_features // width
         parameters: dict[str, Tensor] = {}
         if general:
             parameters["dualprompt_general_key"] = uniform(heads, config.general_length, width)
@@ -91,8 +94,11 @@ class DualPromptAttention(PromptLayer):
             keys.append(self.expand_to_batch("dualprompt_general_key", batch))
             values.append(self.expand_to_batch("dualprompt_general_value", batch).mT)
         if name in self.dualprompt_expert_key:
-            entry = self.selected[:, 0]
-            keys.append(self.dualprompt_expert_key[name][:, entry].transpose(0, 1))
-            values.append(self.dualprompt_expert_value[name][:, entry].transpose(0, 1))
+            for found, experts in ((keys, self.dualprompt_expert_key), (values, self.dualprompt_expert_value)):
+                if self.mixture is None:
+                    found.append(experts[name][:, self.selected[:, 0]].transpose(0, 1))
+                else:
+                    known = experts[name][:, : self.mixture.shape[1]]
+                    found.append(torch.einsum("bm,hmld->bhld", self.mixture.to(known), known))
         length = sum(key.shape[2] for key in keys)  # 0 where both lengths are
         return (torch.cat(keys, dim=2), torch.cat(values, dim=2)) if length else None
