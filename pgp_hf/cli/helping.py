@@ -66,9 +66,9 @@ image_length N|image prompt tokens after CLS (default: 10)
 template TEXT|around each class name, such as 'a photo of a {}.' (default: {})""",
     "method and comparison": """\
 preset NAME|published settings, such as cifar100-10: `pgp-hf presets` lists them
-projection NAME|none, pgp (default), attention, functional or frozen
+projection NAME|none, pgp (default), attention, frozen, functional (on digits)
 energy SHARE|how much of what old images show is protected (default: 0.99)
-head NAME|linear (default), or statistics: from stored means and covariance
+head NAME|linear (default), or statistics (on digits): means and covariance
 no_compare|train this run alone, without its twin and the frozen rows
 dry_run|print all settings that result, and stop
 also|key_energy value_energy apply_to max_images probes probe_space hold_key_norm ln_penalty""",
