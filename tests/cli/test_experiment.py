@@ -88,7 +88,7 @@ def test_local_backbone_and_data_side_by_side(local, tmp_path):
     assert json.loads((out / "adapter_config.json").read_text())["interpolate_pos_encoding"] is True
     for name, row in rows.items():
         assert f"{name}" in done.stdout and f"{row['average_accuracy']:.2f}" in done.stdout
-    assert str(out) in done.stdout and "training task 3" in done.stderr
+    assert str(out) in done.stdout and "\nTask 3 of 3: " in done.stdout and "training task 3" not in done.stderr
     manifest = (out / "stream.json").read_text()
     assert str(tmp_path.parent) not in manifest and json.loads(manifest)["tasks"][0]["train"]["num_images"] == 18
 
