@@ -87,7 +87,8 @@ def _run(
     if isinstance(resume, str):
         find_run(resume, token=args.hub_token)  # before the twin deletes anything
     if twin:
-        unprojected = replace(projection, method="none", ln_penalty=0.0)  # a penalty needs a projection
+        # what needs a projection is left out
+        unprojected = replace(projection, method="none", ln_penalty=0.0, equal_images=False)
         train(unprojected, output_dir / TWIN, _twin_of(resume))
     trainer = train(projection, output_dir, resume)
     if trainer.is_world_process_zero():
