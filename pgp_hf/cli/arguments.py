@@ -249,6 +249,9 @@ class RunArguments:
             softness, equal_images: the other fields of the `ProjectionConfig`.
         head: the classifier, "linear" or "statistics".
         no_compare: train this run alone, without its unprojected twin and the classifiers on frozen features.
+
+    Attributes:
+        main_job: True if the recipe is that of `recipes`, beside which PGP as published is trained.
     """
 
     preset: str | None = field(
@@ -280,6 +283,7 @@ class RunArguments:
             "classifiers on frozen features"
         },
     )
+    main_job: bool = field(default=False, init=False)
 
     def config(self) -> ProjectionConfig:
         """Return the projection's settings."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ...backbones.family import CLS
 from ...fields import check_value
 from ..base.card import AdapterCard, entries, setting
 from ..base.config import PoolConfig
@@ -45,7 +46,7 @@ class DualPromptConfig(PoolConfig):
             finished tasks.
         shrinkage: how far the statistics head's covariance is drawn towards an isotropic one, in (0, 1].
         modules_to_save: names of modules that are trained and saved whole; the classifier by default, [] for none.
-        hidden_size, id2label, image_size, target_modules, exclude_modules: filled in; leave them out.
+        hidden_size, id2label, image_size, head_input, target_modules, exclude_modules: filled in; leave them out.
 
     Raises:
         ValueError: sizes that are negative, a layer named twice or negative.
@@ -114,8 +115,8 @@ class DualPromptConfig(PoolConfig):
         return AdapterCard(
             parts=" and ".join(parts),
             selects=True,
-            features="the CLS token",
-            head="linear, on the CLS token",
+            features=(features := settings.get("head_input") or CLS),
+            head=f"linear, on {features}",
             trained_head="the linear head",
             linear_head=True,
             finished="The expert prefixes of a finished task never move.",
