@@ -37,7 +37,7 @@ Results = dict[str, dict[str, Any]]  # by the name of the row
 MakeModel = Callable[[Arguments, TaskStream], PeftModel]
 TWIN, PUBLISHED = "baseline", "published"  # their folders, in that of the run
 WIDTH = 100  # columns of a terminal
-SHOWN = 5  # tasks in a table, which then fits
+SHOWN = 4  # tasks in a table, which then fits
 
 
 class Planned(NamedTuple):
