@@ -101,7 +101,6 @@ def _run(name: str, runs: list[Planned], make_model: MakeModel) -> Results:
     stream, processor = arguments.data.load(args.seed), arguments.model.processor()
     rows: Results = {}
 
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
     resume = resume_argument(args.resume_from_checkpoint)
     if not resume and not args.overwrite_output_dir:
         RunFolder(output_dir).check_unused()

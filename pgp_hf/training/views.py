@@ -59,9 +59,9 @@ class Passes:
     sizes: BatchSizes
 
     @property
-    def hidden(self) -> bool:
-        """Return True if progress bars are off on this process."""
-        return self.args.disable_tqdm or not self.accelerator.is_main_process
+    def hidden(self) -> bool | None:
+        """Return True if progress bars are off on this process, else None: they are shown on a terminal."""
+        return bool(self.args.disable_tqdm) or not self.accelerator.is_main_process or None
 
     @torch.no_grad()
     def queries(self, images: Dataset) -> Tensor | None:
