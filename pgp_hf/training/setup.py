@@ -79,8 +79,8 @@ def check_model(model: nn.Module, stream: TaskStream, classes: int) -> None:
         )
     if len(names) != classes:
         raise ValueError(
-            f"the model's head has {len(names)} outputs, the stream {classes} classes: load the backbone with "
-            f"num_labels={classes} (and ignore_mismatched_sizes=True if it had a head)."
+            f"the model's head has {len(names)} outputs, the stream {classes} classes: load the backbone by "
+            "pgp_hf.load_backbone(name, stream), whatever head its checkpoint has."
         )
     own = {name: label for label, name in names.items()}
     for label, name in enumerate(stream.label_names[:classes]):

@@ -24,9 +24,9 @@ def active() -> bool:
     return _built is not None
 
 
-def waits() -> int:
-    """Return how often somebody has waited for the device so far: for a number, or a shape that depends on numbers."""
-    return _built.waits()
+def let_wait(may: bool) -> None:
+    """Let the host wait for the device, for a number or a shape that depends on numbers, or raise where it would."""
+    _built.let_wait(may)
 
 
 def choose(on_cpu: bool) -> None:
@@ -65,6 +65,7 @@ def build() -> None:
     torch._register_device_module(NAME, module)
     torch.utils.generate_methods_for_privateuse1_backend()
     _built = load("pgp_hf_substitute", [str(Path(__file__).with_suffix(".cpp"))], extra_cflags=["-O0"])
+
 
 if os.environ.get("PGP_HF_SUBSTITUTE"):
     build()
