@@ -52,6 +52,29 @@ def test_tensorboard_shows_a_stream_that_was_interrupted(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs the extra `track`")
+def test_of_several_processes_the_first_reports(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import tiny\n"
+        "trainer = tiny.trainer('out', report_to='tensorboard', logging_steps=2, per_device_train_batch_size=2)\n"
+        "assert trainer.args.world_size == 2\n"
+        "trainer.train()\n"
+        "trainer.accelerator.end_training()\n"
+    )
+    path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    several = ["--multi_gpu", "--main_process_port", "0", "--num_processes", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *several, str(script)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "out").rglob("events.out.tfevents.*"))) == 1
+    _, shown, images = scalars(tmp_path / "out")
+    assert [step for step, _ in shown["train/loss"]] == list(range(2, 3 * STEPS + 1, 2))
+    assert images["figures/accuracy_matrix"][-1] == 3 * STEPS
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="needs the extra `track`")
 def test_trackio_has_one_run_that_goes_on(tmp_path):
     """In a process of its own, since trackio decides on import where it writes."""
