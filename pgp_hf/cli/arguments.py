@@ -27,6 +27,7 @@ class DataArguments:
 
     Args:
         dataset_name: Hub id, or local folder of parquet or image files; scikit-learn's digits if no source is named.
+        dataset_config_name: configuration of the data set, if there are several.
         dataset_revision: branch, tag or commit on the Hub.
         dataset_split: the only split to use; `test_fraction` of it is held out for testing.
         train_dir: local folder of training images, with one subfolder per class.
@@ -53,6 +54,9 @@ class DataArguments:
             "help": "Hub id, or local folder of parquet or image files; without a source of images, scikit-learn's "
             "handwritten digits are used"
         },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "configuration of the data set, if there are several"}
     )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "branch, tag or commit of the data set on the Hub"}
@@ -185,7 +189,7 @@ class DataArguments:
         return splits
 
     def _named(self, name: str) -> datasets.DatasetDict:
-        splits, public = source_data.load(name, self.dataset_revision)
+        splits, public = source_data.load(name, self.dataset_revision, self.dataset_config_name)
         split = self.dataset_split or "train"
         if split not in splits:
             raise ValueError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy
 
 from ..hub import TaskRepo, choose_repo
@@ -44,7 +45,9 @@ class PGPTrainingArguments(TrainingArguments):
         hub_exemplars: upload the images that a method stores (`memory_stores="images"`) as well.
         hub_wait: longest wait, in seconds, for uploads that are under way when the last task ends.
 
-    All other arguments are those of `TrainingArguments`. Whatever is chosen by an evaluation, a checkpoint
+    All other arguments are those of `TrainingArguments`. Trackers, named by `report_to`, see the stream as one run, whose
+    steps are counted over all tasks, with the `task`, its evaluation and its figures; it goes on where the run is resumed.
+    TensorBoard finds it in `output_dir`/runs. Whatever is chosen by an evaluation, a checkpoint
     (`load_best_model_at_end`), an early stop or a learning rate, needs a stream with `train_val_split`, and a
     `metric_for_best_model` that every task has: `eval_current_accuracy` of the task in training, the default,
     `eval_mean_accuracy` over all tasks so far, or their losses, `eval_current_loss` and `eval_mean_loss`.
@@ -61,6 +64,10 @@ class PGPTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "schedule within each task"})
     optim: str = field(default="adamw_torch", metadata={"help": "optimizer; AdamW without weight decay is Adam"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False: images are read lazily"})
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "steps from one logged training loss to the next; below 1, a share of a task's steps"},
+    )
     save_strategy: str = field(
         default="epoch",
         metadata={"help": "when to write a checkpoint to resume from; they are removed when their task ends"},
@@ -111,6 +118,13 @@ class PGPTrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "delete the files that an earlier run wrote to output_dir, instead of refusing to touch it; all others stay"
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "leave losses that are not finite out of the logged one; such a loss stops the training anyway, and to "
+            "look at each step's makes the host wait for a GPU"
         },
     )
     save_full_weights: Literal["last", "all"] = field(
@@ -166,6 +180,8 @@ class PGPTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
+        elif self.dataloader_pin_memory and isinstance(self.accelerator_config, AcceleratorConfig):
+            self.accelerator_config.non_blocking = True  # batches travel while the step before is computed
         self.check()
 
     def check(self) -> None:

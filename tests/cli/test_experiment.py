@@ -88,7 +88,7 @@ def test_local_backbone_and_data_side_by_side(local, tmp_path):
     assert json.loads((out / "adapter_config.json").read_text())["interpolate_pos_encoding"] is True
     for name, row in rows.items():
         assert f"{name}" in done.stdout and f"{row['average_accuracy']:.2f}" in done.stdout
-    assert str(out) in done.stdout and "training task 3" in done.stderr
+    assert str(out) in done.stdout and "\nTask 3 of 3: " in done.stdout and "training task 3" not in done.stderr
     manifest = (out / "stream.json").read_text()
     assert str(tmp_path.parent) not in manifest and json.loads(manifest)["tasks"][0]["train"]["num_images"] == 18
 
@@ -159,7 +159,7 @@ def test_without_a_recipe_of_ones_own_the_main_job_has_one():
         assert (run.head, prompts.head_type) == ("statistics", "token")
     published = as_published(arguments("--pool_size", "7", "--seed", "1"))
     assert published.run == RunArguments() and not published.run.main_job
-    assert published.prompts == arguments("--pool_size", "7", "--projection", "pgp").prompts
+    assert vars(published.prompts) == vars(arguments("--pool_size", "7", "--projection", "pgp").prompts)
     for argv in (
         ("--projection", "pgp"), ("--energy=0.9",), ("--head", "linear"), ("--head-type", "prompt"), ("--dataset_name", "d"),
         ("--model_name_or_path", "m", "--output_dir", "x"), ("--preset", "cifar100-10"),
@@ -188,7 +188,7 @@ def test_prompt_arguments_are_those_that_the_configuration_names(config):
     fields = {one.name: one for one in dataclasses.fields(config)}
     made = dataclasses.fields(prompt_arguments(config))
     assert tuple(one.name for one in made) == config.command_line != ()
-    prompts = arguments(config=config).prompts
+    prompts = arguments("--projection", "pgp", config=config).prompts
     for one in made:
         known = fields[one.name]
         assert one.metadata == known.metadata and known.type != one.type  # the configuration keeps its own fields
@@ -197,11 +197,11 @@ def test_prompt_arguments_are_those_that_the_configuration_names(config):
 
 
 def test_help_explains_every_argument(script, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run", "--help"])
+    monkeypatch.setattr(sys, "argv", ["run", "--help_all"])
     with pytest.raises(SystemExit) as stop:
         script.main()
     text = capsys.readouterr().out
-    assert not stop.value.code and script.__doc__.strip() in text  # with its lines
+    assert not stop.value.code
     options = text[text.index("options:") :]
     for name in ("--projection", "--energy", "--top_k", "--num_tasks", "--image_size", "--train_mask", "--no_compare"):
         assert f"\n  {name} " in options
@@ -212,7 +212,7 @@ def test_help_explains_every_argument(script, capsys, monkeypatch):
 
 def test_help_of_a_preset_shows_its_values(capsys):
     with pytest.raises(SystemExit):
-        arguments("--preset", "cifar100-20", "--help")
+        arguments("--preset", "cifar100-20", "--help_all")
     assert "the classes are divided into (default: 20)" in " ".join(capsys.readouterr().out.split())
 
 
@@ -260,5 +260,5 @@ def test_a_table_of_many_tasks_fits_100_columns():
     accuracies = [100.0 - t for t in range(20)]
     row = {"per_task_average_accuracy": accuracies, "average_accuracy": 81.0, "forgetting": 1.0, "drift": [0.0] * 20}
     header, rule, own = experiment.table({"frozen, random-projection ridge": row}).splitlines()
-    assert len(rule) <= 100 and re.findall(r"task (\d+)", header) == ["1", "6", "10", "15", "20"]
-    assert own.split()[-5:] == ["100.00", "95.00", "91.00", "86.00", "81.00"]
+    assert len(rule) <= 100 and re.findall(r"task (\d+)", header) == ["1", "7", "14", "20"]
+    assert own.split()[-4:] == ["100.00", "94.00", "87.00", "81.00"]
