@@ -133,7 +133,9 @@ def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
     heads[results["head"]] = {key: results[key] for key in accuracies if key in results}
     elsewhere = {*accuracies, "method", "method_settings", "projection", "seed", "versions"}
     kept = {key: value for key, value in results.items() if key not in elsewhere}
-    yield plan, {"num_classes": known.num_classes, "sha256": made_of, **kept, "heads": heads, "resumed": resumed}
+    images = sum(known.num_images("train", t) for t in range(known.num_tasks))
+    told = {"num_classes": known.num_classes, "train_images": images, "sha256": made_of}
+    yield plan, {**told, **kept, "heads": heads, "resumed": resumed}
 
 
 def _accuracies(matrix: list[list[float | None]]) -> dict[str, Any]:
