@@ -22,7 +22,7 @@ from ..report.formatting import MISSING, as_measured
 from ..report.table import plain
 from ..runs.atomic import write_json
 from ..runs.checks import first_task
-from ..runs.folder import RESULTS, RunFolder
+from ..runs.folder import QUERIES, RESULTS, RunFolder
 from ..runs.lock import held
 from ..training.pgp_trainer import PGPTrainer
 from ..training.resume import find_run
@@ -70,6 +70,7 @@ def _run(
         set_seed(args.seed)
         own = copy.copy(args)
         own.output_dir = str(folder)
+        own.query_cache = args.query_cache or str(output_dir / QUERIES)  # which both share
         own.push_to_hub = args.push_to_hub and folder == output_dir  # the twin is not uploaded
         trainer = PGPTrainer(make_model(stream), own, stream, projection=projection, processing_class=processor)
         label = name if projection.method == "none" else f"{name}-{projection.method.upper()}"

@@ -45,6 +45,7 @@ class TaskTrainer(ReportingTrainer):
     _handles: list[RemovableHandle]  # of hooks on the optimizer
     _test_queries: dict[int, Tensor | None]
     _sizes: BatchSizes
+    _digest: dict[str, str]  # of the frozen backbone
     _beginning: Beginning | None  # of the task in training, for `auto_find_batch_size`
     stops: StopOnSignal
 
@@ -186,6 +187,7 @@ class TaskTrainer(ReportingTrainer):
             prepare=self._prepare_inputs,
             test_loader=self.get_test_dataloader,
             sizes=self._sizes,
+            digest=lambda: self._digest,
         )
 
     def _record(self, j: int) -> Recorded:
