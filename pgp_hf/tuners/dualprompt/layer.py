@@ -1,8 +1,8 @@
-"""Wrap a ViT's attention, with general and expert prefixes, and its embeddings, with the experts' keys."""
+"""Wrap a backbone's attention, with general and expert prefixes, and its embeddings, with the experts' keys."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class DualPromptEmbeddings(PromptLayer):
     dualprompt_key: nn.ParameterDict
 
     def update_layer(self, adapter_name: str, config: DualPromptConfig) -> None:
-        key = uniform(config.entries, self.position_embeddings.shape[-1])
+        key = uniform(config.entries, cast(int, config.hidden_size))
         self.add_parameters(adapter_name, config.inference_mode, dualprompt_key=key)
         add_learned_entries(self, "dualprompt_", adapter_name, config)
 
@@ -32,7 +32,7 @@ class DualPromptEmbeddings(PromptLayer):
 
 
 class DualPromptAttention(PromptLayer):
-    """Wrap a `ViTAttention`: keys become `[p_k; k]`, values `[p_v; v]`; queries and the sequence stay.
+    """Wrap an attention such as `ViTAttention`: keys become `[p_k; k]`, values `[p_v; v]`; queries and the sequence stay.
 
     Prefixes are in the space of projected keys and values (no W_k, W_v, LayerNorm or position), for each head. In each
     parameter the first axis is that of the heads, and the last the one along which a projection acts:
@@ -65,7 +65,8 @@ class DualPromptAttention(PromptLayer):
         uninstall(self.base_layer)
 
     def update_layer(self, adapter_name: str, config: DualPromptConfig, general: bool, expert: bool) -> None:
-        heads, width = self.base_layer.num_attention_heads, self.base_layer.head_dim
+        width = self.base_layer.head_dim
+        heads = self.base_layer.k_proj.out_features // width
         parameters: dict[str, Tensor] = {}
         if general:
             parameters["dualprompt_general_key"] = uniform(heads, config.general_length, width)

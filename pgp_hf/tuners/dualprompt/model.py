@@ -23,7 +23,7 @@ GENERAL = ("dualprompt_general_key", "dualprompt_general_value")
 
 
 class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
-    """Add DualPrompt to a `ViTModel` or `ViTForImageClassification` of any size.
+    """Add DualPrompt to a model of any of `pgp_hf.backbones.FAMILIES` whose attention takes prefixes.
 
     In training every image uses the expert entry of the task set by `begin_task`; in prediction each image uses the
     entry whose key is nearest to its query, among those that tasks have used. An entry whose task has ended never
@@ -35,13 +35,19 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
 
     def _targets(self, config: DualPromptConfig, stem: str, backbone: ViTModel) -> list[str]:
         layers = sorted({*config.general_layers, *config.expert_layers})
-        depth = len(backbone.layers)
+        family = self.family
+        if not family.prefixes:
+            raise ValueError(
+                f"{type(self.model).__name__} cannot take the prefixes of DualPrompt: the attention of {family.name} hands "
+                "no keys and values on. Use L2P, whose prompts are tokens (pgp_hf.L2PConfig)."
+            )
+        depth = len(family.blocks(backbone))
         if layers and layers[-1] >= depth:
             raise ValueError(
                 f"layer {layers[-1]} is beyond the backbone's {depth} layers (0 to {depth - 1}): "
                 "set general_layers and expert_layers accordingly."
             )
-        return [f"{stem}embeddings", *(f"{stem}layers.{index}.attention" for index in layers)]
+        return [f"{stem}embeddings", *(f"{stem}{family.attention_path(index)}" for index in layers)]
 
     def _wrap(
         self, config: DualPromptConfig, adapter_name: str, target: nn.Module, name: str
