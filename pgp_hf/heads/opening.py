@@ -51,7 +51,11 @@ def _no_rows(width: int, bias: bool, like: Tensor) -> nn.Linear:
 
 def _width(model: nn.Module) -> int:
     config: Any = model.config
-    width = head_width(model) or getattr(config, "hidden_size", None) or next(reversed(getattr(config, "hidden_sizes", None) or ()), None)
+    width = (
+        head_width(model)
+        or getattr(config, "hidden_size", None)
+        or next(reversed(getattr(config, "hidden_sizes", None) or ()), None)
+    )
     if not width:
         raise ValueError(
             f"the configuration of {type(model).__name__} does not say how wide its features are (hidden_size), so it "

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..data.images import ImageCollator, ImageView
 from ..models import SelectsPrompts
 from ..runs.atomic import replacing
+from ..runs.digest import tensor_sha256
 
 LOCK = ".lock"
 SECONDS = 30.0
@@ -57,7 +58,7 @@ class QueryCache:
 
     def path(self, key: Key) -> Path:
         """Return the file for a key, whether or not it is there."""
-        return self.folder / f"queries-{_sha256(_text(key).encode())[:32]}.safetensors"
+        return self.folder / f"queries-{hashlib.sha256(_text(key).encode()).hexdigest()[:32]}.safetensors"
 
     def read(self, key: Key, count: int) -> Tensor | None:
         """Return the queries `(count, d)` of a set of images; None if they are not here."""
@@ -84,7 +85,7 @@ class QueryCache:
             with FileLock(self.folder / LOCK, timeout=SECONDS):
                 self._make_room(size, path)
                 with replacing(path) as temporary:
-                    save_file({"queries": queries}, temporary, {"key": _text(key), "sha256": _digest(queries)})
+                    save_file({"queries": queries}, temporary, {"key": _text(key), "sha256": tensor_sha256(queries)})
         except (OSError, Timeout) as error:
             warnings.warn(f"queries are not kept in {self.folder} ({error}): set query_cache.", stacklevel=2)
 
@@ -127,7 +128,7 @@ def query_key(
         "view": images.view,
         "count": len(images),
         # how the processor and its backend turn images into pixels, and in what size
-        "pixels": _digest(collate([images[0], images[len(images) - 1]])["pixel_values"]),
+        "pixels": tensor_sha256(collate([images[0], images[len(images) - 1]])["pixel_values"]),
         "processor": collate.processor.to_dict(),
         "backbone": dict(digest),
         "config": settings,
@@ -146,18 +147,10 @@ def _read(path: Path, key: Key, count: int) -> Tensor:
         raise ValueError("it holds queries of something else")
     if found.ndim != 2 or len(found) != count:
         raise ValueError(f"it has the shape {tuple(found.shape)}, expected {count} rows")
-    if noted.get("sha256") != _digest(found):
+    if noted.get("sha256") != tensor_sha256(found):
         raise ValueError("its content is not what was written")
     return found
 
 
 def _text(key: Key) -> str:
     return json.dumps(key, sort_keys=True, default=str)
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _digest(tensor: Tensor) -> str:
-    return _sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

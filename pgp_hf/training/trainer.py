@@ -121,6 +121,7 @@ class StreamTrainer(TaskTrainer):
         self._images: AugmentedImages | None = None  # and its images
         self._handles: list[RemovableHandle] = []  # of hooks on the optimizer
         self._test_queries: dict[int, Tensor | None] = {}
+        self._operations: dict[Any, int] = {}
         self._sizes, self._beginning = BatchSizes(self.args, lambda: self._train_batch_size), None
         self._scorer = Scorer(stream, self.method, self.args.eval_mask)
         self._blank = copy.deepcopy(self.method.state())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from ...backbones import Family
 from ...backbones.registry import check, find
+from ...runs.digest import tensor_sha256
 from .config import PromptConfig
 from .head import prepare_head
 from .model import PromptTuner
@@ -130,6 +133,44 @@ class ViTPromptTuner(PromptTuner):
 
     def frozen_features(self, pixel_values: Tensor) -> Tensor:
         return self.query(pixel_values)
+
+    # ---- what the head reads, again --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _choose(self, similarity: Tensor, config: Any) -> Tensor:
+        """Return the entries `(B, k)` that images select in prediction, by their similarity `(B, M)` with all keys."""
+
+    @abstractmethod
+    def _similarity_with(self, query: Tensor) -> Tensor:
+        """Return the cosine of queries `(B, d)` with all keys, `(B, M)`."""
+
+    @abstractmethod
+    def _prompt_values(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the values that all images share, and those of the entries, with the entries along dimension 0."""
+
+    @torch.no_grad()
+    def feature_states(self, batches: Sequence[Tensor | None]) -> list[str | None]:
+        """Return a digest of the prompts that the images of each batch select, by their queries; None without those."""
+        if self.layer.adapter is None:
+            return [None] * len(batches)
+        shared, entries = self._prompt_values()
+        device = next(self.layer.parameters()).device
+        common = "".join(tensor_sha256(value) for value in shared)
+        own = ["".join(tensor_sha256(value[entry]) for value in entries) for entry in range(self.pool_size)]
+        states: list[str | None] = []
+        for query in batches:
+            if query is None:
+                states.append(None)
+                continue
+            chosen = self._choose(self._similarity_with(query.to(device)), self.adapter_config).tolist()
+            text = common + ";".join(",".join(own[entry] for entry in row) for row in chosen)
+            states.append(hashlib.sha256(f"{self.adapter} {chosen} {text}".encode()).hexdigest())
+        return states
+
+    def score_features(self, features: Tensor) -> Tensor:
+        """Return the scores `(B, C)` of what the head reads, `(B, d)`, as a pass in evaluation has them."""
+        statistics = self.statistics if self.uses_statistics_head else None
+        return self.linear_logits(features) if statistics is None else statistics(features)
 
     def _before_model(
         self, model: ViTForImageClassification, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -89,15 +89,27 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
         return self.adapter_config.entries
 
     def _select(self, query: Tensor, config: DualPromptConfig) -> Tensor:
-        similarity = cosine_similarity(query, self.layer.dualprompt_key[self.adapter])
+        similarity = self._similarity_with(query)
         if self.training and self._task is not None:
             selected = torch.full((len(query), 1), self._task, device=query.device)
         else:
-            known = config.learned_entries or config.entries
-            selected = similarity.detach()[:, :known].argmax(-1, keepdim=True)
+            selected = self._choose(similarity.detach(), config)
         for layer in self.layers:
             layer.selected = selected
         return similarity.gather(1, selected).sum(-1)
+
+    def _similarity_with(self, query: Tensor) -> Tensor:
+        return cosine_similarity(query, self.layer.dualprompt_key[self.adapter])
+
+    def _choose(self, similarity: Tensor, config: DualPromptConfig) -> Tensor:
+        return similarity[:, : config.learned_entries or config.entries].argmax(-1, keepdim=True)
+
+    def _prompt_values(self) -> tuple[list[Tensor], list[Tensor]]:
+        name, of = self.adapter, [(layer, container) for layer in self.attentions for container in (*GENERAL, *EXPERT)]
+        found = {(layer, container): getattr(layer, container) for layer, container in of}
+        shared = [values[name] for (_, container), values in found.items() if container in GENERAL and name in values]
+        experts = [values[name] for (_, container), values in found.items() if container in EXPERT and name in values]
+        return shared, [values.transpose(0, 1) for values in experts]  # the entries along dimension 0
 
     @contextmanager
     def as_before_task(self, task: int) -> Iterator[None]:

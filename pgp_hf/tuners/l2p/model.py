@@ -120,11 +120,18 @@ class L2PModel(ViTPromptTuner):
             )
 
     def _select(self, query: Tensor, config: L2PConfig) -> Tensor:
-        layer = self.layer
-        similarity = cosine_similarity(query, layer.l2p_key[self.adapter])
-        known = similarity.detach()[:, : config.learned_entries]
-        layer.selected = select_top_k(known, config.top_k, config.batchwise_prompt)
-        return similarity.gather(1, layer.selected).sum(-1)
+        similarity = self._similarity_with(query)
+        self.layer.selected = selected = self._choose(similarity.detach(), config)
+        return similarity.gather(1, selected).sum(-1)
+
+    def _similarity_with(self, query: Tensor) -> Tensor:
+        return cosine_similarity(query, self.layer.l2p_key[self.adapter])
+
+    def _choose(self, similarity: Tensor, config: L2PConfig) -> Tensor:
+        return select_top_k(similarity[:, : config.learned_entries], config.top_k, config.batchwise_prompt)
+
+    def _prompt_values(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [], [self.layer.l2p_prompt[self.adapter]]
 
     def _after_backbone(
         self, backbone: ViTModel, args: tuple[Any, ...], output: BaseModelOutputWithPooling
