@@ -11,7 +11,12 @@ from pgp_hf.backbones import FAMILIES, Family
 from pgp_hf.backbones.dinov3 import DINOv3ViTForImageClassification
 
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}
-LEADING = {"DeiT": 2, "DINOv2 with registers": 3, "DINOv3": 3, "SigLIP": 0}  # tokens that are not patches, 1 by default
+LEADING = {
+    "DeiT": 2,
+    "DINOv2 with registers": 3,
+    "DINOv3": 3,
+    "SigLIP": 0,
+}  # tokens that are not patches, 1 by default
 SIZES = {
     "hidden_size": 24,
     "num_hidden_layers": 2,

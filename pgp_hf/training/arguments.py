@@ -33,6 +33,8 @@ class PGPTrainingArguments(TrainingArguments):
         eval_mask: classes that a prediction may take: those seen so far ("seen"), or all ("none").
         augmentation: of training images: "crop_flip", "flip" or "none".
         crop_min_scale: smallest share of the image that a crop keeps, in (0, 1].
+        last_block: tokens that the last block of a backbone computes: all of them ("full"), or only those that the head or
+            a query reads ("read"), which is a few percent faster and the same up to rounding.
         crop_views: number of different random crops of each training image, whose queries are then kept; None for new
             crops in each epoch.
         cache_queries: keep the queries of images, which never change, instead of computing them again.
@@ -102,6 +104,13 @@ class PGPTrainingArguments(TrainingArguments):
         metadata={"help": "of training images: random resized crop and horizontal flip, flip alone, or none"},
     )
     crop_min_scale: float = field(default=0.05, metadata={"help": "smallest share of the image that a crop keeps"})
+    last_block: Literal["full", "read"] = field(
+        default="full",
+        metadata={
+            "help": "tokens that the last block of a ViT with prompts computes: all, or only those that are read, which is "
+            "faster and the same up to rounding"
+        },
+    )
     crop_views: int | None = field(
         default=None,
         metadata={

@@ -238,7 +238,7 @@ class Recorder:
             own = computed[plan.task, i] = {name: values[k] for name, values in parts.items()}
             if (state := plan.states[i]) is not None:
                 features = torch.from_numpy(own["features"]).to(self.scorer.dtype)
-                kept = {name: own[name] for name in ("labels", "selected") if name in own}
+                kept: Found = {name: own[name] for name in own if name in ("labels", "selected")}
                 self._kept[plan.task, plan.batches[i]] = _Kept(state, features, kept)
         return computed
 

@@ -176,6 +176,22 @@ def check_settings(
         )
 
 
+def set_last_block(args: PGPTrainingArguments, learner: StreamModel) -> None:
+    """Let the model's last block compute what `last_block` says.
+
+    Raises:
+        ValueError: a model of which every token is read.
+    """
+    read, only_read = getattr(learner, "read_last_block", None), args.last_block == "read"
+    if read is not None:
+        read(only_read)
+    elif only_read:
+        raise ValueError(
+            f"last_block='read' is for prompts on a ViT that a query selects, and this model is {learner.name!r}: leave it "
+            "out."
+        )
+
+
 def new_results(
     args: PGPTrainingArguments, stream: TaskStream, method: ContinualMethod, learner: StreamModel, first: int
 ) -> StreamResults:

@@ -48,7 +48,6 @@ class TaskTrainer(ReportingTrainer):
     _test_queries: dict[int, Tensor | None]
     _operations: dict[Any, int]  # of a step, by task and number of images
     _sizes: BatchSizes
-    _digest: dict[str, str]  # of the frozen backbone
     _beginning: Beginning | None  # of the task in training, for `auto_find_batch_size`
     stops: StopOnSignal
 
@@ -223,6 +222,11 @@ class TaskTrainer(ReportingTrainer):
             sizes=self._sizes,
             alone=self.args.world_size == 1 and self.args.dataloader_in_order,
         )
+
+    @cached_property
+    def _digest(self) -> dict[str, str]:
+        """Digest of the frozen backbone."""
+        return self.stream_model.digest()
 
     def _test_images(self, j: int) -> Images:
         """Return the test images of the 0-based task j, with their queries where they are known."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ from .setup import (
     keep_statistics_local,
     new_results,
     refuse_sharding,
+    set_last_block,
     trainable_parameters,
 )
 from .signals import StopOnSignal, holding
@@ -107,6 +108,7 @@ class StreamTrainer(TaskTrainer):
         keep_statistics_local(self.model)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
+        set_last_block(self.args, learner)
         self._check_choice()
         self.training_stream = trained = self.method.training_stream(stream)
         names = dict(enumerate(stream.label_names[: self._room.classes]))
@@ -390,10 +392,6 @@ class StreamTrainer(TaskTrainer):
         self.accelerator.wait_for_everyone()
 
     # ---- files ---------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _digest(self) -> dict[str, str]:
-        return self.stream_model.digest()
 
     def _note_first(self, t: int) -> None:
         """Note in the folder of a new run which task is its first."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -81,7 +81,9 @@ class Passes:
         if self._all_have(found):
             return found
         queries = []
-        for batch in tqdm(self.test_loader(images), desc="queries", leave=False, disable=self.hidden):
+        for batch in tqdm(
+            self.test_loader(cast(Dataset[Any], images)), desc="queries", leave=False, disable=self.hidden
+        ):
             with self.accelerator.autocast():
                 query = self.learner.query(self.prepare(batch)["pixel_values"])
             queries.append(self.accelerator.gather_for_metrics(query).cpu())
@@ -111,6 +113,7 @@ class Passes:
             "device": [self.args.device.type, torch.get_num_threads(), self.args.world_size],
             "batch": self.sizes.evaluation,
             "compiled": self.args.torch_compile,
+            "last_block": self.args.last_block,
         }
         return query_key(learner, self.digest(), images, self.collate, how)
 

@@ -125,7 +125,10 @@ def test_the_longest_unused_make_room(cache):
 def test_a_cache_that_cannot_be_written_stops_nothing(cache, monkeypatch):
     monkeypatch.setattr(queries, "SECONDS", 0.05)
     cache.folder.mkdir()
-    with FileLock(cache.folder / queries.LOCK), pytest.warns(UserWarning, match="queries are not kept in .*query_cache"):
+    with (
+        FileLock(cache.folder / queries.LOCK),
+        pytest.warns(UserWarning, match="queries are not kept in .*query_cache"),
+    ):
         cache.write({"a": 1}, QUERIES)
     assert cache.read({"a": 1}, 4) is None
     blocked = QueryCache(cache.folder / "file" / "below", 10**6)

@@ -19,7 +19,9 @@ def run(folder, monkeypatch=None, **settings):
     if monkeypatch is not None:
         monkeypatch.setattr(recording, "reusing", lambda learner: None)
     with tiny.without_figures():
-        trainer = tiny.trainer(folder, stream=tiny.stream(**DATA), num_train_epochs=1, per_device_eval_batch_size=4, **settings)
+        trainer = tiny.trainer(
+            folder, stream=tiny.stream(**DATA), num_train_epochs=1, per_device_eval_batch_size=4, **settings
+        )
         step = trainer.prediction_step
 
         def noting(model, inputs, *args, **kwargs):

@@ -130,6 +130,9 @@ class L2PModel(ViTPromptTuner):
     def _choose(self, similarity: Tensor, config: L2PConfig) -> Tensor:
         return select_top_k(similarity[:, : config.learned_entries], config.top_k, config.batchwise_prompt)
 
+    def _count_read(self) -> int:
+        return 1 + self.layer.inserted  # `strip_prompts` finds the prompts in their place
+
     def _prompt_values(self) -> tuple[list[Tensor], list[Tensor]]:
         return [], [self.layer.l2p_prompt[self.adapter]]
 
