@@ -192,24 +192,24 @@ class ViTPromptTuner(PromptTuner):
 
     # ---- what the head reads, again --------------------------------------------------------------------------------
 
-    @abstractmethod
-    def _choose(self, similarity: Tensor, config: Any) -> Tensor:
-        """Return the entries `(B, k)` that images select in prediction, by their similarity `(B, M)` with all keys."""
+    def _prompt_values(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Return the values that all images share, and those of the entries, with the entries along dimension 0.
 
-    @abstractmethod
-    def _similarity_with(self, query: Tensor) -> Tensor:
-        """Return the cosine of queries `(B, d)` with all keys, `(B, M)`."""
+        None for a method that does not tell: its features then count as moved in each evaluation.
+        """
+        return None
 
-    @abstractmethod
-    def _prompt_values(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the values that all images share, and those of the entries, with the entries along dimension 0."""
+    def _predicted(self, query: Tensor) -> Tensor:
+        """Return the entries `(B, k)` that images select in prediction, by their queries; for a method with `_prompt_values`."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def feature_states(self, batches: Sequence[Tensor | None]) -> list[str | None]:
         """Return a digest of the prompts that the images of each batch select, by their queries; None without those."""
-        if self.layer.adapter is None:
+        values = None if self.layer.adapter is None else self._prompt_values()
+        if values is None:
             return [None] * len(batches)
-        shared, entries = self._prompt_values()
+        shared, entries = values
         device = next(self.layer.parameters()).device
         common = "".join(tensor_sha256(value) for value in shared)
         own = ["".join(tensor_sha256(value[entry]) for value in entries) for entry in range(self.pool_size)]
@@ -218,7 +218,7 @@ class ViTPromptTuner(PromptTuner):
             if query is None:
                 states.append(None)
                 continue
-            chosen = self._choose(self._similarity_with(query.to(device)), self.adapter_config).tolist()
+            chosen = self._predicted(query.to(device)).tolist()
             text = common + ";".join(",".join(own[entry] for entry in row) for row in chosen)
             states.append(hashlib.sha256(f"{self.adapter} {chosen} {text}".encode()).hexdigest())
         return states

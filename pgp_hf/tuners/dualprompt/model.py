@@ -89,20 +89,20 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
         return self.adapter_config.entries
 
     def _select(self, query: Tensor, config: DualPromptConfig) -> Tensor:
-        similarity = self._similarity_with(query)
+        similarity = cosine_similarity(query, self.layer.dualprompt_key[self.adapter])
         if self.training and self._task is not None:
             selected = torch.full((len(query), 1), self._task, device=query.device)
         else:
-            selected = self._choose(similarity.detach(), config)
+            selected = self._nearest(similarity.detach(), config)
         for layer in self.layers:
             layer.selected = selected
         return similarity.gather(1, selected).sum(-1)
 
-    def _similarity_with(self, query: Tensor) -> Tensor:
-        return cosine_similarity(query, self.layer.dualprompt_key[self.adapter])
-
-    def _choose(self, similarity: Tensor, config: DualPromptConfig) -> Tensor:
+    def _nearest(self, similarity: Tensor, config: DualPromptConfig) -> Tensor:
         return similarity[:, : config.learned_entries or config.entries].argmax(-1, keepdim=True)
+
+    def _predicted(self, query: Tensor) -> Tensor:
+        return self._nearest(cosine_similarity(query, self.layer.dualprompt_key[self.adapter]), self.adapter_config)
 
     def _prompt_values(self) -> tuple[list[Tensor], list[Tensor]]:
         name, of = self.adapter, [(layer, container) for layer in self.attentions for container in (*GENERAL, *EXPERT)]

@@ -120,15 +120,15 @@ class L2PModel(ViTPromptTuner):
             )
 
     def _select(self, query: Tensor, config: L2PConfig) -> Tensor:
-        similarity = self._similarity_with(query)
-        self.layer.selected = selected = self._choose(similarity.detach(), config)
+        similarity = cosine_similarity(query, self.layer.l2p_key[self.adapter])
+        self.layer.selected = selected = self._nearest(similarity.detach(), config)
         return similarity.gather(1, selected).sum(-1)
 
-    def _similarity_with(self, query: Tensor) -> Tensor:
-        return cosine_similarity(query, self.layer.l2p_key[self.adapter])
-
-    def _choose(self, similarity: Tensor, config: L2PConfig) -> Tensor:
+    def _nearest(self, similarity: Tensor, config: L2PConfig) -> Tensor:
         return select_top_k(similarity[:, : config.learned_entries], config.top_k, config.batchwise_prompt)
+
+    def _predicted(self, query: Tensor) -> Tensor:
+        return self._nearest(cosine_similarity(query, self.layer.l2p_key[self.adapter]), self.adapter_config)
 
     def _count_read(self) -> int:
         return 1 + self.layer.inserted  # `strip_prompts` finds the prompts in their place
