@@ -20,27 +20,28 @@ from dataclasses import field
 from peft import PeftModel, get_peft_model
 
 from pgp_hf import ClipPromptConfig, TaskStream
+from pgp_hf.cli.arguments import Arguments
 from pgp_hf.cli.experiment import run
 from pgp_hf.cli.parsing import parse, prompt_arguments
 
 
+def make_model(arguments: Arguments, stream: TaskStream) -> PeftModel:
+    """Return the backbone with the adapter for a stream's classes."""
+    backbone = arguments.model.clip()
+    config = ClipPromptConfig.for_classes(
+        arguments.model.tokenizer(),
+        stream.label_names,
+        **vars(arguments.prompts),
+        head=arguments.run.head,
+        pool_size=stream.num_tasks,
+        interpolate_pos_encoding=arguments.model.interpolates(backbone),
+    )
+    return get_peft_model(backbone, config)
+
+
 def main() -> None:
     template = field(default="{}", metadata={"help": "text around each class name, such as 'a photo of a {}.'"})
-    arguments = parse(__doc__, prompt_arguments(ClipPromptConfig, template=template), method="clip")
-
-    def make_model(stream: TaskStream) -> PeftModel:
-        backbone = arguments.model.clip()
-        config = ClipPromptConfig.for_classes(
-            arguments.model.tokenizer(),
-            stream.label_names,
-            **vars(arguments.prompts),
-            head=arguments.run.head,
-            pool_size=stream.num_tasks,
-            interpolate_pos_encoding=arguments.model.interpolates(backbone),
-        )
-        return get_peft_model(backbone, config)
-
-    run("CLIP", arguments, make_model)
+    run("CLIP", parse(__doc__, prompt_arguments(ClipPromptConfig, template=template), method="clip"), make_model)
 
 
 if __name__ == "__main__":

@@ -18,23 +18,24 @@ from __future__ import annotations
 from peft import PeftModel, get_peft_model
 
 from pgp_hf import L2PConfig, TaskStream
+from pgp_hf.cli.arguments import Arguments
 from pgp_hf.cli.experiment import run
 from pgp_hf.cli.parsing import parse, prompt_arguments
 
 
+def make_model(arguments: Arguments, stream: TaskStream) -> PeftModel:
+    """Return the backbone with the adapter for a stream's classes."""
+    backbone = arguments.model.backbone(stream)
+    config = L2PConfig(
+        **vars(arguments.prompts),
+        head=arguments.run.head,
+        interpolate_pos_encoding=arguments.model.interpolates(backbone),
+    )
+    return get_peft_model(backbone, config)
+
+
 def main() -> None:
-    arguments = parse(__doc__, prompt_arguments(L2PConfig), method="l2p")
-
-    def make_model(stream: TaskStream) -> PeftModel:
-        backbone = arguments.model.backbone(stream)
-        config = L2PConfig(
-            **vars(arguments.prompts),
-            head=arguments.run.head,
-            interpolate_pos_encoding=arguments.model.interpolates(backbone),
-        )
-        return get_peft_model(backbone, config)
-
-    run("L2P", arguments, make_model)
+    run("L2P", parse(__doc__, prompt_arguments(L2PConfig), method="l2p"), make_model)
 
 
 if __name__ == "__main__":

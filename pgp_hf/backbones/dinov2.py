@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .family import Family
+from .family import CLS, Family
 
 
 class DINOFamily(Family):
@@ -20,15 +20,16 @@ class DINOFamily(Family):
 
 
 _SHARED: dict[str, Any] = {
-    "head_input": "CLS and the mean of the patches",
+    "head_input": f"{CLS} and the mean of the patches",
     "layers": "encoder.layer",
     "norm": "norm1",
     "parts": 2,
 }
-DINOV2 = DINOFamily("DINOv2", ("Dinov2Model",), "Dinov2ForImageClassification", **_SHARED)
+DINOV2 = DINOFamily("DINOv2", ("Dinov2Model",), "Dinov2ForImageClassification", "facebook/dinov2-base", **_SHARED)
 DINOV2_REGISTERS = DINOFamily(
     "DINOv2 with registers",
     ("Dinov2WithRegistersModel",),
     "Dinov2WithRegistersForImageClassification",
+    "facebook/dinov2-with-registers-base",
     **_SHARED,
 )

@@ -21,7 +21,7 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import (
 from transformers.utils.generic import can_return_tuple
 
 from .dinov2 import DINOFamily
-from .family import Rotate
+from .family import CLS, Rotate
 
 
 class DINOv3ViTForImageClassification(DINOv3ViTPreTrainedModel):
@@ -81,7 +81,8 @@ DINOV3 = DINOv3Family(
     "DINOv3",
     ("DINOv3ViTModel",),
     "DINOv3ViTForImageClassification",
-    head_input="CLS and the mean of the patches",
+    "facebook/dinov3-vitb16-pretrain-lvd1689m",
+    head_input=f"{CLS} and the mean of the patches",
     layers="model.layer",
     norm="norm1",
     parts=2,
@@ -96,7 +97,7 @@ def _register() -> None:
     known = IMAGE_PROCESSOR_MAPPING_NAMES.get("dinov3_vit", {})
     if "pil" not in known:
         # not by `AutoImageProcessor.register`, which loads the class of the other backend: it takes torchvision
-        backends = {**known, "pil": DINOv3ViTImageProcessorPil}
+        backends: Any = {**known, "pil": DINOv3ViTImageProcessorPil}
         IMAGE_PROCESSOR_MAPPING.register(DINOv3ViTConfig, backends, exist_ok=True)
 
 

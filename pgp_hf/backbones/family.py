@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CLS = "the CLS token"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "head_dim")
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -23,7 +24,9 @@ class Family:
         name: for people.
         models: names of the backbone's classes in transformers.
         classifier: name of the class that puts a linear `classifier` on the backbone.
-        head_input: what that class gives its classifier, for people.
+        example: a checkpoint on the Hub.
+        query_from: by what prompts are selected, for people.
+        head_input: what the classifier reads, for people.
         layers: path of the encoder's layers in the backbone.
         attention: name of a layer's attention.
         norm: name of the LayerNorm in front of it.
@@ -35,7 +38,9 @@ class Family:
     name: str
     models: tuple[str, ...]
     classifier: str
-    head_input: str = "CLS"
+    example: str
+    query_from: str = CLS
+    head_input: str = CLS
     layers: str = "layers"
     attention: str = "attention"
     norm: str = "layernorm_before"

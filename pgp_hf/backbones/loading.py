@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoModelForImageClassification,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from .. import embedded
-from .registry import FAMILIES
+from . import registry as registry  # DINOv3's head, which transformers lacks
 
 if TYPE_CHECKING:
     from ..data.stream import TaskStream
@@ -47,48 +51,55 @@ def load_backbone(
         OSError: no such checkpoint.
         ValueError: a model that transformers has no head for.
     """
-    source = embedded.resolve(str(name)) if name is not None else embedded.vit_path()
-    classes: dict[str, Any] = {}
+    model = with_head_of(stream, name, revision, dtype=dtype, attn_implementation=attn_implementation, **options)
     if stream is not None:
-        names = stream.id2label
-        classes = {
-            "num_labels": stream.num_classes,
-            "id2label": names,
-            "label2id": {label: index for index, label in names.items()},
-        }
-    hub = {"revision": revision or "main", **options}
-    with errors_only():  # transformers would warn about the new head, which is intended
-        model: PreTrainedModel = classification_class(source or name, **hub).from_pretrained(
-            source or name,
-            ignore_mismatched_sizes=True,
-            attn_implementation=attn_implementation,
-            dtype=dtype,
-            **classes,
-            **hub,
-        )
-    # a checkpoint's head with the same number of classes has been loaded: start from a new one in any case
-    for layer in model.classifier.modules() if stream is not None else ():
-        if isinstance(layer, nn.Linear):
-            layer.weight.data.normal_(std=getattr(model.config, "initializer_range", 0.02))
-            if layer.bias is not None:
-                layer.bias.data.zero_()
+        renew_head(model)
     return model
 
 
-def classification_class(source: Any, **options: Any) -> Any:
-    """Return the class that loads a checkpoint with one head: transformers' own choice, but for a DeiT with two.
+def with_head_of(
+    stream: TaskStream | None, name: str | os.PathLike[str] | None = None, revision: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """Load a backbone as `load_backbone` does, but with the checkpoint's own head where it has as many classes."""
+    source = embedded.vit_path() if name is None else embedded.resolve(str(name)) or name
+    if stream is not None:
+        names = stream.id2label
+        labels = {label: index for index, label in names.items()}
+        options = {**options, "num_labels": stream.num_classes, "id2label": names, "label2id": labels}
+
+    def load(kind: Any) -> PreTrainedModel:
+        return kind.from_pretrained(source, revision=revision or "main", ignore_mismatched_sizes=True, **options)
+
+    with errors_only():  # transformers would warn about the new head, which is intended
+        try:
+            return with_one_head(load)
+        except AttributeError:
+            if options.get("num_labels") != 0:
+                raise
+            options["num_labels"] = (
+                1  # transformers' SigLIP fails without a class; an empty stream opens the head anew
+            )
+            return with_one_head(load)
+
+
+def renew_head(model: Any) -> None:
+    """Draw a model's head anew, as one of the same number of classes has come with the checkpoint."""
+    for layer in model.classifier.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data.normal_(std=getattr(model.config, "initializer_range", 0.02))
+            layer.bias.data.zero_()
+
+
+def with_one_head(load: Callable[[Any], PreTrainedModel]) -> PreTrainedModel:
+    """Load a model by transformers' own choice of its class, but for a DeiT with a second head for distillation.
 
     Args:
-        source: Hub id or folder.
-        options: for `AutoConfig.from_pretrained`.
+        load: loads it by a class.
     """
-    config = AutoConfig.from_pretrained(source, **options)
-    made = getattr(config, "architectures", None) or []
-    own = {f"{family.classifier}WithTeacher": family.classifier for family in FAMILIES}
-    for architecture in made:
-        if architecture in own:
-            return getattr(transformers, own[architecture])
-    return AutoModelForImageClassification
+    model = load(AutoModelForImageClassification)
+    if isinstance(model, DeiTForImageClassificationWithTeacher):
+        return load(DeiTForImageClassification)  # with the same weights, but a head on CLS alone
+    return model
 
 
 @contextmanager

@@ -10,19 +10,33 @@ from .family import Family
 from .siglip import SIGLIP
 from .vit import DEIT, VIT, VIT_MSN
 
-FAMILIES: tuple[Family, ...] = (DEIT, VIT_MSN, DINOV2, DINOV2_REGISTERS, DINOV3, SIGLIP, VIT)
-"""In the order in which they are tried: ViT, which is known by its modules, comes last."""
+FAMILIES: tuple[Family, ...] = (VIT, DEIT, VIT_MSN, DINOV2, DINOV2_REGISTERS, DINOV3, SIGLIP)
+"""The one list from which the search, the refusal of other models, the guide and the tests are made."""
 
 
 def supported() -> str:
     """Return the names of the families in a sentence, such as "ViT, DeiT or SigLIP"."""
-    *names, last = sorted((family.name for family in FAMILIES), key=lambda name: ("ViT" not in name, name != "ViT"))
+    *names, last = (family.name for family in FAMILIES)
     return f"{', '.join(names)} or {last}"
+
+
+def table() -> str:
+    """Return what is supported as a table in Markdown."""
+    lines = [
+        "| backbone | such as | loaded as | prompts are selected by | the head reads | DualPrompt |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        lines.append(
+            f"| {family.name} | `{family.example}` | `{family.classifier}` | {family.query_from} | {family.head_input} | "
+            f"{'yes' if family.prefixes else 'no'} |"
+        )
+    return "\n".join(lines)
 
 
 def _backbone_in(model: nn.Module) -> tuple[str, Family] | None:
     for name, module in model.named_modules():
-        for family in FAMILIES:
+        for family in reversed(FAMILIES):  # ViT, which is known by its modules, comes last
             if family.fits(module):
                 return name, family
     return None

@@ -43,6 +43,8 @@ SIGLIP = SiglipFamily(
     "SigLIP",
     ("SiglipVisionModel",),
     "SiglipForImageClassification",
+    "google/siglip2-base-patch16-224",
+    query_from="the pooling head's output",
     head_input="the mean of the patches",
     layers="encoder.layers",
     attention="self_attn",

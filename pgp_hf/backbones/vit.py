@@ -45,6 +45,7 @@ class ViTFamily(ViTLike):
         return hasattr(embeddings, "patch_embeddings") and hasattr(embeddings, "cls_token")
 
 
-VIT = ViTFamily("ViT", ("ViTModel",), "ViTForImageClassification")
-DEIT = ViTLike("DeiT", ("DeiTModel",), "DeiTForImageClassification")  # its distillation token is not read
-VIT_MSN = ViTLike("ViT-MSN", ("ViTMSNModel",), "ViTMSNForImageClassification")
+VIT = ViTFamily("ViT", ("ViTModel",), "ViTForImageClassification", "google/vit-base-patch16-224-in21k")
+# a distillation token, if there is one, is not read
+DEIT = ViTLike("DeiT", ("DeiTModel",), "DeiTForImageClassification", "facebook/deit-base-distilled-patch16-224")
+VIT_MSN = ViTLike("ViT-MSN", ("ViTMSNModel",), "ViTMSNForImageClassification", "facebook/vit-msn-base")

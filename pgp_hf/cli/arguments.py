@@ -37,6 +37,7 @@ class DataArguments:
         init_classes: number of classes of the first task; `increment` by default.
         increment: number of classes of each further task, instead of `num_tasks`.
         scenario: how tasks are learned and tested; "online" means one epoch per task.
+        shift: "renderings" shows each task's images in a rendering of its own; None leaves them as they are.
         class_order: order in which the classes arrive, "random" or by "label".
         class_order_seed: seed of the class order, and of the images kept and held out; the run's seed by default.
         test_fraction: fraction of each class that is held out if there are no test images.
@@ -77,6 +78,13 @@ class DataArguments:
     scenario: Literal["class_incremental", "task_incremental", "online"] = field(
         default="class_incremental",
         metadata={"help": "how tasks are learned and tested; online means one epoch per task"},
+    )
+    shift: Literal["renderings"] | None = field(
+        default=None,
+        metadata={
+            "help": "let the tasks see the world differently: 'renderings' shows each task's images in a rendering of its "
+            "own, drawn by the seed (inverted, edges, grey, turned, ...)"
+        },
     )
     class_order: Literal["random", "label"] = field(
         default="random",
@@ -141,6 +149,7 @@ class DataArguments:
             label_column=label,
             image_column=image,
             scenario=self.scenario,
+            shift=self.shift,
             seed=seed if self.class_order_seed is None else self.class_order_seed,
             class_order=_label_order(train, label) if self.class_order == "label" else None,
             test_fraction=self.test_fraction,
@@ -240,6 +249,9 @@ class RunArguments:
             other fields of the `ProjectionConfig`.
         head: the classifier, "linear" or "statistics".
         no_compare: train this run alone, without its unprojected twin and the classifiers on frozen features.
+
+    Attributes:
+        main_job: True if the recipe is that of `recipes`, beside which PGP as published is trained.
     """
 
     preset: str | None = field(
@@ -269,6 +281,7 @@ class RunArguments:
             "classifiers on frozen features"
         },
     )
+    main_job: bool = field(default=False, init=False)
 
     def config(self) -> ProjectionConfig:
         """Return the projection's settings."""

@@ -13,6 +13,7 @@ from ..version import __version__
 COMMANDS = {
     "learn": "teach a finished run the classes of new images",
     "predict": "classify images with a finished run",
+    "demo": "show in the browser what a run predicts after each of its tasks",
     "push": "upload the finished tasks of a run to the Hub",
 }
 

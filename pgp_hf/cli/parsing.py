@@ -15,6 +15,7 @@ from ..training.arguments import PGPTrainingArguments
 from ..tuners.base.config import PromptConfig
 from .arguments import Arguments, DataArguments, ModelArguments, RunArguments
 from .dry_run import describe
+from .recipes import recipe
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -124,16 +125,19 @@ def parse(description: str | None, prompts: type, method: str, argv: Sequence[st
     name = early.parse_known_args(argv)[0].preset
     preset = None if name is None else presets.load(method, name)
     defaults: dict[str, Any] = {}
+    main_job: dict[str, Any] = {}
     if preset is not None:
         defaults = {"output_dir": f"out/{method}_{name}", **presets.arguments(preset, given)}
     elif not given & (SOURCES | HELP):  # --help shows the defaults for the user's own data
-        defaults = {"output_dir": f"out/{method}_pgp", **EMBEDDED}
+        main_job = recipe(method, given)
+        defaults = {"output_dir": f"out/{method}_pgp", **EMBEDDED, **main_job}
         if not given & {"--output_dir", "--overwrite_output_dir", "--resume_from_checkpoint"}:
             defaults["overwrite_output_dir"] = True  # the default folder is scratch
     kinds = (ModelArguments, DataArguments, prompts, RunArguments, PGPTrainingArguments)
     arguments = Arguments(*read(kinds, argv, defaults, description))
     arguments.data.choose_tasks(given)
     arguments.model.kind = "clip" if method == "clip" else "vit"
+    arguments.run.main_job = bool(main_job)
     if arguments.run.dry_run:
         if arguments.training.process_index == 0:
             print(describe(method, preset, arguments))

@@ -205,6 +205,7 @@ class StreamTrainer(TaskTrainer):
             self.train_dataset = self.method.train_images(context, images)
         with self.progress.timed("statistics"):
             before = self._passes().head_features(own) if self.args.compensate_drift and own > 0 else None
+            self._passes().learn_queries(own)
         # a function of (seed, task) alone: paired runs and resumed runs see the same random numbers
         set_seed(task_seed(self.args.seed, own))
         self.eval_dataset = test_sets(self.stream, t + 1)

@@ -332,6 +332,24 @@ class Passes:
         features, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
         known.calibrate(features, labels, self.collectives.reduce)
 
+    @torch.no_grad()
+    def learn_queries(self, t: int) -> None:
+        """Add the queries of a task's training images, which no training changes, to a model that selects by them."""
+        known = getattr(self.learner, "query_statistics", None)
+        if known is None:
+            return
+        queries: list[tuple[Tensor, Tensor]] = []
+
+        def views() -> Iterator[tuple[Tensor, Tensor]]:
+            queries.clear()
+            for batch, _ in self.views_for_method(t, None):
+                queries.append((batch.inputs["prompt_query"].float().cpu(), batch.labels))
+                yield queries[-1]
+
+        known.add_task(t, self.sizes.fit(lambda: gather_task(known, views(), self.collectives.reduce)))
+        features, labels = (torch.cat(parts) for parts in zip(*queries, strict=True))
+        known.calibrate(features, labels, self.collectives.reduce)
+
     @property
     def collectives(self) -> Collectives:
         """Operations that the processes do together; none where there is one process."""

@@ -79,7 +79,7 @@ def head_input(name, hidden, inserted, head_type):
 @pytest.mark.parametrize("head_type", ["prompt", "token"])
 @pytest.mark.parametrize("name", BY_NAME)
 def test_prompts_are_put_and_read_where_they_should_be(name, head_type):
-    base, images = families.make(name), tiny.images(3)
+    base, images = families.make(name).requires_grad_(False), tiny.images(3)
     place, family = find(base)
     unprompted = base.get_submodule(place)(pixel_values=images)
     query = unprompted.pooler_output if name == "SigLIP" else unprompted.last_hidden_state[:, 0]
@@ -166,7 +166,7 @@ def test_prefixes_that_an_attention_does_not_hand_on_are_refused():
 def test_images_of_another_size(name):
     """The adapter's setting reaches backbone and query; where positions fit any size, it changes nothing."""
     model, images = tiny.model("l2p", base=families.make(name), interpolate_pos_encoding=True), tiny.images(2, size=30)
-    base = families.make(name)
+    base = families.make(name).requires_grad_(False)
     backbone = base.get_submodule(find(base)[0])
     options = {} if name.startswith("DINO") else {"interpolate_pos_encoding": True}
     expected = find(base)[1].query(backbone(pixel_values=images, **options))

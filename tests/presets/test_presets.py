@@ -14,9 +14,10 @@ import hub_data
 import numpy as np
 import pytest
 import tiny
+import transformers
 
 from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, PGPTrainingArguments, embedded, presets
-from pgp_hf.cli import model_arguments, parsing
+from pgp_hf.cli import parsing
 from pgp_hf.cli.arguments import DataArguments, ModelArguments
 from pgp_hf.report import figures
 
@@ -249,7 +250,7 @@ def test_a_dry_run_reads_and_writes_nothing_else(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(builtins, "open", watch)
     for name in ("AutoImageProcessor", "AutoModelForImageClassification"):
-        monkeypatch.setattr(getattr(model_arguments, name), "from_pretrained", refuse)
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refuse)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     settings = dry_run(capsys, "l2p", "cub200-5")
     assert settings["preset"] == "cub200-5" and settings["method"] == "l2p" and "CUB" in settings["about"]

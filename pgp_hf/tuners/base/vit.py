@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from ...backbones import Family
+from ...backbones.family import CLS
 from ...backbones.registry import check, find
 from ...backbones.vit import ViTLike
 from ...runs.digest import tensor_sha256
@@ -76,6 +77,7 @@ class ViTPromptTuner(PromptTuner):
         self._check_targets(config, targets)
         config.target_modules = targets
         self._check_width(config, family.width(backbone))
+        config.head_input = None if family.head_input == CLS else family.head_input
         return config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:

@@ -41,6 +41,7 @@ class DualPromptAttention(PromptLayer):
         dualprompt_expert_key     (H, M, L, dh)    dualprompt_expert_value   (H, M, L, dh)
 
     Attributes:
+        mixture: weight of each expert for each image of the running batch, `(B, M)`; None to use the selected ones.
         record: a list that receives queries and prefix weights of the next forward passes, or None.
     """
 
@@ -58,6 +59,7 @@ class DualPromptAttention(PromptLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
+        self.mixture: Tensor | None = None
         self.record: list[tuple[Tensor, Tensor]] | None = None
         install(base_layer)
 
@@ -92,8 +94,11 @@ class DualPromptAttention(PromptLayer):
             keys.append(self.expand_to_batch("dualprompt_general_key", batch))
             values.append(self.expand_to_batch("dualprompt_general_value", batch).mT)
         if name in self.dualprompt_expert_key:
-            entry = self.selected[:, 0]
-            keys.append(self.dualprompt_expert_key[name][:, entry].transpose(0, 1))
-            values.append(self.dualprompt_expert_value[name][:, entry].transpose(0, 1))
+            for found, experts in ((keys, self.dualprompt_expert_key), (values, self.dualprompt_expert_value)):
+                if self.mixture is None:
+                    found.append(experts[name][:, self.selected[:, 0]].transpose(0, 1))
+                else:
+                    known = experts[name][:, : self.mixture.shape[1]]
+                    found.append(torch.einsum("bm,hmld->bhld", self.mixture.to(known), known))
         length = sum(key.shape[2] for key in keys)  # 0 where both lengths are
         return (torch.cat(keys, dim=2), torch.cat(values, dim=2)) if length else None
