@@ -25,6 +25,10 @@ their single task for as many epochs as the others train each task.
 Each row and seed runs in a process of its own, which writes one file, OUTPUT_DIR/ROW-seedK.json. Finished runs are
 skipped, and interrupted ones continue exactly from their work folder, so the same command continues the benchmark;
 several commands may share an output folder. After each run, the table and its figures are written again.
+
+    python examples/benchmark.py --speed --help
+
+is another benchmark, of the time and memory that a step takes.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, PGPTrainingArguments
-from pgp_hf.benchmark import table
+from pgp_hf.benchmark import speed, table
 from pgp_hf.benchmark.plans import Plan, Row, plan
 from pgp_hf.benchmark.runs import describe, execute, holder
 from pgp_hf.cli.arguments import DataArguments, ModelArguments
@@ -267,6 +271,8 @@ def stop(signum: int, frame: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if "--speed" in argv:
+        return speed.main([token for token in argv if token != "--speed"])
     bench, model, data, training = parse(argv)
     output = Path(str(training.output_dir))
     work = Path(bench.work_dir) if bench.work_dir else output.parent / "work" / output.name
