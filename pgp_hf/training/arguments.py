@@ -35,6 +35,8 @@ class PGPTrainingArguments(TrainingArguments):
         crop_min_scale: smallest share of the image that a crop keeps, in (0, 1].
         last_block: tokens that the last block of a backbone computes: all of them ("full"), or only those that the head or
             a query reads ("read"), which is a few percent faster and the same up to rounding.
+        skip_fixed: compute no gradient of prompts that a projection keeps from moving at all, as "frozen" does after the first
+            task, also where `max_grad_norm` clips gradients, whose norm then lacks theirs. Without clipping, it is always done.
         crop_views: number of different random crops of each training image, whose queries are then kept; None for new
             crops in each epoch.
         cache_queries: keep the queries of images, which never change, instead of computing them again.
@@ -109,6 +111,13 @@ class PGPTrainingArguments(TrainingArguments):
         metadata={
             "help": "tokens that the last block of a ViT with prompts computes: all, or only those that are read, which is "
             "faster and the same up to rounding"
+        },
+    )
+    skip_fixed: bool = field(
+        default=False,
+        metadata={
+            "help": "compute no gradient of prompts that a projection keeps from moving at all (frozen, after the first task), "
+            "which then do not count in the norm that max_grad_norm clips; without clipping, it is always done"
         },
     )
     crop_views: int | None = field(

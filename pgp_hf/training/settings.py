@@ -18,7 +18,16 @@ RECORDED = (
     *("seed", "data_seed", "num_train_epochs", "max_steps", "optim", "optim_args", "weight_decay", "max_grad_norm"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("learning_rate", "head_learning_rate", "later_prompt_learning_rate", "label_smoothing_factor", "bf16", "fp16"),
-    *("augmentation", "crop_min_scale", "crop_views", "last_block", "train_mask", "eval_mask", "compensate_drift"),
+    *(
+        "augmentation",
+        "crop_min_scale",
+        "crop_views",
+        "last_block",
+        "skip_fixed",
+        "train_mask",
+        "eval_mask",
+        "compensate_drift",
+    ),
 )
 # and those that a run which goes on does not take over by itself
 _OWN = ("reinit_optimizer", "train_sampling_strategy", "average_tokens_across_devices", "load_best_model_at_end")
@@ -28,7 +37,7 @@ _EVALUATED = (
     *("save_strategy", "save_steps"),
 )
 # the values that settings of today had in effect before there was a choice, for runs that do not record them
-BEFORE: Mapping[str, Any] = {"crop_views": None, "last_block": "full"}
+BEFORE: Mapping[str, Any] = {"crop_views": None, "last_block": "full", "skip_fixed": False}
 FREE = (
     "where and how often a run logs, saves and uploads, its devices, processes, data loader workers and evaluation batch "
     "size, the division of a step's images into micro-batches (unless batchwise_prompt is set), cache_queries, query_cache, "

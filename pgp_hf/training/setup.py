@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -190,6 +191,28 @@ def set_last_block(args: PGPTrainingArguments, learner: StreamModel) -> None:
             f"last_block='read' is for prompts on a ViT that a query selects, and this model is {learner.name!r}: leave it "
             "out."
         )
+
+
+@contextmanager
+def without_fixed(args: PGPTrainingArguments, method: ContinualMethod, learner: StreamModel) -> Iterator[None]:
+    """Compute no gradient inside the block of parameters that the method's projection keeps from moving at all.
+
+    It is exact unless gradients are clipped: their norm then lacks these parameters, so `skip_fixed` has to ask for it.
+    """
+    fixed: list[Tensor] = []
+    clips = args.max_grad_norm is not None and 0 < args.max_grad_norm < float("inf")
+    projection = method.projection
+    if projection is not None and isinstance(learner, Protectable) and (args.skip_fixed or not clips):
+        fixed = projection.projector.fixed(learner.prompt_parameters().items())
+    if len(fixed) == len(learner.trainable()):
+        fixed = []  # a loss needs something that learns
+    try:
+        for parameter in fixed:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in fixed:
+            parameter.requires_grad_(True)
 
 
 def new_results(

@@ -45,6 +45,7 @@ from .setup import (
     refuse_sharding,
     set_last_block,
     trainable_parameters,
+    without_fixed,
 )
 from .signals import StopOnSignal, holding
 from .task_trainer import TaskTrainer
@@ -216,7 +217,7 @@ class StreamTrainer(TaskTrainer):
         self.method.begin_task(context)
         self._fire("on_task_begin", task=t)
         self._beginning = None
-        with self.progress.timed("train"):
+        with self.progress.timed("train"), without_fixed(self.args, self.method, learner):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._beginning = None  # a copy of all that learns
         learner.end_task(own)
