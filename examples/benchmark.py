@@ -49,9 +49,11 @@ from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, PGPTrainingArg
 from pgp_hf.benchmark import speed, table
 from pgp_hf.benchmark.plans import Plan, Row, plan
 from pgp_hf.benchmark.runs import describe, execute, holder
+from pgp_hf.cli import console
 from pgp_hf.cli.arguments import DataArguments, ModelArguments
 from pgp_hf.cli.baseline_arguments import BaselineTrainingArguments, names
-from pgp_hf.cli.parsing import HELP, SOURCES, option, read
+from pgp_hf.cli.config_file import CommandLine, expand, option
+from pgp_hf.cli.parsing import HELP, SOURCES, read
 from pgp_hf.cli.settings import is_folder
 from pgp_hf.heads.closed_form import NearestClassMean, RandomProjectionRidge, ShrinkageLDA
 from pgp_hf.methods import create
@@ -184,8 +186,9 @@ def parse(argv: Sequence[str]) -> tuple[BenchmarkArguments, ModelArguments, Data
             f"{', '.join(sorted(own))}: runs are named by --seeds and resumed automatically; leave it out."
         )
     description = str(__doc__).format(rows="\n".join(f"    {name:<23}{row.what}" for name, row in ROWS.items()))
+    line = CommandLine(list(argv))
     kinds = (BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments)
-    bench, model, data, training = read(kinds, argv, PROTOCOL if given & (SOURCES | HELP) else EMBEDDED, description)
+    bench, model, data, training = read(kinds, line, PROTOCOL if given & (SOURCES | HELP) else EMBEDDED, description)
     data.choose_tasks(given)
     bench.rows = bench.rows or usual_rows(argv)
     return bench, model, data, training
@@ -270,7 +273,7 @@ def stop(signum: int, frame: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = expand(sys.argv[1:] if argv is None else argv).tokens
     if "--speed" in argv:
         return speed.main([token for token in argv if token != "--speed"])
     bench, model, data, training = parse(argv)
@@ -316,4 +319,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

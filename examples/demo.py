@@ -6,7 +6,7 @@ python examples/demo.py me/l2p-pgp-cifar100 --port 8000
 
 import sys
 
-from pgp_hf.cli import demo
+from pgp_hf.cli import console, demo
 
 if __name__ == "__main__":
-    sys.exit(demo.main())
+    sys.exit(console.run(demo.main))

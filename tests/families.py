@@ -52,5 +52,4 @@ def make(name: str, attention: str = "sdpa", **settings) -> PreTrainedModel:
     return model
 
 
-ADAPTED = [(name, adapter) for name, family in BY_NAME.items() for adapter in ("l2p", "dualprompt")]
-ADAPTED = [(name, adapter) for name, adapter in ADAPTED if adapter == "l2p" or BY_NAME[name].prefixes]
+ADAPTED = [(name, adapter) for name in BY_NAME for adapter in ("l2p", "dualprompt")]

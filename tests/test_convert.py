@@ -242,4 +242,4 @@ def test_module_runs_as_a_command(tmp_path):
         text=True,
         timeout=120,
     )
-    assert done.returncode == 1 and "not a .safetensors file" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "not a .safetensors file" in done.stderr and "Traceback" not in done.stderr

@@ -22,7 +22,7 @@ class Family:
 
     Args:
         name: for people.
-        models: names of the backbone's classes in transformers.
+        models: names of the backbone's classes in transformers, by which its own and derived ones are known.
         classifier: name of the class that puts a linear `classifier` on the backbone.
         example: a checkpoint on the Hub.
         query_from: by what prompts are selected, for people.
@@ -32,7 +32,7 @@ class Family:
         norm: name of the LayerNorm in front of it.
         start: number of tokens in front of the prompts.
         parts: length of the head's input, in widths of a token.
-        prefixes: True where the attention hands keyword arguments on, as prefix keys and values need it.
+        hands_on: True where the attention hands keyword arguments on to the function that computes it.
     """
 
     name: str
@@ -46,13 +46,13 @@ class Family:
     norm: str = "layernorm_before"
     start: int = 1
     parts: int = 1
-    prefixes: bool = True
+    hands_on: bool = True
 
     # ---- which models belong to it -------------------------------------------------------------------------------
 
     def fits(self, module: nn.Module) -> bool:
-        """Return True for a backbone of this family."""
-        return any(base.__name__ in self.models for base in type(module).__mro__)
+        """Return True for a backbone of this family by its modules, whatever its class is called."""
+        return False
 
     def reasons(self, model: nn.Module, backbone: Any) -> Iterator[str]:
         """Yield why prompts do not fit a backbone of this family, or the model around it."""

@@ -76,9 +76,9 @@ def with_head_of(
         except AttributeError:
             if options.get("num_labels") != 0:
                 raise
-            options["num_labels"] = (
-                1  # transformers' SigLIP fails without a class; an empty stream opens the head anew
-            )
+            # transformers' SigLIP fails without a class; whoever learns an empty stream opens the head anew
+            options = {key: value for key, value in options.items() if key not in ("id2label", "label2id")}
+            options["num_labels"] = 1
             return with_one_head(load)
 
 

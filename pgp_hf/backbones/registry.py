@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import nn
 
 from .dinov2 import DINOV2, DINOV2_REGISTERS
@@ -23,22 +25,27 @@ def supported() -> str:
 def table() -> str:
     """Return what is supported as a table in Markdown."""
     lines = [
-        "| backbone | such as | loaded as | prompts are selected by | the head reads | DualPrompt |",
-        "|---|---|---|---|---|---|",
+        "| backbone | such as | loaded as | prompts are selected by | the head reads |",
+        "|---|---|---|---|---|",
     ]
     for family in FAMILIES:
         lines.append(
-            f"| {family.name} | `{family.example}` | `{family.classifier}` | {family.query_from} | {family.head_input} | "
-            f"{'yes' if family.prefixes else 'no'} |"
+            f"| {family.name} | `{family.example}` | `{family.classifier}` | {family.query_from} | {family.head_input} |"
         )
     return "\n".join(lines)
 
 
+@cache
+def _by_class(kind: type) -> Family | None:
+    names = {base.__name__ for base in kind.__mro__}
+    return next((family for family in FAMILIES if names.intersection(family.models)), None)
+
+
 def _backbone_in(model: nn.Module) -> tuple[str, Family] | None:
     for name, module in model.named_modules():
-        for family in reversed(FAMILIES):  # ViT, which is known by its modules, comes last
-            if family.fits(module):
-                return name, family
+        family = _by_class(type(module)) or next((one for one in FAMILIES if one.fits(module)), None)
+        if family is not None:
+            return name, family
     return None
 
 

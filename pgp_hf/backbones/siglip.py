@@ -50,5 +50,5 @@ SIGLIP = SiglipFamily(
     attention="self_attn",
     norm="layer_norm1",
     start=0,
-    prefixes=False,
+    hands_on=False,
 )

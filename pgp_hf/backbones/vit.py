@@ -38,7 +38,7 @@ class ViTLike(Family):
 
 
 class ViTFamily(ViTLike):
-    """A ViT by its modules, whatever its class is called."""
+    """A ViT, by name or by its modules."""
 
     def fits(self, module: nn.Module) -> bool:
         embeddings = getattr(module, "embeddings", None)

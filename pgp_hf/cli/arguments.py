@@ -27,6 +27,7 @@ class DataArguments:
 
     Args:
         dataset_name: Hub id, or local folder of parquet or image files; scikit-learn's digits if no source is named.
+        dataset_config_name: configuration of the data set, if there are several.
         dataset_revision: branch, tag or commit on the Hub.
         dataset_split: the only split to use; `test_fraction` of it is held out for testing.
         train_dir: local folder of training images, with one subfolder per class.
@@ -53,6 +54,9 @@ class DataArguments:
             "help": "Hub id, or local folder of parquet or image files; without a source of images, scikit-learn's "
             "handwritten digits are used"
         },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "configuration of the data set, if there are several"}
     )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "branch, tag or commit of the data set on the Hub"}
@@ -185,7 +189,7 @@ class DataArguments:
         return splits
 
     def _named(self, name: str) -> datasets.DatasetDict:
-        splits, public = source_data.load(name, self.dataset_revision)
+        splits, public = source_data.load(name, self.dataset_revision, self.dataset_config_name)
         split = self.dataset_split or "train"
         if split not in splits:
             raise ValueError(
@@ -245,8 +249,8 @@ class RunArguments:
         preset: name of published settings.
         dry_run: print all settings and stop.
         projection: `method` of the `ProjectionConfig`.
-        energy, key_energy, value_energy, apply_to, max_images, probes, probe_space, hold_key_norm, ln_penalty: the
-            other fields of the `ProjectionConfig`.
+        energy, key_energy, value_energy, apply_to, max_images, probes, probe_space, hold_key_norm, ln_penalty,
+            softness, equal_images: the other fields of the `ProjectionConfig`.
         head: the classifier, "linear" or "statistics".
         no_compare: train this run alone, without its unprojected twin and the classifiers on frozen features.
 
@@ -271,6 +275,8 @@ class RunArguments:
     probe_space: str = _setting("probe_space", choices=list(PROBE_SPACES))
     hold_key_norm: bool = _setting("hold_key_norm")
     ln_penalty: float = _setting("ln_penalty")
+    softness: float = _setting("softness")
+    equal_images: bool = _setting("equal_images")
     head: Literal["linear", "statistics"] = field(
         default="linear", metadata={"help": PromptConfig.__dataclass_fields__["head"].metadata["help"]}
     )

@@ -63,7 +63,8 @@ def plan(arguments: Arguments) -> list[Planned]:
     own = Planned(output_dir, arguments, projection)
     if arguments.run.no_compare or projection.method == "none":
         return [own]
-    unprojected = replace(projection, method="none", ln_penalty=0.0)  # a penalty needs a projection
+    # what needs a projection is left out
+    unprojected = replace(projection, method="none", ln_penalty=0.0, equal_images=False)
     runs = [Planned(output_dir / TWIN, arguments, unprojected)]
     if arguments.run.main_job:
         other = as_published(arguments)

@@ -20,7 +20,6 @@ from ..data.images import AugmentedImages, CachedQueries
 from ..data.stream import TaskStream
 from ..methods import Batch, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts
-from .callbacks import fire
 from .choosing import check_choice, summarize
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
 from .finite import check_loss, check_outputs
@@ -30,6 +29,7 @@ from .recording import Batches, CollateBatch, Found, Images, Recorder
 from .reporting import ReportingTrainer
 from .setup import set_learning_rates
 from .signals import StopOnSignal
+from .tracking import StreamHandler
 from .views import Passes, head_inputs
 
 
@@ -40,6 +40,7 @@ class TaskTrainer(ReportingTrainer):
     """
 
     hub_model_id: str | None  # type: ignore[assignment]  # transformers annotates it as None
+    callback_handler: StreamHandler
     training_stream: TaskStream
     _scorer: Scorer
     _context: TaskContext | None  # of the task in training
@@ -53,7 +54,7 @@ class TaskTrainer(ReportingTrainer):
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         given = {"model": self.model, "stream": self.stream, "training_stream": self.training_stream, **kwargs}
-        fire(self.callback_handler.callbacks, event, self.args, self.state, self.control, **given)
+        self.callback_handler.fire(event, self.args, self.state, self.control, **given)
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -239,12 +240,14 @@ class TaskTrainer(ReportingTrainer):
         """Return the model's view of test images."""
         before = self.compute_metrics, self.data_collator
         self.compute_metrics, self._scorer.recording = None, True
+        self.callback_handler.measuring = True
         if isinstance(images, Batches):
             self.data_collator = CollateBatch(self.data_collator)
         try:
             output = self.predict(images, metric_key_prefix="eval_stream")
         finally:
             (self.compute_metrics, self.data_collator), self._scorer.recording = before, False
+            self.callback_handler.measuring = False
         found: Any = output.predictions  # the dict that prediction_step has returned
         return {"labels": np.asarray(output.label_ids), **found}
 

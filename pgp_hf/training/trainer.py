@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, ProgressCallback
+from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from .. import hub
@@ -26,7 +26,7 @@ from ..runs.folder import RunFolder
 from . import learning
 from .agreement import check_agreement, check_same_images
 from .arguments import PGPTrainingArguments
-from .callbacks import FollowTraining, StreamProgress
+from .callbacks import FollowTraining
 from .evaluation import Scorer, accuracy, test_sets
 from .fitting import BatchSizes
 from .loss import mean_over_step
@@ -44,11 +44,13 @@ from .setup import (
     new_results,
     refuse_sharding,
     set_last_block,
+    show_progress,
     trainable_parameters,
     without_fixed,
 )
 from .signals import StopOnSignal, holding
 from .task_trainer import TaskTrainer
+from .tracking import StreamHandler
 from .writing import write_task
 
 Kind = TypeVar("Kind", bound="StreamTrainer")
@@ -119,6 +121,7 @@ class StreamTrainer(TaskTrainer):
         self.folder = RunFolder(str(self.args.output_dir))
         first = stream.num_tasks - trained.num_tasks
         self.progress = Progress(new_results(self.args, stream, self.method, learner, first))
+        self.callback_handler = StreamHandler(self.callback_handler, self.progress)
         self._source: RunFolder | None = None  # of the run that goes on, until its files are in `output_dir`
         self._context: TaskContext | None = None  # of the task in training
         self._images: AugmentedImages | None = None  # and its images
@@ -133,9 +136,7 @@ class StreamTrainer(TaskTrainer):
         self.add_callback(FollowTraining(learner, lambda: (self._images, self.train_dataset)))
         if self.args.push_to_hub:
             self.add_callback(PushTasks(lambda: self.results.origin))
-        if not self.args.disable_tqdm:
-            self.pop_callback(ProgressCallback)
-            self.add_callback(StreamProgress())
+        show_progress(self)
 
     # ---- the stream ----------------------------------------------------------------------------------------------
 
@@ -219,6 +220,7 @@ class StreamTrainer(TaskTrainer):
         self._beginning = None
         with self.progress.timed("train"), without_fixed(self.args, self.method, learner):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.results.steps[own:] = [output.global_step]
         self._beginning = None  # a copy of all that learns
         learner.end_task(own)
         with self.progress.timed("statistics"):

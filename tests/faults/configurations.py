@@ -95,6 +95,8 @@ PROJECTION = {
     "probe_space": Values(("features", "logits", "statistics"), ("bogus", None)),
     "hold_key_norm": SWITCH,
     "ln_penalty": WEIGHT + (0,),
+    "softness": WEIGHT + (0,),
+    "equal_images": SWITCH,
 }
 METHODS: dict[str, dict[str, Values]] = {
     "fine_tuning": {},

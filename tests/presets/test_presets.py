@@ -360,7 +360,9 @@ def test_two_steps_on_random_data(tmp_path, monkeypatch, method, name):
     own += [] if name.endswith("-online") else ["--max_steps", 2]  # online is one epoch: two steps of these data
     script = Path(__file__).parents[2] / "examples" / f"run_{method}_pgp.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--preset", name, *map(str, own)])
-    runpy.run_path(str(script), run_name="__main__")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stop.value.code == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["accuracy_matrix"]) == results["num_tasks"] == line[1]
     assert results["scenario"] == data["scenario"] and results["seed"] == line[-1]

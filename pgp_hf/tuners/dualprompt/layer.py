@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..base.attention import install, uninstall
+from ..base.attention import carrying, install, uninstall
 from ..base.layer import PromptLayer, uniform
 from ..base.learned import add_learned_entries
 from .config import DualPromptConfig
 
 if TYPE_CHECKING:
     from transformers.models.vit.modeling_vit import ViTAttention
+
+    from ...backbones import Family
 
 
 class DualPromptEmbeddings(PromptLayer):
@@ -57,8 +59,9 @@ class DualPromptAttention(PromptLayer):
     dualprompt_expert_key: nn.ParameterDict
     dualprompt_expert_value: nn.ParameterDict
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, family: Family) -> None:
         super().__init__(base_layer)
+        self.family = family
         self.mixture: Tensor | None = None
         self.record: list[tuple[Tensor, Tensor]] | None = None
         install(base_layer)
@@ -81,9 +84,13 @@ class DualPromptAttention(PromptLayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         prefix = self._prefix(hidden_states.shape[0])  # `len` would fix the size of batches in an export
-        if prefix is not None:
-            kwargs.update(prefix_key=prefix[0], prefix_value=prefix[1], record=self.record)
-        return self.base_layer(hidden_states, *args, **kwargs)
+        if prefix is None:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        given = {"prefix_key": prefix[0], "prefix_value": prefix[1], "record": self.record}
+        if self.family.hands_on:
+            return self.base_layer(hidden_states, *args, **kwargs, **given)
+        with carrying(self.base_layer, given):
+            return self.base_layer(hidden_states, *args, **kwargs)
 
     def _prefix(self, batch: int) -> tuple[Tensor, Tensor] | None:
         """Return the prefix keys and values of the running batch, `(B, H, L, dh)` each, general before expert."""

@@ -26,7 +26,7 @@ GENERAL = ("dualprompt_general_key", "dualprompt_general_value")
 
 
 class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
-    """Add DualPrompt to a model of any of `pgp_hf.backbones.FAMILIES` whose attention takes prefixes.
+    """Add DualPrompt to a model of any of `pgp_hf.backbones.FAMILIES`.
 
     In training every image uses the expert entry of the task set by `begin_task`; in prediction each image uses the
     entry whose key is nearest to its query, among those that tasks have used, or what `DualPromptConfig.selection` says.
@@ -39,11 +39,6 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
     def _targets(self, config: DualPromptConfig, stem: str, backbone: ViTModel) -> list[str]:
         layers = sorted({*config.general_layers, *config.expert_layers})
         family = self.family
-        if not family.prefixes:
-            raise ValueError(
-                f"{type(self.model).__name__} cannot take the prefixes of DualPrompt: the attention of {family.name} hands "
-                "no keys and values on. Use L2P, whose prompts are tokens (pgp_hf.L2PConfig)."
-            )
         depth = len(family.blocks(backbone))
         if layers and layers[-1] >= depth:
             raise ValueError(
@@ -61,7 +56,7 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
             self._add_queries(embeddings, adapter_name, config)
             return embeddings
         index = int(name.split(".")[-2])
-        attention = target if isinstance(target, DualPromptAttention) else DualPromptAttention(target)
+        attention = target if isinstance(target, DualPromptAttention) else DualPromptAttention(target, self.family)
         attention.update_layer(adapter_name, config, index in config.general_layers, index in config.expert_layers)
         return attention
 
