@@ -31,7 +31,7 @@ from ..models import set_trainable
 from ..report.formatting import as_number
 from ..runs import removal
 from ..runs.atomic import write_json
-from ..runs.folder import RunFolder
+from ..runs.folder import QUERIES, RunFolder
 from ..runs.reading import read_json
 from ..training.results import SUMMARY, versions
 from ..training.trainer import StreamTrainer
@@ -112,6 +112,7 @@ def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
     known, training = plan.data.load(plan.seed), copy.copy(plan.training)
     stream = TaskStream.empty(known.scenario, plan.seed) if plan.row.surprises else known
     training.output_dir, training.seed, training.disable_tqdm = str(plan.folder / "run"), plan.seed, True
+    training.query_cache = training.query_cache or str(plan.folder.parent / QUERIES)  # which all runs share
     training.push_to_hub = False
     set_seed(plan.seed)  # for the head and the prompts, which are drawn next
     backbone, model = _model(plan, known)

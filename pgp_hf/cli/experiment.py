@@ -24,7 +24,7 @@ from ..report.table import plain
 from ..report.verdict import frozen_wins, verdict
 from ..runs.atomic import write_json
 from ..runs.checks import first_task
-from ..runs.folder import RESULTS, RunFolder
+from ..runs.folder import QUERIES, RESULTS, RunFolder
 from ..runs.lock import held
 from ..training.pgp_trainer import PGPTrainer
 from ..training.resume import find_run
@@ -111,6 +111,7 @@ def _run(name: str, runs: list[Planned], make_model: MakeModel) -> Results:
         set_seed(args.seed)
         own = copy.copy(args)
         own.output_dir = str(one.folder)
+        own.query_cache = args.query_cache or str(runs[-1].folder / QUERIES)  # which all of them share
         own.push_to_hub = args.push_to_hub and one is runs[-1]  # the others are not uploaded
         model = make_model(one.arguments, stream)
         trainer = PGPTrainer(model, own, stream, projection=one.projection, processing_class=processor)

@@ -445,4 +445,4 @@ class TaskStream:
             )
         if not part.num_images:
             raise ValueError(f"task {index} (0-based) has no {split} images")
-        return TaskImages(part.source, part.rows, index)
+        return TaskImages(part.source, part.rows, index, part)
