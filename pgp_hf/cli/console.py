@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
@@ -25,6 +27,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {printable(one_line(message))}\n")
 
 
+def fill(text: str, indent: str = "") -> str:
+    """Return a text in lines of at most `WIDTH` columns, without breaking paths; `indent` is for all but the first."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
 def run(
     command: Callable[[list[str]], int | None],
     argv: Sequence[str] | None = None,
@@ -42,7 +49,7 @@ def run(
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [token for token in given if token != TRACEBACK]
     try:
-        with _bars_on_terminals():
+        with _for_people(traceback=arguments != given):
             return int(command(arguments) or 0)
     except REFUSALS as error:
         if arguments != given:
@@ -52,13 +59,21 @@ def run(
 
 
 @contextmanager
-def _bars_on_terminals() -> Iterator[None]:
-    """Hide the bars of what is downloaded and read where nobody sees them; the libraries read this when imported."""
-    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+def _for_people(traceback: bool) -> Iterator[None]:
+    """Hide the bars of other libraries where nobody sees them, and show warnings as lines that fit a terminal."""
+    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # read when they are imported
     hidden = [] if sys.stderr.isatty() else [name for name in names if name not in os.environ]
+    before: Callable[..., str] = warnings.formatwarning
     os.environ.update(dict.fromkeys(hidden, "1"))
+    if not traceback:
+        warnings.formatwarning = _warning
     try:
         yield
     finally:
+        warnings.formatwarning = before
         for name in hidden:
             os.environ.pop(name, None)
+
+
+def _warning(message: Warning | str, *where: object, **line: object) -> str:
+    return fill(f"warning: {printable(one_line(message))}") + "\n"

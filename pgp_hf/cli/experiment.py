@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,13 +29,13 @@ from ..training.pgp_trainer import PGPTrainer
 from ..training.resume import find_run
 from ..training.signals import leaving
 from .arguments import Arguments
+from .console import WIDTH, fill
 from .frozen import Extract, frozen_rows, random_weights
 from .recipes import as_published
 
 Results = dict[str, dict[str, Any]]  # by the name of the row
 MakeModel = Callable[[Arguments, TaskStream], PeftModel]
 TWIN, PUBLISHED = "baseline", "published"  # their folders, in that of the run
-WIDTH = 100  # columns of a terminal
 SHOWN = 5  # at most, of tasks for which there is no room in a table
 
 
@@ -226,7 +225,7 @@ def print_comparison(rows: Results, output_dir: Path, refused: Mapping[str, str]
     print(table(rows))
     refused = refused or {}
     for name, reason in refused.items():
-        print(f"\nno row {name}: {reason}")
+        print("\n" + fill(f"no row {name}: {reason}"))
     content = {**rows, **{name: {"refused": why} for name, why in refused.items()}}
     write_json(output_dir / "comparison.json", content, rows=True)
     trained = {name: row for name, row in rows.items() if "method" in row}
@@ -262,7 +261,7 @@ def report(rows: Results, runs: list[Planned], name: str) -> None:
     no_source = not (arguments.model.model_name_or_path or arguments.data.dataset_name or arguments.data.train_dir)
     for text in (frozen_wins(rows, embedded=no_source), verdict(own, twin) if twin else None):
         if text:
-            print("\n" + textwrap.fill(text, WIDTH))
+            print("\n" + fill(text))
 
 
 def _trained_head(row: dict[str, Any]) -> float | None:

@@ -36,6 +36,7 @@ from ..training.trainer import StreamTrainer
 from . import helping
 from .arguments import DataArguments, string_labels_as_classes
 from .config_file import CommandLine, expand
+from .console import fill
 from .experiment import resume_argument
 from .folders import labelled_images
 from .growth import growth_table, known_classes
@@ -300,7 +301,7 @@ def learn(command: Command) -> None:
     known_test = new.known_test_images(before.manifest or {})
     trainer = StreamTrainer.from_pretrained(run, new.revision, args, known_test, backbone=new.backbone)
     if trainer.is_world_process_zero():
-        print(f"{run}, task-{before.tasks}, knows {known_classes(trainer.stream)}", flush=True)
+        print(fill(f"{run}, task-{before.tasks}, knows {known_classes(trainer.stream)}"), flush=True)
     trainer.learn(train, test, resume_from_checkpoint=resume, **reading)
     if trainer.is_world_process_zero():
         print(report(trainer, before.tasks))
