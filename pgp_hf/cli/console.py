@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from ..report.formatting import one_line, printable
+from ..report.formatting import fill, one_line, printable
 
-WIDTH = 100  # columns of what is printed
 TRACEBACK = "--traceback"
 # what refuses arguments, files and settings; anything else is a fault of the program, with its traceback
 REFUSALS = (TypeError, ValueError, OSError, FloatingPointError, ImportError)
@@ -25,11 +23,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with code 2."""
         self.exit(2, f"error: {printable(one_line(message))}\n")
-
-
-def fill(text: str, indent: str = "") -> str:
-    """Return a text in lines of at most `WIDTH` columns, without breaking paths; `indent` is for all but the first."""
-    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def run(

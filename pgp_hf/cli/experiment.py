@@ -18,7 +18,7 @@ from ..data.stream import TaskStream
 from ..methods.projected_prompts import check_projection
 from ..projection import ProjectionConfig
 from ..report import figures
-from ..report.formatting import MISSING, as_measured
+from ..report.formatting import MISSING, WIDTH, as_measured, fill
 from ..report.table import plain
 from ..report.verdict import frozen_wins, verdict
 from ..runs.atomic import write_json
@@ -29,7 +29,6 @@ from ..training.pgp_trainer import PGPTrainer
 from ..training.resume import find_run
 from ..training.signals import leaving
 from .arguments import Arguments
-from .console import WIDTH, fill
 from .frozen import Extract, frozen_rows, random_weights
 from .recipes import as_published
 

@@ -7,9 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from ..data.stream import TaskStream
-from ..report.formatting import one_line, printable
+from ..report.formatting import WIDTH, one_line, printable
 from ..report.table import plain
-from .console import WIDTH
 
 NOT_MEASURED = "not measured"
 _SHOWN = 6  # class names in a row

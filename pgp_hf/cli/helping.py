@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 
-from .console import WIDTH
+from ..report.formatting import WIDTH
 
 _INDENT = 32  # of an option's text
 

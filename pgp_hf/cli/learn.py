@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from ..data import source as source_data
+from ..report.formatting import fill
 from ..runs.revision import Revision
 from ..runs.sources import locate
 from ..training.arguments import PGPTrainingArguments
@@ -36,7 +37,6 @@ from ..training.trainer import StreamTrainer
 from . import helping
 from .arguments import DataArguments, string_labels_as_classes
 from .config_file import CommandLine, expand
-from .console import fill
 from .experiment import resume_argument
 from .folders import labelled_images
 from .growth import growth_table, known_classes
