@@ -16,7 +16,7 @@ ProjectionConfig, prompt configuration or PGPTrainingArguments, and counts as a 
 `fine_tuning@trainable=lora:8` change those of a method, and what of the model learns. On the embedded digits, methods
 with exemplars have two rows by default, with 2 and with 10 images a class. Methods have the recipe of
 run_baselines.py: --learning_rate and --lr_scheduler_type are for prompts. The clip rows have the embedded CLIP; with
---model_name_or_path, a CLIP model, they run when they are named. In the rows of surprises, which run when they are named,
+--model_name_or_path, a CLIP model, they run when they are named. In the rows of surprises, which run when they are named like dualprompt-joint,
 the model begins without classes and learns each task as it comes.
 
 Runs of one seed are paired: they have the same class order, images, initial prompts and batches. The joint rows train
@@ -90,6 +90,9 @@ ROWS = {
     "l2p-attention": prompts(f"L2P, {FIRST_ATTENTION}", L2PConfig, "attention"),
     "l2p-control": prompts(f"L2P, no projection, {CAREFUL}", L2PConfig, "none", careful=True),
     "l2p-functional": prompts(f"L2P, {OUTPUTS}, {CAREFUL}", L2PConfig, "functional", True, **FUNCTIONAL),
+    "dualprompt-joint": prompts(
+        "DualPrompt, all classes as one task: an upper bound", DualPromptConfig, "none", joint=True
+    ),
     "dualprompt-none": prompts("DualPrompt, no projection", DualPromptConfig, "none"),
     "dualprompt-pgp": prompts("DualPrompt, PGP on updates", DualPromptConfig, "pgp"),
     "dualprompt-control": prompts(f"DualPrompt, no projection, {CAREFUL}", DualPromptConfig, "none", careful=True),
@@ -106,6 +109,7 @@ SURPRISES = {
     for name in ("l2p-control", "l2p-functional", "dualprompt-control", "dualprompt-functional")
 }
 ROWS |= SURPRISES
+WHEN_NAMED = {*SURPRISES, "dualprompt-joint"}  # rows that run when they are named
 RECIPE = {
     one: BaselineTrainingArguments.__dataclass_fields__[one].default
     for one in BaselineTrainingArguments.__annotations__
@@ -169,7 +173,7 @@ class BenchmarkArguments:
 def usual_rows(argv: Sequence[str]) -> list[str]:
     """Return the names of the rows that run when the command line names none."""
     given = set(map(option, argv))
-    rows = [name for name in ROWS if name not in SURPRISES]
+    rows = [name for name in ROWS if name not in WHEN_NAMED]
     if "--model_name_or_path" in given:
         return [name for name in rows if ROWS[name].prompt is not ClipPromptConfig]
     if given & SOURCES:

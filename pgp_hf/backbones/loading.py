@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -104,10 +106,22 @@ def with_one_head(load: Callable[[Any], PreTrainedModel]) -> PreTrainedModel:
 
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """Silence all but errors of transformers."""
-    verbosity = logging.get_verbosity()
+    """Silence all but errors of transformers, and without a terminal its bars."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled() and not sys.stderr.isatty()
     logging.set_verbosity_error()
+    if bar:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def wrapping() -> Iterator[None]:
+    """Silence a warning while PEFT wraps a model: it reads a name that transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield

@@ -68,21 +68,21 @@ class Setting:
     def model(self) -> ViTForImageClassification:
         """Return the model with random weights, the same each time."""
         torch.manual_seed(0)
-        sizes: dict[str, Any] = SIZES[self.size]
-        return ViTForImageClassification(ViTConfig(image_size=self.pixels, num_labels=CLASSES, **sizes))
+        sizes: dict[str, Any] = {**SIZES[self.size], "image_size": self.pixels, "num_labels": CLASSES}
+        return ViTForImageClassification(ViTConfig(**sizes))
 
     def batches(self, queries: bool) -> list[dict[str, Tensor]]:
         """Return a few batches on the device, with queries where they are known beforehand."""
         made, width = [], SIZES[self.size]["hidden_size"]
         for i in range(2):
-            drawn = torch.Generator().manual_seed(i)
+            on: Any = {"generator": torch.Generator(self.device).manual_seed(i), "device": self.device}
             batch = {
-                "pixel_values": torch.randn(self.batch, 3, self.pixels, self.pixels, generator=drawn),
-                "labels": torch.randint(OWN, (self.batch,), generator=drawn),
+                "pixel_values": torch.randn(self.batch, 3, self.pixels, self.pixels, **on),
+                "labels": torch.randint(OWN, (self.batch,), **on),
             }
             if queries:
-                batch["prompt_query"] = torch.randn(self.batch, width, generator=drawn)
-            made.append({name: tensor.to(self.device) for name, tensor in batch.items()})
+                batch["prompt_query"] = torch.randn(self.batch, width, **on)
+            made.append(batch)
         return made
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -149,7 +149,8 @@ class Threaded:
     """
 
     def __init__(self, train: Callable[[Gate], None]) -> None:
-        self.gate, self.error = Gate(), None
+        self.gate = Gate()
+        self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(train,), daemon=True)
         self._thread.start()
         self._wait()
@@ -281,10 +282,10 @@ class PlainLoop:
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.batches, self.count = setting, setting.batches(False), 0
-        model = setting.model()
-        self.queries: ViTModel = setting.model().vit.to(setting.device).eval().requires_grad_(False)
-        self.vit: ViTModel = model.vit.to(setting.device).requires_grad_(False)
-        self.head: nn.Linear = model.classifier.to(setting.device)
+        model, frozen = (nn.Module.to(setting.model(), setting.device) for _ in range(2))
+        self.queries: ViTModel = frozen.vit.eval().requires_grad_(False)
+        self.vit: ViTModel = model.vit.requires_grad_(False)
+        self.head = model.classifier
         width = model.config.hidden_size
         self.prompt, self.key = (
             nn.Parameter(torch.empty(*shape, width, device=setting.device).uniform_(-1, 1))

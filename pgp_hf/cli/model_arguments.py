@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from .. import embedded
-from ..backbones.loading import renew_head, with_head_of
+from ..backbones.loading import errors_only, renew_head, with_head_of
 from ..data.stream import TaskStream
 from .resize import resized
 
@@ -142,12 +142,13 @@ class ModelArguments:
 
     def clip(self) -> CLIPModel:
         """Load the backbone as a `CLIPModel`."""
-        return CLIPModel.from_pretrained(
-            self.source,
-            revision=self.model_revision or "main",
-            attn_implementation=self.attn_implementation,
-            dtype=self.dtype,
-        )
+        with errors_only():
+            return CLIPModel.from_pretrained(
+                self.source,
+                revision=self.model_revision or "main",
+                attn_implementation=self.attn_implementation,
+                dtype=self.dtype,
+            )
 
     def tokenizer(self) -> CLIPTokenizer:
         """Load the tokenizer that belongs to the `CLIPModel`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy
 
 from ..hub import TaskRepo, choose_repo
@@ -158,6 +159,13 @@ class PGPTrainingArguments(TrainingArguments):
             "help": "delete the files that an earlier run wrote to output_dir, instead of refusing to touch it; all others stay"
         },
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "leave losses that are not finite out of the logged one; such a loss stops the training anyway, and to "
+            "look at each step's makes the host wait for a GPU"
+        },
+    )
     save_full_weights: Literal["last", "all"] = field(
         default="last",
         metadata={
@@ -211,6 +219,8 @@ class PGPTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
+        elif self.dataloader_pin_memory and isinstance(self.accelerator_config, AcceleratorConfig):
+            self.accelerator_config.non_blocking = True  # batches travel while the step before is computed
         self.check()
 
     def check(self) -> None:

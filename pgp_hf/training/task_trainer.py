@@ -22,7 +22,7 @@ from ..methods import Batch, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts
 from .choosing import check_choice, summarize
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
-from .finite import check_loss, check_outputs
+from .finite import LossWatch, check_outputs
 from .fitting import BatchSizes, Beginning, remember
 from .loss import image_losses, mean_over_step
 from .recording import Batches, CollateBatch, Found, Images, Recorder
@@ -51,6 +51,7 @@ class TaskTrainer(ReportingTrainer):
     _sizes: BatchSizes
     _beginning: Beginning | None  # of the task in training, for `auto_find_batch_size`
     stops: StopOnSignal
+    _losses: LossWatch  # of the task in training
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         given = {"model": self.model, "stream": self.stream, "training_stream": self.training_stream, **kwargs}
@@ -64,7 +65,14 @@ class TaskTrainer(ReportingTrainer):
             self.optimizer = self._beginning.restore()
         elif self.args.auto_find_batch_size and self.args.world_size == 1:
             self._beginning = Beginning(self.model, self.method, self.optimizer, self.accelerator)
-        return super()._inner_training_loop(*args, **kwargs)
+        self._losses = LossWatch(self.args.device)
+        output = super()._inner_training_loop(*args, **kwargs)
+        self._losses.settle(*self._where())
+        return output
+
+    def _where(self) -> tuple[int, int, str]:
+        """Return the task in training, its steps, and what remains of the run if it ends here."""
+        return self.task or 0, self.state.max_steps, self.progress.kept(self.folder)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with the rules of the model and of the method attached to it."""
@@ -102,22 +110,24 @@ class TaskTrainer(ReportingTrainer):
         return (loss, output) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Train on one batch as a `Trainer` does, and stop at a loss that is not finite.
+        """Train on one batch as a `Trainer` does, and stop at a loss that is not finite, as soon as the host knows of it.
 
         Raises:
             FloatingPointError: such a loss.
         """
         self.results.images_trained += len(inputs["pixel_values"]) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
-        step = f"step {self.state.global_step + 1} of {self.state.max_steps}"
-        at = f"task {(self.task or 0) + 1} at {step} (learning rate {self._get_learning_rate():g})"
-        check_loss(loss, at, self.progress.kept(self.folder))
+        self._losses.note(loss, self.state.global_step + 1, self._get_learning_rate())
+        self._losses.check(*self._where())
         return loss
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Log, save and evaluate as a `Trainer` does; after a signal, save in any case, and leave."""
+        control = self.control
+        if control.should_log or control.should_save or control.should_evaluate or self.stops.is_due():
+            self._losses.settle(*self._where())
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if self.stops.is_due():
             if self.args.save_only_model or self.stops.saved != self.state.global_step:

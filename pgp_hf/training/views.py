@@ -64,9 +64,9 @@ class Passes:
     digest: Callable[[], Mapping[str, str]]
 
     @property
-    def hidden(self) -> bool:
-        """Return True if progress bars are off on this process."""
-        return self.args.disable_tqdm or not self.accelerator.is_main_process
+    def hidden(self) -> bool | None:
+        """Return True if progress bars are off on this process, else None: they are shown on a terminal."""
+        return bool(self.args.disable_tqdm) or not self.accelerator.is_main_process or None
 
     @torch.no_grad()
     def queries(self, images: ImageView) -> Tensor | None:

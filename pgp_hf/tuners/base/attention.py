@@ -84,8 +84,12 @@ def attend(
     return found
 
 
-def _with_carried(module: nn.Module, *states: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    return prefix_attention(module, *states, **kwargs, **vars(module).get("prefixes", {}))
+def _with_carried(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    return prefix_attention(
+        module, query, key, value, attention_mask, **{**kwargs, **vars(module).get("prefixes", {})}
+    )
 
 
 AttentionInterface.register(NAME, _with_carried)
