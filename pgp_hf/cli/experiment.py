@@ -166,8 +166,7 @@ def print_comparison(rows: Results, output_dir: Path, refused: Mapping[str, str]
         print(f"\nno row {name}: {reason}")
     content = {**rows, **{name: {"refused": why} for name, why in refused.items()}}
     write_json(output_dir / "comparison.json", content, rows=True)
-    trained = {name: row for name, row in rows.items() if "method" in row}
-    figures.task_curves(trained, output_dir / "figures" / "comparison.png")
+    figures.comparison(rows, output_dir / "figures" / "comparison.png")
 
 
 def report(rows: Results, output_dir: Path, twin: bool) -> None:

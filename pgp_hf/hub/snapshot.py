@@ -50,6 +50,7 @@ UPLOADED_FILES = (
     PROCESSOR,
     "processor_config.json",
     "figures/*.png",
+    "figures/*.svg",
     DIGESTS,
 )
 """The only files that are uploaded, but for stored training images, for which one has to ask."""

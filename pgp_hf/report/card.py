@@ -18,7 +18,7 @@ from ..data.scenarios import SCENARIOS, Scenario
 from ..runs.atomic import replacing
 from ..runs.checks import finished_tasks, first_task
 from ..runs.digest import BACKBONE_KEYS
-from ..runs.folder import METHOD, PROCESSOR
+from ..runs.folder import DESCRIPTION, MANIFEST, METHOD, PROCESSOR, RESULTS, config_name
 from ..runs.reading import read_json
 from .figures import figure_names
 from .formatting import NOT_MEASURED, as_text
@@ -144,19 +144,32 @@ def save_card(
         ValueError, FileNotFoundError: as [`render_card`] does; an earlier card then stays as it was.
     """
     folder = Path(path).parent
-    card = render_card(
-        results,
-        manifest,
-        adapter_config,
-        projection,
+    card = _render_in(folder, results, manifest, adapter_config, projection, method=method, repo_id=repo_id)
+    with replacing(path) as part:
+        part.write_text(str(card), encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+def card_of(folder: Path) -> ModelCard:
+    """Return the card of a task's folder, or of a copy of one, according to the files and figures in it now.
+
+    Raises:
+        ValueError, FileNotFoundError: as [`render_card`] does, or for a file that cannot be read.
+    """
+    names = (RESULTS, MANIFEST, config_name(folder), DESCRIPTION)
+    return _render_in(folder, *(read_json(folder / name) for name in names))
+
+
+def _render_in(
+    folder: Path, *contents: Any, method: Mapping[str, Any] | None = None, repo_id: str | None = None
+) -> ModelCard:
+    return render_card(
+        *contents,
         method=_read_if_present(folder / METHOD) if method is None else method,
         processor=_read_if_present(folder / PROCESSOR),
         figures=[file.name for file in folder.glob("figures/*.png")],
         repo_id=repo_id,
     )
-    with replacing(path) as part:
-        part.write_text(str(card), encoding="utf-8", newline="\n")
-    return Path(path)
 
 
 def _read_if_present(path: Path) -> dict[str, Any] | None:
@@ -332,8 +345,10 @@ def _figure_texts(run: _Run) -> dict[str, str]:
     return {
         "accuracy_matrix.png": f"Accuracy on each task after {'all of them' if run.as_one else 'each task'}",
         "task_curves.png": "Average accuracy and forgetting after each task",
+        "forgetting_by_task.png": "Accuracy on each earlier task, at its best and now",
         "stability.png": f"Drift of old features{rank} after each task",
         "prompt_usage.png": "Pool entries that each task's test images select",
+        "prompts_and_keys.png": "Movement of prompts and keys with the tasks",
     }
 
 

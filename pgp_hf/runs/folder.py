@@ -43,13 +43,27 @@ TASK = re.compile(r"task-([1-9]\d{0,5})")
 # what a task's folder holds, and the top level
 _RUN = (RESULTS, MANIFEST, BASES, DESCRIPTION, METHOD_STATE, METHOD, DIGESTS)  # nobody else has them
 _STATE = (*_RUN, ADAPTER_CONFIG, ADAPTER, MODEL_CONFIG, MODEL)
-_FIGURES = ("accuracy_matrix", "task_curves", "stability", "prompt_usage")
+_FIGURES = tuple(
+    f"figures/{name}.{suffix}"
+    for name in (
+        *("accuracy_matrix", "task_curves", "forgetting_by_task", "stability"),
+        *("prompt_usage", "prompts_and_keys"),
+    )
+    for suffix in ("png", "svg")
+)
 _TASK_FILES = (
     *(*_STATE, EXEMPLARS, PROCESSOR, "processor_config.json", "README.md"),
-    *(f"figures/{name}.png" for name in _FIGURES),
+    *_FIGURES,
 )
 # what else is written to the top level, whose temporary files are swept
-_ALSO_SWEPT = (CONTINUED, "comparison.json", "figures/comparison.png", "settings.json", "frozen.json")
+_ALSO_SWEPT = (
+    CONTINUED,
+    "comparison.json",
+    "figures/comparison.png",
+    "figures/comparison.svg",
+    "settings.json",
+    "frozen.json",
+)
 _UNPUBLISHED = re.compile(TASK.pattern.join((r"\.", r"-[a-z0-9_]{8}")))  # as `mkdtemp` calls folders
 _ASIDE = re.compile(TASK.pattern.join((r"\.", r"\.aside")))
 
@@ -267,6 +281,8 @@ class RunFolder:
             temporary.write_text(f"{self.task(t).name}\n", encoding="utf-8")
         task = self.task(t)
         listed = removal.listed(task / DIGESTS)
+        earlier = removal.listed(self.root / DIGESTS)
+        removal.remove(self.root, [name for name in _FIGURES if name in earlier and name not in listed])
         for name in sorted(
             {*listed, DIGESTS} if listed else self._written(task), key=lambda name: (name == DIGESTS, name)
         ):

@@ -35,6 +35,8 @@ class PGPTrainingArguments(TrainingArguments):
         crop_min_scale: smallest share of the image that a crop keeps, in (0, 1].
         cache_queries: keep the queries of images, which never change, instead of computing them again.
         verify_images: decode every image once before training starts.
+        figures: draw figures when each task ends ("each"), when the last one does ("last"), or not at all ("none");
+            `pgp_hf.report.on_demand.draw_run` draws those of a finished run on demand.
         overwrite_output_dir: delete an earlier run in `output_dir`.
         save_full_weights: for a model that is not an adapter, whose folders hold all of its weights: keep those of the
             last finished task ("last") or of every task ("all"); likewise images that a method stores.
@@ -107,6 +109,13 @@ class PGPTrainingArguments(TrainingArguments):
         },
     )
     verify_images: bool = field(default=True, metadata={"help": "decode every image once before training starts"})
+    figures: Literal["each", "last", "none"] = field(
+        default="last",
+        metadata={
+            "help": "draw figures when each task ends, which takes a second or two, when the last one does, or not at all; "
+            "`python -m pgp_hf.report RUN` draws them on demand"
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={

@@ -403,13 +403,19 @@ class StreamTrainer(TaskTrainer):
         if self.is_world_process_zero():
             if tensors := self.progress.references.tensors(t):  # there may be no test image
                 write_tensors(self.folder.features(t), tensors)
-            self.folder.publish(t, partial(self._write_files, features=self.folder.features(t) if tensors else None))
+            features = self.folder.features(t) if tensors else None
+            self.folder.publish(t, partial(self._write_files, features=features, earlier=self._drawn_after(t)))
             if self.args.save_full_weights == "last" and not self.args.push_to_hub:  # `PushTasks` waits for the Hub
                 self.folder.drop_large(before=t)
             self.folder.drop_checkpoints()
         self.accelerator.wait_for_everyone()
 
-    def _write_files(self, folder: Path, features: Path | None) -> None:
+    def _drawn_after(self, t: int) -> list[Path] | None:
+        """Return the folders of the tasks before t if figures are drawn when it ends; else None."""
+        drawn = {"each": True, "last": t == self.stream.num_tasks - 1, "none": False}[self.args.figures]
+        return [self.folder.task(k) for k in range(t)] if drawn else None
+
+    def _write_files(self, folder: Path, features: Path | None, earlier: list[Path] | None) -> None:
         write_task(
             folder,
             model=self._whole_model(),
@@ -419,6 +425,7 @@ class StreamTrainer(TaskTrainer):
             manifest=self.stream.manifest(self.results.num_tasks),
             digest=self._digest,
             features=features,
+            earlier=earlier,
         )
 
     def push_to_hub(  # type: ignore[override]  # it makes several commits

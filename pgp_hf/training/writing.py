@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def write_task(
     manifest: dict[str, Any],
     digest: dict[str, str],
     features: Path | None = None,
+    earlier: Sequence[Path] | None = None,
 ) -> None:
     """Write the files of a task that has just ended into `folder`, their digests last.
 
@@ -57,6 +59,7 @@ def write_task(
         manifest: content of `stream.json`.
         digest: of the frozen weights, by the names that `results.json` has.
         features: the file with those of the task's test images, as far as there are any.
+        earlier: folders of the tasks before, where figures are drawn; None for no figures.
     """
     file, config = write_model(folder, model)
     if hasattr(processor, "save_pretrained"):
@@ -74,7 +77,8 @@ def write_task(
     digests = {name: sha256(folder / name) for name in written}
     results = {**progress.results.to_dict(), "sha256": {**digests, **digest}}
     write_json(folder / RESULTS, results, rows=True)
-    figures.save_figures(results, folder / "figures")
+    if earlier is not None:
+        figures.save_figures(results, folder / "figures", manifest, [*earlier, folder])
     card.save_card(folder / "README.md", results, manifest, config, description)
     Digests.of(folder, features, known=digests).write()
 

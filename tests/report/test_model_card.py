@@ -1064,7 +1064,12 @@ def test_many_classes_and_long_names_are_cut_short():
 def test_figures_are_those_that_save_figures_writes():
     inputs = make_inputs()
     shown = lambda card: re.findall(r"\]\(figures/(.*?)\)", card.text)  # noqa: E731
-    assert shown(render(inputs)) == ["accuracy_matrix.png", "task_curves.png", "stability.png"]
+    assert shown(render(inputs)) == [
+        "accuracy_matrix.png",
+        "task_curves.png",
+        "forgetting_by_task.png",
+        "stability.png",
+    ]
     inputs["results"]["prompt_usage"] = [[1, 2]] * 3
     assert shown(render(inputs)) == plots.figure_names(inputs["results"])
     for figures in ([], ["prompt_usage.png"], ["stability.png", "other.png"]):
@@ -1081,7 +1086,7 @@ def test_a_saved_card_goes_by_what_lies_beside_it(tmp_path):
     (tmp_path / "figures" / "prompt_usage.png").unlink()
     text = model_card.save_card(tmp_path / "README.md", **inputs).read_text(encoding="utf-8")
     named = re.findall(r"\]\((figures/.*?)\)", text)
-    assert len(named) == 3 and all((tmp_path / name).is_file() for name in named)
+    assert len(named) == 4 and all((tmp_path / name).is_file() for name in named)
     assert "resized to 224 × 192 pixels (bicubic)" in text
     assert 'AutoImageProcessor.from_pretrained("path/to/this/folder"' in text
     (tmp_path / "preprocessor_config.json").unlink()
