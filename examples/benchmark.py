@@ -45,9 +45,11 @@ from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, PGPTrainingArg
 from pgp_hf.benchmark import table
 from pgp_hf.benchmark.plans import Plan, Row, plan
 from pgp_hf.benchmark.runs import describe, execute, holder
+from pgp_hf.cli import console
 from pgp_hf.cli.arguments import DataArguments, ModelArguments
 from pgp_hf.cli.baseline_arguments import BaselineTrainingArguments, names
-from pgp_hf.cli.parsing import HELP, SOURCES, option, read
+from pgp_hf.cli.config_file import CommandLine, expand, option
+from pgp_hf.cli.parsing import HELP, SOURCES, read
 from pgp_hf.cli.settings import is_folder
 from pgp_hf.heads.closed_form import NearestClassMean, RandomProjectionRidge, ShrinkageLDA
 from pgp_hf.methods import create
@@ -180,8 +182,9 @@ def parse(argv: Sequence[str]) -> tuple[BenchmarkArguments, ModelArguments, Data
             f"{', '.join(sorted(own))}: runs are named by --seeds and resumed automatically; leave it out."
         )
     description = str(__doc__).format(rows="\n".join(f"    {name:<23}{row.what}" for name, row in ROWS.items()))
+    line = CommandLine(list(argv))
     kinds = (BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments)
-    bench, model, data, training = read(kinds, argv, PROTOCOL if given & (SOURCES | HELP) else EMBEDDED, description)
+    bench, model, data, training = read(kinds, line, PROTOCOL if given & (SOURCES | HELP) else EMBEDDED, description)
     data.choose_tasks(given)
     bench.rows = bench.rows or usual_rows(argv)
     return bench, model, data, training
@@ -266,7 +269,7 @@ def stop(signum: int, frame: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = expand(sys.argv[1:] if argv is None else argv).tokens
     bench, model, data, training = parse(argv)
     output = Path(str(training.output_dir))
     work = Path(bench.work_dir) if bench.work_dir else output.parent / "work" / output.name
@@ -310,4 +313,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

@@ -164,7 +164,7 @@ def test_what_is_imported_is_declared():
 
     declared = names_of(project["dependencies"])
     extras = names_of(one for extra in project["optional-dependencies"].values() for one in extra)
-    names = {"PIL": "pillow", "sklearn": "scikit_learn"}
+    names = {"PIL": "pillow", "sklearn": "scikit_learn", "yaml": "pyyaml"}
     for name, file in modules().items():
         tree = ast.parse(file.read_text(encoding="utf-8"))
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]

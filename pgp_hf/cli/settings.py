@@ -78,7 +78,9 @@ def differences(mine: Settings, theirs: Settings, defaults: Settings | None = No
 
 def digests(stream: TaskStream, backbone: PreTrainedModel) -> dict[str, str | None]:
     """Return the SHA-256 of the stream's class order and images, and of the backbone's weights without its head."""
-    tasks = json.dumps(stream.manifest()["tasks"], sort_keys=True)
+    manifest = stream.manifest()
+    shown = {key: manifest[key] for key in ("tasks", "renderings") if key in manifest}
+    tasks = json.dumps(shown if len(shown) > 1 else manifest["tasks"], sort_keys=True)
     return {
         "stream": hashlib.sha256(tasks.encode()).hexdigest(),
         "backbone": backbone_sha256(backbone, ["classifier"]),

@@ -13,7 +13,7 @@ import PIL.Image
 import torch
 
 from .manifest import SPLITS
-from .rows import ImageRows
+from .rows import ImageRows, verify_images
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,17 @@ def hash_parts(parts: Iterable[Part]) -> None:
             part.sha256 = sha256
 
 
+def verify_parts(splits: Iterable[Iterable[Part]], progress: bool) -> None:
+    """Decode the images of parts that have not been verified yet, see `verify_images`."""
+    groups = [group for parts in splits for group in by_source(part for part in parts if not part.verified)]
+    chosen = [(source, sorted(row for part in own for row in part.rows.tolist())) for source, own in groups]
+    if chosen:
+        verify_images(chosen, progress)
+    for _, own in groups:
+        for part in own:
+            part.verified = True
+
+
 def read_entries(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Task], Parts, list[dict[str, Any]]]:
     """Return the tasks in a manifest, their images, all absent, and what else the manifest says of each task."""
     tasks = [
@@ -166,7 +177,9 @@ def read_entries(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Task], Part
 
 
 def write_entries(tasks: Sequence[Task], parts: Parts, notes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the tasks as a manifest has them, from what [`read_entries`] returns; the hashes must be known."""
+    """Return the tasks as a manifest has them, from what [`read_entries`] returns; compute hashes that are not known."""
+    for split in SPLITS:
+        hash_parts(parts[split])
     entries = []
     for task, note in zip(tasks, notes, strict=True):
         new = {} if task.new_classes == task.classes else {"new_classes": list(task.new_classes)}

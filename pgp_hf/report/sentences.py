@@ -74,6 +74,8 @@ def _data_limits(manifest: Mapping[str, Any]) -> str:
     if manifest.get("train_val_split"):
         share = f"{100 * manifest['train_val_split']:g} %"
         parts.append(f"evaluated on {share} of the training images, held out for validation, instead of test images")
+    if manifest.get("renderings"):
+        parts.append(f"each task's images in a rendering of their own: {', '.join(manifest['renderings'])}")
     return "".join(f"; {part}" for part in parts)
 
 

@@ -517,6 +517,7 @@ def made_up(plan: plans.Plan, seed: int, measured: bool = True, **more) -> dict:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_crash_stops_nothing_else_and_finished_runs_are_skipped(
     script, planned, local, tmp_path, monkeypatch, capsys
 ):

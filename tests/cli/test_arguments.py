@@ -127,7 +127,7 @@ def test_a_dry_run_prints_the_sizes(command, capsys):
 @COMMANDS
 def test_help_shows_the_sizes(command, capsys):
     with pytest.raises(SystemExit):
-        command("--help")
+        command("--help_all")
     words = " ".join(capsys.readouterr().out.split())
     assert "number of classes of the first task, with --increment" in words
     assert "number of classes of each further task, instead of --num_tasks" in words

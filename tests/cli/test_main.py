@@ -43,7 +43,7 @@ def test_unknown_commands(argv, capsys):
     with pytest.raises(SystemExit) as error:
         main(argv)
     told = capsys.readouterr().err
-    assert error.value.code == 2 and told.startswith("usage: pgp-hf ")
+    assert error.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
     assert "learn" in told if argv[0].isalpha() else "--lern" in told
 
 
@@ -67,5 +67,8 @@ def test_predict(tmp_path, without_figures, capsys):
     capsys.readouterr()
     assert main(["predict", str(run), str(photo)]) == 0
     assert capsys.readouterr().out.split(maxsplit=2) == [str(photo), f"{best['score']:.2%}", f"{best['label']}\n"]
-    assert main(["predict", str(tmp_path / "nowhere"), str(photo)]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    assert main(["predict", str(tmp_path / "nowhere"), str(photo)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
+    with pytest.raises(ValueError, match="nowhere"):
+        main(["predict", str(tmp_path / "nowhere"), str(photo), "--traceback"])

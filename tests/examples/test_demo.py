@@ -1,4 +1,4 @@
-"""The page to try a run on: `examples/demo.py`, its functions without gradio and, marked slow, in a real browser."""
+"""The page to try a run on, `pgp-hf demo`: its functions without gradio and, marked slow, in a real browser."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from PIL import ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from pgp_hf import ProjectionConfig, TaskStream, embedded, load_pretrained
+from pgp_hf.cli import demo as page
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "demo.py"
 
 
 @pytest.fixture
 def demo():
-    with tiny.script(SCRIPT) as module:
-        yield module
+    return page
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_without_an_argument(demo, run, gradio, made, monkeypatch, tmp_path, cap
         shutil.copytree(run, tmp_path / "out" / "l2p_pgp")
     assert demo.main([]) == (0 if made else 1)
     assert gradio.launch.called == made
-    assert made or "examples/run_l2p_pgp.py" in capsys.readouterr().err
+    assert made or "`pgp-hf train l2p`" in capsys.readouterr().err
 
 
 def test_a_public_link_is_made_on_request_alone(demo, run, gradio):
@@ -237,7 +237,7 @@ def test_without_gradio(demo, run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
     assert demo.main([str(run)]) == 1
-    assert "pip install -e '.[demo]'" in capsys.readouterr().err
+    assert "pip install gradio" in capsys.readouterr().err
 
 
 def test_help(demo, capsys):
@@ -245,7 +245,7 @@ def test_help(demo, capsys):
         demo.main(["--help"])
     assert error.value.code == 0
     out = capsys.readouterr().out
-    for part in ("--backbone", "--port", "--share", "run_l2p_pgp.py", ".[demo]", "slider"):
+    for part in ("--backbone", "--port", "--share", "pgp-hf train l2p", "pip install gradio", "slider"):
         assert part in out
 
 

@@ -228,6 +228,7 @@ def test_other_processes_upload_nothing_and_wait_for_nothing(tmp_path):
 # ---- whatever the network does ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_hub_that_comes_back(hub, train, python, expected, tmp_path):
     hub.stop()
     settings = {"push_to_hub": True, "hub_model_id": "me/run", "num_train_epochs": 1}
@@ -243,6 +244,7 @@ def test_a_hub_that_comes_back(hub, train, python, expected, tmp_path):
     check_complete(hub.repos["me/run"], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_connections_cut_in_mid_upload(hub, train, expected, tmp_path):
     hub.fail(r"POST /api/repos/create", cut="before")
     hub.fail(r"PUT /lfs/", cut="body")
@@ -255,6 +257,7 @@ def test_connections_cut_in_mid_upload(hub, train, expected, tmp_path):
     check_complete(hub.repos["me/run"], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_refused_token_is_told_at_once_and_the_command_finishes(hub, train, expected, tmp_path, home):
     answer = train(hub_token="hf_notAToken", hub_private_repo=True)
     assert tiny.same_results(answer.value, expected[1])
@@ -272,6 +275,7 @@ def test_a_refused_token_is_told_at_once_and_the_command_finishes(hub, train, ex
     assert hub.repos["me/run"].private
 
 
+@pytest.mark.slow
 def test_a_slow_hub_is_waited_for_no_longer_than_told(hub, train, python, expected, tmp_path):
     gate = threading.Event()
     hub.fail(r"POST .*/commit/main", gate=gate)
@@ -297,6 +301,7 @@ def test_a_hub_that_stays_away_is_reported(hub, python, expected):
     assert f"python -m pgp_hf.hub push {expected[0]} --repo_id me/run" in answer.out
 
 
+@pytest.mark.slow
 def test_a_training_that_breaks_off_reports_when_the_program_ends(hub, home, expected, tmp_path):
     script = """
 from types import SimpleNamespace
@@ -326,6 +331,7 @@ raise FloatingPointError("the loss became nan")
 # ---- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_package_is_a_command(hub, home, expected):
     def run(*argv):
         command = [sys.executable, "-m", "pgp_hf.hub", *argv]

@@ -43,7 +43,7 @@ def run(tmp_path_factory, without_figures):
 # ---- what it learns --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", tiny.ADAPTERS)
+@pytest.mark.parametrize("adapter", tiny.some_of(tiny.ADAPTERS, "l2p"))
 @pytest.mark.parametrize("head", ["linear", "statistics"])
 def test_it_learns_what_fine_tuning_learns_of_a_stream_of_one_task(tmp_path, adapter, head):
     settings = {"later_prompt_learning_rate": 0.0, "compensate_drift": head == "statistics"}  # there is nothing later
@@ -87,7 +87,12 @@ def test_the_scenarios(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("adapter", "head"),
-    [("l2p", "linear"), ("dualprompt", "linear"), ("dualprompt", "statistics"), ("clip", "linear")],
+    [
+        ("l2p", "linear"),
+        ("dualprompt", "statistics"),
+        pytest.param("dualprompt", "linear", marks=pytest.mark.slow),
+        pytest.param("clip", "linear", marks=pytest.mark.slow),
+    ],
 )
 def test_the_last_row_is_what_the_loaded_model_answers_on_each_tasks_test_images(tmp_path, adapter, head):
     trainer = tiny.trainer(tmp_path, method=create("joint"), model=tiny.model(adapter, head=head))
@@ -202,6 +207,7 @@ def test_resumed_within_training_it_is_the_same_run(run, tmp_path, again):
 
 
 @pytest.mark.parametrize(("adapter", "head"), [("dualprompt", "statistics"), ("clip", "linear")])
+@pytest.mark.slow
 def test_resumed_within_training_on_other_models(tmp_path, adapter, head):
     def trainer(name, **settings):
         return tiny.trainer(tmp_path / name, method=Joint(), model=tiny.model(adapter, head=head), **settings)

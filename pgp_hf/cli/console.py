@@ -1,0 +1,48 @@
+"""Run a command as a terminal expects: an error of the user is one line on stderr, with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from ..report.formatting import one_line, printable
+
+WIDTH = 100  # columns of what is printed
+TRACEBACK = "--traceback"
+# what refuses arguments, files and settings; anything else is a fault of the program, with its traceback
+REFUSALS = (TypeError, ValueError, OSError, FloatingPointError, ImportError)
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuse a command line in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
+        self.exit(2, f"error: {printable(one_line(message))}\n")
+
+
+def run(
+    command: Callable[[list[str]], int | None],
+    argv: Sequence[str] | None = None,
+    reword: Callable[[str], str] = str,
+) -> int:
+    """Run a command and return its exit code: 2, after one line that says why, if it is refused.
+
+    With `--traceback` among the arguments, which no command sees, the error is raised.
+
+    Args:
+        command: takes the command line and returns its exit code, or None for 0.
+        argv: the command line without the program, `sys.argv[1:]` by default.
+        reword: changes the message of an error.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = [token for token in given if token != TRACEBACK]
+    try:
+        return int(command(arguments) or 0)
+    except REFUSALS as error:
+        if arguments != given:
+            raise
+        print(f"error: {printable(reword(one_line(error) or type(error).__name__))}", file=sys.stderr)
+        return 2

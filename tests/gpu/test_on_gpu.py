@@ -1,0 +1,260 @@
+"""A run on an accelerator is the run on the CPU, to rounding; nothing in a step waits for it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import substitute
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from pgp_hf import ProjectionConfig, load_pretrained, methods
+from pgp_hf.projection import Basis, SecondMoment
+from pgp_hf.projection.moments import FrequentDirections
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("without_figures")]
+
+SGD = {"optim": "sgd", "learning_rate": 0.1}  # Adam makes steps of gradients that are zero but for rounding
+ADAPTERS = ("l2p", "dualprompt", "clip")
+METHODS = {
+    "derpp": {"memory_size": 6},
+    "icarl": {"memory_size": 12},
+    "bic": {"memory_size": 12, "validation_share": 0.25},
+    "der_mcg": {"memory_size": 12, "tuning_epochs": 4, "gate_epochs": 2, "gate_batch_size": 6},
+    "gpm": {"energy": 0.8},
+    "null_space_adam": {"energy": 0.8},
+}
+
+
+def train(folder: Path, on_cpu: bool, adapter: str = "l2p", model: dict | None = None, **settings):
+    """Return the trainer of a finished run of three tasks."""
+    settings = {"use_cpu": on_cpu, "compensate_drift": True, "num_train_epochs": 1, **SGD, **settings}
+    if "method" not in settings:
+        settings["projection"] = settings.get("projection") or ProjectionConfig(energy=0.9, key_energy=0.9)
+        settings["model"] = tiny.model(adapter, **{"head": "statistics", **(model or {})})
+    else:
+        settings.pop("compensate_drift")
+    substitute.choose(on_cpu)
+    trainer = tiny.trainer(folder, **settings)
+    trainer.train()
+    if not on_cpu:
+        assert {p.device.type for p in trainer.model.parameters()} == {trainer.args.device.type} != {"cpu"}
+    return trainer
+
+
+def agree(one: Path, two: Path, tolerance: float = 1e-3) -> None:
+    """Compare all that two runs have learned after each task."""
+    for task in ("task-1", "task-2", "task-3"):
+        a, b = (load_file(run / task / "adapter_model.safetensors") for run in (one, two))
+        assert a.keys() == b.keys()
+        for name in a:
+            if name.endswith("calibration"):  # losses of scores, for temperatures as low as 0.01
+                continue
+            apart = (a[name].double() - b[name].double()).norm() / a[name].double().norm().clamp_min(1e-12)
+            assert apart < tolerance, (task, name, float(apart))
+        if (one / task / "projection.safetensors").exists():
+            a, b = (load_file(run / task / "projection.safetensors") for run in (one, two))
+            for name in a:
+                assert a[name].shape == b[name].shape
+                assert torch.allclose(a[name] @ a[name].mT, b[name] @ b[name].mT, atol=2e-2), (task, name)
+    results = [json.loads((run / "results.json").read_text()) for run in (one, two)]
+    first, second = (np.array(r["accuracy_matrix"], dtype=float) for r in results)  # None becomes NaN
+    assert np.nanmax(np.abs(first - second)) <= 12.5 + 1e-9  # one of a task's eight test images
+    assert np.abs(np.array(results[0]["drift"]) - np.array(results[1]["drift"])).max() < 1e-3
+
+
+def along(folder: Path, t: int) -> float:
+    """Return the largest share of a parameter's movement in task t that lies along protected directions."""
+    before, after = (load_file(folder / f"task-{i}" / "adapter_model.safetensors") for i in (t - 1, t))
+    shares = [0.0]
+    for name, basis in load_file(folder / f"task-{t - 1}" / "projection.safetensors").items():
+        moved = (after[name] - before[name]).double()
+        rows = moved if basis.ndim > 2 else moved.flatten(0, -2) if moved.shape[-1] == len(basis) else moved.flatten(1)
+        rows = rows.flatten(1)[:, None] if basis.ndim > 2 and rows.shape[-1] != basis.shape[-2] else rows
+        if moved.any():
+            shares.append(float((rows @ basis.double()).norm() / moved.norm()))
+    return max(shares)
+
+
+@contextmanager
+def nothing_waits(device: torch.device):
+    """Raise at every operation that makes the host wait for the device."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- equality with the CPU -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("method", ["pgp", "functional"])
+def test_a_run_is_that_on_the_cpu(tmp_path, adapter, method, device):
+    """Prompts, keys, head, class statistics with drift compensation, bases, accuracies and drift."""
+    projection = ProjectionConfig(method=method, energy=0.9, key_energy=0.9)
+    for place in ("cpu", "gpu"):
+        train(tmp_path / place, place == "cpu", adapter, projection=projection)
+    agree(tmp_path / "cpu", tmp_path / "gpu")
+    assert all(along(tmp_path / "gpu", t) < 1e-5 for t in (2, 3))
+
+
+def test_the_attention_condition_is_that_of_the_cpu(tmp_path, device):
+    projection = ProjectionConfig(method="attention", energy=0.9, key_energy=0.9, value_energy=0.5, ln_penalty=0.1)
+    for place in ("cpu", "gpu"):
+        train(tmp_path / place, place == "cpu", "l2p", projection=projection)
+    agree(tmp_path / "cpu", tmp_path / "gpu")
+
+
+@pytest.mark.parametrize("name", sorted(set(methods.METHODS) - {"projected_prompts"}))
+def test_every_method_learns_there(tmp_path, name, device):
+    for place in ("cpu", "gpu"):
+        model, method = tiny.plain(), methods.create(name, **METHODS.get(name, {}))
+        trainer = train(tmp_path / place, place == "cpu", model=model, method=method, learning_rate=0.01)
+        assert trainer.folder.finished_tasks() == 3
+    last = [load_file(tmp_path / place / "model.safetensors") for place in ("cpu", "gpu")]
+    for key in last[0]:
+        apart = (last[0][key] - last[1][key]).double().norm() / last[0][key].double().norm().clamp_min(1e-12)
+        assert apart < 5e-2, (key, float(apart))
+
+
+def test_bases_and_their_leakage(device):
+    """Bases in float64 there: the subspace, the energies, and what is left along them after a projection."""
+    rows = torch.randn(3, 200, 24, generator=torch.Generator().manual_seed(1)) * torch.linspace(2, 0.01, 24)
+    for kind in (SecondMoment, FrequentDirections):
+        found = []
+        for place in ("cpu", device):
+            moment = kind(24, (3,), place).update(rows.to(place))
+            basis = Basis.empty(24, (3,), place).extend(moment, 0.95)
+            movement = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(2)).double().to(place)
+            left = basis.project(movement)
+            assert float((left @ basis.columns).norm() / movement.norm()) < 1e-12
+            assert basis.columns.device.type == torch.device(place).type
+            found.append((basis.columns @ basis.columns.mT).cpu())
+        assert torch.allclose(*found, atol=1e-9)
+
+
+# ---- precision, resuming, loading ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_autocast_leaves_what_learns_in_full_precision(tmp_path, adapter, device):
+    if device.type != "cuda":
+        pytest.skip("bf16 is a matter of the real device")
+    exact = train(tmp_path / "exact", False, adapter)
+    half = train(tmp_path / "half", False, adapter, bf16=True)
+    assert {p.dtype for p in half.stream_model.trainable().values()} == {torch.float32}
+    assert all(b.columns.dtype == torch.float64 for b in half.projection.bases.values())
+    assert all(along(tmp_path / "half", t) < 1e-5 for t in (2, 3))
+    assert half.results.to_dict()["training"]["bf16"] is True
+    pixels = tiny.images(6).to(device)
+    with torch.no_grad():
+        outputs = [run.stream_model.class_logits(run.model.eval()(pixel_values=pixels)).float() for run in (exact, half)]
+        with torch.autocast("cuda", torch.bfloat16):
+            outputs.append(half.stream_model.class_logits(half.model(pixel_values=pixels)).float())
+    finite = [torch.isfinite(found) for found in outputs]
+    assert all(bool(found.any()) for found in finite)
+
+
+@pytest.mark.parametrize("adapter", ["l2p", "dualprompt"])
+def test_a_resumed_run_is_the_run(tmp_path, adapter, device):
+    settings = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 0.01}
+    train(tmp_path / "straight", False, adapter, **settings)
+
+    class Stop(Exception):
+        pass
+
+    def broken(trainer):
+        step = trainer.training_step
+
+        def training_step(*args, **kwargs):
+            if trainer.task == 1 and trainer.state.global_step == 3:
+                raise Stop
+            return step(*args, **kwargs)
+
+        trainer.training_step = training_step
+        return trainer
+
+    def made(folder):
+        projection = ProjectionConfig(energy=0.9, key_energy=0.9)
+        model = tiny.model(adapter, head="statistics")
+        given = {"use_cpu": False, "compensate_drift": True, "num_train_epochs": 1, **settings}
+        return tiny.trainer(folder, model=model, projection=projection, **given)
+
+    with pytest.raises(Stop):
+        broken(made(tmp_path / "resumed")).train()
+    resumed = made(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=True)
+    agree(tmp_path / "straight", tmp_path / "resumed", 1e-4)
+
+
+def test_a_run_of_the_gpu_is_loaded_and_learns_on(tmp_path, device):
+    backbone = tmp_path / "backbone"
+    tiny.backbone().save_pretrained(backbone)
+    model = tiny.model(head="statistics")
+    model.base_model.adapter_config.base_model_name_or_path = str(backbone)
+    trainer = tiny.trainer(tmp_path / "run", model=model, use_cpu=False, num_train_epochs=1)
+    trainer.train()
+    photos = [item["image"] for item in tiny.data()["test"].select(range(12))]
+    on_cpu, there = load_pretrained(tmp_path / "run"), load_pretrained(tmp_path / "run")
+    there.model.to(device)
+    scores = []
+    for found in (on_cpu, there):
+        rows = found.predict(photos, top_k=6)
+        scores.append([sorted((each["label"], each["score"]) for each in row) for row in rows])
+    assert [[label for label, _ in row] for row in scores[0]] == [[label for label, _ in row] for row in scores[1]]
+    pairs = zip(*([score for row in found for _, score in row] for found in scores), strict=True)
+    assert max(abs(a - b) for a, b in pairs) < 1e-3
+    again = type(trainer).from_pretrained(
+        tmp_path / "run", args=tiny.arguments(tmp_path / "on", use_cpu=False), test_dataset=tiny.data()["test"]
+    )
+    more = tiny.data(classes=8)
+    new = {split: more[split].filter(lambda label: label > 5, input_columns="label") for split in ("train", "test")}
+    again.learn(new["train"], new["test"])
+    assert again.folder.finished_tasks() == 4
+
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_no_step_waits_for_the_device(tmp_path, adapter, device):
+    """From a batch on the device to parameters that are projected: the host only enqueues."""
+    trainer = tiny.trainer(
+        tmp_path, model=tiny.model(adapter, head="statistics"), use_cpu=False, num_train_epochs=2, max_grad_norm=1.0
+    )
+    trainer.train_task(0)
+    waited, step = [], trainer.training_step
+
+    def training_step(model, inputs, num_items_in_batch=None):
+        inputs = trainer._prepare_inputs(inputs)
+        if trainer.state.global_step in (0, 1):  # what is made once a task
+            return step(model, inputs, num_items_in_batch)
+        with nothing_waits(device):
+            loss = step(model, inputs, num_items_in_batch)
+        waited.append(False)
+        return loss
+
+    trainer.training_step = training_step
+    trainer.train_task(1)
+    assert waited
+
+
+def test_batches_are_pinned(tmp_path, device):
+    if device.type != "cuda":
+        pytest.skip("memory is pinned for CUDA alone")
+    trainer = tiny.trainer(tmp_path, use_cpu=False)
+    assert trainer.args.dataloader_pin_memory
+    trainer.train_dataset = trainer._passes().augmented(0)
+    assert next(iter(torch.utils.data.DataLoader(
+        trainer.train_dataset, 4, collate_fn=trainer.data_collator, pin_memory=True)))["pixel_values"].is_pinned()
