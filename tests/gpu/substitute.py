@@ -66,5 +66,6 @@ def build() -> None:
     torch.utils.generate_methods_for_privateuse1_backend()
     _built = load("pgp_hf_substitute", [str(Path(__file__).with_suffix(".cpp"))], extra_cflags=["-O0"])
 
+
 if os.environ.get("PGP_HF_SUBSTITUTE"):
     build()

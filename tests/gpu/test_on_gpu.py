@@ -159,7 +159,9 @@ def test_autocast_leaves_what_learns_in_full_precision(tmp_path, adapter, device
     assert half.results.to_dict()["training"]["bf16"] is True
     pixels = tiny.images(6).to(device)
     with torch.no_grad():
-        outputs = [run.stream_model.class_logits(run.model.eval()(pixel_values=pixels)).float() for run in (exact, half)]
+        outputs = [
+            run.stream_model.class_logits(run.model.eval()(pixel_values=pixels)).float() for run in (exact, half)
+        ]
         with torch.autocast("cuda", torch.bfloat16):
             outputs.append(half.stream_model.class_logits(half.model(pixel_values=pixels)).float())
     finite = [torch.isfinite(found) for found in outputs]
@@ -256,5 +258,6 @@ def test_batches_are_pinned(tmp_path, device):
     trainer = tiny.trainer(tmp_path, use_cpu=False)
     assert trainer.args.dataloader_pin_memory
     trainer.train_dataset = trainer._passes().augmented(0)
-    assert next(iter(torch.utils.data.DataLoader(
-        trainer.train_dataset, 4, collate_fn=trainer.data_collator, pin_memory=True)))["pixel_values"].is_pinned()
+    assert next(
+        iter(torch.utils.data.DataLoader(trainer.train_dataset, 4, collate_fn=trainer.data_collator, pin_memory=True))
+    )["pixel_values"].is_pinned()
