@@ -50,7 +50,6 @@ UPLOADED_FILES = (
     PROCESSOR,
     "processor_config.json",
     "figures/*.png",
-    "figures/*.svg",
     DIGESTS,
 )
 """The only files that are uploaded, but for stored training images, for which one has to ask."""

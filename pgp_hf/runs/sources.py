@@ -47,7 +47,7 @@ MODEL_FILES = (MODEL_CONFIG, MODEL, *REVISION_FILES[2:])
 """The same where a whole model has learned, and not an adapter."""
 # files that other loaders read: this package only searches them for requests to run code
 OTHERS = (MODEL_CONFIG, "processor_config.json")
-_TO_CONTINUE = re.compile(rf"README\.md|figures/[\w-]+\.(?:png|svg)|{re.escape(EXEMPLARS)}")
+_TO_CONTINUE = re.compile(rf"README\.md|figures/[\w-]+\.png|{re.escape(EXEMPLARS)}")
 
 
 def locate(
