@@ -2,6 +2,7 @@
 
 output_dir/  the last finished task's files (large ones as hard links), and
   task-1/ ... task-T/   the same files as they were when each task ended
+  samples/class-0-1.png ...         test images of each class, where the run was asked to keep some
   features/task-1.safetensors ...   head inputs and pool entries of each task's test images when it ended
   checkpoints/task-t/checkpoint-N/  checkpoints of the task in training, removed when it ends; see `runs.checkpoint`
   continued.json        in a run continued from a single revision, or one that learns all tasks as one, the last: the
@@ -36,6 +37,7 @@ EXEMPLARS = "exemplars.safetensors"  # images, where the method keeps some and t
 MANIFEST, RESULTS = "stream.json", "results.json"
 DIGESTS = "digests.json"  # of all other files of a task, written last
 FEATURES, CHECKPOINTS, CONTINUED = "features", "checkpoints", "continued.json"
+SAMPLES, SAMPLE = "samples", re.compile(r"class-(\d+)-(\d+)\.png")  # test images that a run has kept on request
 COPYING = ".copying"
 LARGE = (MODEL, EXEMPLARS)  # by default kept for the newest task alone
 TASK = re.compile(r"task-([1-9]\d{0,5})")
@@ -90,6 +92,14 @@ class RunFolder:
     def features(self, t: int) -> Path:
         """Return the file with the features of task t's test images."""
         return self.root / FEATURES / f"task-{t + 1}.safetensors"
+
+    def samples(self) -> list[Path]:
+        """Return the test images that the run has kept, by class and number."""
+        found = {path: SAMPLE.fullmatch(path.name) for path in (self.root / SAMPLES).glob("class-*.png")}
+        return sorted(
+            (path for path, match in found.items() if match),
+            key=lambda path: [int(number) for number in SAMPLE.fullmatch(path.name).groups()],  # type: ignore[union-attr]  # matched
+        )
 
     def checkpoints(self, t: int) -> Path:
         """Return the folder of task t's checkpoints."""
@@ -216,6 +226,7 @@ class RunFolder:
                 removal.remove(self.task(t), self._written(self.task(t)))
         features = [self.features(t) for t in self._features()]
         removal.remove(self.root / FEATURES, [path.name for path in features])
+        removal.remove(self.root / SAMPLES, [path.name for path in self.samples()])
         removal.remove(self.root, [*top, COPYING, CONTINUED])
         if not self.is_empty():
             raise ValueError(

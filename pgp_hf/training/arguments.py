@@ -37,6 +37,7 @@ class PGPTrainingArguments(TrainingArguments):
         verify_images: decode every image once before training starts.
         figures: draw figures when each task ends ("each"), when the last one does ("last"), or not at all ("none");
             `pgp_hf.report.on_demand.draw_run` draws those of a finished run on demand.
+        keep_samples: test images of each class to keep in `output_dir/samples`, for `pgp-hf demo`; they are not uploaded.
         overwrite_output_dir: delete an earlier run in `output_dir`.
         save_full_weights: for a model that is not an adapter, whose folders hold all of its weights: keep those of the
             last finished task ("last") or of every task ("all"); likewise images that a method stores.
@@ -114,6 +115,12 @@ class PGPTrainingArguments(TrainingArguments):
         metadata={
             "help": "draw figures when each task ends, which takes a second or two, when the last one does, or not at all; "
             "`python -m pgp_hf.report RUN` draws them on demand"
+        },
+    )
+    keep_samples: int = field(
+        default=0,
+        metadata={
+            "help": "test images of each class to keep in output_dir/samples, for `pgp-hf demo` to offer; never uploaded"
         },
     )
     overwrite_output_dir: bool = field(

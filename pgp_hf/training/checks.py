@@ -67,6 +67,7 @@ _RANGES = {
     "label_smoothing_factor": Range(0, 1, "it is a share of the target"),
     "eval_delay": Range(0, None, "it counts steps or epochs"),
     "crop_min_scale": Range(0, 1, "it is a share of the image", above=True),
+    "keep_samples": Range(0, None, "it counts images"),
     "hub_wait": Range(0, float("inf"), "it is a number of seconds"),
 }
 _CHOICES: dict[str, Any] = {

@@ -30,7 +30,7 @@ _EVALUATED = (
 FREE = (
     "where and how often a run logs, saves and uploads, its devices, processes, data loader workers and evaluation batch "
     "size, the division of a step's images into micro-batches (unless batchwise_prompt is set), cache_queries, verify_images, "
-    "figures and save_full_weights"
+    "figures, keep_samples and save_full_weights"
 )
 """Settings that may change when a run is resumed, for error messages."""
 

@@ -33,9 +33,11 @@ from ..runs.folder import (
     MODEL,
     MODEL_CONFIG,
     RESULTS,
+    RunFolder,
 )
 from ..runs.reading import read_json, sha256, tensor_shapes
 from ..tuners.base import PromptTuner
+from .arguments import PGPTrainingArguments
 from .progress import Progress
 
 
@@ -81,6 +83,12 @@ def write_task(
         figures.save_figures(results, folder / "figures", manifest, [*earlier, folder])
     card.save_card(folder / "README.md", results, manifest, config, description)
     Digests.of(folder, features, known=digests).write()
+
+
+def folders_to_draw(args: PGPTrainingArguments, run: RunFolder, t: int, num_tasks: int) -> list[Path] | None:
+    """Return the folders of the tasks before the 0-based task t if figures are drawn when it ends; else None."""
+    drawn = {"each": True, "last": t == num_tasks - 1, "none": False}[args.figures]
+    return [run.task(k) for k in range(t)] if drawn else None
 
 
 def write_model(folder: Path, model: PeftModel | PreTrainedModel) -> tuple[str, dict[str, Any]]:
