@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .. import embedded
 from ..data.scenarios import SCENARIOS, Scenario
 from ..runs.atomic import replacing
 from ..runs.checks import finished_tasks, first_task
@@ -24,7 +23,7 @@ from .figures import figure_names
 from .formatting import NOT_MEASURED, as_text
 from .learning import Learning, describe_learning
 from .made import WHOLE, Made, describe_adapter, describe_whole
-from .names import is_hub_id, is_owned, name_model, public_name
+from .names import is_owned, name_model, public_name
 from .numbers import eval_results, run_rows, task_rows
 from .sentences import (
     dataset_names,
@@ -78,6 +77,7 @@ def render_card(
     processor: Mapping[str, Any] | None = None,
     figures: Iterable[str] | None = None,
     repo_id: str | None = None,
+    license: str | None = None,
 ) -> ModelCard:
     """Render the card of a run, or of one of its `task-<t>` revisions.
 
@@ -92,6 +92,7 @@ def render_card(
         figures: names of the files in `figures/`; by default those that `pgp_hf.report.figures.save_figures` writes.
         repo_id: the repository that the card is for; it names the model and appears in the code, with the tag
             `task-<t>`.
+        license: its id on the Hub, such as "apache-2.0"; without one, the card claims none.
 
     Returns:
         The card. Its `model-index` holds average accuracy and forgetting, as far as they were measured.
@@ -111,7 +112,7 @@ def render_card(
     own_processor = processor is not None
     present = figure_names(results) if figures is None else set(figures)
     return ModelCard.from_template(
-        _metadata(run, name),
+        _metadata(run, name, license),
         template_str=_template().read_text(encoding="utf-8"),
         title=name,
         figures={figure: about for figure, about in _figure_texts(run).items() if figure in present},
@@ -134,6 +135,7 @@ def save_card(
     *,
     method: Mapping[str, Any] | None = None,
     repo_id: str | None = None,
+    license: str | None = None,
 ) -> Path:
     """Write [`render_card`]'s card to `path` (a `README.md`), over the stub that PEFT leaves there; return `path`.
 
@@ -144,7 +146,8 @@ def save_card(
         ValueError, FileNotFoundError: as [`render_card`] does; an earlier card then stays as it was.
     """
     folder = Path(path).parent
-    card = _render_in(folder, results, manifest, adapter_config, projection, method=method, repo_id=repo_id)
+    contents = results, manifest, adapter_config, projection
+    card = _render_in(folder, *contents, method=method, repo_id=repo_id, license=license)
     with replacing(path) as part:
         part.write_text(str(card), encoding="utf-8", newline="\n")
     return Path(path)
@@ -161,7 +164,11 @@ def card_of(folder: Path) -> ModelCard:
 
 
 def _render_in(
-    folder: Path, *contents: Any, method: Mapping[str, Any] | None = None, repo_id: str | None = None
+    folder: Path,
+    *contents: Any,
+    method: Mapping[str, Any] | None = None,
+    repo_id: str | None = None,
+    license: str | None = None,
 ) -> ModelCard:
     return render_card(
         *contents,
@@ -169,6 +176,7 @@ def _render_in(
         processor=_read_if_present(folder / PROCESSOR),
         figures=[file.name for file in folder.glob("figures/*.png")],
         repo_id=repo_id,
+        license=license,
     )
 
 
@@ -239,15 +247,13 @@ def _need(source: Mapping[str, Any], key: str, name: str) -> Any:
     return source[key]
 
 
-def _metadata(run: _Run, name: str) -> ModelCardData:
+def _metadata(run: _Run, name: str, license: str | None) -> ModelCardData:
     kind = ["prompt-tuning"] if run.adapter.prompts else []
-    # a whole model contains the weights that it started from, which have a license of their own
-    licensed = not run.whole or not run.base or embedded.resolve(run.base) is not None
     return ModelCardData(
         library_name=run.made.library,
-        base_model=run.base if is_hub_id(run.base) else None,
+        base_model=run.base if is_owned(run.base) else None,
         pipeline_tag="image-classification",
-        license="apache-2.0" if licensed else None,
+        license=license,
         tags=[
             "continual-learning",
             *kind,

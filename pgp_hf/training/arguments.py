@@ -45,6 +45,7 @@ class PGPTrainingArguments(TrainingArguments):
         hub_strategy: "every_save" uploads a task as soon as it is finished, "end" all tasks after the last.
         hub_base_model: Hub id of the backbone, named in uploads of a run on a local folder.
         hub_exemplars: upload the images that a method stores (`memory_stores="images"`) as well.
+        hub_license: id of the license that uploaded cards name, such as "apache-2.0"; by default they name none.
         hub_wait: longest wait, in seconds, for uploads that are under way when the last task ends.
 
     All other arguments are those of `TrainingArguments`. Whatever is chosen by an evaluation, a checkpoint
@@ -170,6 +171,10 @@ class PGPTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "also upload training images that the run stores (memory_stores 'images')"},
     )
+    hub_license: str | None = field(
+        default=None,
+        metadata={"help": "license that uploaded cards name, such as apache-2.0; by default they name none"},
+    )
     hub_wait: float = field(
         default=300.0,
         metadata={"help": "longest wait, in seconds, for uploads that are under way when the last task ends"},
@@ -211,6 +216,7 @@ class PGPTrainingArguments(TrainingArguments):
             base_model=self.hub_base_model,
             new_run=new_run,
             exemplars=self.hub_exemplars,
+            license=self.hub_license,
             origin=origin,
         )
 
