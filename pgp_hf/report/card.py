@@ -20,7 +20,7 @@ from ..runs.digest import BACKBONE_KEYS
 from ..runs.folder import DESCRIPTION, MANIFEST, METHOD, PROCESSOR, RESULTS, config_name
 from ..runs.reading import read_json
 from .figures import figure_names
-from .formatting import NOT_MEASURED, as_text
+from .formatting import NOT_MEASURED, as_number, as_text, is_number
 from .learning import Learning, describe_learning
 from .made import WHOLE, Made, describe_adapter, describe_whole
 from .names import is_owned, name_model, public_name
@@ -310,7 +310,11 @@ def _opening(run: _Run, repo_id: str | None) -> dict[str, Any]:
         "adapter": run.adapter,
         "made": run.made,
         "learning": run.learning,
-        "limits": [*([] if run.as_one else run.made.shared), *run.made.limits, *run.learning.limits],
+        "limits": [
+            *([] if run.as_one or not run.learning.shared else run.made.shared),
+            *run.made.limits,
+            *run.learning.limits,
+        ],
         "num_tasks": run.num_tasks,
         # after the last task those that it knows, since a stream that goes on may have names without images
         "num_classes": known or run.num_classes if run.trained == run.num_tasks else run.num_classes,
@@ -333,7 +337,7 @@ def _protocol(run: _Run, processor: Mapping[str, Any] | None) -> dict[str, Any]:
         "scenario": run.scenario,
         "class_order": describe_class_order(run.manifest),
         "preprocessing": describe_preprocessing(processor),
-        "head": describe_head(run.adapter, run.config, _compensated(run)),
+        "head": describe_head(run.adapter, run.config, _compensated(run), run.learning, run.as_one),
         "eval_mask": mask,
         "evaluation": describe_evaluation(run.scenario, mask, run.num_classes),
         "seed": as_text(run.results.get("seed")),
@@ -362,6 +366,17 @@ def _protected(run: _Run) -> bool:
     return any(run.results.get("projection_rank") or [])
 
 
+def _calibration(results: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return the calibration errors before and after, in percentage points; None where they were not measured."""
+    errors = results.get("calibration_error") or {}
+    found = {when: errors.get(when) for when in ("before", "after")}
+    return (
+        {when: as_number(100 * value, 1) for when, value in found.items()}
+        if all(map(is_number, found.values()))
+        else None
+    )
+
+
 def _numbers(run: _Run) -> dict[str, Any]:
     """Return the template's values for the tables and their legends."""
     rows = task_rows(run.results, run.manifest, run.trained, earlier_revisions(run.results))
@@ -377,4 +392,5 @@ def _numbers(run: _Run) -> dict[str, Any]:
         "changed": bool(run.results.get("changed_selections")),
         "protected": _protected(run),
         "without_drift": tasks_without_drift(run.results),
+        "calibration": _calibration(run.results),
     }

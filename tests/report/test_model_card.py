@@ -22,6 +22,8 @@ from pgp_hf.data.scenarios import SCENARIOS, Scenario
 from pgp_hf.methods import create
 from pgp_hf.report import card as model_card
 from pgp_hf.report import figures as plots
+from pgp_hf.report.learning import describe_learning
+from pgp_hf.report.sentences import describe_head
 from pgp_hf.tuners.base.card import AdapterCard
 from pgp_hf.tuners.base.config import PromptConfig
 
@@ -1168,3 +1170,27 @@ def test_the_code_for_an_embedded_backbone_runs_as_it_stands(tmp_path, monkeypat
         assert torch.equal(names["scores"], model(pixel_values=pixels).logits)
     assert not names["model"].training and names["scores"].shape == (1, 6) and "(1, 6)" in peft
     assert 'load_pretrained("path/to/this/folder")' in predict
+
+
+def test_the_head_of_tasks_learned_as_one_and_of_methods_that_compute_scores():
+    adapter, statistics = AdapterCard("parts", head="its own"), {"head": "statistics", "shrinkage": 0.1}
+    assert "when their task ended and never refreshed" in describe_head(adapter, statistics, False)
+    as_one = describe_head(adapter, statistics, False, as_one=True)
+    assert "of all tasks at the end" in as_one and "their task ended" not in as_one
+    method = {"name": "der_mcg", "card": {"title": "DER", "shared": False}, "adjusts_logits": True}
+    learning = describe_learning({}, adapter, None, method)
+    assert describe_head(adapter, {}, False, learning) == "one for each expert; the method computes the final scores"
+    plain = describe_learning({}, adapter, None, {**method, "card": {}, "adjusts_logits": False})
+    assert describe_head(adapter, {}, False, plain) == "its own"
+    assert create("der_mcg").describe().shared is False and create("icarl").describe().shared is True
+
+
+def test_calibration_is_told_where_it_was_measured():
+    inputs = make_inputs()
+    assert "calibrated" not in render(inputs).text
+    inputs["results"]["calibration_error"] = {"before": 0.1234, "after": 0.0321}
+    card = render(inputs)
+    check_as_a_reader(card)
+    assert (
+        "share of right answers by 3.2 points on average, and did so by 12.3 before they were calibrated." in card.text
+    )
