@@ -369,12 +369,10 @@ def _protected(run: _Run) -> bool:
 def _calibration(results: Mapping[str, Any]) -> dict[str, str] | None:
     """Return the calibration errors before and after, in percentage points; None where they were not measured."""
     errors = results.get("calibration_error") or {}
-    found = {when: errors.get(when) for when in ("before", "after")}
-    return (
-        {when: as_number(100 * value, 1) for when, value in found.items()}
-        if all(map(is_number, found.values()))
-        else None
-    )
+    before, after = errors.get("before"), errors.get("after")
+    if not (is_number(before) and is_number(after)):
+        return None
+    return {"before": as_number(100 * before, 1), "after": as_number(100 * after, 1)}
 
 
 def _numbers(run: _Run) -> dict[str, Any]:
