@@ -1,9 +1,12 @@
-r"""Learn a stream of tasks with L2P prompts twice: without projection, and with it (PGP).
+r"""Learn a stream of tasks with L2P prompts, with gradient projection and without.
 
     accelerate launch examples/run_l2p_pgp.py
 
-runs on what the package ships (a small backbone, scikit-learn's handwritten digits): no network, a few minutes on a
-CPU. With your own backbone and data, from the Hub or from local folders:
+runs on what the package ships (a small backbone, scikit-learn's handwritten digits): no network, under three minutes on
+two CPU cores. Three runs end in one table and a verdict: functional projection with a head of class statistics (in
+out/l2p_pgp), its twin without projection (in baseline/), and PGP as published (in published/). Any option of the
+projection or of the head trains what it says and its twin, as do a backbone and data of your own, from the Hub or from
+local folders:
 
     accelerate launch examples/run_l2p_pgp.py --model_name_or_path google/vit-base-patch16-224-in21k \
         --dataset_name uoft-cs/cifar100 --label_column_name fine_label --num_tasks 10 --output_dir out/cifar100

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "pgp_hf"
 # from the bottom up; a folder may import those of lower rows, and those of its own row as long as there is no circle
 LAYERS = [
     {"version", "fields"},
-    {"projection", "data", "metrics", "embedded"},
+    {"projection", "data", "metrics", "embedded", "backbones"},
     {"runs", "heads"},
     {"tuners", "report", "models"},
     {"methods", "hub", "inference"},

@@ -9,7 +9,6 @@ import platform
 import re
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +109,6 @@ def _frozen(plans: list[Plan]) -> Iterator[tuple[Plan, dict[str, Any]]]:
 
 def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
     """Train one run, continuing from what its work folder holds."""
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
     known, training = plan.data.load(plan.seed), copy.copy(plan.training)
     stream = TaskStream.empty(known.scenario, plan.seed) if plan.row.surprises else known
     training.output_dir, training.seed, training.disable_tqdm = str(plan.folder / "run"), plan.seed, True

@@ -249,10 +249,13 @@ class RunArguments:
         preset: name of published settings.
         dry_run: print all settings and stop.
         projection: `method` of the `ProjectionConfig`.
-        energy, key_energy, value_energy, apply_to, max_images, probes, probe_space, hold_key_norm, ln_penalty: the
-            other fields of the `ProjectionConfig`.
+        energy, key_energy, value_energy, apply_to, max_images, probes, probe_space, hold_key_norm, ln_penalty,
+            softness, equal_images: the other fields of the `ProjectionConfig`.
         head: the classifier, "linear" or "statistics".
         no_compare: train this run alone, without its unprojected twin and the classifiers on frozen features.
+
+    Attributes:
+        main_job: True if the recipe is that of `recipes`, beside which PGP as published is trained.
     """
 
     preset: str | None = field(
@@ -272,6 +275,8 @@ class RunArguments:
     probe_space: str = _setting("probe_space", choices=list(PROBE_SPACES))
     hold_key_norm: bool = _setting("hold_key_norm")
     ln_penalty: float = _setting("ln_penalty")
+    softness: float = _setting("softness")
+    equal_images: bool = _setting("equal_images")
     head: Literal["linear", "statistics"] = field(
         default="linear", metadata={"help": PromptConfig.__dataclass_fields__["head"].metadata["help"]}
     )
@@ -282,6 +287,7 @@ class RunArguments:
             "classifiers on frozen features"
         },
     )
+    main_job: bool = field(default=False, init=False)
 
     def config(self) -> ProjectionConfig:
         """Return the projection's settings."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,6 @@ def run(arguments: BaselineArguments, make_model: Callable[[TaskStream], Model])
         ValueError: an output folder with another run, or with runs that have other settings; no method works on the
             model.
     """
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
     args, main = arguments.training, arguments.training.process_index == 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(leaving(main))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from ..report.formatting import one_line, printable
@@ -40,9 +42,23 @@ def run(
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [token for token in given if token != TRACEBACK]
     try:
-        return int(command(arguments) or 0)
+        with _bars_on_terminals():
+            return int(command(arguments) or 0)
     except REFUSALS as error:
         if arguments != given:
             raise
         print(f"error: {printable(reword(one_line(error) or type(error).__name__))}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Hide the bars of what is downloaded and read where nobody sees them; the libraries read this when imported."""
+    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    hidden = [] if sys.stderr.isatty() else [name for name in names if name not in os.environ]
+    os.environ.update(dict.fromkeys(hidden, "1"))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            os.environ.pop(name, None)

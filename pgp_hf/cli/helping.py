@@ -28,8 +28,7 @@ accelerate launch -m pgp_hf train {method} --output_dir out/{method}   # several
     "baseline": """\
 {prog} --method ewc                 # on what the package ships, without a network
 {prog} --method ewc --help          # with the settings of that method
-{prog} --method all --preset imagenet-r-10 sgd-1e-3
-{prog} config.yaml --seed 1         # options in a YAML or JSON file""",
+{prog} --method all --preset imagenet-r-10 sgd-1e-3""",
     "learn": """\
 {prog} out/l2p_pgp --train_dir new_photos --output_dir out/more
 {prog} me/my-run --revision task-3 --train_dir new_photos --output_dir out/more""",
@@ -41,9 +40,8 @@ train_dir DIR|folder of training images, with one subfolder per class
 validation_dir DIR|folder of test images, likewise, in place of --test_fraction 0.2
 num_tasks N|tasks that the classes are divided into (default: 10)
 scenario NAME|class_incremental (default), task_incremental, or online: one epoch
-shift NAME|renderings: each task's images are seen in a rendering of its own
 train_val_split SHARE|evaluate on this share of the training images, which is held out
-also|increment init_classes dataset_config_name dataset_revision dataset_split image_column_name label_column_name \
+also|shift increment init_classes dataset_config_name dataset_revision dataset_split image_column_name label_column_name \
 class_order class_order_seed test_fraction max_train_samples_per_class max_eval_samples_per_class""",
     "backbone": """\
 model_name_or_path NAME|Hub id or folder; by default the small one that the package ships
@@ -59,19 +57,20 @@ general_length N|length of the general prefixes (default: 5)
 expert_length N|length of the expert prefixes (default: 5)
 general_layers N ...|layers, from 0, with general prefixes (default: 0 1)
 expert_layers N ...|layers, from 0, with expert prefixes (default: 2 3 4)
-also|pool_size grow_pool copy_previous pull_constraint_coeff""",
+also|selection pool_size grow_pool copy_previous pull_constraint_coeff""",
     "CLIP": """\
 text_length N|context tokens before each class name (default: 16)
 image_length N|image prompt tokens after CLS (default: 10)
 template TEXT|around each class name, such as 'a photo of a {}.' (default: {})""",
     "method and comparison": """\
 preset NAME|published settings, such as cifar100-10: `pgp-hf presets` lists them
-projection NAME|none, pgp (default), attention, functional or frozen
+projection NAME|none, pgp (default), attention, frozen, functional (on digits)
 energy SHARE|how much of what old images show is protected (default: 0.99)
-head NAME|linear (default), or statistics: from stored means and covariance
+head NAME|linear (default), or statistics (on digits): means and covariance
 no_compare|train this run alone, without its twin and the frozen rows
 dry_run|print all settings that result, and stop
-also|key_energy value_energy apply_to max_images probes probe_space hold_key_norm ln_penalty""",
+also|key_energy value_energy apply_to softness max_images equal_images probes probe_space \
+hold_key_norm ln_penalty""",
     "method": """\
 method NAME|see below, or all of them (default: fine_tuning)
 trainable WHAT|all (default), last:N, its last N blocks, head, or lora:R

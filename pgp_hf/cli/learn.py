@@ -21,7 +21,6 @@ import os
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -220,7 +219,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     Raises:
         TypeError, ValueError, OSError, FloatingPointError: what it refuses, or why it cannot finish.
     """
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
     learn(parse(argv, prog))
 
 

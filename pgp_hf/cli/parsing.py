@@ -20,6 +20,7 @@ from .arguments import Arguments, DataArguments, ModelArguments, RunArguments
 from .config_file import CommandLine, expand, refuse_unknown
 from .console import WIDTH
 from .dry_run import describe
+from .recipes import recipe
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -44,7 +45,7 @@ _OWN_HELP = {
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keep the lines of the description, and show each option by one name, with its default if it has one."""
+    """Keep the lines of the description, and show each option without its spelling with hyphens, and its default."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=min(shutil.get_terminal_size().columns, WIDTH))
@@ -56,7 +57,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         if not action.option_strings:
             return super()._format_action_invocation(action)
         values = "" if action.nargs == 0 else f" {self._format_args(action, action.dest.upper())}"
-        return action.option_strings[0] + values
+        return ", ".join(name for name in action.option_strings if "-" not in name[2:]) + values
 
 
 class OptionParser(HfArgumentParser):
@@ -187,10 +188,12 @@ def parse(
     name = early.parse_known_args(line.tokens)[0].preset
     preset = None if name is None else presets.load(method, name)
     defaults: dict[str, Any] = {}
+    main_job: dict[str, Any] = {}
     if preset is not None:
         defaults = {"output_dir": f"out/{method}_{name}", **presets.arguments(preset, given)}
     elif not given & (SOURCES | HELP):  # --help shows the defaults for the user's own data
-        defaults = {"output_dir": f"out/{method}_pgp", **EMBEDDED}
+        main_job = recipe(method, given)
+        defaults = {"output_dir": f"out/{method}_pgp", **EMBEDDED, **main_job}
         if not given & {"--output_dir", "--overwrite_output_dir", "--resume_from_checkpoint"}:
             defaults["overwrite_output_dir"] = True  # the default folder is scratch
     kinds = (ModelArguments, DataArguments, prompts, RunArguments, PGPTrainingArguments)
@@ -198,6 +201,7 @@ def parse(
     arguments = Arguments(*read(kinds, line, defaults, description, helping.text(method, prog), prog))
     arguments.data.choose_tasks(given)
     arguments.model.kind = "clip" if method == "clip" else "vit"
+    arguments.run.main_job = bool(main_job)
     if arguments.run.dry_run:
         if arguments.training.process_index == 0:
             print(describe(method, preset, arguments))

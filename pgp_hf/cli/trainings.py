@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from functools import partial
 
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -62,19 +61,19 @@ def clip_arguments() -> type:
 def l2p(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Train L2P prompts."""
     arguments = parse(None, prompt_arguments(L2PConfig), "l2p", argv, prog)
-    experiment.run("L2P", arguments, partial(l2p_model, arguments))
+    experiment.run("L2P", arguments, l2p_model)
 
 
 def dualprompt(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Train DualPrompt."""
     arguments = parse(None, prompt_arguments(DualPromptConfig), "dualprompt", argv, prog)
-    experiment.run("DualPrompt", arguments, partial(dualprompt_model, arguments))
+    experiment.run("DualPrompt", arguments, dualprompt_model)
 
 
 def clip(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Train CLIP prompts."""
     arguments = parse(None, clip_arguments(), "clip", argv, prog)
-    experiment.run("CLIP", arguments, partial(clip_model, arguments))
+    experiment.run("CLIP", arguments, clip_model)
 
 
 def baseline(argv: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -137,7 +137,8 @@ def verify_images(selected: Sequence[tuple[ImageRows, Sequence[int]]], progress:
         return found
 
     broken: list[str] = []
-    bar = tqdm(total=total, desc="Checking images", unit="img", disable=not progress or total < PROGRESS_FROM)
+    hidden = not progress or total < PROGRESS_FROM
+    bar = tqdm(total=total, desc="Checking images", unit="img", disable=hidden or None)  # None: on a terminal alone
     with bar, ThreadPoolExecutor(THREADS) as pool:
         for (_, rows), found in zip(jobs, pool.map(errors, jobs), strict=True):
             broken += found

@@ -48,7 +48,9 @@ class PGPTrainingArguments(TrainingArguments):
         hub_license: id of the license that uploaded cards name, such as "apache-2.0"; by default they name none.
         hub_wait: longest wait, in seconds, for uploads that are under way when the last task ends.
 
-    All other arguments are those of `TrainingArguments`. Whatever is chosen by an evaluation, a checkpoint
+    All other arguments are those of `TrainingArguments`. Trackers, named by `report_to`, see the stream as one run, whose
+    steps are counted over all tasks, with the `task`, its evaluation and its figures; it goes on where the run is resumed.
+    TensorBoard finds it in `output_dir`/runs. Whatever is chosen by an evaluation, a checkpoint
     (`load_best_model_at_end`), an early stop or a learning rate, needs a stream with `train_val_split`, and a
     `metric_for_best_model` that every task has: `eval_current_accuracy` of the task in training, the default,
     `eval_mean_accuracy` over all tasks so far, or their losses, `eval_current_loss` and `eval_mean_loss`.
@@ -65,6 +67,10 @@ class PGPTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "schedule within each task"})
     optim: str = field(default="adamw_torch", metadata={"help": "optimizer; AdamW without weight decay is Adam"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False: images are read lazily"})
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "steps from one logged training loss to the next; below 1, a share of a task's steps"},
+    )
     save_strategy: str = field(
         default="epoch",
         metadata={"help": "when to write a checkpoint to resume from; they are removed when their task ends"},

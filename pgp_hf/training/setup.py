@@ -9,7 +9,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel, PrinterCallback, Trainer
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.utils import is_in_notebook
 
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
@@ -18,6 +20,7 @@ from ..inference.backbone import check_sizes
 from ..methods import ContinualMethod, ProjectedPrompts
 from ..models import PlainModel, Protectable, StreamModel, stream_model
 from .arguments import PGPTrainingArguments
+from .display import StreamPrinter, StreamProgress
 from .results import StreamResults
 
 
@@ -76,8 +79,8 @@ def check_model(model: nn.Module, stream: TaskStream, classes: int) -> None:
         )
     if len(names) != classes:
         raise ValueError(
-            f"the model's head has {len(names)} outputs, the stream {classes} classes: load the backbone with "
-            f"num_labels={classes} (and ignore_mismatched_sizes=True if it had a head)."
+            f"the model's head has {len(names)} outputs, the stream {classes} classes: load the backbone by "
+            "pgp_hf.load_backbone(name, stream), whatever head its checkpoint has."
         )
     own = {name: label for label, name in names.items()}
     for label, name in enumerate(stream.label_names[:classes]):
@@ -220,3 +223,18 @@ def separate_learning_rate(optimizer: Optimizer, parameters: Iterable[Tensor], l
         if own:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
             optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Let a trainer show how a stream goes on, in place of what transformers shows of each task."""
+    if trainer.args.disable_tqdm:
+        trainer.pop_callback(PrinterCallback)
+        trainer.add_callback(StreamPrinter())
+        return
+    trainer.pop_callback(DEFAULT_PROGRESS_CALLBACK)
+    if is_in_notebook():
+        from .notebook import NotebookProgress  # which needs IPython
+
+        trainer.add_callback(NotebookProgress())
+    else:
+        trainer.add_callback(StreamProgress())

@@ -19,7 +19,6 @@ from ..data.images import AugmentedImages, CachedQueries
 from ..data.stream import TaskStream
 from ..methods import Batch, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts
-from .callbacks import fire
 from .choosing import check_choice, summarize
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
 from .finite import check_loss, check_outputs
@@ -28,6 +27,7 @@ from .loss import image_losses, mean_over_step
 from .reporting import ReportingTrainer
 from .setup import set_learning_rates
 from .signals import StopOnSignal
+from .tracking import StreamHandler
 from .views import Passes, head_inputs
 
 
@@ -38,6 +38,7 @@ class TaskTrainer(ReportingTrainer):
     """
 
     hub_model_id: str | None  # type: ignore[assignment]  # transformers annotates it as None
+    callback_handler: StreamHandler
     training_stream: TaskStream
     _scorer: Scorer
     _context: TaskContext | None  # of the task in training
@@ -50,7 +51,7 @@ class TaskTrainer(ReportingTrainer):
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         given = {"model": self.model, "stream": self.stream, "training_stream": self.training_stream, **kwargs}
-        fire(self.callback_handler.callbacks, event, self.args, self.state, self.control, **given)
+        self.callback_handler.fire(event, self.args, self.state, self.control, **given)
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -195,10 +196,12 @@ class TaskTrainer(ReportingTrainer):
             self._test_queries[j] = self._passes().queries(images)
         seen: Dataset[Any] = images if (queries := self._test_queries[j]) is None else CachedQueries(images, queries)
         compute_metrics, self.compute_metrics, self._scorer.recording = self.compute_metrics, None, True
+        self.callback_handler.measuring = True
         try:
             output = self._sizes.fit(lambda: self.predict(seen, metric_key_prefix=f"eval_task_{j + 1}"))
         finally:
             self.compute_metrics, self._scorer.recording = compute_metrics, False
+            self.callback_handler.measuring = False
         found: Any = output.predictions  # the dict that prediction_step has returned
         recorded = Recorded(labels=np.asarray(output.label_ids), **found)
         check_outputs(recorded, images, self.progress.kept(self.folder))

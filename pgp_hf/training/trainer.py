@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, ProgressCallback
+from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from .. import hub
@@ -26,7 +26,7 @@ from ..runs.folder import RunFolder
 from . import learning
 from .agreement import check_agreement, check_same_images
 from .arguments import PGPTrainingArguments
-from .callbacks import FollowTraining, StreamProgress
+from .callbacks import FollowTraining
 from .evaluation import Scorer, accuracy, test_sets
 from .fitting import BatchSizes
 from .loss import mean_over_step
@@ -44,10 +44,12 @@ from .setup import (
     keep_statistics_local,
     new_results,
     refuse_sharding,
+    show_progress,
     trainable_parameters,
 )
 from .signals import StopOnSignal, holding
 from .task_trainer import TaskTrainer
+from .tracking import StreamHandler
 from .writing import folders_to_draw, write_task
 
 Kind = TypeVar("Kind", bound="StreamTrainer")
@@ -117,6 +119,7 @@ class StreamTrainer(TaskTrainer):
         self.folder = RunFolder(str(self.args.output_dir))
         first = stream.num_tasks - trained.num_tasks
         self.progress = Progress(new_results(self.args, stream, self.method, learner, first))
+        self.callback_handler = StreamHandler(self.callback_handler, self.progress)
         self._source: RunFolder | None = None  # of the run that goes on, until its files are in `output_dir`
         self._context: TaskContext | None = None  # of the task in training
         self._images: AugmentedImages | None = None  # and its images
@@ -130,9 +133,7 @@ class StreamTrainer(TaskTrainer):
         self.add_callback(FollowTraining(learner, lambda: (self._images, self.train_dataset)))
         if self.args.push_to_hub:
             self.add_callback(PushTasks(lambda: self.results.origin))
-        if not self.args.disable_tqdm:
-            self.pop_callback(ProgressCallback)
-            self.add_callback(StreamProgress())
+        show_progress(self)
 
     # ---- the stream ----------------------------------------------------------------------------------------------
 
@@ -203,6 +204,7 @@ class StreamTrainer(TaskTrainer):
             self.train_dataset = self.method.train_images(context, images)
         with self.progress.timed("statistics"):
             before = self._passes().head_features(own) if self.args.compensate_drift and own > 0 else None
+            self._passes().learn_queries(own)
         # a function of (seed, task) alone: paired runs and resumed runs see the same random numbers
         set_seed(task_seed(self.args.seed, own))
         self.eval_dataset = test_sets(self.stream, t + 1)
@@ -215,6 +217,7 @@ class StreamTrainer(TaskTrainer):
         self._beginning = None
         with self.progress.timed("train"):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.results.steps[own:] = [output.global_step]
         self._beginning = None  # a copy of all that learns
         learner.end_task(own)
         with self.progress.timed("statistics"):

@@ -59,9 +59,9 @@ class Passes:
     sizes: BatchSizes
 
     @property
-    def hidden(self) -> bool:
-        """Return True if progress bars are off on this process."""
-        return self.args.disable_tqdm or not self.accelerator.is_main_process
+    def hidden(self) -> bool | None:
+        """Return True if progress bars are off on this process, else None: they are shown on a terminal."""
+        return bool(self.args.disable_tqdm) or not self.accelerator.is_main_process or None
 
     @torch.no_grad()
     def queries(self, images: Dataset) -> Tensor | None:
@@ -287,6 +287,24 @@ class Passes:
 
         learner.learn_statistics(self.sizes.fit(gathered))
         features, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        known.calibrate(features, labels, self.collectives.reduce)
+
+    @torch.no_grad()
+    def learn_queries(self, t: int) -> None:
+        """Add the queries of a task's training images, which no training changes, to a model that selects by them."""
+        known = getattr(self.learner, "query_statistics", None)
+        if known is None:
+            return
+        queries: list[tuple[Tensor, Tensor]] = []
+
+        def views() -> Iterator[tuple[Tensor, Tensor]]:
+            queries.clear()
+            for batch, _ in self.views_for_method(t, None):
+                queries.append((batch.inputs["prompt_query"].float().cpu(), batch.labels))
+                yield queries[-1]
+
+        known.add_task(t, self.sizes.fit(lambda: gather_task(known, views(), self.collectives.reduce)))
+        features, labels = (torch.cat(parts) for parts in zip(*queries, strict=True))
         known.calibrate(features, labels, self.collectives.reduce)
 
     @property

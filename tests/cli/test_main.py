@@ -25,9 +25,17 @@ def test_without_a_command_it_prints_help(capsys):
 
 
 def test_help_imports_nothing_that_takes_long():
-    code = (
-        "import sys; from pgp_hf.cli.main import main; main([]); print({'torch', 'transformers'} & set(sys.modules))"
-    )
+    code = """
+import sys
+from pgp_hf.cli.main import main
+main([])
+for command in ("train", "train l2p", "train baseline", "learn", "predict", "presets", "convert"):
+    try:
+        main([*command.split(), "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+print({"torch", "transformers", "datasets", "peft", "numpy"} & set(sys.modules))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "set()", done.stderr
 

@@ -12,6 +12,7 @@ import tiny
 from PIL import Image
 
 from pgp_hf import load_pretrained
+from pgp_hf.cli import console
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "predict.py"
 
@@ -37,7 +38,7 @@ def photos(tmp_path):
 def predict(capsys):
     def call(*arguments):
         main = runpy.run_path(str(SCRIPT))["main"]
-        code = main([str(argument) for argument in arguments])
+        code = console.run(main, [str(argument) for argument in arguments])
         return code, *capsys.readouterr()
 
     return call

@@ -220,7 +220,9 @@ def test_only_the_run_itself_is_pushed_not_its_twin(tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment, "PGPTrainer", Trainer)
     args = PGPTrainingArguments(str(tmp_path), use_cpu=True, push_to_hub=True, hub_model_id="me/run")
-    arguments = mock.MagicMock(training=args, run=mock.MagicMock(no_compare=False, config=ProjectionConfig))
+    arguments = mock.MagicMock(
+        training=args, run=mock.MagicMock(no_compare=False, main_job=False, config=ProjectionConfig)
+    )
     experiment.run("L2P", arguments, mock.MagicMock())
     assert pushed == {str(tmp_path / "baseline"): False, str(tmp_path): True}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import warnings
 
 import numpy as np
@@ -148,7 +149,8 @@ def test_the_card_tells_of_one_task_and_of_no_forgetting(run):
         assert word not in card, word
 
 
-def test_progress_is_told_without_forgetting(tmp_path, capsys):
+def test_progress_is_told_without_forgetting(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)  # without a terminal there is no bar
     trainer = tiny.trainer(tmp_path, method=Joint(), num_train_epochs=1, disable_tqdm=False)
     trainer.train()
     out, bars = capsys.readouterr()

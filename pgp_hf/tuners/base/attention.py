@@ -2,14 +2,16 @@
 
 An attention module of transformers calls the function whose name its configuration gives. A wrapped module's
 configuration names the function below, which puts the prefixes in front of keys and values and hands over to the
-function that the model's own configuration names.
+function that the model's own configuration names. Prefixes come as arguments of the module, which most hand on to that
+function; SigLIP's does not, and has them as an attribute while it runs.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -27,10 +29,12 @@ class _Prefixed(Protocol):
     Attributes:
         config: its own copy of the configuration, which names `prefix_attention`.
         model_config: the configuration that it shares with the rest of the model.
+        prefixes: arguments that it does not hand on itself, while it runs.
     """
 
     config: PreTrainedConfig
     model_config: PreTrainedConfig
+    prefixes: dict[str, Any]
 
 
 def prefix_attention(
@@ -72,7 +76,26 @@ def prefix_attention(
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-AttentionInterface.register(NAME, prefix_attention)
+def _with_carried(module: nn.Module, *states: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return prefix_attention(module, *states, **kwargs, **vars(module).get("prefixes", {}))
+
+
+AttentionInterface.register(NAME, _with_carried)
+
+
+@contextmanager
+def carrying(attention: nn.Module, prefixes: dict[str, Any]) -> Iterator[None]:
+    """Let an attention module that does not hand its arguments on have prefixes inside.
+
+    Args:
+        attention: `install` has been called for it.
+        prefixes: arguments of `prefix_attention`.
+    """
+    vars(attention)["prefixes"] = prefixes
+    try:
+        yield
+    finally:
+        del vars(attention)["prefixes"]
 
 
 def install(attention: nn.Module) -> None:

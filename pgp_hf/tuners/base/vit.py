@@ -11,20 +11,22 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
+from ...backbones import Family
+from ...backbones.family import CLS
+from ...backbones.registry import check, find
 from .config import PromptConfig
 from .head import prepare_head
 from .model import PromptTuner
 from .outputs import add_similarity
-from .structure import backbone_name, check_vit
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification, ViTModel
 
 
 class ViTPromptTuner(PromptTuner):
-    """Add prompts to a `ViTModel` or `ViTForImageClassification` of any size, chosen by a query to the frozen model.
+    """Add prompts to a model of any of `pgp_hf.backbones.FAMILIES`, chosen by a query to the frozen model.
 
-    One forward pass runs these hooks: before the backbone, the frozen model's CLS feature of the same images (or
+    One forward pass runs these hooks: before the backbone, the frozen model's feature of the same images (or
     `prompt_query`, `(B, d)`, when the caller has kept it) selects each image's prompts; after the backbone, the method
     hides its prompts from everything downstream; after the whole model, in training, the output gets
     `prompt_similarity` `(B,)`, and a loss that the model computed itself gets the pull term
@@ -57,18 +59,19 @@ class ViTPromptTuner(PromptTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         config = cast(PromptConfig, peft_config)
-        name = backbone_name(self.model)
+        check(self.model)
+        name, family = find(self.model)
         backbone = self.model.get_submodule(name)
-        check_vit(self.model, backbone)
         targets = self._targets(config, f"{name}." if name else "", backbone)
         self._check_targets(config, targets)
         config.target_modules = targets
-        self._check_width(config, backbone.config.hidden_size)
+        self._check_width(config, family.width(backbone))
+        config.head_input = None if family.head_input == CLS else family.head_input
         return config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         config = cast(PromptConfig, peft_config)
-        prepare_head(cast("ViTForImageClassification", model), config)
+        prepare_head(cast("ViTForImageClassification", model), config, self._head_width(config))
         inside = [name for name, _ in self.backbone.named_modules() if name]
         for saved in config.modules_to_save or []:
             if any(name == saved or name.endswith(f".{saved}") for name in inside):
@@ -90,19 +93,29 @@ class ViTPromptTuner(PromptTuner):
 
     @property
     def backbone(self) -> ViTModel:
-        """Return the `ViTModel`."""
-        return self.model.get_submodule(backbone_name(self.model))
+        """Return the image model, such as a `ViTModel`."""
+        return self.model.get_submodule(find(self.model)[0])
+
+    @property
+    def family(self) -> Family:
+        """Return the description of the backbone: where its parts are, and which tokens are read."""
+        return find(self.model)[1]
+
+    def _head_width(self, config: Any) -> int:
+        family = self.family
+        return family.parts * family.width(self.backbone)
 
     # ---- a forward pass ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def query(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """Return the query q(x) of each image: the frozen model's CLS feature, `(B, d)` (L2P, Sec. 4.2).
+        """Return the query q(x) of each image: a feature of the frozen model, its CLS if it has one, `(B, d)` (L2P, Sec. 4.2).
 
         It is computed in eval mode, so that dropout cannot change which prompts an image gets.
         """
         backbone, layers = self.backbone, self.layers
-        kwargs.setdefault("interpolate_pos_encoding", self.adapter_config.interpolate_pos_encoding)
+        family = self.family
+        family.set_positions(kwargs, self.adapter_config.interpolate_pos_encoding)
         training = [module for module in backbone.modules() if module.training]
         bypass = [layer.bypass for layer in layers]
         try:
@@ -110,7 +123,7 @@ class ViTPromptTuner(PromptTuner):
                 layer.bypass = True
             for module in training:  # one by one, so that modules that are in eval mode already stay in it
                 module.training = False
-            return backbone(pixel_values, return_dict=True, **kwargs).last_hidden_state[:, 0]
+            return family.query(backbone(pixel_values, return_dict=True, **kwargs))
         finally:
             for layer, value in zip(layers, bypass, strict=True):
                 layer.bypass = value
@@ -148,8 +161,7 @@ class ViTPromptTuner(PromptTuner):
             return args, kwargs
         config = self.adapter_config
         self._check_call(config, kwargs)
-        if config.interpolate_pos_encoding and kwargs.get("interpolate_pos_encoding") is None:
-            kwargs["interpolate_pos_encoding"] = True
+        self.family.set_positions(kwargs, config.interpolate_pos_encoding)
         pixel_values = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
         self._check_size(pixel_values)
         if query is None:
@@ -158,7 +170,7 @@ class ViTPromptTuner(PromptTuner):
         elif query.shape != (len(pixel_values), config.hidden_size):
             raise ValueError(
                 f"prompt_query of shape {tuple(query.shape)}: expected {(len(pixel_values), config.hidden_size)}, "
-                "one CLS feature of the frozen model per image."
+                "one feature of the frozen model per image (see `query`)."
             )
         similarity = self._select(query, config)
         self._similarity = similarity if self.model.training else None
