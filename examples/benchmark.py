@@ -16,7 +16,7 @@ ProjectionConfig, prompt configuration or PGPTrainingArguments, and counts as a 
 `fine_tuning@trainable=lora:8` change those of a method, and what of the model learns. On the embedded digits, methods
 with exemplars have two rows by default, with 2 and with 10 images a class. Methods have the recipe of
 run_baselines.py: --learning_rate and --lr_scheduler_type are for prompts. The clip rows have the embedded CLIP; with
---model_name_or_path, a CLIP model, they run when they are named. In the rows of surprises, which run when they are named,
+--model_name_or_path, a CLIP model, they run when they are named. In the rows of surprises, which run when they are named like dualprompt-joint,
 the model begins without classes and learns each task as it comes.
 
 Runs of one seed are paired: they have the same class order, images, initial prompts and batches. The joint rows train
@@ -25,6 +25,10 @@ their single task for as many epochs as the others train each task.
 Each row and seed runs in a process of its own, which writes one file, OUTPUT_DIR/ROW-seedK.json. Finished runs are
 skipped, and interrupted ones continue exactly from their work folder, so the same command continues the benchmark;
 several commands may share an output folder. After each run, the table and its figures are written again.
+
+    python examples/benchmark.py --speed --help
+
+is another benchmark, of the time and memory that a step takes.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, PGPTrainingArguments
-from pgp_hf.benchmark import table
+from pgp_hf.benchmark import speed, table
 from pgp_hf.benchmark.plans import Plan, Row, plan
 from pgp_hf.benchmark.runs import describe, execute, holder
 from pgp_hf.cli import console
@@ -86,6 +90,9 @@ ROWS = {
     "l2p-attention": prompts(f"L2P, {FIRST_ATTENTION}", L2PConfig, "attention"),
     "l2p-control": prompts(f"L2P, no projection, {CAREFUL}", L2PConfig, "none", careful=True),
     "l2p-functional": prompts(f"L2P, {OUTPUTS}, {CAREFUL}", L2PConfig, "functional", True, **FUNCTIONAL),
+    "dualprompt-joint": prompts(
+        "DualPrompt, all classes as one task: an upper bound", DualPromptConfig, "none", joint=True
+    ),
     "dualprompt-none": prompts("DualPrompt, no projection", DualPromptConfig, "none"),
     "dualprompt-pgp": prompts("DualPrompt, PGP on updates", DualPromptConfig, "pgp"),
     "dualprompt-control": prompts(f"DualPrompt, no projection, {CAREFUL}", DualPromptConfig, "none", careful=True),
@@ -102,6 +109,7 @@ SURPRISES = {
     for name in ("l2p-control", "l2p-functional", "dualprompt-control", "dualprompt-functional")
 }
 ROWS |= SURPRISES
+WHEN_NAMED = {*SURPRISES, "dualprompt-joint"}  # rows that run when they are named
 RECIPE = {
     one: BaselineTrainingArguments.__dataclass_fields__[one].default
     for one in BaselineTrainingArguments.__annotations__
@@ -165,7 +173,7 @@ class BenchmarkArguments:
 def usual_rows(argv: Sequence[str]) -> list[str]:
     """Return the names of the rows that run when the command line names none."""
     given = set(map(option, argv))
-    rows = [name for name in ROWS if name not in SURPRISES]
+    rows = [name for name in ROWS if name not in WHEN_NAMED]
     if "--model_name_or_path" in given:
         return [name for name in rows if ROWS[name].prompt is not ClipPromptConfig]
     if given & SOURCES:
@@ -270,6 +278,8 @@ def stop(signum: int, frame: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
     argv = expand(sys.argv[1:] if argv is None else argv).tokens
+    if "--speed" in argv:
+        return speed.main([token for token in argv if token != "--speed"])
     bench, model, data, training = parse(argv)
     output = Path(str(training.output_dir))
     work = Path(bench.work_dir) if bench.work_dir else output.parent / "work" / output.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -43,7 +44,8 @@ def _by_class(kind: type) -> Family | None:
 
 def _backbone_in(model: nn.Module) -> tuple[str, Family] | None:
     for name, module in model.named_modules():
-        family = _by_class(type(module)) or next((one for one in FAMILIES if one.fits(module)), None)
+        kind: Any = type(module)
+        family = _by_class(kind) or next((one for one in FAMILIES if one.fits(module)), None)
         if family is not None:
             return name, family
     return None

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from ..report.table import plain
 from ..report.verdict import frozen_wins, verdict
 from ..runs.atomic import write_json
 from ..runs.checks import first_task
-from ..runs.folder import RESULTS, RunFolder
+from ..runs.folder import QUERIES, RESULTS, RunFolder
 from ..runs.lock import held
 from ..training.pgp_trainer import PGPTrainer
 from ..training.resume import find_run
@@ -37,7 +37,7 @@ Results = dict[str, dict[str, Any]]  # by the name of the row
 MakeModel = Callable[[Arguments, TaskStream], PeftModel]
 TWIN, PUBLISHED = "baseline", "published"  # their folders, in that of the run
 WIDTH = 100  # columns of a terminal
-SHOWN = 4  # tasks in a table, which then fits
+SHOWN = 5  # at most, of tasks for which there is no room in a table
 
 
 class Planned(NamedTuple):
@@ -111,6 +111,7 @@ def _run(name: str, runs: list[Planned], make_model: MakeModel) -> Results:
         set_seed(args.seed)
         own = copy.copy(args)
         own.output_dir = str(one.folder)
+        own.query_cache = args.query_cache or str(runs[-1].folder / QUERIES)  # which all of them share
         own.push_to_hub = args.push_to_hub and one is runs[-1]  # the others are not uploaded
         model = make_model(one.arguments, stream)
         trainer = PGPTrainer(model, own, stream, projection=one.projection, processing_class=processor)
@@ -182,11 +183,20 @@ def without_prompts(trainer: PGPTrainer, arguments: Arguments, processor: BaseIm
 
 
 def table(rows: Results) -> str:
-    """Return a plain-text table: drift, forgetting and average accuracy at the end of the stream, then the average
-    accuracy after each task, or after some of many tasks.
+    """Return a plain-text table of drift, forgetting and average accuracy at the end, and of the accuracy on the way.
+
+    It has the average accuracy after each task, or after some of many tasks, as far as the terminal is wide.
     """
     tasks = max(len(row["per_task_average_accuracy"]) for row in rows.values())
-    shown = range(tasks) if tasks <= SHOWN else [round(i * (tasks - 1) / (SHOWN - 1)) for i in range(SHOWN)]
+    shown = list(range(tasks))
+    while len((found := plain(_cells(rows, shown))).split("\n", 1)[0]) > WIDTH and len(shown) > 2:
+        some = min(len(shown), SHOWN + 1) - 1
+        shown = [round(i * (tasks - 1) / max(some - 1, 1)) for i in range(some)]
+    return found
+
+
+def _cells(rows: Results, shown: Sequence[int]) -> list[list[str]]:
+    """Return the table's header and rows, with the accuracy after the 0-based tasks that are shown."""
     header = ["", "drift", "forgetting", "avg acc", *(f"task {t + 1}" for t in shown)]
     body = [
         [
@@ -198,7 +208,7 @@ def table(rows: Results) -> str:
         ]
         for name, row in rows.items()
     ]
-    return plain([header, *body])
+    return [header, *body]
 
 
 def print_comparison(rows: Results, output_dir: Path, refused: Mapping[str, str] | None = None) -> None:

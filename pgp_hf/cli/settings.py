@@ -22,6 +22,7 @@ PER_RUN = {  # of a single run: not compared
     "data_seed",
     "disable_tqdm",
     "resume_from_checkpoint",
+    "query_cache",
 }
 QUIET = {  # may differ from a finished run's, since they change no number
     "dataloader_num_workers",
@@ -31,6 +32,7 @@ QUIET = {  # may differ from a finished run's, since they change no number
     "logging_strategy",
     "run_name",
     "verify_images",
+    "query_cache_gb",
 }
 
 Settings = dict[str, dict[str, Any]]  # by part: "model", "data", "training", ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,24 @@ class QueriedItem(ImageItem, total=False):
     prompt_query: Tensor
 
 
+class ImageView(Protocol):
+    """Images that are the same each time that they are read.
+
+    Attributes:
+        view: a name for how they are seen.
+    """
+
+    view: str
+
+    @property
+    def sha256(self) -> str | None:
+        """Return the hash of the content; None where that is not known."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> ImageItem: ...
+
+
 class AugmentedImages(Dataset[QueriedItem]):
     """Augment a task's training images, with randomness that is a function of (seed, task, epoch, index) alone.
 
@@ -33,14 +51,24 @@ class AugmentedImages(Dataset[QueriedItem]):
         crop_min_scale: smallest share of an image's area that a crop keeps.
         seed: of the run.
         task: 0-based.
+        crop_views: number of different crops of each image, which later epochs repeat; None for new ones in each epoch.
 
     Attributes:
         queries: `(views, N, d)`, the queries of all images in each of `views`, from which each item gets its own; None
             by default.
     """
 
-    def __init__(self, images: TaskImages, augmentation: str, crop_min_scale: float, seed: int, task: int) -> None:
+    def __init__(
+        self,
+        images: TaskImages,
+        augmentation: str,
+        crop_min_scale: float,
+        seed: int,
+        task: int,
+        crop_views: int | None = None,
+    ) -> None:
         self.images, self.augmentation, self.crop_min_scale = images, augmentation, crop_min_scale
+        self.crop_views = crop_views if augmentation == "crop_flip" else None
         self.queries: Tensor | None = None
         self._counters = (seed, task)
         # shared memory, so that persistent workers see a new epoch
@@ -54,24 +82,35 @@ class AugmentedImages(Dataset[QueriedItem]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> QueriedItem:
+        epoch = int(self._epoch)
+        item, view = self._seen(index, epoch if self.crop_views is None else epoch % self.crop_views)
+        if self.queries is not None:
+            item["prompt_query"] = self.queries[view, index]
+        return item
+
+    def _seen(self, index: int, epoch: int) -> tuple[QueriedItem, int]:
+        """Return an image as an epoch has it, and which of `views` that is."""
         item: QueriedItem = {**self.images[index]}
         flip = False
         if self.augmentation != "none":
-            rng = np.random.default_rng([*self._counters, int(self._epoch), index])
+            rng = np.random.default_rng([*self._counters, epoch, index])
             flip = bool(rng.random() < 0.5)
             if self.augmentation == "crop_flip":
                 item["image"] = item["image"].crop(_random_box(item["image"].size, self.crop_min_scale, rng))
             if flip:
                 item["image"] = _flipped(item["image"])
-        if self.queries is not None:
-            item["prompt_query"] = self.queries[int(flip), index]
-        return item
+        return item, int(flip) if self.crop_views is None else epoch
 
-    def views(self) -> list[Dataset[ImageItem]]:
+    def views(self) -> list[ImageView]:
         """Return a dataset for each view that augmentation can produce; none if random crops make them too many."""
         if self.augmentation == "crop_flip":
-            return []
+            return [CroppedImages(self, epoch) for epoch in range(self.crop_views or 0)]
         return [self.images] if self.augmentation == "none" else [self.images, FlippedImages(self.images)]
+
+    @property
+    def plain_queries(self) -> Tensor | None:
+        """Return the queries `(N, d)` of the images without augmentation, where they are known."""
+        return None if self.queries is None or self.augmentation == "crop_flip" else self.queries[0]
 
 
 class Exemplars(Dataset[QueriedItem]):
@@ -112,8 +151,15 @@ def set_epoch(images: object, epoch: int) -> None:
 class FlippedImages(Dataset[ImageItem]):
     """Mirror every image horizontally."""
 
+    view = "flipped"
+
     def __init__(self, images: TaskImages) -> None:
         self.images = images
+
+    @property
+    def sha256(self) -> str | None:
+        """Return the hash of the content that is mirrored."""
+        return self.images.sha256
 
     def __len__(self) -> int:
         return len(self.images)
@@ -121,6 +167,25 @@ class FlippedImages(Dataset[ImageItem]):
     def __getitem__(self, index: int) -> ImageItem:
         item = self.images[index]
         return {**item, "image": _flipped(item["image"])}
+
+
+class CroppedImages(Dataset[ImageItem]):
+    """Crop every image as one epoch does."""
+
+    def __init__(self, augmented: AugmentedImages, epoch: int) -> None:
+        self.augmented, self.epoch = augmented, epoch
+        self.view = f"crop {augmented.crop_min_scale} {augmented._counters} {epoch}"
+
+    @property
+    def sha256(self) -> str | None:
+        """Return the hash of the content that is cropped."""
+        return self.augmented.images.sha256
+
+    def __len__(self) -> int:
+        return len(self.augmented)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        return self.augmented._seen(index, self.epoch)[0]
 
 
 def _flipped(image: Image.Image) -> Image.Image:

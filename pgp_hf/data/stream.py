@@ -19,6 +19,7 @@ from .checking import check_int, check_optional_int, check_share, shorten
 from .classes import Division, LabelNames, Labels, check_names, rename, warn_of_similar
 from .earlier import find_test_images
 from .manifest import SPLITS, check_complete, check_form, compare, copied, first_tasks, new_settings, train_hashes
+from .markup import tasks_table
 from .scenarios import SCENARIOS, check_scenario
 from .shifts import Shift, check_shift
 from .tasks import ImageItem, Part, Parts, Task, TaskImages, by_source, read_entries, verify_parts, write_entries
@@ -296,6 +297,10 @@ class TaskStream:
     def __repr__(self) -> str:
         return f"TaskStream({self.scenario}: {self.num_classes} classes in {self.num_tasks} tasks, seed={self.seed})"
 
+    def _repr_html_(self) -> str:
+        counts = [[self.num_images(split, t) for split in SPLITS] for t in range(self.num_tasks)]
+        return tasks_table(repr(self), [[self.label_names[c] for c in task.classes] for task in self.tasks], counts)
+
     def train(self, t: int) -> TaskImages:
         """Return the training images of task `t` (0-based); raise ValueError if they are not here."""
         return self._images("train", t)
@@ -440,4 +445,4 @@ class TaskStream:
             )
         if not part.num_images:
             raise ValueError(f"task {index} (0-based) has no {split} images")
-        return TaskImages(part.source, part.rows, index)
+        return TaskImages(part.source, part.rows, index, part)

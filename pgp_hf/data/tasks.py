@@ -52,11 +52,16 @@ class TaskImages(torch.utils.data.Dataset[ImageItem]):
     Attributes:
         task: 0-based.
         labels: mapped label ids, int64, `(len,)`; read without decoding anything.
+        view: how images are seen, see `pgp_hf.data.images.ImageView`.
     """
 
-    def __init__(self, source: ImageRows, rows: np.ndarray, task: int) -> None:
+    view = "plain"
+    _part: Part | None = None
+
+    def __init__(self, source: ImageRows, rows: np.ndarray, task: int, part: Part | None = None) -> None:
         self._source = source
         self._rows = rows
+        self._part = part
         self.task = task
         self.labels: np.ndarray = source.labels[rows]
 
@@ -76,6 +81,15 @@ class TaskImages(torch.utils.data.Dataset[ImageItem]):
         position %= len(self)
         image = self._decoded(position)
         return {"image": image, "label": int(self.labels[position]), "task": self.task, "index": position}
+
+    @property
+    def sha256(self) -> str | None:
+        """Return the hash of their content in this order, as the manifest has it; None for images without one."""
+        # a hash is over the rows in ascending order
+        if self._part is None or (np.diff(self._rows) <= 0).any():
+            return None
+        hash_parts([self._part])
+        return self._part.sha256
 
     def place(self, position: int) -> str:
         """Return where the image at a position within the task comes from, for error messages."""

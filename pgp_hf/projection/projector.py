@@ -153,6 +153,18 @@ class NullSpaceProjector:
                     "steps in the backward pass or exchanges weights in eval(), or a callback. Leave that out."
                 )
 
+    def fixed(self, named_parameters: NamedParameters) -> list[Tensor]:
+        """Return the parameters that no step moves: those with a basis of full rank, except with `apply_to="gradient"`.
+
+        Raises:
+            ValueError: a basis whose parameter is missing.
+        """
+        return [
+            parameter
+            for _, parameter, bases in self._protected(named_parameters)
+            if self.apply_to != "gradient" and any(bool((basis.ranks == basis.dim).all()) for basis in bases.values())
+        ]
+
     @torch.no_grad()
     def project_gradients_(self, named_parameters: NamedParameters) -> None:
         """Replace each protected parameter's gradient g by `g (I - M M^T)`, in place.

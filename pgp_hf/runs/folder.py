@@ -5,6 +5,7 @@ output_dir/  the last finished task's files (large ones as hard links), and
   samples/class-0-1.png ...         test images of each class, where the run was asked to keep some
   features/task-1.safetensors ...   head inputs and pool entries of each task's test images when it ended
   checkpoints/task-t/checkpoint-N/  checkpoints of the task in training, removed when it ends; see `runs.checkpoint`
+  queries/              queries of images, which hold for any run; see `training.queries`
   continued.json        in a run continued from a single revision, or one that learns all tasks as one, the last: the
                         number of tasks that are not here
   .copying              while a task's files are copied to the top level: the name of its folder
@@ -36,7 +37,7 @@ METHOD_STATE, METHOD = "method.safetensors", "method.json"
 EXEMPLARS = "exemplars.safetensors"  # images, where the method keeps some and the run stores them
 MANIFEST, RESULTS = "stream.json", "results.json"
 DIGESTS = "digests.json"  # of all other files of a task, written last
-FEATURES, CHECKPOINTS, CONTINUED = "features", "checkpoints", "continued.json"
+FEATURES, CHECKPOINTS, CONTINUED, QUERIES = "features", "checkpoints", "continued.json", "queries"
 SAMPLES, SAMPLE = "samples", re.compile(r"class-(\d+)-(\d+)\.png")  # test images that a run has kept on request
 COPYING = ".copying"
 LARGE = (MODEL, EXEMPLARS)  # by default kept for the newest task alone
@@ -212,6 +213,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete the files that an earlier run has written, and the folders that are empty then.
+
+        Queries stay, since they hold for any run.
 
         Raises:
             ValueError: files of somebody else that a run would replace, in which case nothing is deleted; files that

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy
 
 from ..hub import TaskRepo, choose_repo
@@ -33,7 +34,15 @@ class PGPTrainingArguments(TrainingArguments):
         eval_mask: classes that a prediction may take: those seen so far ("seen"), or all ("none").
         augmentation: of training images: "crop_flip", "flip" or "none".
         crop_min_scale: smallest share of the image that a crop keeps, in (0, 1].
+        last_block: tokens that the last block of a backbone computes: all of them ("full"), or only those that the head or
+            a query reads ("read"), which is a few percent faster and the same up to rounding.
+        skip_fixed: compute no gradient of prompts that a projection keeps from moving at all, as "frozen" does after the first
+            task, also where `max_grad_norm` clips gradients, whose norm then lacks theirs. Without clipping, it is always done.
+        crop_views: number of different random crops of each training image, whose queries are then kept; None for new
+            crops in each epoch.
         cache_queries: keep the queries of images, which never change, instead of computing them again.
+        query_cache: folder that queries are kept in, which runs may share; `queries` in `output_dir` by default.
+        query_cache_gb: largest size of that folder in GB; 0 keeps queries in memory alone.
         verify_images: decode every image once before training starts.
         figures: draw figures when each task ends ("each"), when the last one does ("last"), or not at all ("none");
             `pgp_hf.report.on_demand.draw_run` draws those of a finished run on demand.
@@ -108,13 +117,44 @@ class PGPTrainingArguments(TrainingArguments):
         metadata={"help": "of training images: random resized crop and horizontal flip, flip alone, or none"},
     )
     crop_min_scale: float = field(default=0.05, metadata={"help": "smallest share of the image that a crop keeps"})
+    last_block: Literal["full", "read"] = field(
+        default="full",
+        metadata={
+            "help": "tokens that the last block of a ViT with prompts computes: all, or only those that are read, which is "
+            "faster and the same up to rounding"
+        },
+    )
+    skip_fixed: bool = field(
+        default=False,
+        metadata={
+            "help": "compute no gradient of prompts that a projection keeps from moving at all (frozen, after the first task), "
+            "which then do not count in the norm that max_grad_norm clips; without clipping, it is always done"
+        },
+    )
+    crop_views: int | None = field(
+        default=None,
+        metadata={
+            "help": "random crops of each training image that its epochs take turns with, so that their queries can be kept; "
+            "by default each epoch has new crops"
+        },
+    )
     cache_queries: bool = field(
         default=True,
         metadata={
             "help": "keep the images' queries, which never change, instead of computing them again: of test images, and "
-            "of training images where they have fewer views (one unaugmented, two flipped) than passes over them, unless "
-            "max_steps is set"
+            "of training images where they have fewer views (one unaugmented, two flipped, crop_views) than passes over "
+            "them, unless max_steps is set"
         },
+    )
+    query_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder that queries are kept in, which runs on the same images and backbone may share, also at the same "
+            "time; queries in output_dir when not given, never uploaded"
+        },
+    )
+    query_cache_gb: float = field(
+        default=2.0, metadata={"help": "largest size of that folder in GB; 0 keeps queries in memory alone"}
     )
     verify_images: bool = field(default=True, metadata={"help": "decode every image once before training starts"})
     figures: Literal["each", "last", "none"] = field(
@@ -134,6 +174,13 @@ class PGPTrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "delete the files that an earlier run wrote to output_dir, instead of refusing to touch it; all others stay"
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "leave losses that are not finite out of the logged one; such a loss stops the training anyway, and to "
+            "look at each step's makes the host wait for a GPU"
         },
     )
     save_full_weights: Literal["last", "all"] = field(
@@ -193,6 +240,8 @@ class PGPTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns at every loader otherwise
+        elif self.dataloader_pin_memory and isinstance(self.accelerator_config, AcceleratorConfig):
+            self.accelerator_config.non_blocking = True  # batches travel while the step before is computed
         self.check()
 
     def check(self) -> None:
@@ -205,6 +254,11 @@ class PGPTrainingArguments(TrainingArguments):
             raise ValueError(
                 "later_prompt_learning_rate and reinit_optimizer=False are mutually exclusive: one optimizer for all tasks "
                 "keeps its learning rates."
+            )
+        if self.crop_views is not None and self.augmentation != "crop_flip":
+            raise ValueError(
+                f"crop_views={self.crop_views} with augmentation={self.augmentation!r}: there are crops with 'crop_flip' "
+                "alone; leave crop_views out."
             )
         check_together(self)
 

@@ -17,19 +17,56 @@ _CAUSES = (
 )
 
 
-def check_loss(loss: Tensor, at: str, kept: str) -> None:
-    """Raise FloatingPointError unless a step's loss is finite.
+class LossWatch:
+    """Find the first step whose loss is not finite, without waiting for the device.
+
+    A device notes it for itself, and its note travels to the host meanwhile: on a GPU, the host reads it a few steps later,
+    on a CPU at once. `settle` waits for it; nothing that a step has led to may be written before.
 
     Args:
-        loss: a scalar.
-        at: the step and its learning rate, for the message.
-        kept: what remains of the run, likewise.
+        device: of the losses.
     """
-    if not torch.isfinite(loss):
+
+    def __init__(self, device: torch.device) -> None:
+        self._noted = torch.tensor([-1.0, 0.0], dtype=torch.float64 if device.type != "mps" else torch.float32)
+        self._landed = self._noted.clone()
+        if device.type == "cuda":
+            self._landed = self._landed.pin_memory()
+        self._noted = self._noted.to(device)
+        self._read = self._landed.numpy()  # which asks nothing of a device
+        self._rates: dict[int, float] = {}
+
+    def note(self, loss: Tensor, step: int, rate: float) -> None:
+        """Take a step's loss, a scalar, and its learning rate; steps count from 1."""
+        self._rates[step] = rate
+        loss = loss.detach().to(self._noted.dtype)
+        known = self._noted[0] >= 0
+        found = torch.stack([torch.full_like(loss, step), loss])
+        torch.where(known | torch.isfinite(loss), self._noted, found, out=self._noted)
+        self._landed.copy_(self._noted, non_blocking=True)
+
+    def check(self, task: int, steps: int, kept: str) -> None:
+        """Raise FloatingPointError if the host knows of such a step.
+
+        Args:
+            task: 0-based, for the message.
+            steps: of the task, likewise.
+            kept: what remains of the run, likewise.
+        """
+        step, loss = int(self._read[0]), float(self._read[1])
+        if step < 0:
+            return
+        labels = " It is NaN as well for labels outside the classes of the loss." if self._noted.is_cuda else ""
         raise FloatingPointError(
-            f"the loss became {loss.item()} in {at}; {kept}. Lower learning_rate, set max_grad_norm, or use bf16 instead of "
-            "fp16."
+            f"the loss became {loss} in task {task + 1} at step {step} of {steps} (learning rate {self._rates[step]:g}); "
+            f"{kept}. Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16.{labels}"
         )
+
+    def settle(self, task: int, steps: int, kept: str) -> None:
+        """Wait for the steps so far, and raise FloatingPointError if the loss of one was not finite; see `check`."""
+        self._landed.copy_(self._noted)
+        self.check(task, steps, kept)
+        self._rates.clear()
 
 
 def check_pixels(pixels: Tensor, places: Sequence[tuple[TaskImages, int]]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +17,8 @@ from ..methods import Batch, ContinualMethod, TaskContext
 def cross_entropy(logits: Tensor, labels: Tensor, classes: Sequence[int], smoothing: float = 0.0) -> Tensor:
     """Return each image's cross-entropy over some of the classes, `(B,)`.
 
+    Nothing waits for a device: there, the loss of an image with a label outside `classes` is NaN.
+
     Args:
         logits: `(B, C)`.
         labels: `(B,)`, all of them among `classes`.
@@ -22,20 +26,27 @@ def cross_entropy(logits: Tensor, labels: Tensor, classes: Sequence[int], smooth
         smoothing: label smoothing, in [0, 1].
 
     Raises:
-        ValueError: a label outside `classes`, whose image would otherwise be ignored.
+        ValueError: on a CPU, such a label.
     """
-    index = torch.tensor(list(classes), device=labels.device)
-    position = labels.new_full((logits.shape[1],), -100)
-    position[index] = torch.arange(len(index), device=labels.device)
-    targets = position[labels]
-    outside = targets < 0
-    if outside.any():
+    if labels.device.type == "cpu" and (outside := ~np.isin(labels.numpy(), classes)).any():
         raise ValueError(
             f"{int(outside.sum())} of {len(labels)} images of this batch have labels outside the classes of the loss: "
-            f"{sorted(set(labels[outside].tolist()))} are not among {sorted(classes)}. Set train_mask='seen' to have all "
-            "classes seen so far in the loss, or let the method's classes() name them."
+            f"{np.unique(labels.numpy()[outside]).tolist()} are not among {sorted(classes)}. Set train_mask='seen' to have "
+            "all classes seen so far in the loss, or let the method's classes() name them."
         )
-    return F.cross_entropy(logits.float()[:, index], targets, reduction="none", label_smoothing=smoothing)
+    index, position = _positions(tuple(classes), logits.shape[1], labels.device)
+    targets = position[labels]
+    losses = F.cross_entropy(logits.float()[:, index], targets, reduction="none", label_smoothing=smoothing)
+    return losses.masked_fill(targets < 0, torch.nan) if labels.device.type != "cpu" else losses
+
+
+@lru_cache(maxsize=4)
+def _positions(classes: tuple[int, ...], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return label ids as a tensor, and the place of each of `count` label ids among them, -100 for those without one."""
+    index = torch.tensor(classes)
+    position = torch.full((count,), -100)
+    position[index] = torch.arange(len(index))
+    return index.to(device), position.to(device)
 
 
 def mean_over_step(losses: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

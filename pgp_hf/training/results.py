@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import metrics
+from ..data.markup import table
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskImages
 from ..methods import ContinualMethod
@@ -186,6 +187,30 @@ class StreamResults:
                 "statistics": {**{name: own[name] for name in SUMMARY}, **self._task_incremental(self.within)},
             }
         return results
+
+    def _repr_html_(self) -> str:
+        """Return the accuracy matrix as a table for a notebook, the darker the more accurate, with the measures above it."""
+        name = self.method if self.projection == "none" else f"{self.method} with {self.projection} projection"
+        if not self.matrix:
+            return table(f"{name}, none of {self.num_tasks} tasks", [], [])
+        content, tasks = self.to_dict(), self.first + len(self.matrix)
+        measured = {
+            "average accuracy {:.2f} %": content["average_accuracy"],
+            "forgetting {:.2f}": None if self.first else content["forgetting"],
+            "drift {:.3f}": None if self.first or not self.drift else self.drift[-1],
+        }
+        told = [words.format(value) for words, value in measured.items() if value is not None]
+        rows = content["accuracy_matrix"][self.first : tasks]
+        shown = [
+            [f"after task {self.first + i + 1}", *(None if value is None else f"{value:.1f}" for value in row)]
+            for i, row in enumerate(rows)
+        ]
+        return table(
+            ", ".join([f"{name}, {tasks} of {self.num_tasks} tasks", *told]),
+            ["accuracy in %", *(f"task {j + 1}" for j in range(self.num_tasks))],
+            shown,
+            [[None, *(None if value is None else value / 100 for value in row)] for row in rows],
+        )
 
     def _accuracies(self) -> dict[str, Any]:
         """Return the chosen head's accuracy matrix, and what follows from it."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -177,6 +178,44 @@ def check_settings(
             f"compensate_drift=True moves the class means of a statistics head, and this model has head={head!r}: use an "
             "adapter with head='statistics' in its configuration, or leave compensate_drift out."
         )
+
+
+def set_last_block(args: PGPTrainingArguments, learner: StreamModel) -> None:
+    """Let the model's last block compute what `last_block` says.
+
+    Raises:
+        ValueError: a model of which every token is read.
+    """
+    read, only_read = getattr(learner, "read_last_block", None), args.last_block == "read"
+    if read is not None:
+        read(only_read)
+    elif only_read:
+        raise ValueError(
+            f"last_block='read' is for prompts on a ViT that a query selects, and this model is {learner.name!r}: leave it "
+            "out."
+        )
+
+
+@contextmanager
+def without_fixed(args: PGPTrainingArguments, method: ContinualMethod, learner: StreamModel) -> Iterator[None]:
+    """Compute no gradient inside the block of parameters that the method's projection keeps from moving at all.
+
+    It is exact unless gradients are clipped: their norm then lacks these parameters, so `skip_fixed` has to ask for it.
+    """
+    fixed: list[Tensor] = []
+    clips = args.max_grad_norm is not None and 0 < args.max_grad_norm < float("inf")
+    projection = method.projection
+    if projection is not None and isinstance(learner, Protectable) and (args.skip_fixed or not clips):
+        fixed = projection.projector.fixed(learner.prompt_parameters().items())
+    if len(fixed) == len(learner.trainable()):
+        fixed = []  # a loss needs something that learns
+    try:
+        for parameter in fixed:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in fixed:
+            parameter.requires_grad_(True)
 
 
 def new_results(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,8 +44,10 @@ from .setup import (
     keep_statistics_local,
     new_results,
     refuse_sharding,
+    set_last_block,
     show_progress,
     trainable_parameters,
+    without_fixed,
 )
 from .signals import StopOnSignal, holding
 from .task_trainer import TaskTrainer
@@ -110,6 +112,7 @@ class StreamTrainer(TaskTrainer):
         keep_statistics_local(self.model)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
+        set_last_block(self.args, learner)
         self._check_choice()
         self.training_stream = trained = self.method.training_stream(stream)
         names = dict(enumerate(stream.label_names[: self._room.classes]))
@@ -125,6 +128,7 @@ class StreamTrainer(TaskTrainer):
         self._images: AugmentedImages | None = None  # and its images
         self._handles: list[RemovableHandle] = []  # of hooks on the optimizer
         self._test_queries: dict[int, Tensor | None] = {}
+        self._operations: dict[Any, int] = {}
         self._sizes, self._beginning = BatchSizes(self.args, lambda: self._train_batch_size), None
         self._scorer = Scorer(stream, self.method, self.args.eval_mask)
         self._blank = copy.deepcopy(self.method.state())
@@ -215,7 +219,7 @@ class StreamTrainer(TaskTrainer):
         self.method.begin_task(context)
         self._fire("on_task_begin", task=t)
         self._beginning = None
-        with self.progress.timed("train"):
+        with self.progress.timed("train"), without_fixed(self.args, self.method, learner):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.results.steps[own:] = [output.global_step]
         self._beginning = None  # a copy of all that learns
@@ -393,10 +397,6 @@ class StreamTrainer(TaskTrainer):
         self.accelerator.wait_for_everyone()
 
     # ---- files ---------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _digest(self) -> dict[str, str]:
-        return self.stream_model.digest()
 
     def _note_first(self, t: int) -> None:
         """Note in the folder of a new run which task is its first."""

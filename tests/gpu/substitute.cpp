@@ -78,9 +78,13 @@ static Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride
   return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &allocator,
       c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype));
 }
-static int64_t waits = 0;
-static Tensor copy_from(const Tensor& self, const Tensor& to, bool) {
-  if (self.device() != to.device() && to.is_cpu()) ++waits;
+static bool may_wait = true;
+static thread_local bool inside = false;  // of a kernel, whose copies are not the program's
+static void wait(const std::string& what) {
+  TORCH_CHECK(may_wait || inside, what, " makes the host wait for the device");
+}
+static Tensor copy_from(const Tensor& self, const Tensor& to, bool non_blocking) {
+  if (self.device() != to.device() && !non_blocking) wait("a copy");
   Tensor source = self.is_cpu() ? self : on_cpu(self), target = to.is_cpu() ? to : on_cpu(to);
   target.copy_(source);
   return to;
@@ -89,7 +93,7 @@ static Tensor copy_from_and_resize(const Tensor& self, const Tensor& to) {
   const_cast<Tensor&>(to).resize_(self.sizes());
   return copy_from(self, to, false);
 }
-static at::Scalar local_scalar(const Tensor& self) { ++waits; return at::_local_scalar_dense(on_cpu(self)); }
+static at::Scalar local_scalar(const Tensor& self) { wait("a number"); return at::_local_scalar_dense(on_cpu(self)); }
 static Tensor& set_storage(Tensor& result, at::Storage storage, int64_t offset, at::IntArrayRef size, at::IntArrayRef stride) {
   result.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
   result.unsafeGetTensorImpl()->set_storage_offset(offset);
@@ -119,7 +123,10 @@ static Tensor reshape_alias(const Tensor& self, c10::SymIntArrayRef size, c10::S
 
 static Tensor back(const Tensor& tensor) {
   if (!tensor.defined()) return tensor;
-  return at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(KIND)).copy_(tensor);
+  bool before = std::exchange(inside, true);
+  Tensor made = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(KIND)).copy_(tensor);
+  inside = before;
+  return made;
 }
 static std::optional<Tensor> maybe_on_cpu(const std::optional<Tensor>& tensor) {
   return tensor && tensor->defined() ? std::optional<Tensor>(on_cpu(*tensor)) : std::nullopt;
@@ -150,8 +157,15 @@ static const std::set<std::string> WAITING = {"aten::nonzero", "aten::masked_sel
 static void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   // operands with dimensions must be on one device; indices, and numbers as tensors, may be on the CPU, as for CUDA
   std::string name = op.schema().name();
-  if (WAITING.count(name)) ++waits;
+  if (WAITING.count(name)) wait(name);
   bool indexed = name.rfind("aten::index", 0) == 0 || name.rfind("aten::_index_put", 0) == 0 || name == "aten::_unsafe_index";
+  if (indexed)  // by truth values: their number is not known
+    for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size()))
+      if (value.isOptionalTensorList())
+        for (const auto& each : value.toOptionalTensorList()) {
+          std::optional<Tensor> one = each;
+          if (one && one->defined() && one->scalar_type() == at::kBool) wait(name);
+        }
   bool own = false, other = false;
   auto see = [&](const Tensor& tensor) {
     if (!tensor.defined()) return;
@@ -165,7 +179,9 @@ static void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       for (const auto& each : value.toOptionalTensorList()) { std::optional<Tensor> one = each; if (one) see(*one); }
   }
   TORCH_CHECK(!(own && other), "Expected all tensors to be on the same device, but found the CPU and the substitute in ", name);
-  at::native::cpu_fallback(op, stack);
+  bool before = std::exchange(inside, true);
+  try { at::native::cpu_fallback(op, stack); } catch (...) { inside = before; throw; }
+  inside = before;
 }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
@@ -188,5 +204,5 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   at::RegisterPrivateUse1HooksInterface(new Hooks());
-  m.def("waits", [] { return waits; });
+  m.def("let_wait", [](bool may) { may_wait = may; });
 }

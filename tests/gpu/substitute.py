@@ -24,9 +24,9 @@ def active() -> bool:
     return _built is not None
 
 
-def waits() -> int:
-    """Return how often somebody has waited for the device so far: for a number, or a shape that depends on numbers."""
-    return _built.waits()
+def let_wait(may: bool) -> None:
+    """Let the host wait for the device, for a number or a shape that depends on numbers, or raise where it would."""
+    _built.let_wait(may)
 
 
 def choose(on_cpu: bool) -> None:

@@ -56,11 +56,6 @@ def prefix_attention(
         prefix_key, prefix_value: `(B, H, L, dh)`.
         record: receives the queries `(B, H, T, dh)` and the weights `(B, H, T, L)` that they give to the prefix.
     """
-    # read at each call: `set_attn_implementation` changes it in the model's configuration at any time
-    implementation = cast(_Prefixed, module).model_config._attn_implementation
-    # "eager" is not in the registry, since every file of models has its own
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, cast(Callable[..., Any], eager))
     if prefix_key is not None and prefix_value is not None:
         length = prefix_key.shape[2]
         key = torch.cat([prefix_key.to(key.dtype), key], dim=2)
@@ -76,8 +71,25 @@ def prefix_attention(
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-def _with_carried(module: nn.Module, *states: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    return prefix_attention(module, *states, **kwargs, **vars(module).get("prefixes", {}))
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend by the function that the model's own configuration names."""
+    # read at each call: `set_attn_implementation` changes it in the model's configuration at any time
+    implementation = cast(_Prefixed, module).model_config._attn_implementation
+    # "eager" is not in the registry, since every file of models has its own
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, cast(Callable[..., Any], eager))
+    found: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **kwargs)
+    return found
+
+
+def _with_carried(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    return prefix_attention(
+        module, query, key, value, attention_mask, **{**kwargs, **vars(module).get("prefixes", {})}
+    )
 
 
 AttentionInterface.register(NAME, _with_carried)
@@ -98,14 +110,14 @@ def carrying(attention: nn.Module, prefixes: dict[str, Any]) -> Iterator[None]:
         del vars(attention)["prefixes"]
 
 
-def install(attention: nn.Module) -> None:
-    """Let an attention module take prefixes."""
+def install(attention: nn.Module, name: str = NAME) -> None:
+    """Let an attention module call the function of this name: by default the one that takes prefixes."""
     own = cast(_Prefixed, attention)
     # a copy, since all modules share one configuration: there the name would reach layers without prefixes, and the
     # functions that make the masks, which depend on it too
     own.model_config, own.config = own.config, copy.copy(own.config)
     # not by the property `_attn_implementation`: it would set sub-configurations as well, which the copy still shares
-    own.config._attn_implementation_internal = NAME
+    own.config._attn_implementation_internal = name
 
 
 def uninstall(attention: nn.Module) -> None:

@@ -42,6 +42,8 @@ class ClipPromptModel(TaskEntryTuner):
     adapter_config: ClipPromptConfig
     layer: ClipImagePrompt
     _live: list[int] | None = None  # classes whose text features are computed in each pass
+    _last_texts: tuple[Any, dict[str, Tensor]] = (None, {})  # of which rows and device, and the tensors
+    _last_live: tuple[Any, Tensor] = (None, torch.empty(0))
     _classifies = False
     _as_tuple = False
     _tasks: Mapping[int, Sequence[int]] = MappingProxyType({})
@@ -268,11 +270,17 @@ class ClipPromptModel(TaskEntryTuner):
         """Return token ids `(N, S)` of class names behind `context` placeholders, with the attention mask."""
         names = [(config.class_tokens or [])[label] for label in classes]
         rows = [[start, *[start] * context, *rest] for start, *rest in names]
-        width, device = max(map(len, rows)), self.model.logit_scale.device
+        device, (known, texts) = self.model.logit_scale.device, self._last_texts
+        if known == (rows, device):  # in each step the same: a device need not be given them again
+            return dict(texts)
+        width = max(map(len, rows))
         # the end token pads: the tower pools at its first occurrence
         ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-        return {"input_ids": ids, "attention_mask": mask}
+        texts = {"input_ids": ids, "attention_mask": mask}
+        if not ids.is_inference():  # which training could not use
+            self._last_texts = (rows, device), texts
+        return dict(texts)
 
     @torch.no_grad()
     def _text_features(self, classes: Sequence[int], entry: int | None, config: ClipPromptConfig) -> Tensor:
@@ -343,7 +351,10 @@ class ClipPromptModel(TaskEntryTuner):
         image = output["image_embeds"]
         table = _unit(self.text_layer.clip_prompt_features[self.adapter].to(image.dtype))
         if self._live:
-            live = torch.tensor(self._live, device=table.device)
+            known, live = self._last_live
+            if known != (self._live, table.device):
+                live = torch.tensor(self._live, device=table.device)
+                self._last_live = (None if live.is_inference() else (list(self._live), table.device)), live
             table = table.index_copy(0, live, output["text_embeds"].to(table.dtype))
         logits = table @ image.t() * model.logit_scale.exp()
         if self._scores is not None:

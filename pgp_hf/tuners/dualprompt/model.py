@@ -123,7 +123,7 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
     def _select(self, query: Tensor, config: DualPromptConfig) -> Tensor:
         similarity = cosine_similarity(query, self.layer.dualprompt_key[self.adapter])
         known, mixture = config.learned_entries or config.entries, None
-        statistics = self.query_statistics if config.learned_entries else None  # before the first task there are none
+        statistics = self._statistics_in_use
         if self.training and self._task is not None:
             selected = torch.full((len(query), 1), self._task, device=query.device)
         elif statistics is not None:
@@ -137,6 +137,28 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
         for attention in self.attentions:
             attention.mixture = mixture
         return similarity.gather(1, selected).sum(-1)
+
+    @property
+    def _statistics_in_use(self) -> TaskStatistics | None:
+        """Return the statistics of queries once a task has left some."""
+        return self.query_statistics if self.adapter_config.learned_entries else None
+
+    def _predicted(self, query: Tensor) -> Tensor:
+        known = self.adapter_config.learned_entries or self.adapter_config.entries
+        if self._statistics_in_use is not None:
+            return self._statistics_in_use.posterior(query, known).argmax(-1, keepdim=True)
+        similarity = cosine_similarity(query, self.layer.dualprompt_key[self.adapter])
+        return similarity[:, :known].argmax(-1, keepdim=True)
+
+    def _prompt_values(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        if self.adapter_config.selection == "mixture":
+            return None  # images get a part of every expert
+
+        def values(containers: tuple[str, ...]) -> list[Tensor]:
+            found = [getattr(layer, container) for layer in self.attentions for container in containers]
+            return [parameters[self.adapter] for parameters in found if self.adapter in parameters]
+
+        return values(GENERAL), [expert.transpose(0, 1) for expert in values(EXPERT)]
 
     @contextmanager
     def as_before_task(self, task: int) -> Iterator[None]:

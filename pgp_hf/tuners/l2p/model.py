@@ -120,11 +120,21 @@ class L2PModel(ViTPromptTuner):
             )
 
     def _select(self, query: Tensor, config: L2PConfig) -> Tensor:
-        layer = self.layer
-        similarity = cosine_similarity(query, layer.l2p_key[self.adapter])
-        known = similarity.detach()[:, : config.learned_entries]
-        layer.selected = select_top_k(known, config.top_k, config.batchwise_prompt)
-        return similarity.gather(1, layer.selected).sum(-1)
+        similarity = cosine_similarity(query, self.layer.l2p_key[self.adapter])
+        self.layer.selected = selected = self._nearest(similarity.detach(), config)
+        return similarity.gather(1, selected).sum(-1)
+
+    def _nearest(self, similarity: Tensor, config: L2PConfig) -> Tensor:
+        return select_top_k(similarity[:, : config.learned_entries], config.top_k, config.batchwise_prompt)
+
+    def _predicted(self, query: Tensor) -> Tensor:
+        return self._nearest(cosine_similarity(query, self.layer.l2p_key[self.adapter]), self.adapter_config)
+
+    def _count_read(self) -> int:
+        return 1 + self.layer.inserted  # `strip_prompts` finds the prompts in their place
+
+    def _prompt_values(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [], [self.layer.l2p_prompt[self.adapter]]
 
     def _after_backbone(
         self, backbone: ViTModel, args: tuple[Any, ...], output: BaseModelOutputWithPooling

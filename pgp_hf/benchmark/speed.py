@@ -1,0 +1,345 @@
+"""Time steps and evaluations in turn, and print the table of `examples/benchmark.py --speed`."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .contenders import SIZES, Evaluation, PlainLoop, Setting, Threaded, ours, plain_model, products
+
+PLAIN, CACHED, LIVE, UNPROJECTED = "plain loop", "ours, cached", "ours, live", "ours, cached, not projected"
+NAMES = {"tiny": "a tiny ViT", "ti": "ViT-Ti/16", "b": "ViT-B/16"}
+RATE = {"tiny": 0.0, "ti": 0.80, "b": 0.90}  # bar of the share of the matrix-product rate
+
+
+class Step(Protocol):
+    """A contender: a call is a step."""
+
+    def __call__(self) -> None: ...
+    def close(self) -> None: ...
+
+
+TRAINING: dict[str, tuple[str, Callable[[Setting], Step]]] = {
+    PLAIN: ("two networks, a query in every step, the host reads the loss: as released code, in our lines", PlainLoop),
+    LIVE: ("L2P with pgp, queries computed in every step", lambda setting: ours(setting, False, True)),
+    CACHED: ("L2P with pgp, queries known", lambda setting: ours(setting, True, True)),
+    UNPROJECTED: ("L2P without projection, queries known", lambda setting: ours(setting, True, False)),
+    "full fine-tuning": ("transformers' Trainer, all weights", lambda setting: plain_model(setting, False)),
+    "LoRA": ("transformers' Trainer, PEFT's LoRA of rank 8 on queries and values", lambda s: plain_model(s, True)),
+}
+
+
+class PlainEvaluation:
+    """Evaluate by the plain loop's networks."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.loop = PlainLoop(setting)
+
+    def __call__(self) -> None:
+        self.loop.evaluate()
+
+    def close(self) -> None:
+        """Have nothing to end."""
+
+
+EVALUATION: dict[str, tuple[str, Callable[[Setting], Step]]] = {
+    PLAIN: ("query and prediction of each image", PlainEvaluation),
+    CACHED: ("queries known", Evaluation),
+}
+
+
+@dataclass
+class Timing:
+    """What was measured of a contender.
+
+    Attributes:
+        seconds: of each round's steps, one step each.
+        flops: of a step's matrix products.
+        memory: peak, in bytes, of its model, its state and a step.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    flops: int = 0
+    memory: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Return the median of a step's seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Return half of the range between the quartiles, as a share of the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+class Bar(NamedTuple):
+    """What is demanded, and what was measured.
+
+    Attributes:
+        what: in words, with the bar.
+        met: True or False; None where it could not be measured.
+        shown: the value in words.
+    """
+
+    what: str
+    met: bool | None
+    shown: str
+
+
+def clock(device: torch.device) -> float:
+    """Return seconds: of all threads of this process on a CPU, which others may use as well, and else of the wall."""
+    if device.type == "cpu":
+        return time.process_time()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def time_in_turn(made: dict[str, Step], setting: Setting, rounds: int, steps: int, timings: dict[str, Timing]) -> None:
+    """Time `steps` steps of each contender in each of `rounds` rounds, in turn, after a round of warming up."""
+    for number in range(-1, rounds):
+        names = list(made)
+        for name in names if number % 2 else reversed(names):
+            if setting.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            start = clock(setting.device)
+            for _ in range(steps):
+                made[name]()
+            seconds = (clock(setting.device) - start) / steps
+            if setting.device.type == "cuda":
+                held = timings[name].memory or 0
+                peak = torch.cuda.max_memory_allocated() - before
+                timings[name].memory = held if number >= 0 else held + peak
+            if number >= 0:
+                timings[name].seconds.append(seconds)
+
+
+def count_flops(step: Step) -> int:
+    """Return the operations of a step's matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
+def matrix_rate(setting: Setting) -> float:
+    """Return the operations a second of the best of the model's own matrix products."""
+    best = 0.0
+    for a, b in products(setting):
+        operations = 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        repeat = max(2, int(2e9 if setting.device.type == "cpu" else 2e12) // operations)
+        torch.mm(a, b)
+        for _ in range(5):
+            start = clock(setting.device)
+            for _ in range(repeat):
+                torch.mm(a, b)
+            best = max(best, repeat * operations / (clock(setting.device) - start))
+    return best
+
+
+def _peak(make: Callable[[Setting], Step], setting: Setting, threads: int, answer: Any) -> None:
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    try:
+        small = make(replace(setting, size="tiny", batch=1, pixels=32))  # what is imported and allocated once
+        small()
+        small.close()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step = make(setting)
+        for _ in range(2):
+            step()
+        answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        step.close()
+    except BaseException:
+        answer.put(None)
+        raise
+
+
+def memory_on_cpu(make: Callable[[Setting], Step], setting: Setting, threads: int) -> int | None:
+    """Return by how many bytes a process of its own grows for a model and two steps; None where it cannot be told."""
+    if not sys.platform.startswith("linux"):
+        return None
+    context = multiprocessing.get_context("fork")  # nothing has run in threads yet
+    answer = context.Queue()
+    process = context.Process(target=_peak, args=(make, setting, threads, answer))
+    process.start()
+    try:
+        found: int | None = answer.get(timeout=300)
+        return found
+    finally:
+        process.join(5)
+        process.kill()
+
+
+def measure(
+    contenders: dict[str, tuple[str, Callable[[Setting], Step]]],
+    setting: Setting,
+    rounds: int,
+    steps: int,
+    memory: dict[str, int | None],
+) -> dict[str, Timing]:
+    """Return what was measured of each contender; on a CPU its peak memory is that given."""
+    made: dict[str, Step] = {}
+    timings = {name: Timing(memory=memory.get(name)) for name in contenders}
+    for name, (_, make) in contenders.items():
+        cuda = setting.device.type == "cuda"
+        before = torch.cuda.memory_allocated() if cuda else 0
+        made[name] = make(setting)
+        if cuda:
+            timings[name].memory = torch.cuda.memory_allocated() - before
+    try:
+        time_in_turn(made, setting, rounds, steps, timings)
+        for name, step in made.items():
+            timings[name].flops = _flops(name, step, timings)
+    finally:
+        for step in made.values():
+            step.close()
+    return timings
+
+
+def _flops(name: str, step: Step, timings: dict[str, Timing]) -> int:
+    """Return the operations of a step; a `Trainer` runs in its thread, where they are counted by its own mode."""
+    return step.flops() if isinstance(step, Threaded) else count_flops(step)
+
+
+def bars(training: dict[str, Timing], evaluation: dict[str, Timing], size: str, rate: float) -> list[Bar]:
+    """Return the bars, and whether they are met."""
+    plain = training[PLAIN]
+
+    def faster(name: str, what: str, least: float, rows: dict[str, Timing]) -> Bar:
+        value = rows[PLAIN].median / rows[name].median
+        return Bar(f"{what} at least {least} times the plain loop", value >= least, f"{value:.2f} times")
+
+    found = [
+        faster(CACHED, "training, cached:", 1.55, training),
+        faster(LIVE, "training, live:", 1.06, training),
+        faster(CACHED, "evaluation:", 2.2, evaluation),
+    ]
+    for name in (LIVE, CACHED):
+        own, what = training[name].memory, f"peak memory, {name.split(', ')[1]}: below the plain loop"
+        if own is None or not plain.memory:
+            found.append(Bar(what, None, "not measured"))
+        else:
+            found.append(Bar(what, own < plain.memory, f"{own / plain.memory:.2f} of it"))
+    cost = training[CACHED].median / training[UNPROJECTED].median - 1
+    found.append(Bar("projection: at most 2 % of a step", cost <= 0.02, f"{100 * cost:.1f} %"))
+    if RATE[size]:
+        share = training[LIVE].flops / training[LIVE].median / rate
+        what = f"matrix-product rate, live: at least {RATE[size]:.0%}"
+        found.append(Bar(what, share >= RATE[size], f"{share:.0%}"))
+    return found
+
+
+def table(
+    rows: dict[str, Timing], contenders: dict[str, tuple[str, Any]], setting: Setting, rate: float, what: str
+) -> list[str]:
+    """Return the lines of a table of contenders."""
+    plain = rows[PLAIN].median
+    lines = [
+        f"| {what} | images/s | spread | plain loop = 1 | matrix rate | peak memory | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, timing in rows.items():
+        memory = "–" if timing.memory is None else f"{timing.memory / 2**20:,.0f} MiB"
+        share = timing.flops / timing.median / rate
+        lines.append(
+            f"| {name} | {setting.batch / timing.median:,.1f} | ± {timing.spread:.1%} | {plain / timing.median:.2f} | "
+            f"{share:.0%} | {memory} | {contenders[name][0]} |"
+        )
+    return lines
+
+
+def report(
+    setting: Setting, training: dict[str, Timing], evaluation: dict[str, Timing], rate: float, args: argparse.Namespace
+) -> list[str]:
+    """Return the lines of the tables and bars of one model."""
+    on = torch.cuda.get_device_name() if setting.device.type == "cuda" else f"CPU, {args.threads} threads"
+    kind = "bf16 autocast" if setting.half else "float32"
+    lines = [
+        "",
+        f"## {NAMES[setting.size]}, {setting.pixels} px, {setting.batch} images a step, {kind}, {on}",
+        "",
+        *table(training, TRAINING, setting, rate, "training"),
+        "",
+        *table(evaluation, EVALUATION, setting, rate, "evaluation"),
+        "",
+    ]
+    for bar in bars(training, evaluation, setting.size, rate):
+        met = {True: "met    ", False: "NOT MET", None: "unknown"}[bar.met]
+        lines.append(f"    {met}  {bar.what}: {bar.shown}")
+    lines += ["", f"Matrix products of the model's own shapes: {rate / 1e9:,.0f} GFLOP/s."]
+    return lines
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the options that go with `--speed`."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py --speed",
+        description="Time training steps and evaluations of L2P beside a plain loop, full fine-tuning and LoRA, on random "
+        "weights. All take turns in one process; images are on the device already. On a CPU, seconds are those of all "
+        "threads of the process, so that other programs on the machine hardly matter.",
+    )
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="where to run")
+    parser.add_argument("--models", nargs="+", choices=list(SIZES), default=["ti", "b"], help="sizes of the ViT")
+    parser.add_argument("--batch", type=int, nargs="+", help="images in a step, for each model or for all")
+    parser.add_argument("--pixels", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--rounds", type=int, help="rounds in which all take their turn")
+    parser.add_argument("--steps", type=int, help="steps of each in a round")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on a CPU")
+    parser.add_argument("--float32", action="store_true", help="no bf16 autocast on a GPU")
+    args = parser.parse_args(list(argv))
+    on_gpu = args.device == "cuda"
+    usual = {"tiny": 8, "ti": 512, "b": 256} if on_gpu else {"tiny": 8, "ti": 8, "b": 4}
+    given = args.batch or [usual[size] for size in args.models]
+    args.batch = given if len(given) > 1 else given * len(args.models)
+    if len(args.batch) != len(args.models):
+        parser.error(f"--batch has {len(args.batch)} numbers for {len(args.models)} models: give one for each, or one")
+    args.rounds = args.rounds or (7 if on_gpu else 5)
+    args.steps = args.steps or (4 if on_gpu else 1)
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the tables; return the exit code."""
+    args = parse(argv)
+    device = torch.device(args.device)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    print(
+        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.processor() or platform.machine()}"
+    )
+    settings = [
+        Setting(size, batch, device, device.type == "cuda" and not args.float32, args.pixels)
+        for size, batch in zip(args.models, args.batch, strict=True)
+    ]
+    on_cpu = device.type == "cpu"
+    peaks = [
+        {name: memory_on_cpu(make, setting, args.threads) if on_cpu else None for name, (_, make) in each.items()}
+        for setting in settings
+        for each in (TRAINING, EVALUATION)
+    ]
+    torch.set_num_threads(args.threads)
+    for i, setting in enumerate(settings):
+        rate = matrix_rate(setting)
+        found = [
+            measure(each, setting, args.rounds, args.steps, peaks[2 * i + j])
+            for j, each in enumerate((TRAINING, EVALUATION))
+        ]
+        print("\n".join(report(setting, found[0], found[1], rate, args)), flush=True)
+    return 0
