@@ -227,8 +227,7 @@ def print_comparison(rows: Results, output_dir: Path, refused: Mapping[str, str]
         print("\n" + fill(f"no row {name}: {reason}"))
     content = {**rows, **{name: {"refused": why} for name, why in refused.items()}}
     write_json(output_dir / "comparison.json", content, rows=True)
-    trained = {name: row for name, row in rows.items() if "method" in row}
-    figures.task_curves(trained, output_dir / "figures" / "comparison.png")
+    figures.comparison(rows, output_dir / "figures" / "comparison.png")
 
 
 def report(rows: Results, runs: list[Planned], name: str) -> None:
