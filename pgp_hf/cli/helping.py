@@ -28,7 +28,7 @@ accelerate launch -m pgp_hf train {method} --output_dir out/{method}   # several
     "baseline": """\
 {prog} --method ewc                 # on what the package ships, without a network
 {prog} --method ewc --help          # with the settings of that method
-{prog} --method all --preset imagenet-r-10 sgd-1e-3""",
+{prog} --method all --preset imagenet-r-10""",
     "learn": """\
 {prog} out/l2p_pgp --train_dir new_photos --output_dir out/more
 {prog} me/my-run --revision task-3 --train_dir new_photos --output_dir out/more""",
