@@ -107,6 +107,17 @@ class PGPTrainingArguments(TrainingArguments):
             "max_steps is set"
         },
     )
+    exact_images: bool = field(
+        default=True,
+        metadata={
+            "help": "let the image processor process each image; otherwise, batches are cropped, flipped, resized and "
+            "normalised at once, in a third of the time, which differs by at most one grey level, and a task's decoded images "
+            "are kept from epoch to epoch"
+        },
+    )
+    process_on_device: bool = field(
+        default=False, metadata={"help": "with exact_images off, do that on the device that trains"}
+    )
     verify_images: bool = field(default=True, metadata={"help": "decode every image once before training starts"})
     overwrite_output_dir: bool = field(
         default=False,

@@ -127,8 +127,9 @@ class Passes:
         self.model.eval()
         for i, batch in enumerate(tqdm(loader, desc="statistics", leave=False, disable=self.hidden)):
             positions = share[i * batch_size : (i + 1) * batch_size].tolist()
-            check_pixels(batch["pixel_values"], [(images, position) for position in positions])
-            yield Batch.split(self.prepare(batch)), positions
+            prepared = self.prepare(batch)
+            check_pixels(prepared["pixel_values"], [(images, position) for position in positions])
+            yield Batch.split(prepared), positions
 
     @torch.no_grad()
     def views_for_method(self, t: int, limit: int | None) -> Views:
@@ -191,9 +192,9 @@ class Passes:
         features, logits = [], []
         for start in range(0, rounds, size):
             chosen = [(images[int(places[i][0])], int(places[i][1])) for i in own[start : start + size]]
-            collated = self.collate([dict(of_task[i]) for of_task, i in chosen])
+            collated = self.prepare(self.collate([dict(of_task[i]) for of_task, i in chosen]))
             check_pixels(collated["pixel_values"], chosen)
-            batch = Batch.split(self.prepare(collated))
+            batch = Batch.split(collated)
             with head_inputs(self.learner) as seen:
                 output = self.forward(batch)
             features.append(seen[0].float())
@@ -217,7 +218,10 @@ class Passes:
 
     def augmented(self, t: int) -> AugmentedImages:
         """Return a task's training images as the arguments augment them."""
-        return AugmentedImages(self.images_of(t), self.args.augmentation, self.args.crop_min_scale, self.args.seed, t)
+        args = self.args
+        batched = isinstance(self.collate, ImageCollator) and self.collate.recipe is not None
+        images = self.images_of(t)
+        return AugmentedImages(images, args.augmentation, args.crop_min_scale, args.seed, t, exact=not batched)
 
     def forward(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> ModelOutput:
         """Return the model's output for a batch as in prediction, whatever mode the model is in.
