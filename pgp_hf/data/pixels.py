@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -93,7 +93,7 @@ class Buffers:
     MOST = 4  # batches that are in use at a time: others are not kept
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []
+        self._kept: list[tuple[Tensor, torch.UntypedStorage, int]] = []  # and the users that it has when it is free
         self._lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -101,18 +101,20 @@ class Buffers:
         if device.type != "cpu" or _users is None:
             return torch.empty(shape, device=device)
         with self._lock:
-            self._kept = [each for each in self._kept if tuple(each.shape) == shape]
-            for each in self._kept:
-                if _users(each.untyped_storage()._cdata) <= _ALONE:
-                    return each.view(shape)
-            made = torch.empty(shape)
+            self._kept = [each for each in self._kept if tuple(each[0].shape) == shape]
+            for tensor, storage, own in self._kept:
+                if _users(storage._cdata) <= own:
+                    return tensor.view(shape)
+            tensor = torch.empty(shape)
             if len(self._kept) < self.MOST:
-                self._kept.append(made)
-            return made.view(shape)
+                storage = tensor.untyped_storage()
+                self._kept.append((tensor, storage, _users(storage._cdata)))
+            return tensor.view(shape)
 
 
-_users = getattr(torch._C, "_storage_Use_Count", None)  # without it, memory is fresh each time
-_ALONE = 0 if _users is None else _users(torch.empty(1).untyped_storage()._cdata)
+_users: Callable[[int], int] | None = getattr(
+    torch._C, "_storage_Use_Count", None
+)  # without it, memory is always fresh
 _BUFFERS = Buffers()
 
 
