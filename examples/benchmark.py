@@ -16,8 +16,11 @@ ProjectionConfig, prompt configuration or PGPTrainingArguments, and counts as a 
 `fine_tuning@trainable=lora:8` change those of a method, and what of the model learns. On the embedded digits, methods
 with exemplars have two rows by default, with 2 and with 10 images a class. Methods have the recipe of
 run_baselines.py: --learning_rate and --lr_scheduler_type are for prompts. The clip rows have the embedded CLIP; with
---model_name_or_path, a CLIP model, they run when they are named. In the rows of surprises, which run when they are named,
+--model_name_or_path, a CLIP model, they run when they are named. In the rows of surprises, which run when they are named like dualprompt-joint,
 the model begins without classes and learns each task as it comes.
+
+With --shift renderings, each task sees the world differently. Settings are chosen with --train_val_split 0.2 in an output
+folder of their own: all figures are then those of held-out training images, and the test images choose nothing.
 
 Runs of one seed are paired: they have the same class order, images, initial prompts and batches. The joint rows train
 their single task for as many epochs as the others train each task.
@@ -49,9 +52,11 @@ from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, PGPTrainingArg
 from pgp_hf.benchmark import speed, table
 from pgp_hf.benchmark.plans import Plan, Row, plan
 from pgp_hf.benchmark.runs import describe, execute, holder
+from pgp_hf.cli import console
 from pgp_hf.cli.arguments import DataArguments, ModelArguments
 from pgp_hf.cli.baseline_arguments import BaselineTrainingArguments, names
-from pgp_hf.cli.parsing import HELP, SOURCES, option, read
+from pgp_hf.cli.config_file import CommandLine, expand, option
+from pgp_hf.cli.parsing import HELP, SOURCES, read
 from pgp_hf.cli.settings import is_folder
 from pgp_hf.heads.closed_form import NearestClassMean, RandomProjectionRidge, ShrinkageLDA
 from pgp_hf.methods import create
@@ -88,6 +93,9 @@ ROWS = {
     "l2p-attention": prompts(f"L2P, {FIRST_ATTENTION}", L2PConfig, "attention"),
     "l2p-control": prompts(f"L2P, no projection, {CAREFUL}", L2PConfig, "none", careful=True),
     "l2p-functional": prompts(f"L2P, {OUTPUTS}, {CAREFUL}", L2PConfig, "functional", True, **FUNCTIONAL),
+    "dualprompt-joint": prompts(
+        "DualPrompt, all classes as one task: an upper bound", DualPromptConfig, "none", joint=True
+    ),
     "dualprompt-none": prompts("DualPrompt, no projection", DualPromptConfig, "none"),
     "dualprompt-pgp": prompts("DualPrompt, PGP on updates", DualPromptConfig, "pgp"),
     "dualprompt-control": prompts(f"DualPrompt, no projection, {CAREFUL}", DualPromptConfig, "none", careful=True),
@@ -104,6 +112,7 @@ SURPRISES = {
     for name in ("l2p-control", "l2p-functional", "dualprompt-control", "dualprompt-functional")
 }
 ROWS |= SURPRISES
+WHEN_NAMED = {*SURPRISES, "dualprompt-joint"}  # rows that run when they are named
 RECIPE = {
     one: BaselineTrainingArguments.__dataclass_fields__[one].default
     for one in BaselineTrainingArguments.__annotations__
@@ -167,7 +176,7 @@ class BenchmarkArguments:
 def usual_rows(argv: Sequence[str]) -> list[str]:
     """Return the names of the rows that run when the command line names none."""
     given = set(map(option, argv))
-    rows = [name for name in ROWS if name not in SURPRISES]
+    rows = [name for name in ROWS if name not in WHEN_NAMED]
     if "--model_name_or_path" in given:
         return [name for name in rows if ROWS[name].prompt is not ClipPromptConfig]
     if given & SOURCES:
@@ -184,8 +193,9 @@ def parse(argv: Sequence[str]) -> tuple[BenchmarkArguments, ModelArguments, Data
             f"{', '.join(sorted(own))}: runs are named by --seeds and resumed automatically; leave it out."
         )
     description = str(__doc__).format(rows="\n".join(f"    {name:<23}{row.what}" for name, row in ROWS.items()))
+    line = CommandLine(list(argv))
     kinds = (BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments)
-    bench, model, data, training = read(kinds, argv, PROTOCOL if given & (SOURCES | HELP) else EMBEDDED, description)
+    bench, model, data, training = read(kinds, line, PROTOCOL if given & (SOURCES | HELP) else EMBEDDED, description)
     data.choose_tasks(given)
     bench.rows = bench.rows or usual_rows(argv)
     return bench, model, data, training
@@ -270,7 +280,7 @@ def stop(signum: int, frame: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = expand(sys.argv[1:] if argv is None else argv).tokens
     if "--speed" in argv:
         return speed.main([token for token in argv if token != "--speed"])
     bench, model, data, training = parse(argv)
@@ -316,4 +326,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

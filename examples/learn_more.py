@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default="out/learn_more", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
     args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
     folders = [args.output_dir / name for name in ("first", "second", "third")]
     images = digits()
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pgp_hf.cli import predict
+from pgp_hf.cli import console, predict
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the predictions; return 1 if the model or a file was refused."""
+    """Print the predictions; return 1 if a file was refused."""
     return predict.main(argv, description=__doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

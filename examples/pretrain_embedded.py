@@ -97,7 +97,7 @@ def optimize(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     accuracies: list[float] = []
-    bar = tqdm(range(steps), desc="pre-training", unit="step")
+    bar = tqdm(range(steps), desc="pre-training", unit="step", disable=None)
     for step in bar:
         loss, hits = forward()
         optimizer.zero_grad()

@@ -16,27 +16,23 @@ weight decay, a fresh optimizer for each task, and gradients clipped at norm 1. 
 three for the digits. `--preset` names a data set with this recipe, a second recipe, or one of each:
 
     accelerate launch examples/run_baselines.py --method all --preset imagenet-r-10 sgd-1e-3
+
+`config.yaml --seed 1` takes options from a YAML or JSON file, over which those on the command line win. This script is
+`pgp-hf train baseline`: the model is made in `pgp_hf/cli/trainings.py`.
 """
 
 from __future__ import annotations
 
-from peft import PeftModel
-from transformers import PreTrainedModel
+import sys
+from collections.abc import Sequence
 
-from pgp_hf import TaskStream, set_trainable
-from pgp_hf.cli.baseline_arguments import parse
-from pgp_hf.cli.baselines import run
+from pgp_hf.cli import console, train
 
 
-def main() -> None:
-    arguments = parse(__doc__)
-
-    def make_model(stream: TaskStream) -> PreTrainedModel | PeftModel:
-        backbone = arguments.model.backbone(stream, resize=True)
-        return set_trainable(backbone, arguments.run.trainable)
-
-    run(arguments, make_model)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, and print the comparison."""
+    train.train("baseline", argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main))

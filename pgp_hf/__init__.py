@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .backbones import load_backbone
     from .data.stream import TaskStream
     from .inference.classifier import load_pretrained
     from .models import set_trainable
@@ -37,6 +38,7 @@ _HOME = {
     "StreamCallback": "training.callbacks",
     "StreamTrainer": "training.trainer",
     "TaskStream": "data.stream",
+    "load_backbone": "backbones",
     "load_pretrained": "inference",
     "set_trainable": "models",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "StreamCallback",
     "StreamTrainer",
     "TaskStream",
+    "load_backbone",
     "load_pretrained",
     "set_trainable",
 ]

@@ -1,14 +1,16 @@
 """Convert timm's vision transformers to `transformers.ViTModel`: names, fused attention weights, sizes.
 
-    python -m pgp_hf.convert model.safetensors vit-base-sam
+    pgp-hf convert model.safetensors vit-base-sam
 
-The "SAM" backbone of the PGP paper needs this. It is a ViT trained with sharpness-aware minimisation (not Segment
-Anything), whose weights exist in timm's layout, `timm/vit_base_patch16_224.sam_in1k` on the Hub. The paper's
-"DINO" backbone needs no conversion: `facebook/dino-vitb16` loads as a `ViTModel` as it is.
+The "SAM" backbone of the PGP paper needs this. It is a ViT trained with sharpness-aware
+minimisation (not Segment Anything), whose weights exist in timm's layout,
+`timm/vit_base_patch16_224.sam_in1k` on the Hub. The paper's "DINO" backbone needs no
+conversion: `facebook/dino-vitb16` loads as a `ViTModel` as it is.
 
-Only the plain ViT is converted: CLS token, learned absolute positions including one for CLS, pre-norm blocks, one
-final norm, and a linear head on CLS or none. Any other key is refused, because leaving out a weight would change the
-outputs. Only safetensors files are read; pickled checkpoints are never opened.
+Only the plain ViT is converted: CLS token, learned absolute positions including one for
+CLS, pre-norm blocks, one final norm, and a linear head on CLS or none. Any other key is
+refused, because leaving out a weight would change the outputs. Only safetensors files are
+read; pickled checkpoints are never opened.
 """
 
 from __future__ import annotations
@@ -19,13 +21,11 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
+if TYPE_CHECKING:  # imported when needed: the help of the command line needs none of them
+    from torch import Tensor
+    from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 LAYER_NORM_EPS = 1e-6  # timm's; ViTConfig's own default is 1e-12
 
@@ -54,7 +54,9 @@ def timm_config(state_dict: Mapping[str, Tensor], num_heads: int | None = None) 
         ValueError: a required tensor that is missing or has an impossible shape, or heads that do not divide the width.
     """
 
-    def shape(name: str, rank: int) -> torch.Size:
+    from transformers import ViTConfig
+
+    def shape(name: str, rank: int) -> Sequence[int]:
         if name not in state_dict:
             raise ValueError(f"the state dict has no {name!r}: it is not a ViT in timm's layout.{_hint(state_dict)}")
         if state_dict[name].ndim != rank:
@@ -111,6 +113,9 @@ def timm_vit_to_vit(
     Raises:
         ValueError: unknown or missing keys, shapes that do not fit, or both `config` and `num_heads`.
     """
+    import torch
+    from transformers import ViTForImageClassification, ViTModel
+
     if config is not None and num_heads is not None:
         raise ValueError(f"num_heads={num_heads} and a config were both given: the config has the heads already.")
     config = timm_config(state_dict, num_heads) if config is None else config
@@ -224,6 +229,10 @@ def convert(
         ValueError: `source` is not a safetensors file or not a plain ViT, or `output_dir` is not empty.
         FileNotFoundError: there is no such `source`.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import ViTImageProcessorPil
+
     source, output_dir = Path(source), Path(output_dir)
     if source.suffix != ".safetensors":
         raise ValueError(
@@ -266,10 +275,15 @@ def _per_channel(name: str, values: Sequence[float], channels: int) -> list[floa
     return list(values) * (channels // len(values))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line `python -m pgp_hf.convert`."""
+def main(argv: Sequence[str] | None = None, prog: str = "python -m pgp_hf.convert") -> None:
+    """Run the command line `pgp-hf convert`, or `python -m pgp_hf.convert`.
+
+    Args:
+        argv: the command line without the program, `sys.argv[1:]` by default.
+        prog: name of the program in its help.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m pgp_hf.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="timm's weights, a .safetensors file")
     parser.add_argument("output_dir", help="new folder for from_pretrained")
@@ -286,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         model = convert(**arguments)
     except (ValueError, FileNotFoundError) as error:
-        parser.exit(1, f"{error}\n")
+        parser.exit(2, f"error: {error}\n")
     config = model.config
     print(
         f"{arguments['output_dir']}: {type(model).__name__}, width {config.hidden_size}, {config.num_hidden_layers} "

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from .backbones.loading import wrapping
 from .heads import ClassStatistics
 from .heads.growing import grow_classifier, new_names
 from .heads.opening import open_adapter_head, open_classifier
@@ -325,9 +326,9 @@ def _with_lora(model: PreTrainedModel, rank: int) -> PeftModel:
             'peft.get_peft_model(model, LoraConfig(target_modules=[...], modules_to_save=["classifier"])).'
         )
     _head(model)
-    made = get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), modules_to_save=["classifier"])
-    )
+    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), modules_to_save=["classifier"])
+    with wrapping():
+        made = get_peft_model(model, settings)
     assert isinstance(made, PeftModel)  # PEFT's mixed models come from another argument
     return made
 

@@ -234,6 +234,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "timm.safetensors"]
 
 
+@pytest.mark.slow
 def test_module_runs_as_a_command(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pgp_hf.convert", str(tmp_path / "weights.pth"), str(tmp_path / "out")],
@@ -241,4 +242,4 @@ def test_module_runs_as_a_command(tmp_path):
         text=True,
         timeout=120,
     )
-    assert done.returncode == 1 and "not a .safetensors file" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "not a .safetensors file" in done.stderr and "Traceback" not in done.stderr

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "pgp_hf"
 # from the bottom up; a folder may import those of lower rows, and those of its own row as long as there is no circle
 LAYERS = [
     {"version", "fields"},
-    {"projection", "data", "metrics", "embedded"},
+    {"projection", "data", "metrics", "embedded", "backbones"},
     {"runs", "heads"},
     {"tuners", "report", "models"},
     {"methods", "hub", "inference"},
@@ -164,7 +164,7 @@ def test_what_is_imported_is_declared():
 
     declared = names_of(project["dependencies"])
     extras = names_of(one for extra in project["optional-dependencies"].values() for one in extra)
-    names = {"PIL": "pillow", "sklearn": "scikit_learn"}
+    names = {"PIL": "pillow", "sklearn": "scikit_learn", "yaml": "pyyaml"}
     for name, file in modules().items():
         tree = ast.parse(file.read_text(encoding="utf-8"))
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]

@@ -19,6 +19,23 @@ def spread(values: list[float], digits: int, sign: str = "") -> str:
     return text if len(values) < 2 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
 
 
+def paired_spread(values: list[float], digits: int) -> str:
+    """Return the mean of differences that are paired by seed, and all of them; a dash if there are none.
+
+    From three on, with the standard error, and what may be said: "better" or "worse" where all have one sign and their mean
+    exceeds two standard errors, else "no difference seen".
+    """
+    if len(values) < 2:
+        return spread(values, digits, sign="+")
+    mean, each = np.mean(values), ", ".join(f"{value:+.{digits}f}" for value in values)
+    if len(values) < 3:
+        return f"{mean:+.{digits}f} ({each})"
+    error = np.std(values, ddof=1) / np.sqrt(len(values))
+    apart = (min(values) > 0 or max(values) < 0) and abs(mean) > 2 * error
+    said = ("better" if mean > 0 else "worse") if apart else "no difference seen"
+    return f"{mean:+.{digits}f} ({each}; s.e. {error:.{digits}f}): {said}"
+
+
 class Column(NamedTuple):
     """A column of the main table.
 
@@ -59,6 +76,7 @@ def columns_of(runs: list[Run]) -> list[Column]:
         Column("changed selections (%)", _last("changed_selections", 100), 1),
         Column("rank", _last("projection_rank"), 0),
         Column("exemplars a class", _memory(lambda run: run["memory"]["images"] / run["num_classes"]), None, True),
+        Column("exemplars (% of the training images)", _memory(_share), None, True),
         Column("exemplars in all", _memory(lambda run: run["memory"]["images"]), None, True),
         Column("exemplars (bytes)", _memory(lambda run: run["memory"]["bytes"]), None, True),
         Column("trainable parameters", _each("trainable_parameters"), None, True),
@@ -103,6 +121,13 @@ def _each(key: str, scale: float = 1.0) -> Callable[[list[Run]], list[float]]:
 
 def _memory(of: Callable[[Run], float]) -> Callable[[list[Run]], list[float]]:
     return lambda runs: [of(run) for run in runs if "memory" in run]
+
+
+def _share(run: Run) -> float:
+    """Return the share of the training images that a run keeps, in percent; 0 where their number is not known."""
+    per_class = run["settings"]["data"]["max_train_samples_per_class"]
+    total = run.get("train_images") or (per_class or 0) * run["num_classes"]
+    return round(100 * run["memory"]["images"] / total, 1) if total else 0.0
 
 
 def seconds(run: Run) -> float:

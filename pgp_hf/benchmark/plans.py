@@ -191,6 +191,11 @@ def plan(
     if base not in rows:
         raise ValueError(f"row {base!r} is unknown: choose from {', '.join(rows)}.")
     row = rows[base]
+    if data.shift is not None and (row.joint or row.surprises):
+        raise ValueError(
+            f"row {base!r} learns other tasks than the stream's, and each task of shift={data.shift!r} has a rendering of its "
+            "own: leave out the row or --shift."
+        )
     if row.prompt is not None and row.prompt.base_class == "CLIPModel":
         model = copy.copy(model)
         model.kind = "clip"

@@ -9,7 +9,6 @@ import platform
 import re
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from ..models import set_trainable
 from ..report.formatting import as_number
 from ..runs import removal
 from ..runs.atomic import write_json
-from ..runs.folder import RunFolder
+from ..runs.folder import QUERIES, RunFolder
 from ..runs.reading import read_json
 from ..training.results import SUMMARY, versions
 from ..training.trainer import StreamTrainer
@@ -110,10 +109,10 @@ def _frozen(plans: list[Plan]) -> Iterator[tuple[Plan, dict[str, Any]]]:
 
 def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
     """Train one run, continuing from what its work folder holds."""
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
     known, training = plan.data.load(plan.seed), copy.copy(plan.training)
     stream = TaskStream.empty(known.scenario, plan.seed) if plan.row.surprises else known
     training.output_dir, training.seed, training.disable_tqdm = str(plan.folder / "run"), plan.seed, True
+    training.query_cache = training.query_cache or str(plan.folder.parent / QUERIES)  # which all runs share
     training.push_to_hub = False
     set_seed(plan.seed)  # for the head and the prompts, which are drawn next
     backbone, model = _model(plan, known)
@@ -135,7 +134,9 @@ def _trained(plan: Plan) -> Iterator[tuple[Plan, dict[str, Any]]]:
     heads[results["head"]] = {key: results[key] for key in accuracies if key in results}
     elsewhere = {*accuracies, "method", "method_settings", "projection", "seed", "versions"}
     kept = {key: value for key, value in results.items() if key not in elsewhere}
-    yield plan, {"num_classes": known.num_classes, "sha256": made_of, **kept, "heads": heads, "resumed": resumed}
+    images = sum(known.num_images("train", t) for t in range(known.num_tasks))
+    told = {"num_classes": known.num_classes, "train_images": images, "sha256": made_of}
+    yield plan, {**told, **kept, "heads": heads, "resumed": resumed}
 
 
 def _accuracies(matrix: list[list[float | None]]) -> dict[str, Any]:

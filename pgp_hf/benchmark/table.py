@@ -11,10 +11,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ..data.scenarios import SCENARIOS
 from ..report.table import markdown
 from ..runs.atomic import replacing
 from ..runs.reading import read_json
-from .columns import columns_of, in_turn, spread
+from .columns import columns_of, in_turn, paired_spread, spread
 from .figures import CLOSED, HEADS, Run, figures, of_method, own_head
 from .plans import Row
 
@@ -41,6 +42,11 @@ def write(
     runs = read(folder)
     if not runs:
         raise ValueError(f"{folder} holds no finished run (*-seed*.json): run the benchmark first.")
+    if len(devices := sorted({run.get("machine", {}).get("device", "unknown") for run in runs})) > 1:
+        raise ValueError(
+            f"{folder} holds runs of several devices ({', '.join(devices)}), whose numbers are not comparable: give each "
+            "device an --output_dir of its own."
+        )
     place = {name: index for index, name in enumerate(known)}
     runs.sort(key=lambda run: (place.get(base(run["row"]), len(place)), _by_number(run["row"]), run["seed"]))
     rows: dict[str, list[Run]] = {}
@@ -81,7 +87,7 @@ def protocol(runs: list[Run]) -> str:
     source = "train_dir" if any(run["settings"]["data"].get("train_dir") for run in runs) else "dataset_name"
     tasks = _values([run for run in runs if run["num_tasks"] > 1] or runs, "num_tasks")
     text = [
-        f"Data: {of('settings', 'data', source, none='the embedded digits')}, {data('scenario')}; classes: "
+        f"Data: {of('settings', 'data', source, none='the embedded digits')}, {data('scenario')}{_shown(runs)}; classes: "
         f"{of('num_classes')}, tasks: {tasks}, training images a class: {data('max_train_samples_per_class')}, test "
         f"images a class: {data('max_eval_samples_per_class')}. Backbone: "
         f"{' / '.join(dict.fromkeys(map(_backbone, runs)))}, image size: "
@@ -91,7 +97,7 @@ def protocol(runs: list[Run]) -> str:
         text.append(
             f"Training: {training('optim')}, {training('lr_scheduler_type')} learning rate "
             f"{training('learning_rate')}, batch {training('per_device_train_batch_size')}, epochs a task: "
-            f"{training('num_train_epochs')}, augmentation: {training('augmentation')}, classes in the loss: "
+            f"{_epochs(runs)}, augmentation: {training('augmentation')}, classes in the loss: "
             f"{training('train_mask')}, classes a prediction may take: {training('eval_mask')}, precision: "
             f"{' / '.join(dict.fromkeys(_precision(run) for run in runs if 'training' in run['settings']))}."
         )
@@ -113,6 +119,28 @@ def protocol(runs: list[Run]) -> str:
         f"run: {of('threads')}; {', '.join(versions)}."
     )
     return "\n\n".join(text)
+
+
+def _epochs(runs: list[Run]) -> str:
+    """Return the epochs a task; in a scenario of one epoch the setting has no effect."""
+    return _values(
+        [
+            {"epochs": 1.0 if _one_epoch(run) else run["settings"]["training"].get("num_train_epochs")}
+            for run in runs
+            if "training" in run["settings"]
+        ],
+        "epochs",
+    )
+
+
+def _one_epoch(run: Run) -> bool:
+    return SCENARIOS[run["settings"]["data"].get("scenario", "class_incremental")].one_epoch
+
+
+def _shown(runs: list[Run]) -> str:
+    shifted, held_out = (any(run["settings"]["data"].get(key) for run in runs) for key in ("shift", "train_val_split"))
+    text = ", each task's images in a rendering of its own" if shifted else ""
+    return text + (", tested on images held out of the training images" if held_out else "")
 
 
 def _backbone(run: Run) -> str:
@@ -266,7 +294,11 @@ def differences(rows: dict[str, list[Run]]) -> str:
         lines.append([name, reference or "", *cells])
     if len(lines) == 1:
         return ""
-    return "## Paired differences of average accuracy (points), and of drift\n\n" + markdown(lines)
+    return (
+        "## Paired differences of average accuracy (points), and of drift\n\nMean over the seeds, and the difference of each "
+        "seed. Of three seeds or more, with the standard error of the mean: better or worse is said only where all "
+        "differences have one sign and their mean exceeds two standard errors.\n\n"
+    ) + markdown(lines)
 
 
 def _reference(name: str, rows: dict[str, list[Run]]) -> str | None:
@@ -313,8 +345,7 @@ def _paired(runs: list[Run], head: str, others: list[Run], other: str) -> str:
     found = [a["average_accuracy"] - b["average_accuracy"] for a, b in pairs if a is not None and b is not None]
     if not found or (runs[0]["row"] == others[0]["row"] and head == other):
         return "–"
-    each = f" ({', '.join(f'{value:+.2f}' for value in found)})" if len(found) > 1 else ""
-    return spread(found, 2, sign="+") + each
+    return paired_spread(found, 2)
 
 
 def _drift_ratio(runs: list[Run], others: list[Run]) -> str:

@@ -27,6 +27,7 @@ class DataArguments:
 
     Args:
         dataset_name: Hub id, or local folder of parquet or image files; scikit-learn's digits if no source is named.
+        dataset_config_name: configuration of the data set, if there are several.
         dataset_revision: branch, tag or commit on the Hub.
         dataset_split: the only split to use; `test_fraction` of it is held out for testing.
         train_dir: local folder of training images, with one subfolder per class.
@@ -37,6 +38,7 @@ class DataArguments:
         init_classes: number of classes of the first task; `increment` by default.
         increment: number of classes of each further task, instead of `num_tasks`.
         scenario: how tasks are learned and tested; "online" means one epoch per task.
+        shift: "renderings" shows each task's images in a rendering of its own; None leaves them as they are.
         class_order: order in which the classes arrive, "random" or by "label".
         class_order_seed: seed of the class order, and of the images kept and held out; the run's seed by default.
         test_fraction: fraction of each class that is held out if there are no test images.
@@ -52,6 +54,9 @@ class DataArguments:
             "help": "Hub id, or local folder of parquet or image files; without a source of images, scikit-learn's "
             "handwritten digits are used"
         },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "configuration of the data set, if there are several"}
     )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "branch, tag or commit of the data set on the Hub"}
@@ -77,6 +82,13 @@ class DataArguments:
     scenario: Literal["class_incremental", "task_incremental", "online"] = field(
         default="class_incremental",
         metadata={"help": "how tasks are learned and tested; online means one epoch per task"},
+    )
+    shift: Literal["renderings"] | None = field(
+        default=None,
+        metadata={
+            "help": "let the tasks see the world differently: 'renderings' shows each task's images in a rendering of its "
+            "own, drawn by the seed (inverted, edges, grey, turned, ...)"
+        },
     )
     class_order: Literal["random", "label"] = field(
         default="random",
@@ -141,6 +153,7 @@ class DataArguments:
             label_column=label,
             image_column=image,
             scenario=self.scenario,
+            shift=self.shift,
             seed=seed if self.class_order_seed is None else self.class_order_seed,
             class_order=_label_order(train, label) if self.class_order == "label" else None,
             test_fraction=self.test_fraction,
@@ -176,7 +189,7 @@ class DataArguments:
         return splits
 
     def _named(self, name: str) -> datasets.DatasetDict:
-        splits, public = source_data.load(name, self.dataset_revision)
+        splits, public = source_data.load(name, self.dataset_revision, self.dataset_config_name)
         split = self.dataset_split or "train"
         if split not in splits:
             raise ValueError(
@@ -236,10 +249,13 @@ class RunArguments:
         preset: name of published settings.
         dry_run: print all settings and stop.
         projection: `method` of the `ProjectionConfig`.
-        energy, key_energy, value_energy, apply_to, max_images, probes, probe_space, hold_key_norm, ln_penalty: the
-            other fields of the `ProjectionConfig`.
+        energy, key_energy, value_energy, apply_to, max_images, probes, probe_space, hold_key_norm, ln_penalty,
+            softness, equal_images: the other fields of the `ProjectionConfig`.
         head: the classifier, "linear" or "statistics".
         no_compare: train this run alone, without its unprojected twin and the classifiers on frozen features.
+
+    Attributes:
+        main_job: True if the recipe is that of `recipes`, beside which PGP as published is trained.
     """
 
     preset: str | None = field(
@@ -259,6 +275,8 @@ class RunArguments:
     probe_space: str = _setting("probe_space", choices=list(PROBE_SPACES))
     hold_key_norm: bool = _setting("hold_key_norm")
     ln_penalty: float = _setting("ln_penalty")
+    softness: float = _setting("softness")
+    equal_images: bool = _setting("equal_images")
     head: Literal["linear", "statistics"] = field(
         default="linear", metadata={"help": PromptConfig.__dataclass_fields__["head"].metadata["help"]}
     )
@@ -269,6 +287,7 @@ class RunArguments:
             "classifiers on frozen features"
         },
     )
+    main_job: bool = field(default=False, init=False)
 
     def config(self) -> ProjectionConfig:
         """Return the projection's settings."""

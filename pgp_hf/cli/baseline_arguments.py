@@ -1,4 +1,4 @@
-"""Parse the command line of `run_baselines.py`, which has the settings of the chosen method among its options."""
+"""Parse the command line of `pgp-hf train baseline`, which has the settings of the chosen method among its options."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from .. import presets
 from ..methods import METHODS, ContinualMethod, ProjectedPrompts, create
 from ..models import check_trainable
 from ..training.arguments import PGPTrainingArguments
+from . import helping
 from .arguments import DataArguments, ModelArguments
+from .config_file import expand
 from .dry_run import describe_methods
-from .parsing import EMBEDDED, HELP, SOURCES, copied_fields, option, read
+from .parsing import EMBEDDED, HELP, SOURCES, copied_fields, read
 
 ALL, DEFAULT = "all", "fine_tuning"
 PRESETS = "baselines"  # their folder
@@ -100,24 +102,25 @@ def names() -> list[str]:
     return [name for name in METHODS if name != ProjectedPrompts.name]
 
 
-def parse(description: str | None, argv: Sequence[str] | None = None) -> BaselineArguments:
+def parse(description: str | None, argv: Sequence[str] | None = None, prog: str | None = None) -> BaselineArguments:
     """Parse the arguments; with `--dry_run`, print the settings that result and exit.
 
     Args:
-        description: shown by `--help`, followed by a list of the methods.
-        argv: the command line without the program, `sys.argv[1:]` by default.
+        description: shown by `--help_all`, followed by a list of the methods.
+        argv: the command line without the program, `sys.argv[1:]` by default; the first may be a file of options.
+        prog: name of the program in its help.
 
     Raises:
         ValueError: an unknown method or argument, a value that does not fit, a method with a setting that has the name
             of another argument.
         SystemExit: after `--help` and `--dry_run`, and for a value that an option refuses.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    given = set(map(option, argv))
+    line = expand(sys.argv[1:] if argv is None else argv)
+    given = line.given()
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--method", default=DEFAULT)
     early.add_argument("--preset", nargs="+", default=[])
-    known = early.parse_known_args(argv)[0]
+    known = early.parse_known_args(line.tokens)[0]
     name: str = known.method
     _check_options(name, given)
     found = _presets(known.preset)
@@ -128,8 +131,11 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> Baselin
         if name != ALL and not given & {"--output_dir", "--overwrite_output_dir", "--resume_from_checkpoint"}:
             defaults["overwrite_output_dir"] = True  # the default folder is scratch
     defaults.update(preset)
-    text = f"{description}\nmethods:\n{_listed()}"
-    model, data, run, training, settings = read([*COMMON, _settings_of(name)], argv, defaults, text)
+    own, text = _settings_of(name), "\n".join([*([description] if description else []), "methods:", _listed()])
+    short = {one.name: str(one.metadata["help"]) for one in fields(own)} if "--method" in given else None
+    prog = "pgp-hf train baseline" if prog is None else prog
+    help_text = helping.text("baseline", prog, short)
+    model, data, run, training, settings = read([*COMMON, own], line, defaults, text, help_text, prog)
     data.choose_tasks(given)
     arguments = BaselineArguments(model, data, run, training, vars(settings))
     methods = arguments.methods()

@@ -9,6 +9,7 @@ from typing import Any
 from ..data.scenarios import SCENARIOS
 from ..training.arguments import PGPTrainingArguments
 from .arguments import Arguments, DataArguments, ModelArguments
+from .recipes import as_published
 
 _TRAINING = (
     "output_dir",
@@ -57,6 +58,13 @@ def describe(method: str, preset: dict[str, Any] | None, arguments: Arguments) -
         "projection": {**run.config().to_dict(), "unprojected twin": run.projection != "none" and not run.no_compare},
         "training": _training(data, training),
     }
+    if run.main_job and not run.no_compare:
+        other = as_published(arguments)
+        settings["beside it, as published"] = {
+            "prompts": vars(other.prompts),
+            "head": other.run.head,
+            "projection": other.run.config().to_dict(),
+        }
     return json.dumps(settings, indent=2)
 
 

@@ -2,14 +2,17 @@
 
     pgp-hf learn out/l2p_pgp --train_dir new_photos --output_dir out/more
 
-`new_photos` has one subfolder for each class, named after it; new images of known classes may be among them. The run is
-a folder that a training left, one of its task folders, or a repository on the Hub (with --revision task-3). It is left
-as it is: --output_dir gets a run of its own, with the earlier tasks and the new one. Settings of the training are those
-of the run, unless options say otherwise.
+`new_photos` has one subfolder for each class, named after it; new images of known
+classes may be among them. The run is a folder that a training left, one of its task
+folders, or a repository on the Hub (with --revision task-3). It is left as it is:
+--output_dir gets a run of its own, with the earlier tasks and the new one. Settings of
+the training are those of the run, unless options say otherwise.
 
-Test images are those of --test_dir, or a share of the new images. How well the run still knows its old classes is
-measured where their test images are given: --known_test_dir or --known_test_dataset. An interrupted command is repeated
-with --resume_from_checkpoint true; `accelerate launch -m pgp_hf learn ...` runs it in several processes.
+Test images are those of --test_dir, or a share of the new images. How well the run
+still knows its old classes is measured where their test images are given:
+--known_test_dir or --known_test_dataset. An interrupted command is repeated with
+--resume_from_checkpoint true; `accelerate launch -m pgp_hf learn ...` runs it in
+several processes.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import os
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -26,17 +28,19 @@ from typing import Any, NamedTuple
 import datasets
 
 from ..data import source as source_data
-from ..report.formatting import one_line, printable
+from ..report.formatting import fill
 from ..runs.revision import Revision
 from ..runs.sources import locate
 from ..training.arguments import PGPTrainingArguments
 from ..training.settings import RECORDED
 from ..training.trainer import StreamTrainer
+from . import helping
 from .arguments import DataArguments, string_labels_as_classes
+from .config_file import CommandLine, expand
 from .experiment import resume_argument
 from .folders import labelled_images
 from .growth import growth_table, known_classes
-from .parsing import new_parser
+from .parsing import into_dataclasses, new_parser
 
 # how error messages name arguments in Python, and what that is on the command line
 _OPTIONS = {
@@ -58,6 +62,7 @@ class LearnArguments:
         train_dir: local folder of new training images, with one subfolder per class.
         test_dir: local folder of new test images, likewise.
         dataset_name: Hub id, or local folder of parquet or image files, instead of `train_dir`.
+        dataset_config_name: configuration of the data set, if there are several.
         dataset_revision: branch, tag or commit on the Hub.
         dataset_split: the only split to use; `test_fraction` of it is held out for testing.
         image_column_name: image column, if there are several.
@@ -81,11 +86,18 @@ class LearnArguments:
         default=None, metadata={"help": "local folder of new training images, with one subfolder per class"}
     )
     test_dir: str | None = field(
-        default=None, metadata={"help": "local folder of test images of the new classes, with one subfolder per class"}
+        default=None,
+        metadata={
+            "help": "local folder of test images of the new classes, with one subfolder per class",
+            "aliases": ["--validation_dir", "--validation-dir"],
+        },
     )
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Hub id, or local folder of parquet or image files, in place of --train_dir"},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "configuration of the data set, if there are several"}
     )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "branch, tag or commit of the data set on the Hub"}
@@ -142,6 +154,7 @@ class LearnArguments:
         else:
             data = DataArguments(
                 dataset_name=self.dataset_name,
+                dataset_config_name=self.dataset_config_name,
                 dataset_revision=self.dataset_revision,
                 dataset_split=self.dataset_split,
             )
@@ -197,20 +210,17 @@ class Command(NamedTuple):
     resume: bool
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the command; return 1, after a line that says why, if it refuses or cannot finish.
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Run the command.
 
     Args:
-        argv: the command line without the program, `sys.argv[1:]` by default.
+        argv: the command line without the program, `sys.argv[1:]` by default; the first may be a file of options.
         prog: name of the program in its help.
+
+    Raises:
+        TypeError, ValueError, OSError, FloatingPointError: what it refuses, or why it cannot finish.
     """
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
-    try:
-        learn(parse(argv, prog))
-    except (TypeError, ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {printable(as_options(one_line(error)))}", file=sys.stderr)
-        return 1
-    return 0
+    learn(parse(argv, prog))
 
 
 def as_options(message: str) -> str:
@@ -229,24 +239,36 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> Command:
     """
     parser = new_parser(
         (LearnArguments, PGPTrainingArguments),
+        helping.text("learn", "pgp-hf learn" if prog is None else prog),
         prog=prog,
-        usage="%(prog)s RUN_OR_REPO --train_dir DIR --output_dir DIR [options]",
+        usage="%(prog)s [CONFIG] RUN_OR_REPO --train_dir DIR --output_dir DIR [--OPTION VALUE ...]",
         description=__doc__,
     )
     parser.add_argument("run", metavar="RUN_OR_REPO", help="folder of a run or a task, or a repository on the Hub")
     parser.set_defaults(output_dir=None)
-    early, _ = parser.parse_known_args(argv)
+    line = _with_run(sys.argv[1:] if argv is None else argv)
+    early, _ = parser.parse_known_args(line.tokens)
     if early.output_dir is None:
         raise ValueError("--output_dir is missing: name a new folder for the run that goes on.")
     before = Revision.read(locate(early.run, early.revision, token=early.hub_token), early.revision)
     if before.results is None:
         raise ValueError(f"{early.run} is an adapter without a run: it has learned no task to go on from.")
     parser.set_defaults(**recorded(before.results, early.gradient_accumulation_steps))
-    new, training, rest = parser.parse_args_into_dataclasses(argv)
+    new, training, rest = into_dataclasses(parser, line)
     resume = resume_argument(training.resume_from_checkpoint)
     if isinstance(resume, str):
         raise ValueError(f"--resume_from_checkpoint {resume}: say true to go on with what is in --output_dir.")
     return Command(rest.run, before, new, training, bool(resume))
+
+
+def _with_run(argv: Sequence[str]) -> CommandLine:
+    """Return the options of a command line; a file of options may name the run, as "run"."""
+    line = expand(argv)
+    named = [token for token in line.tokens if line.file and token.startswith("--run=")]
+    tokens = [token for token in line.tokens if token not in named]
+    first = argv[1] if line.file and len(argv) > 1 else "-"
+    runs = [token.removeprefix("--run=") for token in named if first.startswith("-")]
+    return line._replace(tokens=[*runs, *tokens])
 
 
 def recorded(results: Mapping[str, Any], micro_batches: int = 1) -> dict[str, Any]:
@@ -279,7 +301,7 @@ def learn(command: Command) -> None:
     known_test = new.known_test_images(before.manifest or {})
     trainer = StreamTrainer.from_pretrained(run, new.revision, args, known_test, backbone=new.backbone)
     if trainer.is_world_process_zero():
-        print(f"{run}, task-{before.tasks}, knows {known_classes(trainer.stream)}", flush=True)
+        print(fill(f"{run}, task-{before.tasks}, knows {known_classes(trainer.stream)}"), flush=True)
     trainer.learn(train, test, resume_from_checkpoint=resume, **reading)
     if trainer.is_world_process_zero():
         print(report(trainer, before.tasks))

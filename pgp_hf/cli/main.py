@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from ..version import __version__
+from . import console, helping
 
-# modules of this folder, imported when their command is run: most take seconds
 COMMANDS = {
+    "train": "learn a stream of tasks: l2p, dualprompt, clip or baseline",
     "learn": "teach a finished run the classes of new images",
     "predict": "classify images with a finished run",
+    "demo": "show in the browser what a run predicts after each of its tasks",
     "push": "upload the finished tasks of a run to the Hub",
+    "presets": "list published settings, or print those of one as a file for train",
+    "convert": "convert one of timm's vision transformers to transformers",
 }
+_APART = {"convert": "pgp_hf.convert"}  # the others are modules of this folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,20 +31,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after `--help` and `--version`, for an unknown command, and for options that a command refuses.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in COMMANDS:
-        command = importlib.import_module(f".{argv[0]}", __package__)
-        return int(command.main(argv[1:], prog=f"pgp-hf {argv[0]}"))
-    parser = argparse.ArgumentParser(
+    given = list(sys.argv[1:] if argv is None else argv)
+    own = given[1:] if given[:1] == [console.TRACEBACK] else given
+    if own and own[0] in COMMANDS:
+        name, prog = own[0], f"pgp-hf {own[0]}"
+        if name == "learn" and len(own) > 1 and set(own[1:]) <= {"-h", "--help"}:
+            print(helping.text(name, prog))  # before anything is imported that takes seconds
+            raise SystemExit(0)
+        command = importlib.import_module(_APART.get(name, f"pgp_hf.cli.{name}"))
+        traceback = [console.TRACEBACK] if own != given else []
+        return console.run(partial(command.main, prog=prog), own[1:] + traceback, getattr(command, "as_options", str))
+    parser = console.Parser(
         prog="pgp-hf",
         description="Continual learning for Hugging Face vision models, without keeping old images.",
-        epilog="pgp-hf COMMAND --help shows the options of a command.",
+        epilog="pgp-hf COMMAND --help shows the options of a command. An error is one line; --traceback shows where it "
+        "comes from.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"pgp-hf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, what in COMMANDS.items():
         commands.add_parser(name, help=what)
-    parser.parse_args(argv)
+    parser.parse_args(given)
     parser.print_help()
     return 0

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
 from transformers import (
     AutoImageProcessor,
-    AutoModelForImageClassification,
     BaseImageProcessor,
     CLIPModel,
     CLIPTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import logging
 
 from .. import embedded
+from ..backbones.loading import errors_only, renew_head, with_head_of
 from ..data.stream import TaskStream
 from .resize import resized
 
@@ -126,18 +122,14 @@ class ModelArguments:
         Raises:
             ValueError: an image size that is not a multiple of the patch size.
         """
-        with _errors_only():  # transformers would warn about the new head, which is intended
-            model = AutoModelForImageClassification.from_pretrained(
-                self.source,
-                revision=self.model_revision or "main",
-                num_labels=stream.num_classes,
-                id2label=stream.id2label,
-                label2id={name: label for label, name in stream.id2label.items()},
-                ignore_mismatched_sizes=True,
-                attn_implementation=self.attn_implementation,
-                dtype=self.dtype,
-            )
-        patch = getattr(model.config, "patch_size", 1)
+        model = with_head_of(
+            stream,
+            self.source,
+            self.model_revision,
+            attn_implementation=self.attn_implementation,
+            dtype=self.dtype,
+        )
+        patch = getattr(getattr(model.config, "vision_config", model.config), "patch_size", 1)
         if self.image_size is not None and (self.image_size < patch or self.image_size % patch):
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of the backbone's patch size {patch}: "
@@ -145,21 +137,18 @@ class ModelArguments:
             )
         if resize and self.image_size is not None:
             model = resized(model, self.image_size)
-        # a checkpoint's head with the same number of classes has been loaded: start from a new one in any case
-        for layer in model.classifier.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.data.normal_(std=getattr(model.config, "initializer_range", 0.02))
-                layer.bias.data.zero_()
+        renew_head(model)
         return model
 
     def clip(self) -> CLIPModel:
         """Load the backbone as a `CLIPModel`."""
-        return CLIPModel.from_pretrained(
-            self.source,
-            revision=self.model_revision or "main",
-            attn_implementation=self.attn_implementation,
-            dtype=self.dtype,
-        )
+        with errors_only():
+            return CLIPModel.from_pretrained(
+                self.source,
+                revision=self.model_revision or "main",
+                attn_implementation=self.attn_implementation,
+                dtype=self.dtype,
+            )
 
     def tokenizer(self) -> CLIPTokenizer:
         """Load the tokenizer that belongs to the `CLIPModel`."""
@@ -169,14 +158,3 @@ class ModelArguments:
         """Return True if `image_size` is not the size that the backbone was trained at."""
         config = getattr(model.config, "vision_config", model.config)
         return self.image_size is not None and self.image_size != config.image_size
-
-
-@contextlib.contextmanager
-def _errors_only() -> Iterator[None]:
-    """Silence all but errors of transformers."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -1,10 +1,11 @@
 """Classify images with a finished run: a folder that a training left, or a repository on the Hub.
 
     pgp-hf predict out/l2p_pgp photo.jpg folder/of/images --top_k 3
-    pgp-hf predict me/l2p-pgp-cifar100 photos --revision task-3 --json_lines > predictions.jsonl
+    pgp-hf predict me/l2p-pgp-cifar100 photos --revision task-3 --json_lines > found.jsonl
 
-Folders are searched for images, including subfolders. Neither a task id nor the training packages are needed. Files
-that cannot be read are named at the end, and the exit code is then 1.
+Folders are searched for images, including subfolders. Neither a task id nor the training
+packages are needed. Files that cannot be read are named at the end, and the exit code is
+then 1.
 """
 
 from __future__ import annotations
@@ -14,33 +15,38 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
-from ..inference import Prediction, PromptClassifier, image_files, load_pretrained
-from ..report.formatting import one_line, printable
+from ..report.formatting import printable
+from .console import Parser
+
+if TYPE_CHECKING:
+    from ..inference import Prediction, PromptClassifier
 
 PROGRESS_FROM = 20  # with fewer images, a progress bar would be gone before it is read
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = __doc__) -> int:
-    """Print the predictions; return 1 if the model or a file was refused.
+    """Print the predictions; return 1 if a file was refused.
 
     Args:
         argv: the command line without the program, `sys.argv[1:]` by default.
         prog: name of the program in its help.
         description: shown by `--help`.
+
+    Raises:
+        ValueError, OSError: as `load_pretrained`.
     """
     args = _parse(argv, prog, description)
+    import torch  # after the help, since these take seconds
+
+    from ..inference import load_pretrained
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     files, errors = _find(args.images)
-    try:
-        classifier = load_pretrained(
-            args.model, args.revision, backbone=args.backbone, device=args.device, token=args.token
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {printable(one_line(error))}", file=sys.stderr)
-        return 1
+    classifier = load_pretrained(args.model, args.revision, backbone=args.backbone, device=device, token=args.token)
     width = max((len(printable(file)) for file in files), default=0)
     for file, prediction in _classify(classifier, files, errors, args):
         if args.json_lines:
@@ -58,9 +64,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, description
 
 def _parse(argv: Sequence[str] | None, prog: str | None, description: str | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a run's folder, one of its task folders, or a repository on the Hub")
     parser.add_argument("images", nargs="+", type=Path, help="image files and folders of images")
     parser.add_argument("--revision", help="task-1, task-2, ...: the state after that task (default: the last)")
@@ -75,10 +79,7 @@ def _parse(argv: Sequence[str] | None, prog: str | None, description: str | None
     parser.add_argument("--json_lines", action="store_true", help="print one JSON object per line instead of a table")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: a GPU if there is one)")
     parser.add_argument("--token", help="for a private repository; by default that of HF_TOKEN or `hf auth login`")
-    args = parser.parse_args(argv)
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    return args
+    return parser.parse_args(argv)
 
 
 def _positive(text: str) -> int:
@@ -96,6 +97,8 @@ def _from_zero(text: str) -> int:
 
 def _find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """Return the image files among `paths`, with folders searched by file ending, and errors about the other paths."""
+    from ..data.files import image_files
+
     files, errors = [], []
     for path in paths:
         if path.is_dir():

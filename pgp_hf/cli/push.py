@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from ..hub import command_line
+from .console import Parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         argv: the command line without the program, `sys.argv[1:]` by default.
         prog: name of the program in its help.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=command_line.PUSH)
+    parser = Parser(prog=prog, description=command_line.PUSH)
     parser.add_argument("output_dir", help="the run's folder, which holds task-1, task-2, ...")
     parser.add_argument("repo_id", help=command_line.REPO_ID)
     command_line.add_options(parser)

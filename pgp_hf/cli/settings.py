@@ -22,6 +22,7 @@ PER_RUN = {  # of a single run: not compared
     "data_seed",
     "disable_tqdm",
     "resume_from_checkpoint",
+    "query_cache",
 }
 QUIET = {  # may differ from a finished run's, since they change no number
     "dataloader_num_workers",
@@ -31,6 +32,10 @@ QUIET = {  # may differ from a finished run's, since they change no number
     "logging_strategy",
     "run_name",
     "verify_images",
+    "figures",
+    "keep_samples",
+    "hub_license",
+    "query_cache_gb",
 }
 
 Settings = dict[str, dict[str, Any]]  # by part: "model", "data", "training", ...
@@ -78,7 +83,9 @@ def differences(mine: Settings, theirs: Settings, defaults: Settings | None = No
 
 def digests(stream: TaskStream, backbone: PreTrainedModel) -> dict[str, str | None]:
     """Return the SHA-256 of the stream's class order and images, and of the backbone's weights without its head."""
-    tasks = json.dumps(stream.manifest()["tasks"], sort_keys=True)
+    manifest = stream.manifest()
+    shown = {key: manifest[key] for key in ("tasks", "renderings") if key in manifest}
+    tasks = json.dumps(shown if len(shown) > 1 else manifest["tasks"], sort_keys=True)
     return {
         "stream": hashlib.sha256(tasks.encode()).hexdigest(),
         "backbone": backbone_sha256(backbone, ["classifier"]),

@@ -12,6 +12,7 @@ import numpy as np
 from . import source as source_data
 from .checking import shorten
 from .rows import ImageRows
+from .shifts import Shift
 from .tasks import Part
 
 
@@ -111,7 +112,7 @@ class Expected(NamedTuple):
 def find_test_images(
     dataset: Any, manifest: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
 ) -> list[Part | None]:
-    """Return the test images of each task; None where the dataset has none of its classes.
+    """Return the test images of each task, as the run saw them; None where the dataset has none of its classes.
 
     Args:
         dataset: test images, or training images from which the run's test images were held out: a `Dataset`, a
@@ -152,6 +153,11 @@ def find_test_images(
                 f"manifest describes: {task.num_images} images whose hash is {str(task.sha256)[:12]}...; it has "
                 f"{sum(left)} images of these classes. Pass what the run was tested on, or leave test_dataset out"
             )
+    if (shift := Shift.read(manifest)) is not None:
+        shown = shift.by_class([entry["classes"] for entry in entries])
+        for part in found[: len(shift.tasks)]:  # tasks that were appended are as they are
+            if part is not None and part.source is not None:
+                part.source.renderings = shown
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,24 @@ class QueriedItem(ImageItem, total=False):
     view: View
 
 
+class ImageView(Protocol):
+    """Images that are the same each time that they are read.
+
+    Attributes:
+        view: a name for how they are seen.
+    """
+
+    view: str
+
+    @property
+    def sha256(self) -> str | None:
+        """Return the hash of the content; None where that is not known."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> ImageItem: ...
+
+
 class AugmentedImages(Dataset[QueriedItem]):
     """Augment a task's training images, with randomness that is a function of (seed, task, epoch, index) alone.
 
@@ -42,6 +60,7 @@ class AugmentedImages(Dataset[QueriedItem]):
         crop_min_scale: smallest share of an image's area that a crop keeps.
         seed: of the run.
         task: 0-based.
+        crop_views: number of different crops of each image, which later epochs repeat; None for new ones in each epoch.
         exact: augment each image by itself, as PIL does; otherwise [`ImageCollator`] augments whole batches.
 
     Attributes:
@@ -50,10 +69,19 @@ class AugmentedImages(Dataset[QueriedItem]):
     """
 
     def __init__(
-        self, images: TaskImages, augmentation: str, crop_min_scale: float, seed: int, task: int, exact: bool = True
+        self,
+        images: TaskImages,
+        augmentation: str,
+        crop_min_scale: float,
+        seed: int,
+        task: int,
+        crop_views: int | None = None,
+        exact: bool = True,
     ) -> None:
         self.images, self.augmentation, self.crop_min_scale = images, augmentation, crop_min_scale
-        self.exact, self._store = exact, None
+        self.crop_views = crop_views if augmentation == "crop_flip" else None
+        self.exact = exact
+        self._store: PixelStore | None = None
         self.queries: Tensor | None = None
         self._counters = (seed, task)
         # shared memory, so that persistent workers see a new epoch
@@ -73,26 +101,36 @@ class AugmentedImages(Dataset[QueriedItem]):
             self._store = PixelStore.for_images(len(self), (height, width, 3))
 
     def __getitem__(self, index: int) -> QueriedItem:
-        if not self.exact:
-            return self._raw(index)
-        item: QueriedItem = {**self.images[index]}
-        box, flip = self._view(index, item["image"].size)
-        if box is not None:
-            item["image"] = item["image"].crop(box)
-        if flip:
-            item["image"] = _flipped(item["image"])
-        return self._queried(item, index, flip)
+        epoch = int(self._epoch)
+        item, view = self._seen(index, epoch if self.crop_views is None else epoch % self.crop_views)
+        if self.queries is not None:
+            item["prompt_query"] = self.queries[view, index]
+        return item
 
-    def _view(self, index: int, size: tuple[int, int]) -> tuple[tuple[int, int, int, int] | None, bool]:
+    def _seen(self, index: int, epoch: int) -> tuple[QueriedItem, int]:
+        """Return an image as an epoch has it, and which of `views` that is."""
+        if not self.exact:
+            item, flip = self._raw(index, epoch)
+        else:
+            item = {**self.images[index]}
+            box, flip = self._drawn(index, epoch, item["image"].size)
+            if box is not None:
+                item["image"] = item["image"].crop(box)
+            if flip:
+                item["image"] = _flipped(item["image"])
+        return item, int(flip) if self.crop_views is None else epoch
+
+    def _drawn(self, index: int, epoch: int, size: tuple[int, int]) -> tuple[tuple[int, int, int, int] | None, bool]:
         """Return the crop of an image of this width and height, None for none, and whether it is mirrored then."""
         if self.augmentation == "none":
             return None, False
-        rng = np.random.default_rng([*self._counters, int(self._epoch), index])
+        rng = np.random.default_rng([*self._counters, epoch, index])
         flip = bool(rng.random() < 0.5)
         crops = self.augmentation == "crop_flip"
         return _random_box(size, self.crop_min_scale, rng) if crops else None, flip
 
-    def _raw(self, index: int) -> QueriedItem:
+    def _raw(self, index: int, epoch: int) -> tuple[QueriedItem, bool]:
+        """Return an image as it is stored, with how it is to be augmented, and whether it is mirrored."""
         pixels = None if self._store is None else self._store.get(index)
         item: QueriedItem
         if pixels is None:
@@ -103,20 +141,20 @@ class AugmentedImages(Dataset[QueriedItem]):
         else:
             item = {**self.images.described(index)}  # type: ignore[typeddict-item]  # the image is in `pixels`
         height, width, _ = pixels.shape
-        box, flip = self._view(index, (width, height))
+        box, flip = self._drawn(index, epoch, (width, height))
         item["pixels"], item["view"] = pixels, (*(box or (0, 0, width, height)), flip)
-        return self._queried(item, index, flip)
+        return item, flip
 
-    def _queried(self, item: QueriedItem, index: int, flip: bool) -> QueriedItem:
-        if self.queries is not None:
-            item["prompt_query"] = self.queries[int(flip), index]
-        return item
-
-    def views(self) -> list[Dataset[ImageItem]]:
+    def views(self) -> list[ImageView]:
         """Return a dataset for each view that augmentation can produce; none if random crops make them too many."""
         if self.augmentation == "crop_flip":
-            return []
-        return [self.images] if self.augmentation == "none" else [self.images, FlippedImages(self.images)]
+            return [CroppedImages(self, epoch) for epoch in range(self.crop_views or 0)]
+        return [self.images] if self.augmentation == "none" else [self.images, FlippedImages(self.images, self.exact)]
+
+    @property
+    def plain_queries(self) -> Tensor | None:
+        """Return the queries `(N, d)` of the images without augmentation, where they are known."""
+        return None if self.queries is None or self.augmentation == "crop_flip" else self.queries[0]
 
 
 class Exemplars(Dataset[QueriedItem]):
@@ -155,22 +193,52 @@ def set_epoch(images: object, epoch: int) -> None:
 
 
 class FlippedImages(Dataset[ImageItem]):
-    """Mirror every image horizontally."""
+    """Mirror every image horizontally: as PIL does, or, as [`AugmentedImages`] has it, by the collator."""
 
-    def __init__(self, images: TaskImages) -> None:
-        self.images = images
+    view = "flipped"
+
+    def __init__(self, images: TaskImages, exact: bool = True) -> None:
+        self.images, self.exact = images, exact
+
+    @property
+    def sha256(self) -> str | None:
+        """Return the hash of the content that is mirrored."""
+        return self.images.sha256
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> ImageItem:
-        item = self.images[index]
-        return {**item, "image": _flipped(item["image"])}
+        item: QueriedItem = {**self.images[index]}
+        if self.exact:
+            item["image"] = _flipped(item["image"])
+        else:
+            item["view"] = (0, 0, *item["image"].size, True)
+        return item
 
 
 def to_pixels(image: Image.Image) -> Tensor:
     """Return an RGB image as uint8, `(height, width, 3)`."""
     return torch.from_numpy(np.array(image))
+
+
+class CroppedImages(Dataset[ImageItem]):
+    """Crop every image as one epoch does."""
+
+    def __init__(self, augmented: AugmentedImages, epoch: int) -> None:
+        self.augmented, self.epoch = augmented, epoch
+        self.view = f"crop {augmented.crop_min_scale} {augmented._counters} {epoch}"
+
+    @property
+    def sha256(self) -> str | None:
+        """Return the hash of the content that is cropped."""
+        return self.augmented.images.sha256
+
+    def __len__(self) -> int:
+        return len(self.augmented)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        return self.augmented._seen(index, self.epoch)[0]
 
 
 def _flipped(image: Image.Image) -> Image.Image:

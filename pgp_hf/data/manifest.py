@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from .checking import check_int, shorten
+from .shifts import Shift
 
 MANIFEST_FORMAT = 1
 MAX_IMAGES = 10**8  # of a task, which has a label each in memory
 SPLITS = ("train", "test")
 # besides the tasks' contents, these must agree for two streams to be the same ...
-_SAME = ("scenario", "num_tasks", "num_classes", "label_names", "label_values", "class_order")
+_SAME = ("scenario", "shift", "num_tasks", "num_classes", "label_names", "label_values", "class_order", "renderings")
 # ... of which these may be longer in one of two streams that begin alike ...
 _GROWING = ("label_names", "label_values", "class_order")
 # ... and these settings are named as the likely cause when something does not
@@ -24,7 +25,7 @@ _CAUSES = (
     "max_train_samples_per_class",
     "max_eval_samples_per_class",
 )
-_OPTIONAL = ("train_val_split",)  # written only where it is given
+_OPTIONAL = ("train_val_split", "shift", "renderings")  # written only where they are given
 Divided = list[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
@@ -129,6 +130,7 @@ def check_complete(manifest: Any) -> Divided:
         names = manifest["label_names"]
         if len(names) != manifest["num_classes"] or not all(isinstance(name, str) for name in names):
             raise ValueError(f"label_names={shorten(names)} are not {manifest['num_classes']} strings")
+        Shift.read(manifest)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(
@@ -155,7 +157,7 @@ def compare(own: Mapping[str, Any], other: Mapping[str, Any], tasks: int | None 
             {**manifest, "num_classes": None, **{key: manifest[key][:length] for key, length in shared.items()}}
             for manifest in (own, other)
         )
-    differences = [_difference(key, own[key], other[key]) for key in _SAME if own[key] != other[key]]
+    differences = [_difference(key, own.get(key), other.get(key)) for key in _SAME if own.get(key) != other.get(key)]
     pairs = list(zip(own["tasks"], other["tasks"], strict=False))
     for t, (here, there) in enumerate(pairs):
         if here["classes"] == there.get("classes"):
@@ -181,7 +183,8 @@ def first_tasks(manifest: Mapping[str, Any], count: int) -> dict[str, Any]:
     """Return the manifest of a stream that ends after its first `count` tasks; class names stay."""
     tasks = manifest["tasks"][:count]
     order = [label for task in tasks for label in task.get("new_classes", task["classes"])]
-    return {**manifest, "num_tasks": len(tasks), "class_order": order, "tasks": tasks}
+    shift = {"renderings": manifest["renderings"][:count]} if "renderings" in manifest else {}
+    return {**manifest, "num_tasks": len(tasks), "class_order": order, "tasks": tasks, **shift}
 
 
 def train_hashes(manifest: Mapping[str, Any], tasks: int) -> list[str]:

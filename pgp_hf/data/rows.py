@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from .rgb import to_rgb
+from .shifts import RENDERINGS
 
 BATCH_ROWS = 64  # rows of encoded images in memory at a time
 THREADS = 4  # decoders release the GIL
@@ -36,11 +37,15 @@ class ImageRows:
         data: the split's rows.
         image_column: a `datasets.Image` column.
         labels: the mapped label of every row.
+
+    Attributes:
+        renderings: by label id, the name in `RENDERINGS` by which images of the class are shown; others are as they are.
     """
 
     def __init__(self, split: str, data: datasets.Dataset, image_column: str, labels: np.ndarray) -> None:
         self.split = split
         self.labels = labels
+        self.renderings: Mapping[int, str] = {}
         self._feature = datasets.Image(mode=data.features[image_column].mode)
         self._arrow = data.select_columns([image_column]).with_format("arrow")
 
@@ -49,7 +54,7 @@ class ImageRows:
         return self._arrow[list(rows)].column(0).to_pylist()
 
     def dataset(self, rows: Sequence[int], label_names: Sequence[str]) -> datasets.Dataset:
-        """Return rows as a dataset with the columns `image` and `label`; no image is decoded."""
+        """Return rows as a dataset with the columns `image` and `label`; no image is decoded, or rendered."""
         name, label = self._arrow.column_names[0], datasets.ClassLabel(names=list(label_names))
         images = self._arrow.select(rows).with_format(None)
         images = images if name == "image" else images.rename_column(name, "image")
@@ -65,9 +70,11 @@ class ImageRows:
         try:
             if stored is None:
                 raise ValueError("the row has no image (None)")
-            return to_rgb(self._feature.decode_example(stored))
+            image = to_rgb(self._feature.decode_example(stored))
         except Exception as error:  # decoders raise any type on damaged bytes
             raise ValueError(self._broken(row, error)) from error
+        name = self.renderings.get(int(self.labels[row]))
+        return image if name is None else RENDERINGS[name](image)
 
     def content(self, row: int, stored: dict[str, Any] | None) -> bytes:
         """Return the encoded bytes of one row's image, from its file if the row holds only a path; decode nothing.
@@ -130,7 +137,8 @@ def verify_images(selected: Sequence[tuple[ImageRows, Sequence[int]]], progress:
         return found
 
     broken: list[str] = []
-    bar = tqdm(total=total, desc="Checking images", unit="img", disable=not progress or total < PROGRESS_FROM)
+    hidden = not progress or total < PROGRESS_FROM
+    bar = tqdm(total=total, desc="Checking images", unit="img", disable=hidden or None)  # None: on a terminal alone
     with bar, ThreadPoolExecutor(THREADS) as pool:
         for (_, rows), found in zip(jobs, pool.map(errors, jobs), strict=True):
             broken += found

@@ -30,12 +30,15 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # ---- splits ---------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str], revision: str | None = None) -> tuple[datasets.DatasetDict, str | None]:
+def load(
+    path: str | os.PathLike[str], revision: str | None = None, config: str | None = None
+) -> tuple[datasets.DatasetDict, str | None]:
     """Load a local folder of parquet or image files, or a dataset from the Hub.
 
     Args:
         path: the folder, whose name is taken as it is, or the Hub id.
         revision: branch, tag or commit on the Hub.
+        config: name of one of its configurations, if there are several.
 
     Returns:
         The splits, and a name for the dataset that holds no path of this machine.
@@ -54,10 +57,11 @@ def load(path: str | os.PathLike[str], revision: str | None = None) -> tuple[dat
             f"dataset {text!r} is neither an existing folder nor a Hub id ('name' or 'owner/name'); "
             f"pass a folder of parquet or image files, a Hub id, or a loaded datasets.Dataset"
         )
+    chosen = {} if config is None else {"name": config}
     try:
         if local:
-            return _labelled_folder(text, load_folder(text)), name
-        return datasets.load_dataset(text, **({} if revision is None else {"revision": revision})), name
+            return _labelled_folder(text, load_folder(text, **chosen)), name
+        return datasets.load_dataset(text, **chosen, **({} if revision is None else {"revision": revision})), name
     except Exception as error:  # load_dataset raises a dozen unrelated types; the reason is kept
         where = "folder" if local else "no such folder exists; as a Hub id"
         raise ValueError(

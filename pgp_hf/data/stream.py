@@ -19,9 +19,10 @@ from .checking import check_int, check_optional_int, check_share, shorten
 from .classes import Division, LabelNames, Labels, check_names, rename, warn_of_similar
 from .earlier import find_test_images
 from .manifest import SPLITS, check_complete, check_form, compare, copied, first_tasks, new_settings, train_hashes
-from .rows import verify_images
+from .markup import tasks_table
 from .scenarios import SCENARIOS, check_scenario
-from .tasks import ImageItem, Part, Parts, Task, TaskImages, by_source, hash_parts, read_entries, write_entries
+from .shifts import Shift, check_shift
+from .tasks import ImageItem, Part, Parts, Task, TaskImages, by_source, read_entries, verify_parts, write_entries
 
 __all__ = ["ImageItem", "Task", "TaskImages", "TaskStream"]
 
@@ -109,6 +110,7 @@ class TaskStream:
         label_column: str | None = None,
         image_column: str | None = None,
         scenario: str = "class_incremental",
+        shift: str | None = None,
         seed: int | None = 0,
         class_order: Sequence[int] | None = None,
         test_dataset: datasets.Dataset | None = None,
@@ -133,8 +135,10 @@ class TaskStream:
             image_column: a `datasets.Image` column. Default: the only one.
             scenario: `"class_incremental"`, `"task_incremental"` (the task of each test image is given) or `"online"`
                 (class-incremental, with one epoch for each task).
-            seed: draws the class order, the held-out rows and the rows kept of each class. With None, classes come in
-                label order, and rows are drawn as with 0.
+            shift: `"renderings"` shows each task's images, training and test alike, in a rendering of its own, drawn by
+                the seed (see `pgp_hf.data.shifts.RENDERINGS`). Tasks that are appended are as they are.
+            seed: draws the class order, the held-out rows, the rows kept of each class and the renderings. With None,
+                classes come in label order, and everything else is drawn as with 0.
             class_order: label ids in stream order, instead of a drawn order.
             test_dataset: test rows, with the columns of the train rows.
             test_split: name of the test split of a `DatasetDict`. Default: the first of `test`, `validation`,
@@ -150,6 +154,7 @@ class TaskStream:
             ValueError: any other problem with the dataset or an argument; the message has the fix.
         """
         check_scenario(scenario)
+        check_shift(shift)
         seed = check_optional_int("seed", seed, 0, none="label order")
         division = Division(num_tasks, tasks, init_classes, increment, class_order)
         division.check()
@@ -164,13 +169,17 @@ class TaskStream:
         if len(kept) < len(data.names):
             ids = {position: label for label, position in enumerate(kept)}
             data = data.relabelled(ids, [data.names[position] for position in kept])
-        images = data.images()
+        images, drawn = data.images(), Shift.draw(shift, len(divided), seed or 0)
+        if drawn is not None:
+            for source in images:
+                source.renderings = drawn.by_class(divided)
         rows = source_data.choose_rows(data.labels, data.test_labels, held_out, seed or 0, *limits.values())
         parts = {}
         for split, source, chosen in zip(SPLITS, images, rows, strict=True):
             of_task = source_data.cut(split, chosen, source.labels, divided, data.names)
             parts[split] = [Part.of(source, own) for own in of_task]
         settings = new_settings(scenario, seed, data.described(held_out[0], limits), shares[1])
+        settings |= {} if drawn is None else drawn.described()
         return cls(settings, [Task(t, own) for t, own in enumerate(divided)], parts, data.names)
 
     @classmethod
@@ -288,6 +297,10 @@ class TaskStream:
     def __repr__(self) -> str:
         return f"TaskStream({self.scenario}: {self.num_classes} classes in {self.num_tasks} tasks, seed={self.seed})"
 
+    def _repr_html_(self) -> str:
+        counts = [[self.num_images(split, t) for split in SPLITS] for t in range(self.num_tasks)]
+        return tasks_table(repr(self), [[self.label_names[c] for c in task.classes] for task in self.tasks], counts)
+
     def train(self, t: int) -> TaskImages:
         """Return the training images of task `t` (0-based); raise ValueError if they are not here."""
         return self._images("train", t)
@@ -364,8 +377,6 @@ class TaskStream:
         Raises:
             ValueError: an image file that cannot be read.
         """
-        for split in SPLITS:
-            hash_parts(self._parts[split])
         tasks = write_entries(self.tasks, self._parts, copied(self._notes))
         own = {"num_tasks": self.num_tasks, "num_classes": self.num_classes, "label_names": self.label_names}
         content = {**copied({**self._settings, **own, "class_order": self.class_order}), "tasks": tasks}
@@ -385,19 +396,8 @@ class TaskStream:
             ValueError: images that do not decode; the message names split and row of the first one, and says how many
                 there are.
         """
-        groups = [
-            group
-            for split in SPLITS
-            for group in by_source(
-                part for part in self._parts[split][gone if split == "train" else 0 :] if not part.verified
-            )
-        ]
-        chosen = [(source, sorted(row for part in own for row in part.rows.tolist())) for source, own in groups]
-        if chosen:
-            verify_images(chosen, progress)
-        for _, own in groups:
-            for part in own:
-                part.verified = True
+        here = [self._parts[split][gone if split == "train" else 0 :] for split in SPLITS]
+        verify_parts(here, progress)
 
     def check_manifest(self, manifest: Mapping[str, Any], gone: int = 0, tasks: int | None = None) -> None:
         """Compare this stream with the manifest of an earlier run.
@@ -445,4 +445,4 @@ class TaskStream:
             )
         if not part.num_images:
             raise ValueError(f"task {index} (0-based) has no {split} images")
-        return TaskImages(part.source, part.rows, index)
+        return TaskImages(part.source, part.rows, index, part)

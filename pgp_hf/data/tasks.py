@@ -13,7 +13,7 @@ import PIL.Image
 import torch
 
 from .manifest import SPLITS
-from .rows import ImageRows
+from .rows import ImageRows, verify_images
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,16 @@ class TaskImages(torch.utils.data.Dataset[ImageItem]):
     Attributes:
         task: 0-based.
         labels: mapped label ids, int64, `(len,)`; read without decoding anything.
+        view: how images are seen, see `pgp_hf.data.images.ImageView`.
     """
 
-    def __init__(self, source: ImageRows, rows: np.ndarray, task: int) -> None:
+    view = "plain"
+    _part: Part | None = None
+
+    def __init__(self, source: ImageRows, rows: np.ndarray, task: int, part: Part | None = None) -> None:
         self._source = source
         self._rows = rows
+        self._part = part
         self.task = task
         self.labels: np.ndarray = source.labels[rows]
 
@@ -79,6 +84,15 @@ class TaskImages(torch.utils.data.Dataset[ImageItem]):
     def described(self, position: int) -> dict[str, int]:
         """Return what an item holds besides its image."""
         return {"label": int(self.labels[position]), "task": self.task, "index": position}
+
+    @property
+    def sha256(self) -> str | None:
+        """Return the hash of their content in this order, as the manifest has it; None for images without one."""
+        # a hash is over the rows in ascending order
+        if self._part is None or (np.diff(self._rows) <= 0).any():
+            return None
+        hash_parts([self._part])
+        return self._part.sha256
 
     def place(self, position: int) -> str:
         """Return where the image at a position within the task comes from, for error messages."""
@@ -154,6 +168,17 @@ def hash_parts(parts: Iterable[Part]) -> None:
             part.sha256 = sha256
 
 
+def verify_parts(splits: Iterable[Iterable[Part]], progress: bool) -> None:
+    """Decode the images of parts that have not been verified yet, see `verify_images`."""
+    groups = [group for parts in splits for group in by_source(part for part in parts if not part.verified)]
+    chosen = [(source, sorted(row for part in own for row in part.rows.tolist())) for source, own in groups]
+    if chosen:
+        verify_images(chosen, progress)
+    for _, own in groups:
+        for part in own:
+            part.verified = True
+
+
 def read_entries(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Task], Parts, list[dict[str, Any]]]:
     """Return the tasks in a manifest, their images, all absent, and what else the manifest says of each task."""
     tasks = [
@@ -169,7 +194,9 @@ def read_entries(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Task], Part
 
 
 def write_entries(tasks: Sequence[Task], parts: Parts, notes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the tasks as a manifest has them, from what [`read_entries`] returns; the hashes must be known."""
+    """Return the tasks as a manifest has them, from what [`read_entries`] returns; compute hashes that are not known."""
+    for split in SPLITS:
+        hash_parts(parts[split])
     entries = []
     for task, note in zip(tasks, notes, strict=True):
         new = {} if task.new_classes == task.classes else {"new_classes": list(task.new_classes)}

@@ -233,7 +233,7 @@ def stream_features(
     batch_size: int = 64,
 ) -> list[np.ndarray]:
     """Return [`extract_features`] of each task's `images(t)`; `progress` names the bar, None hides it."""
-    tasks = tqdm(range(num_tasks), desc=progress, leave=False, disable=progress is None)
+    tasks = tqdm(range(num_tasks), desc=progress, leave=False, disable=progress is None or None)
     return [extract_features(extract, images(t), collator, device=device, batch_size=batch_size) for t in tasks]
 
 

@@ -13,6 +13,7 @@ from peft.utils import set_additional_trainable_modules
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from ..backbones import head_width
 from .growing import checked_linear, ends, name_classes
 
 
@@ -50,7 +51,11 @@ def _no_rows(width: int, bias: bool, like: Tensor) -> nn.Linear:
 
 def _width(model: nn.Module) -> int:
     config: Any = model.config
-    width = getattr(config, "hidden_size", None) or next(reversed(getattr(config, "hidden_sizes", None) or ()), None)
+    width = (
+        head_width(model)
+        or getattr(config, "hidden_size", None)
+        or next(reversed(getattr(config, "hidden_sizes", None) or ()), None)
+    )
     if not width:
         raise ValueError(
             f"the configuration of {type(model).__name__} does not say how wide its features are (hidden_size), so it "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import tuners  # noqa: F401 (registers the adapters)
+from ..backbones.loading import wrapping
 from ..models import weights
 from ..runs.folder import ADAPTER, ADAPTER_CONFIG
 from ..runs.revision import Revision
@@ -146,7 +146,5 @@ def read_weights(revision: Revision, expected: Mapping[str, Tensor]) -> dict[str
 
 def wrap(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """Put an adapter with new values on a backbone."""
-    with warnings.catch_warnings():
-        # raised inside PEFT itself
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    with wrapping():
         return PeftModel(base, config)

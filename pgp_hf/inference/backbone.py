@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 from transformers.utils import logging
 
 from .. import embedded
+from ..backbones.loading import with_one_head
 from ..runs.folder import ADAPTER_CONFIG, PROCESSOR
 from ..runs.revision import Revision
 from .adapters import UNFIT, Adapter
@@ -77,9 +78,13 @@ def load_backbone(source: str | Path, adapter: Adapter, options: dict[str, Any])
         names = dict(adapter.class_names)
         head = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
         options = {**options, **head, "ignore_mismatched_sizes": True}
+
+    def load(kind: Any) -> PreTrainedModel:
+        return kind.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **options)
+
     try:
         with quiet(), torch.random.fork_rng(devices=[]):  # a new head, soon replaced, draws random numbers
-            return kind.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **options)
+            return with_one_head(load) if kind is AutoModelForImageClassification else load(kind)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the backbone {str(source)!r} cannot be loaded ({error}). Pass the backbone the adapter was trained on as "

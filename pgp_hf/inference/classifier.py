@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from ..data.markup import shorten_names, table
 from ..heads import keep_classes
 from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel, stream_model
 from ..projection import Projection
@@ -81,6 +82,18 @@ class PromptClassifier:
         known = self.id2label if self.classes is None else self.classes
         inside = self.model.base_model if isinstance(self.model, PeftModel) else self.model
         return f"PromptClassifier({type(inside).__name__}, {len(known)} of {len(self.id2label)} classes)"
+
+    def _repr_html_(self) -> str:
+        names, known = self.id2label, sorted(self.id2label if self.classes is None else self.classes)
+        results = self.results or {}
+        rows: list[list[Any]] = [
+            ["classes", shorten_names([names[label] for label in known])],
+            ["revision", self._revision.folder.name],
+        ]
+        for name in ("method", "projection", "average_accuracy"):
+            value = results.get(name)
+            rows.append([name.replace("_", " "), f"{value:.2f} %" if isinstance(value, float) else value])
+        return table(repr(self), ["", ""], [row for row in rows if row[1] is not None])
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: all but a token, which nobody expects there."""

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from transformers import BaseImageProcessor
 
-from ..models import KeepsClassStatistics, StreamModel
+from ..heads.statistics import ClassStatistics
+from ..models import StreamModel
 
 TOLERANCE = 1e-4
 """Largest difference between the file's scores and the classifier's."""
@@ -72,7 +74,7 @@ def export(
     scores, path = _Scores(model, classes), Path(path)
     pixels = _examples(processor).to(scores.classes.device)
     with torch.no_grad(), _quiet():
-        with _solved(learner):
+        with _solved(model):
             program = _trace(scores, pixels)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             write = _write_onnx if format == "onnx" else _write_torch
@@ -134,18 +136,16 @@ def _compare(found: Tensor, expected: Tensor, count: int) -> None:
 
 
 @contextmanager
-def _solved(learner: StreamModel) -> Iterator[None]:
-    """Let the statistics head use its solution as it is: how it is found cannot be traced."""
-    statistics = learner.statistics if isinstance(learner, KeepsClassStatistics) else None
-    if statistics is None:
-        yield
-        return
-    solution = statistics.solve()
-    vars(statistics)["solve"] = lambda: solution
+def _solved(model: nn.Module) -> Iterator[None]:
+    """Let classifiers by statistics use their solutions as they are: how these are found cannot be traced."""
+    found = [module for module in model.modules() if isinstance(module, ClassStatistics) and module.counts.any()]
+    for statistics in found:
+        vars(statistics)["solve"] = partial(tuple, statistics.solve())
     try:
         yield
     finally:
-        del vars(statistics)["solve"]
+        for statistics in found:
+            del vars(statistics)["solve"]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from ..backbones import registry as registry  # DINOv3's head, which transformers lacks
 from ..runs.folder import MODEL, MODEL_CONFIG
 from ..runs.revision import Revision
 from .adapters import UNFIT

@@ -19,8 +19,11 @@ GROUPS = ("model", "data", "prompts", "training")
 # A source named on the command line replaces the preset's, together with the settings that make sense for it alone.
 _BELONGS = {
     "--model_name_or_path": {"model_revision"},
-    "--dataset_name": {"dataset_revision", "dataset_split"},
-    "--train_dir": {"dataset_name", "dataset_revision", "dataset_split", "image_column_name", "label_column_name"},
+    "--dataset_name": {"dataset_config_name", "dataset_revision", "dataset_split"},
+    "--train_dir": {
+        *("dataset_name", "dataset_config_name", "dataset_revision", "dataset_split"),
+        *("image_column_name", "label_column_name"),
+    },
 }
 
 

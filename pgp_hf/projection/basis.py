@@ -67,14 +67,18 @@ class Basis:
         """Return the basis on another device, or itself if it is there already."""
         return self if self.columns.device == torch.device(device) else Basis(self.columns.to(device))
 
-    def project(self, rows: Tensor) -> Tensor:
+    def project(self, rows: Tensor, strength: Tensor | None = None) -> Tensor:
         """Return the part of `rows` `(*batch, N, n)` that lies in the null space, `z - (z M) M^T`.
 
-        The factors are applied one after the other: 2 N n r multiplications instead of the dense projector's N n^2,
+        With a `strength` `(*batch, r)`, take only this share of each column's part away, `z - (z M) diag(s) M^T`. The
+        factors are applied one after the other: 2 N n r multiplications instead of the dense projector's N n^2,
         which is less for r < n/2.
         """
         columns = self.columns.to(rows)
-        return rows - (rows @ columns) @ columns.mT
+        inside = rows @ columns
+        if strength is not None:
+            inside = inside * strength.to(rows)[..., None, :]
+        return rows - inside @ columns.mT
 
     def captured(self, moment: SecondMoment | FrequentDirections) -> Tensor:
         """Return the share of the moment's energy inside the span, `tr(M^T C M) / tr C`, `(*batch)`."""

@@ -39,6 +39,7 @@ class ConditionSettings(Protocol):
 
     probes: int
     probe_space: str
+    equal_images: bool
 
 
 @dataclass
@@ -109,6 +110,9 @@ def functional(model: Protectable, inputs: Mapping[str, Tensor], context: Contex
     With `probe_space="statistics"`, drift is measured as a statistics head measures distances, by the inverse of the
     covariance Sigma that the classes share: probes are `Sigma^-1/2 v`, and G is `sum_x J_x^T Sigma^-1 J_x`.
 
+    With `equal_images`, the rows of each image are divided by their norm: G is then a mean over images of what each
+    depends on, in which those that prompts move far count no more than others.
+
     This preserves what the head reads of old images along every path: attention and values, the residual stream,
     LayerNorms, all layers. It does so to first order only: the remainder grows with |D|^2, where D is the whole
     movement since x's task ended. It also assumes that each image selects the same entries, which is why the keys of a
@@ -132,6 +136,8 @@ def functional(model: Protectable, inputs: Mapping[str, Tensor], context: Contex
     for name, per_probe in gradients.items():
         # an image's probes stay together, so that the order of rows does not depend on the batch size
         rows = torch.stack([traced.copies[name].rows(gradient) for gradient in per_probe], dim=-2)
+        if context.config.equal_images:  # zeros, of an entry that an image did not select, stay
+            rows = rows / rows.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
         yield Observation(name, "prompt", rows.flatten(-3, -2))
     for name, rows in traced.keys.items():
         yield Observation(name, "key", rows)

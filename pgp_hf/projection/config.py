@@ -12,6 +12,8 @@ from .readers import HandedIn
 
 APPLY_TO = ("update", "gradient", "both")
 PROBE_SPACES = ("features", "logits", "statistics")
+ADDED = {"softness": 0.0, "equal_images": False}
+"""Settings that files of earlier versions lack, with the values that these versions had."""
 
 
 @dataclass
@@ -30,11 +32,15 @@ class ProjectionConfig:
         probe_space: space of these directions: "features", "logits" or "statistics" ("functional" only).
         hold_key_norm: whether each projected key keeps the norm that it had at the task's start.
         ln_penalty: weight of a penalty on changes of the prompt tokens' mean and standard deviation.
+        softness: share of the energy at which a direction of a prompt's basis is half free; 0 cuts all of them.
+        equal_images: whether all old images count the same, however strongly they depend on the prompts ("functional"
+            only).
 
     Raises:
         ValueError: an unknown `method`, `apply_to` or `probe_space`; an energy outside (0, 1]; `max_images` or
             `probes` that is not a whole number of at least 1; an `ln_penalty` that is negative, not finite, or given
-            with a method that does not use it; "frozen" applied to gradients.
+            with a method that does not use it; "frozen" applied to gradients; a `softness` that is negative or not
+            finite; `equal_images` with a method that does not use it.
     """
 
     method: str = field(
@@ -112,23 +118,34 @@ class ProjectionConfig:
         },
     )
 
+    softness: float = field(
+        default=0.0,
+        metadata={
+            "help": "shrink movements instead of cutting them: along a direction of a prompt's basis that holds the share s "
+            "of the energy, summed over the tasks, what is left of each step is softness / (softness + s); 0 leaves "
+            "nothing. Keys are cut in any case"
+        },
+    )
+    equal_images: bool = field(
+        default=False,
+        metadata={
+            "help": "let all old images count the same in method 'functional', by scaling the gradients of each to norm 1; "
+            "else those that depend on the prompts most decide on the basis"
+        },
+    )
+
     def __post_init__(self) -> None:
         _check_choice("method", self.method, ("none", *CONDITIONS))
         _check_choice("apply_to", self.apply_to, APPLY_TO)
         _check_choice("probe_space", self.probe_space, PROBE_SPACES)
-        check_energy("energy", self.energy)
-        for name, energy in (("key_energy", self.key_energy), ("value_energy", self.value_energy)):
-            if energy is not None:
-                check_energy(name, energy)
-        if not _is_whole(self.probes) or self.probes < 1:
-            raise ValueError(f"probes={self.probes} is not a number of directions: use a whole number of at least 1.")
-        if self.max_images is not None and (not _is_whole(self.max_images) or self.max_images < 1):
+        self._check_numbers()
+        for name in ("hold_key_norm", "equal_images"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False.")
+        if self.equal_images and self.method != "functional":
             raise ValueError(
-                f"max_images={self.max_images} is not a number of images to take statistics from: use None, or a whole "
-                "number of at least 1."
+                f"equal_images=True does nothing with method={self.method!r}: use False, or method='functional'."
             )
-        if not isinstance(self.hold_key_norm, bool):
-            raise ValueError(f"hold_key_norm={self.hold_key_norm!r} is neither True nor False.")
         if not _is_number(self.ln_penalty) or not 0 <= self.ln_penalty < float("inf"):
             raise ValueError(
                 f"ln_penalty={self.ln_penalty} is not a weight: use 0 for no penalty, or a finite number above 0."
@@ -143,10 +160,27 @@ class ProjectionConfig:
                 "method='frozen' with apply_to='gradient' would let momentum and weight decay move the prompts: use "
                 "apply_to='update'."
             )
-        for name in ("energy", "key_energy", "value_energy", "max_images", "probes", "ln_penalty"):
+        for name in ("energy", "key_energy", "value_energy", "max_images", "probes", "ln_penalty", "softness"):
             number = getattr(self, name)
             if number is not None and type(number) not in (int, float):  # NumPy's own cannot be written as JSON
                 setattr(self, name, int(number) if _is_whole(number) else float(number))
+
+    def _check_numbers(self) -> None:
+        check_energy("energy", self.energy)
+        for name, energy in (("key_energy", self.key_energy), ("value_energy", self.value_energy)):
+            if energy is not None:
+                check_energy(name, energy)
+        if not _is_whole(self.probes) or self.probes < 1:
+            raise ValueError(f"probes={self.probes} is not a number of directions: use a whole number of at least 1.")
+        if self.max_images is not None and (not _is_whole(self.max_images) or self.max_images < 1):
+            raise ValueError(
+                f"max_images={self.max_images} is not a number of images to take statistics from: use None, or a whole "
+                "number of at least 1."
+            )
+        if not _is_number(self.softness) or not 0 <= self.softness < float("inf"):
+            raise ValueError(
+                f"softness={self.softness} is not a share of energy: use 0 to cut, or a number above, such as 0.01."
+            )
 
     @property
     def reads_statistics(self) -> bool:

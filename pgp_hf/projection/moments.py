@@ -75,6 +75,10 @@ class SecondMoment:
         """Return the energy in the span of orthonormal columns M `(*batch_shape, n, r)`, `tr(M^T C M)`."""
         return (columns * (self.sum @ columns)).sum((-2, -1))
 
+    def along(self, columns: Tensor) -> Tensor:
+        """Return the energy along each column, `(*batch_shape, r)`."""
+        return (columns * (self.sum @ columns)).sum(-2)
+
     def residual(self, index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return the eigenvalues `(k,)`, descending, and eigenvectors `(n, k)` of `(I - M M^T) C (I - M M^T)`.
 
@@ -182,6 +186,12 @@ class FrequentDirections:
         columns = columns.reshape(len(self.held), *columns.shape[-2:])
         found = [(b @ m).square().sum() for b, m in zip(self.held, columns, strict=True)]
         return torch.stack(found).reshape(self.batch_shape)
+
+    def along(self, columns: Tensor) -> Tensor:
+        """Return a lower bound of the energy along each column, `(*batch_shape, r)`."""
+        flat = columns.reshape(len(self.held), *columns.shape[-2:])
+        found = [(b @ m).square().sum(0) for b, m in zip(self.held, flat, strict=True)]
+        return torch.stack(found).reshape(*self.batch_shape, columns.shape[-1])
 
     def residual(self, index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return eigenvalues and eigenvectors as `SecondMoment.residual` does; k is the number of rows, at most n."""

@@ -54,6 +54,9 @@ class NullSpaceProjector:
     Attributes:
         bases: the same; setting it drops the anchors, since new bases hold from the value at the next task's start.
         hold_norm: the same.
+        strength: of bases that shrink movements instead of cutting them, by name: the share that each column takes
+            away, `(*batch, r)`. Each step is then shrunk by itself, so that the movement of a whole task is that of
+            its steps, shrunk once. Setting `bases` drops it.
 
     Raises:
         ValueError: an unknown `apply_to`.
@@ -76,6 +79,8 @@ class NullSpaceProjector:
     def bases(self, bases: dict[str, Basis]) -> None:
         self._bases = bases
         self._anchors: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}  # the last step, by name, where a strength acts on each step
+        self.strength: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def anchor(self, named_parameters: NamedParameters) -> None:
@@ -111,10 +116,10 @@ class NullSpaceProjector:
         for name, parameter, bases in self._protected(named_parameters):
             if not any(basis.rank for basis in bases.values()):
                 continue
-            value, start = _local(parameter), self.start(name)
+            value, start = _local(parameter), self._before.get(name, self.start(name))
             device = float64_device(value.device)
             start = start.to(device).to(torch.float64)
-            moved = _project_all(bases, name, value.to(device).to(torch.float64) - start)
+            moved = self._project(bases, name, value.to(device).to(torch.float64) - start)
             if name in self.hold_norm:
                 moved = _hold_norm(bases, name, start, moved)
             value.copy_(start + moved)
@@ -123,8 +128,8 @@ class NullSpaceProjector:
     def check(self, named_parameters: NamedParameters) -> None:
         """Raise RuntimeError if a protected parameter has moved along directions of its bases since `anchor`.
 
-        It has if something moved it after the last step. With `apply_to="gradient"`, which promises nothing of the kind,
-        nothing is checked.
+        It has if something moved it after the last step. With `apply_to="gradient"` or a strength, which promise nothing
+        of the kind, nothing is checked.
 
         Raises:
             RuntimeError: such a parameter; or `anchor` has not been called since the bases were set.
@@ -133,13 +138,13 @@ class NullSpaceProjector:
         if self.apply_to == "gradient":
             return
         for name, parameter, bases in self._protected(named_parameters):
-            if not any(basis.rank for basis in bases.values()):
+            if self.strength.keys() & bases.keys() or not any(basis.rank for basis in bases.values()):
                 continue
             value = _local(parameter)
             device = float64_device(value.device)
             value, start = (tensor.to(device).to(torch.float64) for tensor in (value, self.start(name)))
             moved = value - start
-            along = float((moved - _project_all(bases, name, moved)).norm())
+            along = float((moved - self._project(bases, name, moved)).norm())
             rounding = ROUNDINGS * torch.finfo(parameter.dtype).eps * float(value.norm())
             if not along <= rounding + SHARE * float(moved.norm()):  # NaN is not
                 raise RuntimeError(
@@ -147,6 +152,18 @@ class NullSpaceProjector:
                     "movement, although each step of the optimizer is projected. Something else moves it: an optimizer that "
                     "steps in the backward pass or exchanges weights in eval(), or a callback. Leave that out."
                 )
+
+    def fixed(self, named_parameters: NamedParameters) -> list[Tensor]:
+        """Return the parameters that no step moves: those with a basis of full rank, except with `apply_to="gradient"`.
+
+        Raises:
+            ValueError: a basis whose parameter is missing.
+        """
+        return [
+            parameter
+            for _, parameter, bases in self._protected(named_parameters)
+            if self.apply_to != "gradient" and any(bool((basis.ranks == basis.dim).all()) for basis in bases.values())
+        ]
 
     @torch.no_grad()
     def project_gradients_(self, named_parameters: NamedParameters) -> None:
@@ -159,7 +176,20 @@ class NullSpaceProjector:
             if parameter.grad is not None and any(basis.rank for basis in bases.values()):
                 gradient = _local(parameter.grad)
                 device = float64_device(gradient.device)
-                gradient.copy_(_project_all(bases, name, gradient.to(device).to(torch.float64)))
+                gradient.copy_(self._project(bases, name, gradient.to(device).to(torch.float64)))
+
+    @torch.no_grad()
+    def note_values_(self, named_parameters: NamedParameters) -> None:
+        """Remember values before a step, of the parameters whose steps are shrunk."""
+        if self.strength:
+            self._before = {
+                name: _local(parameter).detach().clone()
+                for name, parameter, bases in self._protected(named_parameters)
+                if self.strength.keys() & bases.keys()
+            }
+
+    def _project(self, bases: dict[str, Basis], name: str, tensor: Tensor) -> Tensor:
+        return _project_all(bases, name, tensor, self.strength)
 
     def start(self, name: str) -> Tensor:
         """Return the value that the parameter had at the task's start.
@@ -203,16 +233,19 @@ class NullSpaceProjector:
         if self.apply_to != "update":
             hooks.append(optimizer.register_step_pre_hook(lambda *_: self.project_gradients_(named_parameters())))
         if self.apply_to != "gradient":
+            hooks.append(optimizer.register_step_pre_hook(lambda *_: self.note_values_(named_parameters())))
             hooks.append(optimizer.register_step_post_hook(lambda *_: self.project_updates_(named_parameters())))
         return Hooks(hooks)
 
 
-def _project_all(bases: dict[str, Basis], name: str, tensor: Tensor) -> Tensor:
-    """Return the part of `tensor`, shaped like parameter `name`, in the null space of each of its bases."""
+def _project_all(bases: dict[str, Basis], name: str, tensor: Tensor, strengths: dict[str, Tensor]) -> Tensor:
+    """Return the part of `tensor`, shaped like parameter `name`, that each of its bases leaves, by its strength."""
     for key, basis in bases.items():
-        oriented = _transposed(tensor, key != name)
-        rows = basis.project(oriented.reshape(*basis.batch_shape, -1, basis.dim))
+        oriented, strength = _transposed(tensor, key != name), strengths.get(key)
+        rows = basis.project(oriented.reshape(*basis.batch_shape, -1, basis.dim), strength)
         full = basis.ranks == basis.dim  # exactly zero there, but for rounding
+        if strength is not None:
+            full = torch.zeros_like(full)
         tensor = _transposed(rows.masked_fill(full[..., None, None], 0).reshape(oriented.shape), key != name)
     return tensor
 
@@ -222,7 +255,7 @@ def _hold_norm(bases: dict[str, Basis], name: str, start: Tensor, moved: Tensor)
 
     A row is k = k_par + k_perp. Its protected part k_par is that of the start, so |k| stays the same if |k_perp| does.
     """
-    before = _project_all(bases, name, start)
+    before = _project_all(bases, name, start, {})
     after = before + moved
     held, norm = before.norm(dim=-1, keepdim=True), after.norm(dim=-1, keepdim=True)
     return torch.where(norm > 0, after * (held / norm.clamp_min(torch.finfo(norm.dtype).tiny)), before) - before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ SINGLE = 2**20  # a basis with more values than this, 8 MB, is kept and saved in
 Collective = Callable[[Tensor], Tensor]
 
 
-class BasisInfo(TypedDict):
+class BasisInfo(TypedDict, total=False):
     """The description of a basis, as `projection.json` holds it.
 
     Attributes:
@@ -36,6 +36,7 @@ class BasisInfo(TypedDict):
         role: see `Observation`.
         samples: number of rows observed in all tasks.
         rank_per_task: rank after each task.
+        shares: with `softness`, the share of the energy that each column holds, summed over the tasks, `(*batch, rank)`.
     """
 
     shape: list[int]
@@ -45,6 +46,7 @@ class BasisInfo(TypedDict):
     role: str
     samples: int
     rank_per_task: list[int]
+    shares: list[Any]
 
 
 class Observed(NamedTuple):
@@ -120,6 +122,8 @@ class Projection:
             else:  # entries share the basis
                 rows = elements // (basis.dim * torch.Size(basis.batch_shape).numel())
             infos[name] = {**self.info[name], "shape": [*basis.batch_shape, rows, basis.dim]}
+            if "shares" in self.info[name]:
+                infos[name]["shares"] = _enlarged(self.info[name], basis).tolist()
         if infos != self.info:
             self._replace(bases, infos)
 
@@ -242,14 +246,14 @@ class Projection:
             old = bases.get(name, Basis.empty(moment.dim, moment.batch_shape, moment.device))
             columns = as_saved(old.to(moment.device).extend(moment, energy).columns)
             bases[name] = basis = Basis(columns if broadcast is None else from_main_process(columns, broadcast))
-            if basis.full and role != "all":
+            before, soft = infos.get(name), self.config.softness > 0 and role in ("prompt", "value")
+            if basis.full and role != "all" and not soft:
                 warnings.warn(
                     f"The basis of {name} has full rank {basis.dim}: the parameter cannot move in later tasks. "
                     f"Lower its energy ({energy}) to keep some plasticity.",
                     stacklevel=2,
                 )
             rows = elements // (basis.dim * torch.Size(basis.batch_shape).numel())
-            before = infos.get(name)
             infos[name] = {
                 "shape": [*basis.batch_shape, rows, basis.dim],
                 "batch_dims": len(basis.batch_shape),
@@ -259,12 +263,21 @@ class Projection:
                 "samples": (before["samples"] if before else 0) + moment.rows,
                 "rank_per_task": [*(before["rank_per_task"] if before else []), basis.rank],
             }
+            if soft:
+                held = moment.along(basis.columns.to(moment.device))
+                held = held / moment.total.clamp_min(torch.finfo(torch.float64).tiny)[..., None]
+                shares = held if before is None else held + _enlarged(before, basis).to(held)
+                infos[name]["shares"] = (shares if broadcast is None else broadcast(shares)).tolist()
         self._replace(bases, infos)
 
     def _replace(self, bases: dict[str, Basis], infos: dict[str, BasisInfo]) -> None:
         self.projector.bases, self.info, self._observed = bases, infos, {}
         keys = {name for name, info in infos.items() if info["role"] == "key"}
         self.projector.hold_norm = keys if self.config.hold_key_norm else set()
+        for name, basis in bases.items():
+            if self.config.softness and "shares" in infos[name]:
+                shares = _enlarged(infos[name], basis)
+                self.projector.strength[name] = shares / (shares + self.config.softness)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return the bases by name (contiguous, on the CPU), and the settings and descriptions, ready for JSON.
@@ -326,6 +339,24 @@ def _checked_info(name: str, columns: Tensor, info: object) -> BasisInfo:
             f"{', '.join(ROLES)}."
         )
     return cast(BasisInfo, dict(info))
+
+
+def _enlarged(info: BasisInfo, basis: Basis) -> Tensor:
+    """Return the shares of a basis's columns, `(*batch, rank)`; zero for columns and entries that have none yet.
+
+    Raises:
+        ValueError: shares that do not fit.
+    """
+    known = torch.tensor(info["shares"], dtype=torch.float64)
+    shares = torch.zeros(*basis.batch_shape, basis.rank, dtype=torch.float64)
+    fits = known.ndim == shares.ndim and all(a <= b for a, b in zip(known.shape, shares.shape, strict=True))
+    if not fits or not (known >= 0).all():
+        raise ValueError(
+            f"shares of shape {tuple(known.shape)} do not fit a basis of shape {tuple(basis.columns.shape)}: expected one "
+            "for each column, at least 0."
+        )
+    shares[tuple(slice(length) for length in known.shape)] = known
+    return shares
 
 
 def _std(tokens: Tensor) -> Tensor:

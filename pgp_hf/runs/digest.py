@@ -20,6 +20,12 @@ def backbone_key(model: nn.Module) -> str:
     return f"backbone.{str(next(model.parameters()).dtype).removeprefix('torch.')}"
 
 
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """Return the digest of a tensor's values, whatever their layout in memory."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().data).hexdigest()
+
+
 @torch.no_grad()
 def backbone_sha256(model: nn.Module, modules_to_save: Iterable[str] | None) -> str | None:
     """Return the digest of a model's frozen weights, the same with and without an adapter; None if they are sharded.

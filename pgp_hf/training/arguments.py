@@ -34,8 +34,19 @@ class PGPTrainingArguments(TrainingArguments):
         eval_mask: classes that a prediction may take: those seen so far ("seen"), or all ("none").
         augmentation: of training images: "crop_flip", "flip" or "none".
         crop_min_scale: smallest share of the image that a crop keeps, in (0, 1].
+        last_block: tokens that the last block of a backbone computes: all of them ("full"), or only those that the head or
+            a query reads ("read"), which is a few percent faster and the same up to rounding.
+        skip_fixed: compute no gradient of prompts that a projection keeps from moving at all, as "frozen" does after the first
+            task, also where `max_grad_norm` clips gradients, whose norm then lacks theirs. Without clipping, it is always done.
+        crop_views: number of different random crops of each training image, whose queries are then kept; None for new
+            crops in each epoch.
         cache_queries: keep the queries of images, which never change, instead of computing them again.
+        query_cache: folder that queries are kept in, which runs may share; `queries` in `output_dir` by default.
+        query_cache_gb: largest size of that folder in GB; 0 keeps queries in memory alone.
         verify_images: decode every image once before training starts.
+        figures: draw figures when each task ends ("each"), when the last one does ("last"), or not at all ("none");
+            `pgp_hf.report.on_demand.draw_run` draws those of a finished run on demand.
+        keep_samples: test images of each class to keep in `output_dir/samples`, for `pgp-hf demo`; they are not uploaded.
         overwrite_output_dir: delete an earlier run in `output_dir`.
         save_full_weights: for a model that is not an adapter, whose folders hold all of its weights: keep those of the
             last finished task ("last") or of every task ("all"); likewise images that a method stores.
@@ -43,9 +54,12 @@ class PGPTrainingArguments(TrainingArguments):
         hub_strategy: "every_save" uploads a task as soon as it is finished, "end" all tasks after the last.
         hub_base_model: Hub id of the backbone, named in uploads of a run on a local folder.
         hub_exemplars: upload the images that a method stores (`memory_stores="images"`) as well.
+        hub_license: id of the license that uploaded cards name, such as "apache-2.0"; by default they name none.
         hub_wait: longest wait, in seconds, for uploads that are under way when the last task ends.
 
-    All other arguments are those of `TrainingArguments`. Whatever is chosen by an evaluation, a checkpoint
+    All other arguments are those of `TrainingArguments`. Trackers, named by `report_to`, see the stream as one run, whose
+    steps are counted over all tasks, with the `task`, its evaluation and its figures; it goes on where the run is resumed.
+    TensorBoard finds it in `output_dir`/runs. Whatever is chosen by an evaluation, a checkpoint
     (`load_best_model_at_end`), an early stop or a learning rate, needs a stream with `train_val_split`, and a
     `metric_for_best_model` that every task has: `eval_current_accuracy` of the task in training, the default,
     `eval_mean_accuracy` over all tasks so far, or their losses, `eval_current_loss` and `eval_mean_loss`.
@@ -62,6 +76,10 @@ class PGPTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "schedule within each task"})
     optim: str = field(default="adamw_torch", metadata={"help": "optimizer; AdamW without weight decay is Adam"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False: images are read lazily"})
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "steps from one logged training loss to the next; below 1, a share of a task's steps"},
+    )
     save_strategy: str = field(
         default="epoch",
         metadata={"help": "when to write a checkpoint to resume from; they are removed when their task ends"},
@@ -99,12 +117,33 @@ class PGPTrainingArguments(TrainingArguments):
         metadata={"help": "of training images: random resized crop and horizontal flip, flip alone, or none"},
     )
     crop_min_scale: float = field(default=0.05, metadata={"help": "smallest share of the image that a crop keeps"})
+    last_block: Literal["full", "read"] = field(
+        default="full",
+        metadata={
+            "help": "tokens that the last block of a ViT with prompts computes: all, or only those that are read, which is "
+            "faster and the same up to rounding"
+        },
+    )
+    skip_fixed: bool = field(
+        default=False,
+        metadata={
+            "help": "compute no gradient of prompts that a projection keeps from moving at all (frozen, after the first task), "
+            "which then do not count in the norm that max_grad_norm clips; without clipping, it is always done"
+        },
+    )
+    crop_views: int | None = field(
+        default=None,
+        metadata={
+            "help": "random crops of each training image that its epochs take turns with, so that their queries can be kept; "
+            "by default each epoch has new crops"
+        },
+    )
     cache_queries: bool = field(
         default=True,
         metadata={
             "help": "keep the images' queries, which never change, instead of computing them again: of test images, and "
-            "of training images where they have fewer views (one unaugmented, two flipped) than passes over them, unless "
-            "max_steps is set"
+            "of training images where they have fewer views (one unaugmented, two flipped, crop_views) than passes over "
+            "them, unless max_steps is set"
         },
     )
     exact_images: bool = field(
@@ -118,7 +157,30 @@ class PGPTrainingArguments(TrainingArguments):
     process_on_device: bool = field(
         default=False, metadata={"help": "with exact_images off, do that on the device that trains"}
     )
+    query_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder that queries are kept in, which runs on the same images and backbone may share, also at the same "
+            "time; queries in output_dir when not given, never uploaded"
+        },
+    )
+    query_cache_gb: float = field(
+        default=2.0, metadata={"help": "largest size of that folder in GB; 0 keeps queries in memory alone"}
+    )
     verify_images: bool = field(default=True, metadata={"help": "decode every image once before training starts"})
+    figures: Literal["each", "last", "none"] = field(
+        default="last",
+        metadata={
+            "help": "draw figures when each task ends, which takes a second or two, when the last one does, or not at all; "
+            "`python -m pgp_hf.report RUN` draws them on demand"
+        },
+    )
+    keep_samples: int = field(
+        default=0,
+        metadata={
+            "help": "test images of each class to keep in output_dir/samples, for `pgp-hf demo` to offer; never uploaded"
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
@@ -173,6 +235,10 @@ class PGPTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "also upload training images that the run stores (memory_stores 'images')"},
     )
+    hub_license: str | None = field(
+        default=None,
+        metadata={"help": "license that uploaded cards name, such as apache-2.0; by default they name none"},
+    )
     hub_wait: float = field(
         default=300.0,
         metadata={"help": "longest wait, in seconds, for uploads that are under way when the last task ends"},
@@ -200,6 +266,11 @@ class PGPTrainingArguments(TrainingArguments):
                 "later_prompt_learning_rate and reinit_optimizer=False are mutually exclusive: one optimizer for all tasks "
                 "keeps its learning rates."
             )
+        if self.crop_views is not None and self.augmentation != "crop_flip":
+            raise ValueError(
+                f"crop_views={self.crop_views} with augmentation={self.augmentation!r}: there are crops with 'crop_flip' "
+                "alone; leave crop_views out."
+            )
         check_together(self)
 
     def hub_repo(self, origin: dict[str, Any] | None = None, new_run: bool = False) -> TaskRepo:
@@ -216,6 +287,7 @@ class PGPTrainingArguments(TrainingArguments):
             base_model=self.hub_base_model,
             new_run=new_run,
             exemplars=self.hub_exemplars,
+            license=self.hub_license,
             origin=origin,
         )
 

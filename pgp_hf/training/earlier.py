@@ -23,6 +23,7 @@ from ..inference.adapters import expected_weights, read_adapter, read_weights
 from ..inference.whole import load_whole
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, weights
+from ..projection.config import ADDED
 from ..report import card, figures
 from ..runs.atomic import write_tensors
 from ..runs.digests import AlteredFileError, Digests
@@ -134,7 +135,7 @@ class EarlierRun:
         )
         projection = self.method.projection
         if projection is not None:
-            _compare("projection", folder, read_json(folder / DESCRIPTION), projection.config.to_dict())
+            _compare("projection", folder, {**ADDED, **read_json(folder / DESCRIPTION)}, projection.config.to_dict())
         kinds = [
             "a whole model" if whole else "an adapter"
             for whole in (revision.whole, not isinstance(self.model, PeftModel))
@@ -343,7 +344,7 @@ def _copy_task(source: Path, features: Path, earlier: list[Path], folder: Path) 
         results, manifest, adapter, description = (
             read_json(folder / name) for name in (RESULTS, MANIFEST, config_name(folder), DESCRIPTION)
         )
-        figures.save_figures(results, folder / "figures")
+        figures.save_figures(results, folder / "figures", manifest)
         card.save_card(folder / "README.md", results, manifest, adapter, description)
     if (written := Digests.read(source)) is not None:
         for name in written.checked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -109,6 +109,8 @@ class Scorer:
 
     Attributes:
         task: 0-based task of the images in evaluation, by their dataset; None where they are not a stream's.
+        coming: the task of each batch to come, where a dataset has batches of several tasks.
+        dtype: precision of what the head has read last.
         recording: True while a stream is evaluated: scores then come with what [`Recorded`] has besides.
     """
 
@@ -116,10 +118,13 @@ class Scorer:
         self.stream, self.method, self.mask = stream, method, mask
         self.task: int | None = None
         self.recording = False
+        self.coming: Iterator[int] = iter(())
+        self.dtype = torch.float32
 
     def expect(self, images: object) -> None:
         """Note the task of the next images, which the user's own collator may not provide."""
         images = images.images if isinstance(images, CachedQueries) else images
+        self.coming = iter(getattr(images, "tasks", list)())
         self.task = images.task if isinstance(images, TaskImages) else None
 
     @torch.no_grad()
@@ -143,19 +148,57 @@ class Scorer:
             after: the last task trained, 0-based; None before the first.
             autocast: the precision that the model runs in.
         """
+        self.task = next(self.coming, self.task)
         if tasks is None and self.task is not None:
             tasks = torch.full((len(features),), self.task, device=features.device)
         allowed = allowed_classes(self.stream, after, self.mask, tasks)
         logits = self.method.predict_logits(model, inputs, model.class_logits(output).float(), features)
-        found = {"logits": keep_classes(logits, allowed)}
         if not self.recording:
-            return found
-        found["features"] = features.float()
+            return {"logits": keep_classes(logits, allowed)}
+        self.dtype = features.dtype
+        found = self._recorded(model, logits, features, allowed, autocast)
+        if isinstance(model, SelectsPrompts) and model.selected_prompts is not None:
+            found["selected"] = model.selected_prompts
+        return found
+
+    @torch.no_grad()
+    def score_features(
+        self,
+        model: StreamModel,
+        scores: Callable[[Tensor], Tensor],
+        features: Tensor,
+        task: int,
+        after: int | None,
+        autocast: Callable[[], AbstractContextManager[None]],
+    ) -> dict[str, Tensor]:
+        """Return what `score` would of a batch whose head input is known.
+
+        Args:
+            scores: the model's own scores of it.
+            features: what the head reads, `(B, d)`.
+            task: 0-based task of the images.
+            after, autocast: as `score` has them.
+        """
+        features = features.to(next(iter(model.trainable().values())).device)
+        allowed = allowed_classes(
+            self.stream, after, self.mask, torch.full((len(features),), task).to(features.device)
+        )
+        with autocast():
+            logits = scores(features).float()
+        return self._recorded(model, self.method.adjust_logits(logits, features), features, allowed, autocast)
+
+    def _recorded(
+        self,
+        model: StreamModel,
+        logits: Tensor,
+        features: Tensor,
+        allowed: list[int] | Tensor | None,
+        autocast: Callable[[], AbstractContextManager[None]],
+    ) -> dict[str, Tensor]:
+        found = {"logits": keep_classes(logits, allowed), "features": features.float()}
         if isinstance(model, KeepsClassStatistics) and model.uses_statistics_head:
             with autocast():
                 found["linear"] = keep_classes(model.linear_logits(features).float(), allowed)
-        if isinstance(model, SelectsPrompts) and model.selected_prompts is not None:
-            found["selected"] = model.selected_prompts
         return found
 
 
@@ -163,7 +206,7 @@ def measure(
     results: StreamResults,
     references: References,
     t: int,
-    record: Callable[[int], Recorded],
+    record: Callable[[Sequence[int]], Iterator[Recorded]],
     pool_size: int,
     stream: TaskStream,
     temperature: float | None = None,
@@ -172,17 +215,18 @@ def measure(
 
     Args:
         references: receives those of task t.
-        record: predicts a task's test images; not asked for a task that has none here, whose figures are None.
+        record: predicts the test images of tasks; not asked for a task that has none here, whose figures are None.
         pool_size: number of entries that images select from, if they do.
         stream: the tasks.
         temperature: of scores that are calibrated by one; None for others.
     """
     tasks, sure = [], _Confidence(temperature)
+    recorded = record([j for j in range(t + 1) if stream.has_test(j)])
     for j in range(t + 1):
         if not stream.has_test(j):
             tasks.append(_TaskFigures())
             continue
-        found = record(j)
+        found = next(recorded)
         sure.add(found)
         if j == t:
             references.keep(t, found.features, found.selected)

@@ -61,6 +61,14 @@ class Progress:
             )
         self.task, self.interrupted, self.images_before = t, True, self.results.images_trained
 
+    def step(self, within: int) -> int:
+        """Return the optimizer's step over all tasks, given that within the task in training."""
+        if self.task is None:
+            return within
+        if not self.interrupted:
+            return sum(self.results.steps)
+        return sum(self.results.steps[: self.task - self.results.first]) + within
+
     def measure_method(self, method: ContinualMethod, task: int, images_of: Callable[[int], TaskImages]) -> None:
         """Note what a method keeps that has just ended a task, and store its images if it says so.
 
@@ -85,7 +93,7 @@ class Progress:
 
     def forget(self) -> None:
         """Go back to before the first task."""
-        blank: dict[str, Any] = {name: [] for name in ("matrix", "drift", "changed", "rank")}
+        blank: dict[str, Any] = {name: [] for name in ("matrix", "drift", "changed", "rank", "steps")}
         blank |= {name: Accuracies() for name in ("within", "linear", "linear_within")}
         self.stored = {}
         self.results, self.task = replace(self.results, usage=None, memory={"images": 0, "bytes": 0}, **blank), None

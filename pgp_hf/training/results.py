@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import metrics
+from ..data.markup import table
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskImages
 from ..methods import ContinualMethod
@@ -70,6 +71,7 @@ class StreamResults:
             the matrix is kept instead of it, so that a file grows linearly with the tasks besides the one matrix.
         linear, linear_within: the same for the linear head, where a statistics head classifies; else empty.
         drift, rank: one value per finished task; a drift is None where no earlier task was measured.
+        steps: of the optimizer, one value per finished task.
         changed: share of old test images that select other pool entries than when their task ended, one value per finished
             task, None as in drift; empty where nothing is selected.
         usage: per seen task, how often its test images selected each pool entry, after the last finished task; None for
@@ -108,6 +110,7 @@ class StreamResults:
     drift: list[float | None] = field(default_factory=list)
     changed: list[float | None] = field(default_factory=list)
     rank: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
     usage: list[Usage | None] | None = None
     drift_lacks: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "statistics": 0.0, "evaluation": 0.0})
@@ -149,6 +152,7 @@ class StreamResults:
             **(own := self._accuracies()),
             "drift": [*[0.0] * self.first, *self.drift],
             "projection_rank": [0] * self.first + self.rank,
+            "steps": [0] * self.first + self.steps,
             "train_images_per_second": self.images_trained / max(self.seconds["train"], 1e-9),
             "images_trained": self.images_trained,
             "trainable_parameters": self.trainable_parameters,
@@ -183,6 +187,30 @@ class StreamResults:
                 "statistics": {**{name: own[name] for name in SUMMARY}, **self._task_incremental(self.within)},
             }
         return results
+
+    def _repr_html_(self) -> str:
+        """Return the accuracy matrix as a table for a notebook, the darker the more accurate, with the measures above it."""
+        name = self.method if self.projection == "none" else f"{self.method} with {self.projection} projection"
+        if not self.matrix:
+            return table(f"{name}, none of {self.num_tasks} tasks", [], [])
+        content, tasks = self.to_dict(), self.first + len(self.matrix)
+        measured = {
+            "average accuracy {:.2f} %": content["average_accuracy"],
+            "forgetting {:.2f}": None if self.first else content["forgetting"],
+            "drift {:.3f}": None if self.first or not self.drift else self.drift[-1],
+        }
+        told = [words.format(value) for words, value in measured.items() if value is not None]
+        rows = content["accuracy_matrix"][self.first : tasks]
+        shown = [
+            [f"after task {self.first + i + 1}", *(None if value is None else f"{value:.1f}" for value in row)]
+            for i, row in enumerate(rows)
+        ]
+        return table(
+            ", ".join([f"{name}, {tasks} of {self.num_tasks} tasks", *told]),
+            ["accuracy in %", *(f"task {j + 1}" for j in range(self.num_tasks))],
+            shown,
+            [[None, *(None if value is None else value / 100 for value in row)] for row in rows],
+        )
 
     def _accuracies(self) -> dict[str, Any]:
         """Return the chosen head's accuracy matrix, and what follows from it."""
@@ -244,6 +272,7 @@ class StreamResults:
             self.linear_within = None if self._task_known else _within(linear, rows)
         self.changed = list(results.get("changed_selections", []))[self.first :]
         self.drift, self.rank = (list(results[name])[self.first :] for name in ("drift", "projection_rank"))
+        self.steps = _steps(results)[self.first :]
         self.seconds, self.images_trained = dict(results["seconds"]), results["images_trained"]
         self.usage = results.get("prompt_usage")
         self.drift_lacks = list(results.get("drift_lacks", []))
@@ -258,6 +287,14 @@ def _within(content: dict[str, Any], rows: range) -> Accuracies | None:
     """Return a head's task-incremental accuracies; None from a version that did not measure them."""
     known = content.get("task_incremental")
     return None if known is None else Accuracies.load(known, rows)
+
+
+def _steps(results: dict[str, Any]) -> list[int]:
+    """Return the optimizer's steps in each finished task; from a version that did not count them, about their sum."""
+    if "steps" in results:
+        return list(results["steps"])
+    per_step = results.get("training", {}).get("images_per_step")
+    return [0] * (finished_tasks(results) - 1) + [results["images_trained"] // per_step if per_step else 0]
 
 
 @cache

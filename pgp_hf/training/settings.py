@@ -18,7 +18,17 @@ RECORDED = (
     *("seed", "data_seed", "num_train_epochs", "max_steps", "optim", "optim_args", "weight_decay", "max_grad_norm"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("learning_rate", "head_learning_rate", "later_prompt_learning_rate", "label_smoothing_factor", "bf16", "fp16"),
-    *("augmentation", "crop_min_scale", "exact_images", "train_mask", "eval_mask", "compensate_drift"),
+    *(
+        "augmentation",
+        "crop_min_scale",
+        "crop_views",
+        "last_block",
+        "skip_fixed",
+        "exact_images",
+        "train_mask",
+        "eval_mask",
+        "compensate_drift",
+    ),
 )
 # and those that a run which goes on does not take over by itself
 _OWN = ("reinit_optimizer", "train_sampling_strategy", "average_tokens_across_devices", "load_best_model_at_end")
@@ -27,11 +37,12 @@ _EVALUATED = (
     *("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay"),
     *("save_strategy", "save_steps"),
 )
-EARLIER = {"exact_images": True}  # what files of versions without the setting mean
+# the values that settings of today had in effect before there was a choice, for runs that do not record them
+BEFORE: Mapping[str, Any] = {"crop_views": None, "last_block": "full", "skip_fixed": False, "exact_images": True}
 FREE = (
     "where and how often a run logs, saves and uploads, its devices, processes, data loader workers and evaluation batch "
-    "size, the division of a step's images into micro-batches (unless batchwise_prompt is set), cache_queries, verify_images "
-    "and save_full_weights"
+    "size, the division of a step's images into micro-batches (unless batchwise_prompt is set), cache_queries, query_cache, "
+    "query_cache_gb, verify_images, figures, keep_samples and save_full_weights"
 )
 """Settings that may change when a run is resumed, for error messages."""
 
@@ -74,7 +85,7 @@ def differing(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def print_differing(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Print the settings that differ from those that a run's last task was trained with."""
-    if differ := differing({**EARLIER, **recorded}, now):
+    if differ := differing({**BEFORE, **recorded}, now):
         print("Settings that differ from the recorded ones:", *differ, sep="\n  ", flush=True)
 
 
@@ -90,7 +101,7 @@ def check_same_settings(recorded: Mapping[str, Any], now: Mapping[str, Any], whe
     for part in now:
         own = recorded.get(part)
         if isinstance(own, Mapping):
-            own = {**EARLIER, **own} if part == "training" else own
+            own = {**BEFORE, **own} if part == "training" else own
             differ += [line if part == "training" else f"{part}.{line}" for line in differing(own, now[part])]
     if differ:
         raise ValueError(

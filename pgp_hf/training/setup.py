@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel, PrinterCallback, Trainer
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.utils import is_in_notebook
 
 from ..data.scenarios import SCENARIOS
 from ..data.stream import TaskStream
@@ -18,6 +21,7 @@ from ..inference.backbone import check_sizes
 from ..methods import ContinualMethod, ProjectedPrompts
 from ..models import PlainModel, Protectable, StreamModel, stream_model
 from .arguments import PGPTrainingArguments
+from .display import StreamPrinter, StreamProgress
 from .results import StreamResults
 
 
@@ -76,8 +80,8 @@ def check_model(model: nn.Module, stream: TaskStream, classes: int) -> None:
         )
     if len(names) != classes:
         raise ValueError(
-            f"the model's head has {len(names)} outputs, the stream {classes} classes: load the backbone with "
-            f"num_labels={classes} (and ignore_mismatched_sizes=True if it had a head)."
+            f"the model's head has {len(names)} outputs, the stream {classes} classes: load the backbone by "
+            "pgp_hf.load_backbone(name, stream), whatever head its checkpoint has."
         )
     own = {name: label for label, name in names.items()}
     for label, name in enumerate(stream.label_names[:classes]):
@@ -176,6 +180,44 @@ def check_settings(
         )
 
 
+def set_last_block(args: PGPTrainingArguments, learner: StreamModel) -> None:
+    """Let the model's last block compute what `last_block` says.
+
+    Raises:
+        ValueError: a model of which every token is read.
+    """
+    read, only_read = getattr(learner, "read_last_block", None), args.last_block == "read"
+    if read is not None:
+        read(only_read)
+    elif only_read:
+        raise ValueError(
+            f"last_block='read' is for prompts on a ViT that a query selects, and this model is {learner.name!r}: leave it "
+            "out."
+        )
+
+
+@contextmanager
+def without_fixed(args: PGPTrainingArguments, method: ContinualMethod, learner: StreamModel) -> Iterator[None]:
+    """Compute no gradient inside the block of parameters that the method's projection keeps from moving at all.
+
+    It is exact unless gradients are clipped: their norm then lacks these parameters, so `skip_fixed` has to ask for it.
+    """
+    fixed: list[Tensor] = []
+    clips = args.max_grad_norm is not None and 0 < args.max_grad_norm < float("inf")
+    projection = method.projection
+    if projection is not None and isinstance(learner, Protectable) and (args.skip_fixed or not clips):
+        fixed = projection.projector.fixed(learner.prompt_parameters().items())
+    if len(fixed) == len(learner.trainable()):
+        fixed = []  # a loss needs something that learns
+    try:
+        for parameter in fixed:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in fixed:
+            parameter.requires_grad_(True)
+
+
 def new_results(
     args: PGPTrainingArguments, stream: TaskStream, method: ContinualMethod, learner: StreamModel, first: int
 ) -> StreamResults:
@@ -220,3 +262,18 @@ def separate_learning_rate(optimizer: Optimizer, parameters: Iterable[Tensor], l
         if own:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
             optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Let a trainer show how a stream goes on, in place of what transformers shows of each task."""
+    if trainer.args.disable_tqdm:
+        trainer.pop_callback(PrinterCallback)
+        trainer.add_callback(StreamPrinter())
+        return
+    trainer.pop_callback(DEFAULT_PROGRESS_CALLBACK)
+    if is_in_notebook():
+        from .notebook import NotebookProgress  # which needs IPython
+
+        trainer.add_callback(NotebookProgress())
+    else:
+        trainer.add_callback(StreamProgress())

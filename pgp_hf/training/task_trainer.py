@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,16 @@ from ..data.images import AugmentedImages, CachedQueries, ImageCollator
 from ..data.stream import TaskStream
 from ..methods import Batch, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts
-from .callbacks import fire
 from .choosing import check_choice, summarize
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
 from .finite import LossWatch, check_outputs
 from .fitting import BatchSizes, Beginning, remember
 from .loss import image_losses, mean_over_step
+from .recording import Batches, CollateBatch, Found, Images, Recorder
 from .reporting import ReportingTrainer
 from .setup import set_learning_rates
 from .signals import StopOnSignal
+from .tracking import StreamHandler
 from .views import Passes, head_inputs
 
 
@@ -38,12 +40,14 @@ class TaskTrainer(ReportingTrainer):
     """
 
     hub_model_id: str | None  # type: ignore[assignment]  # transformers annotates it as None
+    callback_handler: StreamHandler
     training_stream: TaskStream
     _scorer: Scorer
     _context: TaskContext | None  # of the task in training
     _images: AugmentedImages | None  # and its images
     _handles: list[RemovableHandle]  # of hooks on the optimizer
     _test_queries: dict[int, Tensor | None]
+    _operations: dict[Any, int]  # of a step, by task and number of images
     _sizes: BatchSizes
     _beginning: Beginning | None  # of the task in training, for `auto_find_batch_size`
     stops: StopOnSignal
@@ -51,7 +55,7 @@ class TaskTrainer(ReportingTrainer):
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         given = {"model": self.model, "stream": self.stream, "training_stream": self.training_stream, **kwargs}
-        fire(self.callback_handler.callbacks, event, self.args, self.state, self.control, **given)
+        self.callback_handler.fire(event, self.args, self.state, self.control, **given)
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -146,6 +150,13 @@ class TaskTrainer(ReportingTrainer):
         undo = remember(self.method) if self.args.auto_find_batch_size else None
         self._sizes.fit(lambda: self.method.end_task(context), lambda: self._sizes.training, undo)
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return the operations of a step as a `Trainer` counts them, which counts the parameters once for each task."""
+        key = self.task, len(inputs["pixel_values"])
+        if key not in self._operations:
+            self._operations = {**self._operations, key: super().floating_point_ops(inputs)}
+        return self._operations[key]
+
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
@@ -155,18 +166,18 @@ class TaskTrainer(ReportingTrainer):
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """Return a loader of these images, as a `Trainer` does."""
-        with self._for_one_pass():
+        with self._for_one_pass(1 if isinstance(test_dataset, Batches) else None):
             return super().get_test_dataloader(test_dataset)
 
     @contextmanager
-    def _for_one_pass(self) -> Iterator[None]:
-        """Make loaders whose workers end with a pass, and whose batches fit.
+    def _for_one_pass(self, size: int | None = None) -> Iterator[None]:
+        """Make loaders whose workers end with a pass, and whose batches fit, or are of this size.
 
         Workers that persist would stay with each task's test images, and a `Trainer` would take its first loader for all.
         """
         args = self.args
         before = args.dataloader_persistent_workers, args.per_device_eval_batch_size
-        args.dataloader_persistent_workers, args.per_device_eval_batch_size = False, self._sizes.evaluation
+        args.dataloader_persistent_workers, args.per_device_eval_batch_size = False, size or self._sizes.evaluation
         try:
             yield
         finally:
@@ -185,7 +196,7 @@ class TaskTrainer(ReportingTrainer):
         temperature = None if statistics is None or self.method.adjusts_logits else statistics.temperature
         with self.progress.timed("evaluation"):
             measure(
-                self.results, self.progress.references, self.task, self._record, pool_size, self.stream, temperature
+                self.results, self.progress.references, self.task, self._records, pool_size, self.stream, temperature
             )
         # metrics of the user's own may have the same names, and another unit
         self.log(summary_logs(self.results, "eval" if self.compute_metrics in (accuracy, None) else "eval_stream"))
@@ -204,23 +215,59 @@ class TaskTrainer(ReportingTrainer):
             prepare=self._prepare_inputs,
             test_loader=self.get_test_dataloader,
             sizes=self._sizes,
+            digest=lambda: self._digest,
         )
 
     def _record(self, j: int) -> Recorded:
         """Predict the test images of the 0-based task j."""
+        return next(self._records([j]))
+
+    def _records(self, tasks: Sequence[int]) -> Iterator[Recorded]:
+        """Predict the test images of 0-based tasks."""
+        self.model.eval()
+        for j, recorded in zip(tasks, self._recorder.record(tasks, self.task), strict=True):
+            check_outputs(recorded, self.stream.test(j), self.progress.kept(self.folder))
+            yield recorded
+
+    @cached_property
+    def _recorder(self) -> Recorder:
+        return Recorder(
+            learner=lambda: self.stream_model,
+            method=self.method,
+            scorer=self._scorer,
+            images=self._test_images,
+            predict=self._predict,
+            autocast=self.accelerator.autocast,
+            sizes=self._sizes,
+            alone=self.args.world_size == 1 and self.args.dataloader_in_order,
+        )
+
+    @cached_property
+    def _digest(self) -> dict[str, str]:
+        """Digest of the frozen backbone."""
+        return self.stream_model.digest()
+
+    def _test_images(self, j: int) -> Images:
+        """Return the test images of the 0-based task j, with their queries where they are known."""
         images = self.stream.test(j)
         if j not in self._test_queries:
             self._test_queries[j] = self._passes().queries(images)
-        seen: Dataset[Any] = images if (queries := self._test_queries[j]) is None else CachedQueries(images, queries)
-        compute_metrics, self.compute_metrics, self._scorer.recording = self.compute_metrics, None, True
+        return images if (queries := self._test_queries[j]) is None else CachedQueries(images, queries)
+
+    def _predict(self, images: Dataset[Any]) -> Found:
+        """Return the model's view of test images."""
+        before = self.compute_metrics, self.data_collator
+        self.compute_metrics, self._scorer.recording = None, True
+        self.callback_handler.measuring = True
+        if isinstance(images, Batches):
+            self.data_collator = CollateBatch(self.data_collator)
         try:
-            output = self._sizes.fit(lambda: self.predict(seen, metric_key_prefix=f"eval_task_{j + 1}"))
+            output = self.predict(images, metric_key_prefix="eval_stream")
         finally:
-            self.compute_metrics, self._scorer.recording = compute_metrics, False
+            (self.compute_metrics, self.data_collator), self._scorer.recording = before, False
+            self.callback_handler.measuring = False
         found: Any = output.predictions  # the dict that prediction_step has returned
-        recorded = Recorded(labels=np.asarray(output.label_ids), **found)
-        check_outputs(recorded, images, self.progress.kept(self.folder))
-        return recorded
+        return {"labels": np.asarray(output.label_ids), **found}
 
     def evaluate(
         self,

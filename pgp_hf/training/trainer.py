@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, ProgressCallback
+from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from .. import hub
@@ -26,7 +26,7 @@ from ..runs.folder import RunFolder
 from . import learning
 from .agreement import check_agreement, check_same_images
 from .arguments import PGPTrainingArguments
-from .callbacks import FollowTraining, StreamProgress
+from .callbacks import FollowTraining
 from .evaluation import Scorer, accuracy, test_sets
 from .fitting import BatchSizes
 from .loss import mean_over_step
@@ -34,6 +34,7 @@ from .optimizers import check_optimizer
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
 from .resume import Resumer, check_new, delete_earlier
+from .samples import keep_samples
 from .settings import print_differing, recorded_settings
 from .setup import (
     check_arguments,
@@ -43,11 +44,15 @@ from .setup import (
     keep_statistics_local,
     new_results,
     refuse_sharding,
+    set_last_block,
+    show_progress,
     trainable_parameters,
+    without_fixed,
 )
 from .signals import StopOnSignal, holding
 from .task_trainer import TaskTrainer
-from .writing import write_task
+from .tracking import StreamHandler
+from .writing import folders_to_draw, write_task
 
 Kind = TypeVar("Kind", bound="StreamTrainer")
 
@@ -107,6 +112,7 @@ class StreamTrainer(TaskTrainer):
         keep_statistics_local(self.model)
         learner = self.stream_model
         check_settings(self.args, stream, self.method, learner)
+        set_last_block(self.args, learner)
         self._check_choice()
         self.training_stream = trained = self.method.training_stream(stream)
         names = dict(enumerate(stream.label_names[: self._room.classes]))
@@ -116,11 +122,13 @@ class StreamTrainer(TaskTrainer):
         self.folder = RunFolder(str(self.args.output_dir))
         first = stream.num_tasks - trained.num_tasks
         self.progress = Progress(new_results(self.args, stream, self.method, learner, first))
+        self.callback_handler = StreamHandler(self.callback_handler, self.progress)
         self._source: RunFolder | None = None  # of the run that goes on, until its files are in `output_dir`
         self._context: TaskContext | None = None  # of the task in training
         self._images: AugmentedImages | None = None  # and its images
         self._handles: list[RemovableHandle] = []  # of hooks on the optimizer
         self._test_queries: dict[int, Tensor | None] = {}
+        self._operations: dict[Any, int] = {}
         self._sizes, self._beginning = BatchSizes(self.args, lambda: self._train_batch_size), None
         self._scorer = Scorer(stream, self.method, self.args.eval_mask)
         self._blank = copy.deepcopy(self.method.state())
@@ -129,9 +137,7 @@ class StreamTrainer(TaskTrainer):
         self.add_callback(FollowTraining(learner, lambda: (self._images, self.train_dataset)))
         if self.args.push_to_hub:
             self.add_callback(PushTasks(lambda: self.results.origin))
-        if not self.args.disable_tqdm:
-            self.pop_callback(ProgressCallback)
-            self.add_callback(StreamProgress())
+        show_progress(self)
 
     # ---- the stream ----------------------------------------------------------------------------------------------
 
@@ -203,6 +209,7 @@ class StreamTrainer(TaskTrainer):
             self.train_dataset = self.method.train_images(context, images)
         with self.progress.timed("statistics"):
             before = self._passes().head_features(own) if self.args.compensate_drift and own > 0 else None
+            self._passes().learn_queries(own)
         # a function of (seed, task) alone: paired runs and resumed runs see the same random numbers
         set_seed(task_seed(self.args.seed, own))
         self.eval_dataset = test_sets(self.stream, t + 1)
@@ -213,8 +220,9 @@ class StreamTrainer(TaskTrainer):
         self.method.begin_task(context)
         self._fire("on_task_begin", task=t)
         self._beginning = None
-        with self.progress.timed("train"):
+        with self.progress.timed("train"), without_fixed(self.args, self.method, learner):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.results.steps[own:] = [output.global_step]
         self._beginning = None  # a copy of all that learns
         learner.end_task(own)
         with self.progress.timed("statistics"):
@@ -391,10 +399,6 @@ class StreamTrainer(TaskTrainer):
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _digest(self) -> dict[str, str]:
-        return self.stream_model.digest()
-
     def _note_first(self, t: int) -> None:
         """Note in the folder of a new run which task is its first."""
         if t == self.results.first and self.is_world_process_zero():
@@ -404,13 +408,16 @@ class StreamTrainer(TaskTrainer):
         if self.is_world_process_zero():
             if tensors := self.progress.references.tensors(t):  # there may be no test image
                 write_tensors(self.folder.features(t), tensors)
-            self.folder.publish(t, partial(self._write_files, features=self.folder.features(t) if tensors else None))
+            keep_samples(self.folder.root, self.stream.test(t), self.args.keep_samples)
+            features = self.folder.features(t) if tensors else None
+            earlier = folders_to_draw(self.args, self.folder, t, self.stream.num_tasks)
+            self.folder.publish(t, partial(self._write_files, features=features, earlier=earlier))
             if self.args.save_full_weights == "last" and not self.args.push_to_hub:  # `PushTasks` waits for the Hub
                 self.folder.drop_large(before=t)
             self.folder.drop_checkpoints()
         self.accelerator.wait_for_everyone()
 
-    def _write_files(self, folder: Path, features: Path | None) -> None:
+    def _write_files(self, folder: Path, features: Path | None, earlier: list[Path] | None) -> None:
         write_task(
             folder,
             model=self._whole_model(),
@@ -420,6 +427,7 @@ class StreamTrainer(TaskTrainer):
             manifest=self.stream.manifest(self.results.num_tasks),
             digest=self._digest,
             features=features,
+            earlier=earlier,
         )
 
     def push_to_hub(  # type: ignore[override]  # it makes several commits

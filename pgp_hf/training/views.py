@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -17,16 +18,18 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers.utils.generic import ModelOutput
 
-from ..data.images import AugmentedImages, CachedQueries, Exemplars, ImageCollator
+from ..data.images import AugmentedImages, CachedQueries, Exemplars, ImageCollator, ImageView
 from ..data.stored import Stored, StoredImages
 from ..data.stream import TaskImages, TaskStream
 from ..heads.statistics import ClassStatistics, gather_task
 from ..methods import Batch, Collectives, Observed, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts, StreamModel, exchanged
 from ..projection import Projection
+from ..runs.folder import QUERIES
 from .arguments import PGPTrainingArguments
 from .finite import check_pixels
 from .fitting import BatchSizes
+from .queries import Key, QueryCache, query_key
 
 Views = Iterator[tuple[Batch, list[int]]]
 
@@ -44,6 +47,7 @@ class Passes:
         prepare: moves a batch to the device.
         test_loader: makes the loader that evaluation uses.
         sizes: numbers of images in a batch.
+        digest: returns the digest of the frozen backbone.
     """
 
     args: PGPTrainingArguments
@@ -57,26 +61,62 @@ class Passes:
     prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     test_loader: Callable[[Dataset], DataLoader]
     sizes: BatchSizes
+    digest: Callable[[], Mapping[str, str]]
 
     @property
-    def hidden(self) -> bool:
-        """Return True if progress bars are off on this process."""
-        return self.args.disable_tqdm or not self.accelerator.is_main_process
+    def hidden(self) -> bool | None:
+        """Return True if progress bars are off on this process, else None: they are shown on a terminal."""
+        return bool(self.args.disable_tqdm) or not self.accelerator.is_main_process or None
 
     @torch.no_grad()
-    def queries(self, images: Dataset) -> Tensor | None:
-        """Return the queries `(N, d)` of images, on every process, from the batches that evaluation uses.
+    def queries(self, images: ImageView) -> Tensor | None:
+        """Return the queries `(N, d)` of images, on every process: from the disk, or from the batches that evaluation uses.
 
         None for a model that selects nothing, and where `cache_queries` is off.
         """
         if not self.args.cache_queries or not isinstance(self.learner, SelectsPrompts):
             return None
+        cache, key = self._cache(), self._query_key(self.learner, images)
+        found = None if key is None else cache.read(key, len(images))
+        if self._all_have(found):
+            return found
         queries = []
-        for batch in tqdm(self.test_loader(images), desc="queries", leave=False, disable=self.hidden):
+        for batch in tqdm(
+            self.test_loader(cast(Dataset[Any], images)), desc="queries", leave=False, disable=self.hidden
+        ):
             with self.accelerator.autocast():
                 query = self.learner.query(self.prepare(batch)["pixel_values"])
             queries.append(self.accelerator.gather_for_metrics(query).cpu())
-        return torch.cat(queries)
+        found = torch.cat(queries)
+        if key is not None and self.accelerator.is_main_process:
+            cache.write(key, found)
+        return found
+
+    def _all_have(self, found: Tensor | None) -> TypeGuard[Tensor]:
+        """Return whether all processes have found something: they compute it together, or not at all."""
+        reduce = self.collectives.reduce
+        if reduce is None:
+            return found is not None
+        missing = torch.tensor([found is None], dtype=torch.int64, device=self.args.device)
+        return not int(reduce(missing))
+
+    def _cache(self) -> QueryCache:
+        folder = self.args.query_cache or Path(str(self.args.output_dir)) / QUERIES
+        return QueryCache(Path(folder), round(self.args.query_cache_gb * 1e9))
+
+    def _query_key(self, learner: SelectsPrompts, images: ImageView) -> Key | None:
+        """Return what the queries of images depend on, as far as they are kept on the disk."""
+        if not self.args.query_cache_gb:
+            return None
+        how = {
+            "precision": [str(self.accelerator.mixed_precision), torch.get_float32_matmul_precision()],
+            "device": [self.args.device.type, torch.get_num_threads(), self.args.world_size],
+            "batch": self.sizes.evaluation,
+            "compiled": self.args.torch_compile,
+            "last_block": self.args.last_block,
+            "images": [self.args.exact_images, self.args.process_on_device],
+        }
+        return query_key(learner, self.digest(), images, self.collate, how)
 
     def keep_training_queries(self, images: AugmentedImages, projection: Projection | None) -> None:
         """Compute the queries of a task's training images once, where they would otherwise be computed repeatedly.
@@ -85,7 +125,8 @@ class Passes:
         """
         views, learner = images.views(), self.learner
         statistics = isinstance(learner, KeepsClassStatistics) and learner.statistics is not None
-        passes = self.args.num_train_epochs + (statistics or (projection is not None and projection.active))
+        plain = images.augmentation != "crop_flip" and (statistics or (projection is not None and projection.active))
+        passes = self.args.num_train_epochs + plain
         known = isinstance(self.collate, ImageCollator)  # another one might augment
         if 0 < len(views) < passes and self.args.max_steps <= 0 and known:
             found = [queries for view in views if (queries := self.queries(view)) is not None]
@@ -107,7 +148,7 @@ class Passes:
         """
         images = self.stream.train(t)
         indices = np.arange(len(images))
-        queries = None if self.images is None or self.images.queries is None else self.images.queries[0]
+        queries = None if self.images is None else self.images.plain_queries
         if limit is not None and limit < len(indices):
             indices = np.sort(np.random.default_rng([self.args.seed, t]).permutation(indices)[:limit])
         share = indices[self.args.process_index :: self.args.world_size]
@@ -220,8 +261,15 @@ class Passes:
         """Return a task's training images as the arguments augment them."""
         args = self.args
         batched = isinstance(self.collate, ImageCollator) and self.collate.recipe is not None
-        images = self.images_of(t)
-        return AugmentedImages(images, args.augmentation, args.crop_min_scale, args.seed, t, exact=not batched)
+        return AugmentedImages(
+            self.images_of(t),
+            args.augmentation,
+            args.crop_min_scale,
+            args.seed,
+            t,
+            args.crop_views,
+            exact=not batched,
+        )
 
     def forward(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> ModelOutput:
         """Return the model's output for a batch as in prediction, whatever mode the model is in.
@@ -291,6 +339,24 @@ class Passes:
 
         learner.learn_statistics(self.sizes.fit(gathered))
         features, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        known.calibrate(features, labels, self.collectives.reduce)
+
+    @torch.no_grad()
+    def learn_queries(self, t: int) -> None:
+        """Add the queries of a task's training images, which no training changes, to a model that selects by them."""
+        known = getattr(self.learner, "query_statistics", None)
+        if known is None:
+            return
+        queries: list[tuple[Tensor, Tensor]] = []
+
+        def views() -> Iterator[tuple[Tensor, Tensor]]:
+            queries.clear()
+            for batch, _ in self.views_for_method(t, None):
+                queries.append((batch.inputs["prompt_query"].float().cpu(), batch.labels))
+                yield queries[-1]
+
+        known.add_task(t, self.sizes.fit(lambda: gather_task(known, views(), self.collectives.reduce)))
+        features, labels = (torch.cat(parts) for parts in zip(*queries, strict=True))
         known.calibrate(features, labels, self.collectives.reduce)
 
     @property

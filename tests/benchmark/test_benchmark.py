@@ -20,6 +20,7 @@ import tiny
 
 from pgp_hf import PGPTrainingArguments, metrics
 from pgp_hf.benchmark import figures, plans, runs, table
+from pgp_hf.benchmark.columns import paired_spread
 from pgp_hf.cli.arguments import ModelArguments
 from pgp_hf.cli.baseline_arguments import BaselineTrainingArguments, names
 from pgp_hf.methods import METHODS
@@ -93,7 +94,7 @@ def test_settings_in_a_name_reach_their_owner(planned):
 def test_every_row_has_its_method(script, planned):
     for name, row in script.ROWS.items():
         plan = planned(name)
-        assert plan.data.num_tasks == (1 if name == "l2p-joint" else 3) and row.what in script_help(script)
+        assert plan.data.num_tasks == (1 if name.endswith("-joint") else 3) and row.what in script_help(script)
         if row.method is not None:
             recipe = BaselineTrainingArguments("out")
             for field in ("learning_rate", "head_learning_rate", "lr_scheduler_type"):
@@ -517,6 +518,7 @@ def made_up(plan: plans.Plan, seed: int, measured: bool = True, **more) -> dict:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_crash_stops_nothing_else_and_finished_runs_are_skipped(
     script, planned, local, tmp_path, monkeypatch, capsys
 ):
@@ -631,7 +633,7 @@ def test_nothing_named_means_the_embedded_digits(script):
     bench, model, data, training = script.parse(["--dataset_name", "x", "--num_tasks", "20"])
     assert (model.image_size, data.num_tasks, data.max_train_samples_per_class) == (112, 20, 50)
     assert (training.learning_rate, training.num_train_epochs, training.augmentation) == (0.0075, 3, "flip")
-    assert bench.rows == [name for name in script.ROWS if name not in script.SURPRISES] and bench.seeds == [0, 1, 2]
+    assert bench.rows == [name for name in script.ROWS if name not in script.WHEN_NAMED] and bench.seeds == [0, 1, 2]
 
 
 @pytest.mark.slow
@@ -671,8 +673,9 @@ def test_real_processes_terminated_and_resumed(script, local, tmp_path):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Name the figures of the table without drawing them, which takes seconds."""
-    monkeypatch.setattr(figures.report, "accuracy_bands", lambda panels, path: path)
-    monkeypatch.setattr(figures.report, "sensitivity", lambda points, path, usual: path)
+    monkeypatch.setattr(figures.several, "accuracy_bands", lambda panels, path, known: None)
+    monkeypatch.setattr(figures.several, "sensitivity", lambda points, path, usual: None)
+    monkeypatch.setattr(figures.several, "accuracy_and_forgetting", lambda heads, path, known: None)
 
 
 @pytest.fixture
@@ -726,7 +729,8 @@ def test_the_table_is_what_the_files_say(script, folder):
             expect([100 * run["changed_selections"][-1] for run in ends if "changed_selections" in run], 1)
         )
         expected.append(expect([run["projection_rank"][-1] for run in ends if "projection_rank" in run], 0))
-        exemplars = ["10", "60", "72,000"] if table.base(name) in EXEMPLARS else ["0", "0", "0"]
+        kept = own[0]["settings"]["data"]["max_train_samples_per_class"] * own[0]["num_classes"]
+        exemplars = ["10", f"{6000 / kept:.3g}", "60", "72,000"] if table.base(name) in EXEMPLARS else ["0"] * 4
         expected += [*exemplars, "0" if "frozen-" in name else "54,321"]
         expected += [expect([1.0] * len(own), 1), expect([2.0] * len(own), 1), expect([500.0] * len(own), 0)]
         assert found[name] == expected, name
@@ -782,7 +786,12 @@ def test_differences_are_paired(script, folder):
             if (name, seed) in read and (other, seed) in read
         ]
         each = ", ".join(f"{value:+.2f}" for value in values)
-        return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values):.2f} ({each})"
+        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+        if len(values) < 3:
+            return f"{mean:+.2f} ({each})"
+        apart = abs(sum(value > 0 for value in values) - 1.5) == 1.5 and abs(mean) > 2 * error
+        said = "no difference seen" if not apart else "better" if mean > 0 else "worse"
+        return f"{mean:+.2f} ({each}; s.e. {error:.2f}): {said}"
 
     ends = {(run["row"], run["seed"]): run["drift"][-1] for run in map(read_json, folder.glob("*.json"))}
 
@@ -816,6 +825,23 @@ def test_differences_are_paired(script, folder):
         assert found[name][:2] == [reference, expect(name, "linear", reference, "linear")]
         assert found[name][2] == found[name][3] == "–" and found[name][-4:] == ["", "–", "–", "–"]
     assert found["joint"][0] == "fine_tuning" and found["joint"][-5] == "–" and found["fine_tuning"][0] == ""
+
+
+def test_a_difference_is_called_one_only_where_it_is():
+    assert paired_spread([], 2) == "–" and paired_spread([-1.5], 2) == "-1.50"
+    assert paired_spread([1.0, 2.0], 2) == "+1.50 (+1.00, +2.00)"
+    assert paired_spread([1.0, 2.0, 3.0], 2) == "+2.00 (+1.00, +2.00, +3.00; s.e. 0.58): better"
+    assert paired_spread([-1.0, -2.0, -3.0], 1).endswith("(-1.0, -2.0, -3.0; s.e. 0.6): worse")
+    assert paired_spread([0.1, 0.1, 3.0], 2).endswith("no difference seen")  # of one sign, but apart
+    assert paired_spread([-0.1, 2.0, 2.1], 2).endswith("no difference seen")
+
+
+def test_devices_are_not_mixed(script, folder, planned):
+    run = made_up(planned("l2p-none@learning_rate=0.25"), 0)
+    run["machine"] = {**run.get("machine", {}), "device": "NVIDIA H100"}
+    write_json(folder / "l2p-none@learning_rate=0.25-seed0.json", run)
+    with pytest.raises(ValueError, match="runs of several devices .*NVIDIA H100.*not comparable"):
+        table.write(folder, folder / "table.md", script.ROWS)
 
 
 def test_a_run_without_a_measured_memory_has_a_dash(script, planned, tmp_path, monkeypatch):
@@ -908,6 +934,7 @@ def test_the_accuracy_figure_shows_plain_rows_and_the_best_without_prompts(folde
         "functional",
         "control-surprises",
         "functional-surprises",
+        "joint",
     }  # its name is longest
     assert not any("@" in label for name in prompts for label in panels[name])
     runs_of = rows_of(folder)["l2p-pgp"]
@@ -926,7 +953,14 @@ def test_the_sensitivity_figure_takes_rows_of_one_setting(folder, planned):
     got = [run["heads"]["statistics"]["average_accuracy"] for run in rows["l2p-functional@probes=4"]]
     assert points["probes"][4]["statistics head"] == got and not math.isnan(got[0])
     drawn = figures.figures(rows, folder)
-    assert [path.name for path in drawn] == ["accuracy.png", "sensitivity.png"]
+    assert [path.name for path in drawn] == ["accuracy.png", "protection.png", "sensitivity.png"]
+    assert figures.known_classes(rows) == [2, 4, 6]
+    pairs = figures.protection_panels(rows)
+    assert list(pairs) == ["linear head", "statistics head"]
+    labels = [title + end for title in ("L2P", "DualPrompt", "CLIP") for end in ("", "-PGP")]
+    assert all(list(found) == labels for found in pairs.values())
+    accuracies, forgetting = pairs["linear head"]["L2P-PGP"]
+    assert len(accuracies) == len(forgetting) == 3 and {*map(len, accuracies), *map(len, forgetting)} == {3}
     assert "seeds: energy 3, probes 3;" in drawn[folder / "sensitivity.png"]
     rows["l2p-functional@probes=4"] = [run for run in rows["l2p-functional@probes=4"] if run["seed"] == 1]
     points, _ = figures.sensitivity_points(rows, "l2p-functional")  # paired: the plain row's seed 1 alone

@@ -45,6 +45,8 @@ def test_every_field_is_an_argument():
         "probe_space": "logits",
         "hold_key_norm": False,
         "ln_penalty": 0.25,
+        "softness": 0.1,
+        "equal_images": True,
     }
     assert {"method", *given} == set(ProjectionConfig.__dataclass_fields__)
     argv = [part for name, value in given.items() for part in (f"--{name}", str(value))]
@@ -127,7 +129,7 @@ def test_a_dry_run_prints_the_sizes(command, capsys):
 @COMMANDS
 def test_help_shows_the_sizes(command, capsys):
     with pytest.raises(SystemExit):
-        command("--help")
+        command("--help_all")
     words = " ".join(capsys.readouterr().out.split())
     assert "number of classes of the first task, with --increment" in words
     assert "number of classes of each further task, instead of --num_tasks" in words

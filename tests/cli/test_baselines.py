@@ -77,8 +77,8 @@ def read(path):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def help_of(script, capsys, monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["run_baselines", *argv, "--help"])
+def help_of(script, capsys, monkeypatch, *argv, option="--help_all"):
+    monkeypatch.setattr(sys, "argv", ["run_baselines", *argv, option])
     with pytest.raises(SystemExit) as stop:
         script.main()
     assert not stop.value.code
@@ -87,7 +87,6 @@ def help_of(script, capsys, monkeypatch, *argv):
 
 def test_help_lists_the_methods_and_the_recipe(script, capsys, monkeypatch):
     text = help_of(script, capsys, monkeypatch)
-    assert script.__doc__.strip() in text
     for name in names():
         assert f"\n  {name} " in text and create(name).describe().title in text
     assert "projected_prompts" not in text and "--strength" not in text
@@ -100,11 +99,14 @@ def test_help_lists_the_methods_and_the_recipe(script, capsys, monkeypatch):
 @pytest.mark.parametrize("name", names())
 def test_every_method_has_its_settings_among_the_options(script, capsys, monkeypatch, name):
     text = help_of(script, capsys, monkeypatch, "--method", name)
+    short = help_of(script, capsys, monkeypatch, "--method", name, option="--help")
+    assert len(short.splitlines()) <= 60 and max(map(len, short.splitlines())) <= 100
     settings = text.partition(f"\nsettings of {name}:\n")[2]
     for one in fields(METHODS[name].config_class):
         assert f"\n  --{one.name} " in f"\n{settings}" and " ".join(one.metadata["help"].split()) in " ".join(
             settings.split()
         )
+        assert f"\n  --{one.name} " in short
     (made,) = parse("", ["--method", name]).methods().values()
     assert type(made) is METHODS[name] and made.config == create(name).config
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, metrics
+from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, ProjectionConfig, metrics
 from pgp_hf.cli import experiment
+from pgp_hf.cli.arguments import RunArguments
 from pgp_hf.cli.parsing import parse, prompt_arguments
+from pgp_hf.cli.recipes import as_published
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "run_l2p_pgp.py"
@@ -86,7 +88,7 @@ def test_local_backbone_and_data_side_by_side(local, tmp_path):
     assert json.loads((out / "adapter_config.json").read_text())["interpolate_pos_encoding"] is True
     for name, row in rows.items():
         assert f"{name}" in done.stdout and f"{row['average_accuracy']:.2f}" in done.stdout
-    assert str(out) in done.stdout and "training task 3" in done.stderr
+    assert str(out) in done.stdout and "\nTask 3 of 3: " in done.stdout and "training task 3" not in done.stderr
     manifest = (out / "stream.json").read_text()
     assert str(tmp_path.parent) not in manifest and json.loads(manifest)["tasks"][0]["train"]["num_images"] == 18
 
@@ -99,9 +101,9 @@ def test_the_other_methods_on_the_embedded_default(tmp_path, method, label):
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "out" / f"{method}_pgp"
     rows = json.loads((out / "comparison.json").read_text())
-    assert list(rows)[-2:] == [label, f"{label}-PGP"]
+    assert list(rows)[-3:] == [label, f"{label}-PGP", f"{label}-FUNCTIONAL"]
     assert ("frozen, zero-shot" in rows) is (method == "clip")
-    assert rows[label]["accuracy_matrix"][0] == rows[f"{label}-PGP"]["accuracy_matrix"][0]
+    assert rows[label]["accuracy_matrix"][0] == rows[f"{label}-FUNCTIONAL"]["accuracy_matrix"][0]
     assert "scikit-learn digits" in (out / "README.md").read_text() and (out / "task-5").is_dir()
 
 
@@ -112,16 +114,16 @@ def test_a_table_of_tasks_learned_one_by_one_and_as_one():
         for name, matrix in matrices.items()
     }
     header, _, own, joint = experiment.table(rows).splitlines()
-    assert header.split() == ["task", "1", "task", "2", "avg", "acc", "forgetting", "drift"]
-    assert own.split() == ["L2P", "90.00", "87.50", "87.50", "10.00", "0.125"]
-    assert joint.split() == ["joint", "–", "90.00", "90.00", "–", "0.125"]
+    assert header.split() == ["drift", "forgetting", "avg", "acc", "task", "1", "task", "2"]
+    assert own.split() == ["L2P", "0.125", "10.00", "87.50", "90.00", "87.50"]
+    assert joint.split() == ["joint", "0.125", "–", "90.00", "–", "90.00"]
 
 
 def test_a_table_says_what_was_not_measured():
     matrix = [[90.0, None], [None, 95.0]]
     row = {"finished_tasks": 2, "accuracy_matrix": matrix, **metrics.summarize(matrix), "drift": [0.0, None]}
     own = experiment.table({"L2P": row}).splitlines()[-1]
-    assert re.split(" {2,}", own) == ["L2P", "90.00", *["not measured"] * 4]
+    assert re.split(" {2,}", own) == ["L2P", *["not measured"] * 3, "90.00", "not measured"]
 
 
 def arguments(*argv, method="l2p", config=L2PConfig):
@@ -142,12 +144,51 @@ def test_the_embedded_default_is_used_when_nothing_is_named():
     assert model.source.endswith("clip") and training.output_dir == "out/clip_pgp"
 
 
+OF_THE_RECIPE = ProjectionConfig(method="functional", energy=0.95, apply_to="both", max_images=100)
+
+
+def test_without_a_recipe_of_ones_own_the_main_job_has_one():
+    for argv in (
+        (),
+        ("--seed", "1"),
+        ("--num_tasks=2", "--no_compare", "true"),
+        ("--output_dir", "x", "--pool_size", "7"),
+    ):
+        *_, prompts, run, _ = arguments(*argv)
+        assert run.main_job and run.config() == OF_THE_RECIPE
+        assert (run.head, prompts.head_type) == ("statistics", "token")
+    published = as_published(arguments("--pool_size", "7", "--seed", "1"))
+    assert published.run == RunArguments() and not published.run.main_job
+    assert vars(published.prompts) == vars(arguments("--pool_size", "7", "--projection", "pgp").prompts)
+    for argv in (
+        ("--projection", "pgp"), ("--energy=0.9",), ("--head", "linear"), ("--head-type", "prompt"), ("--dataset_name", "d"),
+        ("--model_name_or_path", "m", "--output_dir", "x"), ("--preset", "cifar100-10"),
+    ):  # fmt: skip
+        run = arguments(*argv).run
+        assert not run.main_job and run.projection == "pgp" and run.head == "linear"
+
+
+def test_a_dry_run_shows_what_is_trained_beside_the_main_job(capsys):
+    def shown(*argv):
+        with pytest.raises(SystemExit):
+            arguments("--dry_run", *argv)
+        return json.loads(capsys.readouterr().out)
+
+    settings = shown()
+    assert settings["projection"]["method"] == "functional" and settings["projection"]["unprojected twin"] is True
+    published = settings["beside it, as published"]
+    assert published["projection"] == ProjectionConfig().to_dict() and published["head"] == "linear"
+    assert settings["prompts"]["head_type"] == "token" != published["prompts"]["head_type"]
+    for argv in (("--no_compare", "true"), ("--projection", "functional")):
+        assert "beside it, as published" not in shown(*argv)
+
+
 @pytest.mark.parametrize("config", [L2PConfig, DualPromptConfig, ClipPromptConfig])
 def test_prompt_arguments_are_those_that_the_configuration_names(config):
     fields = {one.name: one for one in dataclasses.fields(config)}
     made = dataclasses.fields(prompt_arguments(config))
     assert tuple(one.name for one in made) == config.command_line != ()
-    prompts = arguments(config=config).prompts
+    prompts = arguments("--projection", "pgp", config=config).prompts
     for one in made:
         known = fields[one.name]
         assert one.metadata == known.metadata and known.type != one.type  # the configuration keeps its own fields
@@ -156,11 +197,11 @@ def test_prompt_arguments_are_those_that_the_configuration_names(config):
 
 
 def test_help_explains_every_argument(script, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run", "--help"])
+    monkeypatch.setattr(sys, "argv", ["run", "--help_all"])
     with pytest.raises(SystemExit) as stop:
         script.main()
     text = capsys.readouterr().out
-    assert not stop.value.code and script.__doc__.strip() in text  # with its lines
+    assert not stop.value.code
     options = text[text.index("options:") :]
     for name in ("--projection", "--energy", "--top_k", "--num_tasks", "--image_size", "--train_mask", "--no_compare"):
         assert f"\n  {name} " in options
@@ -171,7 +212,7 @@ def test_help_explains_every_argument(script, capsys, monkeypatch):
 
 def test_help_of_a_preset_shows_its_values(capsys):
     with pytest.raises(SystemExit):
-        arguments("--preset", "cifar100-20", "--help")
+        arguments("--preset", "cifar100-20", "--help_all")
     assert "the classes are divided into (default: 20)" in " ".join(capsys.readouterr().out.split())
 
 
@@ -212,4 +253,12 @@ def test_table_lines_up():
     }
     lines = experiment.table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert lines[2].split() == ["a", "100.00", "5.00", "5.00", "-1.00", "0.250"]
+    assert lines[2].split() == ["a", "0.250", "-1.00", "5.00", "100.00", "5.00"]
+
+
+def test_a_table_of_many_tasks_fits_100_columns():
+    accuracies = [100.0 - t for t in range(20)]
+    row = {"per_task_average_accuracy": accuracies, "average_accuracy": 81.0, "forgetting": 1.0, "drift": [0.0] * 20}
+    header, rule, own = experiment.table({"frozen, random-projection ridge": row}).splitlines()
+    assert len(rule) <= 100 and re.findall(r"task (\d+)", header) == ["1", "7", "14", "20"]
+    assert own.split()[-4:] == ["100.00", "94.00", "87.00", "81.00"]

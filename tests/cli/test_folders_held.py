@@ -26,7 +26,7 @@ def content(folder):
 def run(*argv, **settings):
     arguments = parse("", prompt_arguments(L2PConfig), "l2p", [*CPU, *map(str, argv)])
     return experiment.run(
-        "L2P", arguments, lambda stream: tiny.model(base=tiny.backbone(num_labels=stream.num_classes))
+        "L2P", arguments, lambda _, stream: tiny.model(base=tiny.backbone(num_labels=stream.num_classes))
     )
 
 
@@ -61,19 +61,24 @@ def test_a_mistaken_path_deletes_neither_the_run_nor_its_twin(pair, tmp_path, wh
     assert content(pair) == before
 
 
-def test_the_twin_goes_on_from_the_twin(pair, finished):
-    assert experiment._twin_of(True) is True and experiment._twin_of(None) is None
-    assert experiment._twin_of(str(pair)) == str(pair / "baseline")
-    assert experiment._twin_of(str(pair / "task-2")) == str(pair / "baseline" / "task-2")
+@pytest.mark.parametrize(
+    ("name", "what"), [("baseline", "twin without projection"), ("published", "run in published/")]
+)
+def test_a_run_beside_goes_on_from_the_one_beside(pair, finished, name, what):
+    shutil.move(pair / "baseline", pair / name)
+    assert experiment.beside(True, name) is True and experiment.beside(None, name) is None
+    assert experiment.beside(str(pair), name) == str(pair / name)
+    assert experiment.beside(str(pair / "task-2"), name) == str(pair / name / "task-2")
     for none in (str(finished), str(finished / "task-1"), "owner/name@task-1"):
-        with pytest.warns(UserWarning, match="has no twin without projection: that is trained from the first task"):
-            assert experiment._twin_of(none) is None
+        with pytest.warns(UserWarning, match=f"has no {what}: that is trained from the first task"):
+            assert experiment.beside(none, name) is None
 
 
 @pytest.mark.parametrize(
     ("command", "argv", "folders"),
     [
-        (run, (), ("out", "out/baseline")),
+        (run, (), ("out", "out/baseline", "out/published")),
+        (run, ("--projection", "pgp"), ("out", "out/baseline")),
         (run, ("--no_compare", "true"), ("out",)),
         (run, ("--projection", "none"), ("out",)),
         (run_baselines, ("--method", "all"), ("out",)),

@@ -112,7 +112,7 @@ def test_integer_labels_are_named(teach, tmp_path):
     for split, rows in numbers.items():
         rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
     code, _, err = teach("--dataset_name", tmp_path / "data")
-    assert code == 1 and "by --class_names" in err and not list((tmp_path / "out").glob("*"))
+    assert code == 2 and "by --class_names" in err and not list((tmp_path / "out").glob("*"))
     code, out, err = teach("--dataset_name", tmp_path / "data", "--class_names", "1=dog", "0=cat")
     assert code == 0 and "new    task 4: cat, dog" in out, err
 
@@ -157,7 +157,7 @@ def test_help_needs_no_run(capsys):
         "RUN_OR_REPO",
         "--train_dir",
         "--known_test_dir",
-        "--learning_rate",
+        "--learning_rate RATE",
         "--push_to_hub",
         "--class_names",
     ):
@@ -187,18 +187,18 @@ def test_help_needs_no_run(capsys):
 )  # fmt: skip
 def test_refused_in_one_line_before_training(options, message, photos, teach, tmp_path):
     code, out, err = teach(*(option.replace("PHOTOS", str(photos)) for option in options))
-    assert code == 1 and err.startswith("error: ") and message in err and err.count("\n") == 1, err
+    assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1, err
     assert "Task 4" not in out and not list((tmp_path / "out").glob("*"))
 
 
 def test_other_refusals(run, photos, teach, tmp_path, capsys):
-    assert main(["learn", str(run), "--train_dir", str(photos / "train")]) == 1
+    assert main(["learn", str(run), "--train_dir", str(photos / "train")]) == 2
     assert "error: --output_dir is missing" in capsys.readouterr().err
     code, _, err = teach("--train_dir", photos / "train", source=tmp_path / "nowhere")
-    assert code == 1 and "is neither a folder here nor the id of a repository" in err
+    assert code == 2 and "is neither a folder here nor the id of a repository" in err
     shutil.copytree(run, tmp_path / "out")
     code, _, err = teach("--train_dir", photos / "train")
-    assert code == 1 and "--overwrite_output_dir true" in err and "--resume_from_checkpoint true" in err
+    assert code == 2 and "--overwrite_output_dir true" in err and "--resume_from_checkpoint true" in err
     with pytest.raises(SystemExit) as error:
         main(["learn", "--output_dir", str(tmp_path)])
     assert error.value.code == 2
@@ -211,15 +211,15 @@ def test_another_backbone_and_broken_images(photos, teach, tmp_path):
     ):
         tiny.backbone(**settings).save_pretrained(tmp_path / name)
         code, out, err = teach("--train_dir", photos / "train", "--backbone", tmp_path / name)
-        assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
     shutil.copytree(photos / "train", tmp_path / "photos")
     (tmp_path / "photos" / "cat" / "broken.png").write_bytes(b"\x89PNG broken")
     code, out, err = teach("--train_dir", tmp_path / "photos")
-    assert code == 1 and "broken.png" in err and "Task 4" not in out
+    assert code == 2 and "broken.png" in err and "Task 4" not in out
     assert not list((tmp_path / "out").glob("*"))
 
 
 def test_an_adapter_without_a_run(photos, teach, tmp_path):
     tiny.model().save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     code, _, err = teach("--train_dir", photos / "train", source=tmp_path / "adapter")
-    assert code == 1 and "is an adapter without a run" in err
+    assert code == 2 and "is an adapter without a run" in err

@@ -25,9 +25,17 @@ def test_without_a_command_it_prints_help(capsys):
 
 
 def test_help_imports_nothing_that_takes_long():
-    code = (
-        "import sys; from pgp_hf.cli.main import main; main([]); print({'torch', 'transformers'} & set(sys.modules))"
-    )
+    code = """
+import sys
+from pgp_hf.cli.main import main
+main([])
+for command in ("train", "train l2p", "train baseline", "learn", "predict", "presets", "convert"):
+    try:
+        main([*command.split(), "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+print({"torch", "transformers", "datasets", "peft", "numpy"} & set(sys.modules))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "set()", done.stderr
 
@@ -43,7 +51,7 @@ def test_unknown_commands(argv, capsys):
     with pytest.raises(SystemExit) as error:
         main(argv)
     told = capsys.readouterr().err
-    assert error.value.code == 2 and told.startswith("usage: pgp-hf ")
+    assert error.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
     assert "learn" in told if argv[0].isalpha() else "--lern" in told
 
 
@@ -67,5 +75,8 @@ def test_predict(tmp_path, without_figures, capsys):
     capsys.readouterr()
     assert main(["predict", str(run), str(photo)]) == 0
     assert capsys.readouterr().out.split(maxsplit=2) == [str(photo), f"{best['score']:.2%}", f"{best['label']}\n"]
-    assert main(["predict", str(tmp_path / "nowhere"), str(photo)]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    assert main(["predict", str(tmp_path / "nowhere"), str(photo)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
+    with pytest.raises(ValueError, match="nowhere"):
+        main(["predict", str(tmp_path / "nowhere"), str(photo), "--traceback"])

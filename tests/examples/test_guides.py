@@ -37,7 +37,7 @@ def small(tmp_path, monkeypatch):
 
 
 def test_a_plain_loop(small, monkeypatch):
-    data, loop, save, best = blocks("plain_pytorch.md")
+    data, loop, save = blocks("plain_pytorch.md")
     assert len([line for line in loop.splitlines() if line]) <= 25
     update, ranks, seen = Projection.update_bases, [], []
 
@@ -61,10 +61,13 @@ def test_a_plain_loop(small, monkeypatch):
 
     saved = load_file("adapter/projection.safetensors")
     assert saved.keys() == bases.keys() and all(torch.allclose(saved[name].double(), bases[name]) for name in bases)
-    exec(compile(best, "best", "exec"), here)
-    results = json.loads(Path("best/results.json").read_text())
-    assert results["finished_tasks"] == 5
-    state = here["trainer"].state
-    assert state.best_metric == max(
-        log["eval_current_accuracy"] for log in state.log_history if "eval_current_accuracy" in log
-    )
+
+
+def test_the_best_checkpoint_of_each_task(small):
+    (code,) = blocks("best_checkpoint.md")
+    here: dict = {}
+    exec(compile(code, "best", "exec"), here)
+    results, trainer = json.loads(Path("best/results.json").read_text()), here["trainer"]
+    assert results["finished_tasks"] == 5 and trainer.args.save_strategy == "epoch"
+    seen = [log["eval_current_accuracy"] for log in trainer.state.log_history if "eval_current_accuracy" in log]
+    assert len(seen) == 3 and trainer.state.best_metric == max(seen) == results["accuracy_matrix"][4][4]

@@ -75,6 +75,7 @@ DUALPROMPT = {
     "expert_layers": Values(([0], [0, 1], (1,)), ([2], [-1], "1", None, [1, 1], ["1"], {})),
     "grow_pool": SWITCH,
     "copy_previous": SWITCH,
+    "selection": Values(("key", "statistics", "mixture"), ("bogus", None)),
 }
 PROMPTS = {
     "pull_constraint_coeff": WEIGHT + (0,),
@@ -94,6 +95,8 @@ PROJECTION = {
     "probe_space": Values(("features", "logits", "statistics"), ("bogus", None)),
     "hold_key_norm": SWITCH,
     "ln_penalty": WEIGHT + (0,),
+    "softness": WEIGHT + (0,),
+    "equal_images": SWITCH,
 }
 METHODS: dict[str, dict[str, Values]] = {
     "fine_tuning": {},

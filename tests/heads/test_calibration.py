@@ -84,6 +84,15 @@ def test_later_tasks_count_more_and_none_is_needed_again():
     assert alone.temperature == best_temperature(losses(scores, second[1])) != 1.0
 
 
+def test_of_temperatures_that_the_images_cannot_tell_apart_the_least_sure_is_taken():
+    scores, labels = torch.tensor([[4.0, 0.0]] * 9 + [[0.0, 4.0]]), torch.zeros(10, dtype=torch.int64)
+    few, many = losses(scores, labels), losses(scores.repeat(400, 1), labels.repeat(400))
+    best = float(TEMPERATURES[int(few.argmin())])  # one of ten is wrong: 4 / ln 9 = 1.82
+    assert best == pytest.approx(1.82, rel=0.07) and best < best_temperature(few) < 4.5
+    assert best_temperature(many) == pytest.approx(best, rel=0.08)  # more images leave less of a choice
+    assert best_temperature(torch.zeros_like(few)) == 1.0
+
+
 def test_classes_without_images_do_not_compete_and_single_images_are_left_alone():
     x, y = classes(count=20, of=3, start=1)
     few, several = gathered(x, y, total=4), gathered(x, y + 3, total=9)

@@ -204,6 +204,7 @@ result = trainer.hub_model_id
 """
 
 
+@pytest.mark.slow
 def test_a_revision_of_somebody_else_needs_a_repository_of_its_own(hub, learn, python, publish, tmp_path):
     theirs = publish("stranger/run", token=STRANGER)
     before = (theirs.main, dict(theirs.tags))
@@ -258,6 +259,7 @@ except ValueError as error: result = [str(error), trainer.stream.num_tasks, trai
         same_task(tmp_path / "on" / f"task-{t}", tmp_path / "third" / f"task-{t}")
 
 
+@pytest.mark.slow
 def test_an_older_revision_needs_a_repository_of_its_own(hub, learn, publish, tmp_path):
     publish(tasks=3)
     names = {"source": "me/run", "revision": "task-2", "folder": str(tmp_path / "on")}

@@ -22,7 +22,7 @@ from loopback.server import Repo, metadata_errors
 
 from pgp_hf import PGPTrainingArguments, ProjectionConfig
 from pgp_hf.cli import experiment
-from pgp_hf.hub.push import _title
+from pgp_hf.hub.push import TaskRepo, _title
 from pgp_hf.hub.snapshot import is_ours
 from pgp_hf.runs.digests import Digests
 from pgp_hf.training.pushing import PushTasks
@@ -110,14 +110,23 @@ def test_every_task_is_a_commit_and_a_tag(hub, train, expected, tmp_path, python
     assert TOKEN not in answer.out and TOKEN not in python.log.read_text()
 
 
+def test_a_license_is_one_that_somebody_has_chosen(tmp_path):
+    args = PGPTrainingArguments(
+        str(tmp_path), push_to_hub=True, hub_model_id="me/run", hub_license="mit", use_cpu=True
+    )
+    assert args.hub_repo().license == "mit" and TaskRepo("me/run").license is None
+    with pytest.raises(ValueError, match="license='My own' is not the id of a license"):
+        TaskRepo("me/run", license="My own")
+
+
 def test_cards_are_what_the_hub_parses(hub, expected, python):
-    python(PUSH, argv=[str(expected[0]), "--repo_id", "me/run", "--base_model", "google/vit-x"])
+    python(PUSH, argv=[str(expected[0]), "--repo_id", "me/run", "--base_model", "google/vit-x", "--license", "mit"])
     for k in (1, 2, 3):
         files = hub.repos["me/run"].files(f"task-{k}")
         text, results = files["README.md"].decode(), json.loads(files["results.json"])
         assert metadata_errors(text) == [] and metadata_errors(text.replace("type: accuracy", "")) != []
         data = ModelCard(text).data
-        assert data.library_name == "peft" and data.base_model == "google/vit-x" and data.license == "apache-2.0"
+        assert data.library_name == "peft" and data.base_model == "google/vit-x" and data.license == "mit"
         name, found = model_index_to_eval_results(data.to_dict()["model-index"])
         values = {one.metric_type: one.metric_value for one in found}
         assert name == "run" and values == {
@@ -211,7 +220,9 @@ def test_only_the_run_itself_is_pushed_not_its_twin(tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment, "PGPTrainer", Trainer)
     args = PGPTrainingArguments(str(tmp_path), use_cpu=True, push_to_hub=True, hub_model_id="me/run")
-    arguments = mock.MagicMock(training=args, run=mock.MagicMock(no_compare=False, config=ProjectionConfig))
+    arguments = mock.MagicMock(
+        training=args, run=mock.MagicMock(no_compare=False, main_job=False, config=ProjectionConfig)
+    )
     experiment.run("L2P", arguments, mock.MagicMock())
     assert pushed == {str(tmp_path / "baseline"): False, str(tmp_path): True}
 
@@ -228,6 +239,7 @@ def test_other_processes_upload_nothing_and_wait_for_nothing(tmp_path):
 # ---- whatever the network does ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_hub_that_comes_back(hub, train, python, expected, tmp_path):
     hub.stop()
     settings = {"push_to_hub": True, "hub_model_id": "me/run", "num_train_epochs": 1}
@@ -243,6 +255,7 @@ def test_a_hub_that_comes_back(hub, train, python, expected, tmp_path):
     check_complete(hub.repos["me/run"], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_connections_cut_in_mid_upload(hub, train, expected, tmp_path):
     hub.fail(r"POST /api/repos/create", cut="before")
     hub.fail(r"PUT /lfs/", cut="body")
@@ -255,6 +268,7 @@ def test_connections_cut_in_mid_upload(hub, train, expected, tmp_path):
     check_complete(hub.repos["me/run"], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_refused_token_is_told_at_once_and_the_command_finishes(hub, train, expected, tmp_path, home):
     answer = train(hub_token="hf_notAToken", hub_private_repo=True)
     assert tiny.same_results(answer.value, expected[1])
@@ -272,6 +286,7 @@ def test_a_refused_token_is_told_at_once_and_the_command_finishes(hub, train, ex
     assert hub.repos["me/run"].private
 
 
+@pytest.mark.slow
 def test_a_slow_hub_is_waited_for_no_longer_than_told(hub, train, python, expected, tmp_path):
     gate = threading.Event()
     hub.fail(r"POST .*/commit/main", gate=gate)
@@ -297,6 +312,7 @@ def test_a_hub_that_stays_away_is_reported(hub, python, expected):
     assert f"python -m pgp_hf.hub push {expected[0]} --repo_id me/run" in answer.out
 
 
+@pytest.mark.slow
 def test_a_training_that_breaks_off_reports_when_the_program_ends(hub, home, expected, tmp_path):
     script = """
 from types import SimpleNamespace
@@ -326,6 +342,7 @@ raise FloatingPointError("the loss became nan")
 # ---- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_package_is_a_command(hub, home, expected):
     def run(*argv):
         command = [sys.executable, "-m", "pgp_hf.hub", *argv]

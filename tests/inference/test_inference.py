@@ -218,6 +218,9 @@ def test_what_a_classifier_knows(run):
     assert classifier.manifest == trainer.stream.manifest()
     assert classifier.results["accuracy_matrix"][1] == [*trainer.results.matrix[1], None]
     assert "4 of 6 classes" in repr(classifier)
+    page = classifier._repr_html_()
+    assert "<b>PromptClassifier(L2PModel, 4 of 6 classes)</b>" in page and "<td>projection</td><td>pgp</td>" in page
+    assert f"<td>{classifier.results['average_accuracy']:.2f} %</td>" in page
     assert not classifier.model.training and not any(p.requires_grad for p in classifier.model.parameters())
 
 

@@ -69,8 +69,8 @@ def test_resumed_is_straight(straight, tmp_path, task, step, kwargs):
     ("task", "phase", "reinit"),
     [
         (0, "method.end_task", True),
-        (0, "evaluate_stream", False),
-        (0, "_write_files", True),
+        pytest.param(0, "evaluate_stream", False, marks=pytest.mark.slow),
+        pytest.param(0, "_write_files", True, marks=pytest.mark.slow),
         (1, "evaluate_stream", True),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_first_task_that_broke_off_without_a_checkpoint_needs_a_new_trainer(tm
         trainer.train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("method", ["l2p", "dualprompt"])
+@pytest.mark.parametrize("method", tiny.some_of(["l2p", "dualprompt"], "dualprompt"))
 def test_resumed_in_the_first_task_by_a_process_that_was_seeded_otherwise(tmp_path, method):
     tiny.trainer(tmp_path / "straight", model=tiny.model(method, seed=1)).train()
     stop = StopAt(0, 6)

@@ -360,7 +360,9 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("task", "again"), [(0, "in the same trainer"), (1, "in a new process")])
+@pytest.mark.parametrize(
+    ("task", "again"), [pytest.param(0, "in the same trainer", marks=pytest.mark.slow), (1, "in a new process")]
+)
 def test_resumed_within_a_task(run, tmp_path, task, again):
     stop = StopAt(task)
     stop.trainer = resumed = trainer(tmp_path, callbacks=[stop])

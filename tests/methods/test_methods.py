@@ -51,7 +51,7 @@ def anchored(tmp_path_factory, without_figures):
 # ---- fine-tuning, and the first method -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", tiny.ADAPTERS)
+@pytest.mark.parametrize("adapter", tiny.some_of(tiny.ADAPTERS, "l2p"))
 def test_fine_tuning_is_what_is_left_without_projection(tmp_path, adapter):
     tiny.trainer(tmp_path / "ft", method=None, model=tiny.model(adapter)).train()
     unprojected = ProjectedPrompts(ProjectionConfig(method="none"))
@@ -121,7 +121,7 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("task", [0, 1])
-@pytest.mark.parametrize("again", ["in a new process", "in the same trainer"])
+@pytest.mark.parametrize("again", tiny.some_of(["in a new process", "in the same trainer"], "in a new process"))
 def test_resumed_within_a_task_a_method_remembers_what_it_did(anchored, tmp_path, task, again):
     stop = StopAt(task, 6)  # two steps behind the checkpoint: what the method counted there is counted once
     stop.trainer = resumed = tiny.trainer(tmp_path, method=Anchor(), callbacks=[stop])

@@ -14,9 +14,10 @@ import hub_data
 import numpy as np
 import pytest
 import tiny
+import transformers
 
 from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, PGPTrainingArguments, embedded, presets
-from pgp_hf.cli import model_arguments, parsing
+from pgp_hf.cli import parsing
 from pgp_hf.cli.arguments import DataArguments, ModelArguments
 from pgp_hf.report import figures
 
@@ -249,7 +250,7 @@ def test_a_dry_run_reads_and_writes_nothing_else(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(builtins, "open", watch)
     for name in ("AutoImageProcessor", "AutoModelForImageClassification"):
-        monkeypatch.setattr(getattr(model_arguments, name), "from_pretrained", refuse)
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refuse)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     settings = dry_run(capsys, "l2p", "cub200-5")
     assert settings["preset"] == "cub200-5" and settings["method"] == "l2p" and "CUB" in settings["about"]
@@ -342,8 +343,8 @@ def save_backbone(method, preset, target):
 )
 def test_two_steps_on_random_data(tmp_path, monkeypatch, method, name):
     """Through the example script, as a user starts it."""
-    for drawing in ("save_figures", "task_curves"):  # most of the time otherwise
-        monkeypatch.setattr(figures, drawing, lambda *_: [])
+    for drawing in ("save_figures", "comparison"):  # most of the time otherwise
+        monkeypatch.setattr(figures, drawing, lambda *_, **__: [])
     lines = {"l2p": L2P, "dualprompt": DUALPROMPT, "clip": {"cifar100-10": (CIFAR, 10, 1997)}}
     line = lines[method][name.removesuffix("-online")]
     preset = presets.load(method, name)
@@ -359,7 +360,9 @@ def test_two_steps_on_random_data(tmp_path, monkeypatch, method, name):
     own += [] if name.endswith("-online") else ["--max_steps", 2]  # online is one epoch: two steps of these data
     script = Path(__file__).parents[2] / "examples" / f"run_{method}_pgp.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--preset", name, *map(str, own)])
-    runpy.run_path(str(script), run_name="__main__")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stop.value.code == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["accuracy_matrix"]) == results["num_tasks"] == line[1]
     assert results["scenario"] == data["scenario"] and results["seed"] == line[-1]

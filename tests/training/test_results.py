@@ -12,7 +12,7 @@ import tiny
 from pgp_hf.data.stream import TaskStream
 from pgp_hf.runs.checks import check_results_file, finished_tasks, first_task
 from pgp_hf.runs.revision import Revision
-from pgp_hf.training.callbacks import _figures
+from pgp_hf.training.display import _figures
 from pgp_hf.training.evaluation import Recorded, References, measure, summary_logs
 from pgp_hf.training.results import StreamResults
 

@@ -72,8 +72,15 @@ def straight(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
-@pytest.mark.parametrize(("task", "step"), [(0, 0), (1, 2), (1, 3), (2, 7)])  # 4 steps an epoch, 8 a task
+@pytest.mark.parametrize(  # 4 steps an epoch, 8 a task
+    ("name", "task", "step"),
+    [
+        ("SIGTERM", 0, 0),
+        ("SIGINT", 1, 3),
+        ("SIGHUP", 2, 7),
+        *(pytest.param(name, 1, 2, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGHUP", "SIGINT")),
+    ],
+)
 def test_the_step_in_hand_is_saved(straight, tmp_path, capsys, name, task, step):
     signum = getattr(signal, name)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
@@ -120,7 +127,7 @@ def test_a_learned_task_goes_on_after_a_signal(tmp_path):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("phase", ["_record", "_write_task", "_passes", "_start"])
+@pytest.mark.parametrize("phase", tiny.some_of(["_record", "_write_task", "_passes", "_start"], "_write_task"))
 def test_outside_of_steps_it_leaves_at_once(straight, tmp_path, monkeypatch, capsys, phase):
     made, calls = trainer(tmp_path, save_strategy="epoch"), []
     before = getattr(made, phase)
@@ -208,6 +215,7 @@ def launch(folder, processes, workers=0):
     return [process.returncode for process in started], said
 
 
+@pytest.mark.slow
 def test_two_processes_leave_together_when_one_is_signalled(tmp_path):
     codes, said = launch(tmp_path, 2)
     assert codes == [143, 143], said
@@ -293,6 +301,7 @@ def test_an_error_after_a_signal_is_said(tmp_path, monkeypatch, capsys):
     assert "SIGTERM: stopped at once, with OSError: [Errno 28] No space left on device. Nothing was finished" in said
 
 
+@pytest.mark.slow
 def test_a_model_alone_is_saved_with_its_states_for_a_signal(straight, tmp_path):
     settings = {"save_only_model": True, "save_strategy": "steps", "save_steps": 3}
     with pytest.raises(SystemExit):

@@ -33,5 +33,8 @@ def test_help_names_every_field(config):
 def test_settings_leave_out_what_the_stream_fills_in(config, filled_in):
     settings = config.settings()
     own = {field.name for field in fields(config)} - {field.name for field in fields(PeftConfig)}
-    assert own - settings.keys() == {"id2label", "image_size", "learned_entries", "added_entries"} | filled_in
+    assert (
+        own - settings.keys()
+        == {"id2label", "image_size", "head_input", "learned_entries", "added_entries"} | filled_in
+    )
     assert settings["pool_size"] == 10 and settings["head"] == "linear"

@@ -38,12 +38,13 @@ OTHERS = {
     ),
     "BEiT without bias": (("BeitForImageClassification", "Beit", ABSOLUTE), "reads the mean of the patches"),
     "Data2Vec": (("Data2VecVisionForImageClassification", "Data2VecVision", {}), "adds no position embeddings"),
-    "DINOv2": (("Dinov2ForImageClassification", "Dinov2", {}), "its layers are not those of a ViT"),
-    "DINOv2 with registers": (
-        ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegisters", {}),
-        "its layers are not those of a ViT",
+    "DINOv2 as a backbone of others": (("Dinov2Backbone", "Dinov2", {}), "its layers are not those of a ViT"),
+    "SigLIP without pooling head": (("SiglipVisionModel", "SiglipVision", {"vision_use_head": False}), "pooling head"),
+    "SigLIP 2 for images of any shape": (("Siglip2VisionModel", "Siglip2Vision", {}), "no patch embeddings with"),
+    "DeiT with two heads": (
+        ("DeiTForImageClassificationWithTeacher", "DeiT", {}),
+        r"it has two heads, .* pgp_hf.load_backbone\(name, stream\)",
     ),
-    "DINOv3": (("DINOv3ViTModel", "DINOv3ViT", {}), "adds no position embeddings"),
     "YOLOS": (("YolosForObjectDetection", "Yolos", {"image_size": [20, 20]}), "its tokens are not CLS, patches"),
     "MAE": (("ViTMAEModel", "ViTMAE", {}), "leaves out patches at random"),
     "MAE with its decoder": (("ViTMAEForPreTraining", "ViTMAE", DECODER), "leaves out patches at random"),

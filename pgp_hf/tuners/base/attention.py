@@ -2,14 +2,16 @@
 
 An attention module of transformers calls the function whose name its configuration gives. A wrapped module's
 configuration names the function below, which puts the prefixes in front of keys and values and hands over to the
-function that the model's own configuration names.
+function that the model's own configuration names. Prefixes come as arguments of the module, which most hand on to that
+function; SigLIP's does not, and has them as an attribute while it runs.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -27,10 +29,12 @@ class _Prefixed(Protocol):
     Attributes:
         config: its own copy of the configuration, which names `prefix_attention`.
         model_config: the configuration that it shares with the rest of the model.
+        prefixes: arguments that it does not hand on itself, while it runs.
     """
 
     config: PreTrainedConfig
     model_config: PreTrainedConfig
+    prefixes: dict[str, Any]
 
 
 def prefix_attention(
@@ -52,11 +56,6 @@ def prefix_attention(
         prefix_key, prefix_value: `(B, H, L, dh)`.
         record: receives the queries `(B, H, T, dh)` and the weights `(B, H, T, L)` that they give to the prefix.
     """
-    # read at each call: `set_attn_implementation` changes it in the model's configuration at any time
-    implementation = cast(_Prefixed, module).model_config._attn_implementation
-    # "eager" is not in the registry, since every file of models has its own
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, cast(Callable[..., Any], eager))
     if prefix_key is not None and prefix_value is not None:
         length = prefix_key.shape[2]
         key = torch.cat([prefix_key.to(key.dtype), key], dim=2)
@@ -72,17 +71,53 @@ def prefix_attention(
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-AttentionInterface.register(NAME, prefix_attention)
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend by the function that the model's own configuration names."""
+    # read at each call: `set_attn_implementation` changes it in the model's configuration at any time
+    implementation = cast(_Prefixed, module).model_config._attn_implementation
+    # "eager" is not in the registry, since every file of models has its own
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, cast(Callable[..., Any], eager))
+    found: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **kwargs)
+    return found
 
 
-def install(attention: nn.Module) -> None:
-    """Let an attention module take prefixes."""
+def _with_carried(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    return prefix_attention(
+        module, query, key, value, attention_mask, **{**kwargs, **vars(module).get("prefixes", {})}
+    )
+
+
+AttentionInterface.register(NAME, _with_carried)
+
+
+@contextmanager
+def carrying(attention: nn.Module, prefixes: dict[str, Any]) -> Iterator[None]:
+    """Let an attention module that does not hand its arguments on have prefixes inside.
+
+    Args:
+        attention: `install` has been called for it.
+        prefixes: arguments of `prefix_attention`.
+    """
+    vars(attention)["prefixes"] = prefixes
+    try:
+        yield
+    finally:
+        del vars(attention)["prefixes"]
+
+
+def install(attention: nn.Module, name: str = NAME) -> None:
+    """Let an attention module call the function of this name: by default the one that takes prefixes."""
     own = cast(_Prefixed, attention)
     # a copy, since all modules share one configuration: there the name would reach layers without prefixes, and the
     # functions that make the masks, which depend on it too
     own.model_config, own.config = own.config, copy.copy(own.config)
     # not by the property `_attn_implementation`: it would set sub-configurations as well, which the copy still shares
-    own.config._attn_implementation_internal = NAME
+    own.config._attn_implementation_internal = name
 
 
 def uninstall(attention: nn.Module) -> None:

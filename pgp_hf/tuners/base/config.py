@@ -32,6 +32,7 @@ class PromptConfig(PeftConfig):
         modules_to_save: names of modules that are trained and saved whole; the classifier by default, [] for none.
         image_size: height and width of the images in training, the only ones that are then accepted; None to accept any,
             [] after images of several sizes. Filled in by training.
+        head_input: what the backbone's own head reads, if not the CLS token alone; filled in when the adapter is added.
 
     Attributes:
         method_name: the PEFT type, in upper case; each adapter has its own.
@@ -46,7 +47,7 @@ class PromptConfig(PeftConfig):
     method_name: ClassVar[str]
     base_class: ClassVar[str] = "AutoModelForImageClassification"
     command_line: ClassVar[tuple[str, ...]] = ()
-    filled_in: ClassVar[tuple[str, ...]] = ("id2label", "image_size")
+    filled_in: ClassVar[tuple[str, ...]] = ("id2label", "image_size", "head_input")
 
     pull_constraint_coeff: float = field(
         default=0.1, metadata={"help": "weight of the pull term, which draws the selected keys towards the query"}
@@ -85,6 +86,10 @@ class PromptConfig(PeftConfig):
     image_size: list[int] | None = field(
         default=None,
         metadata={"help": "height and width of the images in training; filled in by training"},
+    )
+    head_input: str | None = field(
+        default=None,
+        metadata={"help": "what the backbone's own head reads, if not the CLS token alone; filled in"},
     )
 
     def __post_init__(self) -> None:

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from ...backbones.family import Rotate
+
 
 class SelfAttention(Protocol):
     """An attention module, as far as it forms logits: those of ViT and CLIP do it this way."""
@@ -17,7 +19,12 @@ class SelfAttention(Protocol):
 
 
 def consistency_rows(
-    tokens: Tensor, norms: Sequence[nn.LayerNorm], attention: SelfAttention, inserted: int
+    tokens: Tensor,
+    norms: Sequence[nn.LayerNorm],
+    attention: SelfAttention,
+    inserted: int,
+    start: int = 1,
+    rotate: Rotate | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the rows for the two conditions under which an attention stays consistent (Lu et al., NeurIPS 2024).
 
@@ -35,10 +42,12 @@ def consistency_rows(
     enforced. Neither condition covers the queries of the prompt tokens themselves, the residual stream or later layers.
 
     Args:
-        tokens: as they enter the network, `(B, T, d)`, with the prompt at positions 1 to `inserted`.
+        tokens: as they enter the network, `(B, T, d)`, the prompt among them.
         norms: the LayerNorms between the tokens and the attention.
         attention: the first attention.
         inserted: number of prompt tokens P.
+        start: number of tokens in front of the prompt.
+        rotate: turns queries and keys by their tokens' positions, and leaves those of the prompt as they are.
 
     Returns:
         Rows along the width, `(B, H, T, d)`, and over the prompt tokens, `(B, H, T, P)`.
@@ -51,7 +60,9 @@ def consistency_rows(
         projection(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2).float()
         for projection in (attention.q_proj, attention.k_proj)
     )
+    if rotate is not None:
+        query, key = rotate(query, key)
     weights = (query @ key.mT * attention.head_dim**-0.5).softmax(-1)
     w_k = attention.k_proj.weight.float().unflatten(0, (-1, attention.head_dim))  # (H, dh, d)
-    prompt = slice(1, 1 + inserted)
+    prompt = slice(start, start + inserted)
     return query @ w_k * scale, weights[..., prompt] / std[:, None, None, prompt]

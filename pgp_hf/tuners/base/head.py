@@ -15,12 +15,17 @@ if TYPE_CHECKING:
     from transformers import ViTForImageClassification
 
 
-def prepare_head(model: ViTForImageClassification, config: PromptConfig) -> None:
+def prepare_head(model: ViTForImageClassification, config: PromptConfig, width: int) -> None:
     """Make `model.classifier` and `config` (fields `id2label`, `modules_to_save`) agree.
 
     A new adapter takes its class names from the model; a loaded one gives the model a head of its own size and names,
     so that a checkpoint works on a bare backbone. A model without a classifier is left as it is, and so is a head that
     the adapter does not save.
+
+    Args:
+        model: the backbone, with its head.
+        config: of the adapter.
+        width: length of what the head reads.
 
     Raises:
         ValueError: a second adapter with another number of classes.
@@ -46,7 +51,7 @@ def prepare_head(model: ViTForImageClassification, config: PromptConfig) -> None
             )
         reference = next(model.parameters())
         # with low_cpu_mem_usage, PEFT makes all new modules on the meta device: this head needs memory all the same
-        fresh = nn.Linear(model.config.hidden_size, classes, device="meta", dtype=reference.dtype)
+        fresh = nn.Linear(width, classes, device="meta", dtype=reference.dtype)
         model.classifier = fresh.to_empty(device=reference.device)
         model.classifier.reset_parameters()
         model.num_labels = classes

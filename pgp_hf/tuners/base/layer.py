@@ -88,12 +88,18 @@ def uniform(*shape: int, generator: torch.Generator | None = None) -> Tensor:
     return torch.empty(*shape).uniform_(-1, 1, generator=generator)
 
 
-def strip_prompts(output: BaseModelOutputWithPooling, n: int) -> None:
-    """Remove tokens 1 to n, the prompts after CLS, from a backbone's output, which gets its unprompted shapes."""
+def strip_prompts(output: BaseModelOutputWithPooling, n: int, start: int = 1) -> None:
+    """Remove the n prompts behind the first tokens from a backbone's output, which gets its unprompted shapes.
+
+    Args:
+        output: of the backbone.
+        n: number of prompt tokens.
+        start: number of tokens in front of them.
+    """
 
     def without(tensor: Tensor, dim: int) -> Tensor:
-        rest = tensor.narrow(dim, 1 + n, tensor.shape[dim] - 1 - n)
-        return torch.cat([tensor.narrow(dim, 0, 1), rest], dim=dim)
+        rest = tensor.narrow(dim, start + n, tensor.shape[dim] - start - n)
+        return torch.cat([tensor.narrow(dim, 0, start), rest], dim=dim)
 
     if output.last_hidden_state is not None:
         output.last_hidden_state = without(output.last_hidden_state, 1)

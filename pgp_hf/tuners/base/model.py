@@ -36,6 +36,7 @@ class PromptTuner(BaseTuner):
     tuner_layer_cls = PromptLayer
     target_module_mapping: dict[str, list[str]] = {}
     _in_task = False
+    _found: list[PromptLayer] | None = None  # the wrapped modules, until others are
 
     # ---- what a method defines -----------------------------------------------------------------------------------
 
@@ -243,7 +244,7 @@ class PromptTuner(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         config = cast(PromptConfig, peft_config)
-        layer = self._wrap(config, adapter_name, target, current_key)
+        layer, self._found = self._wrap(config, adapter_name, target, current_key), None
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -262,6 +263,7 @@ class PromptTuner(BaseTuner):
     def unload(self) -> nn.Module:
         """Return the base model without adapter and hooks, as it was before."""
         self._remove_hooks()
+        self._found = None
         for name, module in list(self.model.named_modules()):
             original = (
                 module.base_layer if isinstance(module, PromptLayer) else getattr(module, "original_module", None)
@@ -293,7 +295,9 @@ class PromptTuner(BaseTuner):
     @property
     def layers(self) -> list[PromptLayer]:
         """Return the wrapped modules, in the order of the forward pass."""
-        return [module for module in self.model.modules() if isinstance(module, PromptLayer)]
+        if self._found is None:  # a walk over all modules takes longer than everything else in a small step
+            self._found = [module for module in self.model.modules() if isinstance(module, PromptLayer)]
+        return self._found
 
     @property
     def layer(self) -> PromptLayer:

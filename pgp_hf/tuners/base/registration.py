@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import nullcontext
+from typing import Any
+
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import register_peft_method
 
+from ...backbones.loading import wrapping
 from .config import PromptConfig
 from .model import PromptTuner
 from .peft_type import extend_peft_type
@@ -36,3 +42,18 @@ def register(config_cls: type[PromptConfig], model_cls: type[PromptTuner]) -> No
             f"PEFT already has a method {name!r} ({registered.__module__}.{registered.__name__}), so {owner} cannot be "
             "registered: choose another method_name, or do without the package (or the version of PEFT) that has it."
         )
+
+
+def _wrap_silently() -> None:
+    """Let `PeftModel` wrap a model in an adapter from here without a warning about PEFT's own code."""
+    construct = PeftModel.__init__
+
+    @functools.wraps(construct)
+    def silently(self: PeftModel, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        with wrapping() if isinstance(peft_config, PromptConfig) else nullcontext():
+            construct(self, model, peft_config, *args, **kwargs)
+
+    PeftModel.__init__ = silently  # type: ignore[method-assign]  # PEFT has no hook around it
+
+
+_wrap_silently()

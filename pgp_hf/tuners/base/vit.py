@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,20 +13,29 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
+from ...backbones import Family
+from ...backbones.family import CLS
+from ...backbones.registry import check, find
+from ...backbones.vit import ViTLike
+from ...runs.digest import tensor_sha256
 from .config import PromptConfig
 from .head import prepare_head
+from .last_block import begin_reading, end_reading, is_reading, narrow
+from .layer import PromptLayer
 from .model import PromptTuner
 from .outputs import add_similarity
-from .structure import backbone_name, check_vit
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification, ViTModel
 
 
-class ViTPromptTuner(PromptTuner):
-    """Add prompts to a `ViTModel` or `ViTForImageClassification` of any size, chosen by a query to the frozen model.
+_OUTPUTS = ("output_hidden_states", "output_attentions")
 
-    One forward pass runs these hooks: before the backbone, the frozen model's CLS feature of the same images (or
+
+class ViTPromptTuner(PromptTuner):
+    """Add prompts to a model of any of `pgp_hf.backbones.FAMILIES`, chosen by a query to the frozen model.
+
+    One forward pass runs these hooks: before the backbone, the frozen model's feature of the same images (or
     `prompt_query`, `(B, d)`, when the caller has kept it) selects each image's prompts; after the backbone, the method
     hides its prompts from everything downstream; after the whole model, in training, the output gets
     `prompt_similarity` `(B,)`, and a loss that the model computed itself gets the pull term
@@ -34,6 +45,8 @@ class ViTPromptTuner(PromptTuner):
     _similarity: Tensor | None = None
     _as_tuple = False
     _head_hook: RemovableHandle | None = None  # on the classifier, for one forward pass
+    _for_classifier = False  # whether the pass under way is one of the whole model
+    _reads_first = False  # whether only the first tokens of the pass under way are read
 
     # ---- what a method defines -----------------------------------------------------------------------------------
 
@@ -57,18 +70,19 @@ class ViTPromptTuner(PromptTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         config = cast(PromptConfig, peft_config)
-        name = backbone_name(self.model)
+        check(self.model)
+        name, family = find(self.model)
         backbone = self.model.get_submodule(name)
-        check_vit(self.model, backbone)
         targets = self._targets(config, f"{name}." if name else "", backbone)
         self._check_targets(config, targets)
         config.target_modules = targets
-        self._check_width(config, backbone.config.hidden_size)
+        self._check_width(config, family.width(backbone))
+        config.head_input = None if family.head_input == CLS else family.head_input
         return config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         config = cast(PromptConfig, peft_config)
-        prepare_head(cast("ViTForImageClassification", model), config)
+        prepare_head(cast("ViTForImageClassification", model), config, self._head_width(config))
         inside = [name for name, _ in self.backbone.named_modules() if name]
         for saved in config.modules_to_save or []:
             if any(name == saved or name.endswith(f".{saved}") for name in inside):
@@ -78,8 +92,10 @@ class ViTPromptTuner(PromptTuner):
                 )
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        last = self.family.blocks(self.backbone)[-1]
         self._install_hooks(
             [
+                last.register_forward_pre_hook(self._before_last_block, with_kwargs=True),
                 model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
                 self.backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
                 self.backbone.register_forward_hook(self._after_backbone),
@@ -90,28 +106,40 @@ class ViTPromptTuner(PromptTuner):
 
     @property
     def backbone(self) -> ViTModel:
-        """Return the `ViTModel`."""
-        return self.model.get_submodule(backbone_name(self.model))
+        """Return the image model, such as a `ViTModel`."""
+        return self.model.get_submodule(find(self.model)[0])
+
+    @property
+    def family(self) -> Family:
+        """Return the description of the backbone: where its parts are, and which tokens are read."""
+        return find(self.model)[1]
+
+    def _head_width(self, config: Any) -> int:
+        family = self.family
+        return family.parts * family.width(self.backbone)
 
     # ---- a forward pass ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def query(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """Return the query q(x) of each image: the frozen model's CLS feature, `(B, d)` (L2P, Sec. 4.2).
+        """Return the query q(x) of each image: a feature of the frozen model, its CLS if it has one, `(B, d)` (L2P, Sec. 4.2).
 
         It is computed in eval mode, so that dropout cannot change which prompts an image gets.
         """
         backbone, layers = self.backbone, self.layers
-        kwargs.setdefault("interpolate_pos_encoding", self.adapter_config.interpolate_pos_encoding)
+        family = self.family
+        family.set_positions(kwargs, self.adapter_config.interpolate_pos_encoding)
         training = [module for module in backbone.modules() if module.training]
         bypass = [layer.bypass for layer in layers]
+        self._reads_first = self.reads_last_block
         try:
             for layer in layers:
                 layer.bypass = True
             for module in training:  # one by one, so that modules that are in eval mode already stay in it
                 module.training = False
-            return backbone(pixel_values, return_dict=True, **kwargs).last_hidden_state[:, 0]
+            return family.query(backbone(pixel_values, return_dict=True, **kwargs))
         finally:
+            self._reads_first = False
             for layer, value in zip(layers, bypass, strict=True):
                 layer.bypass = value
             for module in training:
@@ -119,6 +147,88 @@ class ViTPromptTuner(PromptTuner):
 
     def frozen_features(self, pixel_values: Tensor) -> Tensor:
         return self.query(pixel_values)
+
+    # ---- the last block ------------------------------------------------------------------------------------------
+
+    @property
+    def reads_last_block(self) -> bool:
+        """Return True where the last block computes only the tokens that are read, see `read_last_block`."""
+        return is_reading(self._last_attention())
+
+    def read_last_block(self, only_read: bool = True) -> None:
+        """Let the last block compute only the tokens that the head or a query reads, or all of them again.
+
+        The same numbers up to rounding. It applies where only the scores are asked for: not to hidden states, attentions,
+        or a backbone that is called by itself.
+
+        Raises:
+            ValueError: a backbone whose head reads all tokens, or prompts in the last block's attention.
+        """
+        attention = self._last_attention()
+        if only_read and (not isinstance(self.family, ViTLike) or isinstance(attention, PromptLayer)):
+            why = "has prompts in its last block" if isinstance(attention, PromptLayer) else "reads all tokens"
+            raise ValueError(f"this {self.name} adapter on a {self.family.name} {why}: leave its last block whole.")
+        (begin_reading if only_read else end_reading)(attention)
+
+    def _last_attention(self) -> nn.Module:
+        attention: nn.Module = getattr(self.family.blocks(self.backbone)[-1], self.family.attention)
+        return attention
+
+    def _count_read(self) -> int:
+        """Return the number of first tokens that are read in a pass of the whole model."""
+        return 1
+
+    def _before_last_block(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        hidden, *others = args
+        if not self._reads_first or any(other is not None for other in (*others, kwargs.get("attention_mask"))):
+            return None
+        norm, attention = getattr(block, self.family.norm), getattr(block, self.family.attention)
+        return (narrow(attention, norm, hidden, 1 if self.layer.bypass else self._count_read()), *others), kwargs
+
+    def unload(self) -> nn.Module:
+        """Return the base model without adapter and hooks, as it was before."""
+        end_reading(self._last_attention())
+        return super().unload()
+
+    # ---- what the head reads, again --------------------------------------------------------------------------------
+
+    def _prompt_values(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Return the values that all images share, and those of the entries, with the entries along dimension 0.
+
+        None for a method that does not tell: its features then count as moved in each evaluation.
+        """
+        return None
+
+    def _predicted(self, query: Tensor) -> Tensor:
+        """Return the entries `(B, k)` that images select in prediction, by their queries; for a method with `_prompt_values`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def feature_states(self, batches: Sequence[Tensor | None]) -> list[str | None]:
+        """Return a digest of the prompts that the images of each batch select, by their queries; None without those."""
+        values = None if self.layer.adapter is None else self._prompt_values()
+        if values is None:
+            return [None] * len(batches)
+        shared, entries = values
+        device = next(self.layer.parameters()).device
+        common = "".join(tensor_sha256(value) for value in shared)
+        own = ["".join(tensor_sha256(value[entry]) for value in entries) for entry in range(self.pool_size)]
+        states: list[str | None] = []
+        for query in batches:
+            if query is None:
+                states.append(None)
+                continue
+            chosen = self._predicted(query.to(device)).tolist()
+            text = common + ";".join(",".join(own[entry] for entry in row) for row in chosen)
+            states.append(hashlib.sha256(f"{self.adapter} {chosen} {text}".encode()).hexdigest())
+        return states
+
+    def score_features(self, features: Tensor) -> Tensor:
+        """Return the scores `(B, C)` of what the head reads, `(B, d)`, as a pass in evaluation has them."""
+        statistics = self.statistics if self.uses_statistics_head else None
+        return self.linear_logits(features) if statistics is None else statistics(features)
 
     def _before_model(
         self, model: ViTForImageClassification, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -131,6 +241,9 @@ class ViTPromptTuner(PromptTuner):
         if self.uses_statistics_head and hasattr(model, "classifier"):
             # anew for each pass: PEFT copies a classifier together with its hooks, for every adapter that is added
             self._head_hook = model.classifier.register_forward_hook(self._after_classifier)
+        # states and attentions of all tokens may be asked for
+        asked = any(kwargs.get(name, getattr(model.config, name, False)) for name in _OUTPUTS)
+        self._for_classifier = hasattr(model, "classifier") and not asked
         return_dict = kwargs.get("return_dict")
         self._as_tuple = not (model.config.return_dict if return_dict is None else return_dict)
         return args, {**kwargs, "return_dict": True}  # the hooks below need names; `_after_model` undoes it
@@ -140,6 +253,7 @@ class ViTPromptTuner(PromptTuner):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self.layer.bypass:
             return None
+        within, self._for_classifier, self._reads_first = self._for_classifier, False, False
         query = kwargs.pop("prompt_query", None)
         self._similarity = None
         for layer in self.layers:
@@ -148,8 +262,7 @@ class ViTPromptTuner(PromptTuner):
             return args, kwargs
         config = self.adapter_config
         self._check_call(config, kwargs)
-        if config.interpolate_pos_encoding and kwargs.get("interpolate_pos_encoding") is None:
-            kwargs["interpolate_pos_encoding"] = True
+        self.family.set_positions(kwargs, config.interpolate_pos_encoding)
         pixel_values = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
         self._check_size(pixel_values)
         if query is None:
@@ -158,10 +271,11 @@ class ViTPromptTuner(PromptTuner):
         elif query.shape != (len(pixel_values), config.hidden_size):
             raise ValueError(
                 f"prompt_query of shape {tuple(query.shape)}: expected {(len(pixel_values), config.hidden_size)}, "
-                "one CLS feature of the frozen model per image."
+                "one feature of the frozen model per image (see `query`)."
             )
         similarity = self._select(query, config)
         self._similarity = similarity if self.model.training else None
+        self._reads_first = within and self.reads_last_block
         return args, kwargs
 
     def _for_head(self, backbone: ViTModel, args: tuple[Any, ...], output: Any) -> None:

@@ -34,7 +34,7 @@ class ClipPromptConfig(PoolConfig):
         shrinkage: how far the statistics head's covariance is drawn towards an isotropic one, in (0, 1].
         pull_constraint_coeff: not used, since there are no keys.
         modules_to_save: names of modules that are trained and saved whole; none by default.
-        hidden_size, image_size, target_modules, exclude_modules: filled in; leave them out.
+        hidden_size, image_size, head_input, target_modules, exclude_modules: filled in; leave them out.
 
     Raises:
         ValueError: sizes that are negative; class names and tokens that do not agree; a template without a place for

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from ...backbones.family import CLS
 from ...fields import check_value
 from ..base.card import AdapterCard, entries, setting
 from ..base.config import PoolConfig
+
+FOUND = {
+    "key": "found by key",
+    "statistics": "found by class statistics of the query",
+    "mixture": "mixed by the probability of each task, from class statistics of the query",
+}
 
 
 @dataclass
@@ -26,6 +33,9 @@ class DualPromptConfig(PoolConfig):
         grow_pool: enlarge the pool when a stream that is known in advance has more tasks than entries. A task that nobody
             foresaw gets its entry in any case.
         copy_previous: start a task's expert entry as a copy of the previous task's.
+        selection: how prediction finds an image's expert: "key", the entry whose learned key is nearest to its query, as
+            published; "statistics", that of the most probable task, by class statistics of the queries in closed form, as
+            the statistics head has them of features; "mixture", the experts of all tasks, weighted by that probability.
         learned_entries: number of entries that tasks have used so far, among which prediction chooses; filled in by
             training.
         added_entries: number of entries that came with tasks that nobody foresaw; filled in.
@@ -36,7 +46,7 @@ class DualPromptConfig(PoolConfig):
             finished tasks.
         shrinkage: how far the statistics head's covariance is drawn towards an isotropic one, in (0, 1].
         modules_to_save: names of modules that are trained and saved whole; the classifier by default, [] for none.
-        hidden_size, id2label, image_size, target_modules, exclude_modules: filled in; leave them out.
+        hidden_size, id2label, image_size, head_input, target_modules, exclude_modules: filled in; leave them out.
 
     Raises:
         ValueError: sizes that are negative, a layer named twice or negative.
@@ -51,6 +61,7 @@ class DualPromptConfig(PoolConfig):
         "expert_layers",
         "pull_constraint_coeff",
         "copy_previous",
+        "selection",
         "grow_pool",
     )
 
@@ -68,6 +79,13 @@ class DualPromptConfig(PoolConfig):
     )
     copy_previous: bool = field(
         default=True, metadata={"help": "start a task's expert entry as a copy of the previous task's"}
+    )
+    selection: Literal["key", "statistics", "mixture"] = field(
+        default="key",
+        metadata={
+            "help": "how prediction finds an image's expert: by the nearest learned key, by class statistics of the queries "
+            "(the most probable task's), or as a mixture of all, weighted by that probability"
+        },
     )
     pull_constraint_coeff: float = field(
         default=1.0, metadata={"help": "weight of the pull term, which draws a task's key towards its queries"}
@@ -92,12 +110,13 @@ class DualPromptConfig(PoolConfig):
             return f"{kind} prefixes of length {length} in layers {layers}"
 
         parts = [] if settings.get("general_length") == 0 else [prefixes("general")]
-        parts += [f"{entries(settings)} {prefixes('expert')}, one per task, found by key"]
+        found = FOUND.get(settings.get("selection", "key"), "found by an unknown rule")
+        parts += [f"{entries(settings)} {prefixes('expert')}, one per task, {found}"]
         return AdapterCard(
             parts=" and ".join(parts),
             selects=True,
-            features="the CLS token",
-            head="linear, on the CLS token",
+            features=(features := settings.get("head_input") or CLS),
+            head=f"linear, on {features}",
             trained_head="the linear head",
             linear_head=True,
             finished="The expert prefixes of a finished task never move.",

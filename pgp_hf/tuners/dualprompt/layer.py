@@ -1,19 +1,21 @@
-"""Wrap a ViT's attention, with general and expert prefixes, and its embeddings, with the experts' keys."""
+"""Wrap a backbone's attention, with general and expert prefixes, and its embeddings, with the experts' keys."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..base.attention import install, uninstall
+from ..base.attention import carrying, install, uninstall
 from ..base.layer import PromptLayer, uniform
 from ..base.learned import add_learned_entries
 from .config import DualPromptConfig
 
 if TYPE_CHECKING:
     from transformers.models.vit.modeling_vit import ViTAttention
+
+    from ...backbones import Family
 
 
 class DualPromptEmbeddings(PromptLayer):
@@ -23,7 +25,7 @@ class DualPromptEmbeddings(PromptLayer):
     dualprompt_key: nn.ParameterDict
 
     def update_layer(self, adapter_name: str, config: DualPromptConfig) -> None:
-        key = uniform(config.entries, self.position_embeddings.shape[-1])
+        key = uniform(config.entries, cast(int, config.hidden_size))
         self.add_parameters(adapter_name, config.inference_mode, dualprompt_key=key)
         add_learned_entries(self, "dualprompt_", adapter_name, config)
 
@@ -32,7 +34,7 @@ class DualPromptEmbeddings(PromptLayer):
 
 
 class DualPromptAttention(PromptLayer):
-    """Wrap a `ViTAttention`: keys become `[p_k; k]`, values `[p_v; v]`; queries and the sequence stay.
+    """Wrap an attention such as `ViTAttention`: keys become `[p_k; k]`, values `[p_v; v]`; queries and the sequence stay.
 
     Prefixes are in the space of projected keys and values (no W_k, W_v, LayerNorm or position), for each head. In each
     parameter the first axis is that of the heads, and the last the one along which a projection acts:
@@ -41,6 +43,7 @@ class DualPromptAttention(PromptLayer):
         dualprompt_expert_key     (H, M, L, dh)    dualprompt_expert_value   (H, M, L, dh)
 
     Attributes:
+        mixture: weight of each expert for each image of the running batch, `(B, M)`; None to use the selected ones.
         record: a list that receives queries and prefix weights of the next forward passes, or None.
     """
 
@@ -56,8 +59,10 @@ class DualPromptAttention(PromptLayer):
     dualprompt_expert_key: nn.ParameterDict
     dualprompt_expert_value: nn.ParameterDict
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, family: Family) -> None:
         super().__init__(base_layer)
+        self.family = family
+        self.mixture: Tensor | None = None
         self.record: list[tuple[Tensor, Tensor]] | None = None
         install(base_layer)
 
@@ -65,7 +70,8 @@ class DualPromptAttention(PromptLayer):
         uninstall(self.base_layer)
 
     def update_layer(self, adapter_name: str, config: DualPromptConfig, general: bool, expert: bool) -> None:
-        heads, width = self.base_layer.num_attention_heads, self.base_layer.head_dim
+        width = self.base_layer.head_dim
+        heads = self.base_layer.k_proj.out_features // width
         parameters: dict[str, Tensor] = {}
         if general:
             parameters["dualprompt_general_key"] = uniform(heads, config.general_length, width)
@@ -78,9 +84,13 @@ class DualPromptAttention(PromptLayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         prefix = self._prefix(hidden_states.shape[0])  # `len` would fix the size of batches in an export
-        if prefix is not None:
-            kwargs.update(prefix_key=prefix[0], prefix_value=prefix[1], record=self.record)
-        return self.base_layer(hidden_states, *args, **kwargs)
+        if prefix is None:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        given = {"prefix_key": prefix[0], "prefix_value": prefix[1], "record": self.record}
+        if self.family.hands_on:
+            return self.base_layer(hidden_states, *args, **kwargs, **given)
+        with carrying(self.base_layer, given):
+            return self.base_layer(hidden_states, *args, **kwargs)
 
     def _prefix(self, batch: int) -> tuple[Tensor, Tensor] | None:
         """Return the prefix keys and values of the running batch, `(B, H, L, dh)` each, general before expert."""
@@ -91,8 +101,11 @@ class DualPromptAttention(PromptLayer):
             keys.append(self.expand_to_batch("dualprompt_general_key", batch))
             values.append(self.expand_to_batch("dualprompt_general_value", batch).mT)
         if name in self.dualprompt_expert_key:
-            entry = self.selected[:, 0]
-            keys.append(self.dualprompt_expert_key[name][:, entry].transpose(0, 1))
-            values.append(self.dualprompt_expert_value[name][:, entry].transpose(0, 1))
+            for found, experts in ((keys, self.dualprompt_expert_key), (values, self.dualprompt_expert_value)):
+                if self.mixture is None:
+                    found.append(experts[name][:, self.selected[:, 0]].transpose(0, 1))
+                else:
+                    known = experts[name][:, : self.mixture.shape[1]]
+                    found.append(torch.einsum("bm,hmld->bhld", self.mixture.to(known), known))
         length = sum(key.shape[2] for key in keys)  # 0 where both lengths are
         return (torch.cat(keys, dim=2), torch.cat(values, dim=2)) if length else None

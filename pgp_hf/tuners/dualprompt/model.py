@@ -1,19 +1,22 @@
-"""Train and use DualPrompt: an expert entry is selected by the task in training, by its key in prediction."""
+"""Train and use DualPrompt: an expert entry is selected by the task in training, by the query in prediction."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..base.config import PromptConfig
 from ..base.entries import TaskEntryTuner
+from ..base.layer import PromptLayer
 from ..base.pool import cosine_similarity
 from ..base.vit import ViTPromptTuner
 from .config import DualPromptConfig
 from .layer import DualPromptAttention, DualPromptEmbeddings
+from .selection import TaskStatistics, add_queries, queries_of
 
 if TYPE_CHECKING:
     from transformers import ViTModel
@@ -23,11 +26,11 @@ GENERAL = ("dualprompt_general_key", "dualprompt_general_value")
 
 
 class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
-    """Add DualPrompt to a `ViTModel` or `ViTForImageClassification` of any size.
+    """Add DualPrompt to a model of any of `pgp_hf.backbones.FAMILIES`.
 
     In training every image uses the expert entry of the task set by `begin_task`; in prediction each image uses the
-    entry whose key is nearest to its query, among those that tasks have used. An entry whose task has ended never
-    moves again.
+    entry whose key is nearest to its query, among those that tasks have used, or what `DualPromptConfig.selection` says.
+    An entry whose task has ended never moves again.
     """
 
     prefix = "dualprompt_"
@@ -35,13 +38,14 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
 
     def _targets(self, config: DualPromptConfig, stem: str, backbone: ViTModel) -> list[str]:
         layers = sorted({*config.general_layers, *config.expert_layers})
-        depth = len(backbone.layers)
+        family = self.family
+        depth = len(family.blocks(backbone))
         if layers and layers[-1] >= depth:
             raise ValueError(
                 f"layer {layers[-1]} is beyond the backbone's {depth} layers (0 to {depth - 1}): "
                 "set general_layers and expert_layers accordingly."
             )
-        return [f"{stem}embeddings", *(f"{stem}layers.{index}.attention" for index in layers)]
+        return [f"{stem}embeddings", *(f"{stem}{family.attention_path(index)}" for index in layers)]
 
     def _wrap(
         self, config: DualPromptConfig, adapter_name: str, target: nn.Module, name: str
@@ -49,9 +53,10 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
         if name.endswith("embeddings"):
             embeddings = target if isinstance(target, DualPromptEmbeddings) else DualPromptEmbeddings(target)
             embeddings.update_layer(adapter_name, config)
+            self._add_queries(embeddings, adapter_name, config)
             return embeddings
         index = int(name.split(".")[-2])
-        attention = target if isinstance(target, DualPromptAttention) else DualPromptAttention(target)
+        attention = target if isinstance(target, DualPromptAttention) else DualPromptAttention(target, self.family)
         attention.update_layer(adapter_name, config, index in config.general_layers, index in config.expert_layers)
         return attention
 
@@ -59,6 +64,39 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
     def attentions(self) -> list[DualPromptAttention]:
         """Return the attention modules with prefixes."""
         return [layer for layer in self.layers if isinstance(layer, DualPromptAttention)]
+
+    # ---- statistics of queries ---------------------------------------------------------------------------------------
+
+    @property
+    def query_statistics(self) -> TaskStatistics | None:
+        """Return the statistics of queries by which prediction selects experts; None where it selects by keys."""
+        return queries_of(self.layer, self.layer.adapter)
+
+    def _add_queries(self, layer: PromptLayer, adapter: str, config: DualPromptConfig) -> None:
+        if config.selection != "key":
+            shape = len(config.id2label or {}), config.entries, cast(int, config.hidden_size)
+            add_queries(layer, adapter, TaskStatistics(*shape, config.shrinkage))
+
+    def _name_new_classes(self, adapter: str, config: PromptConfig, new: Sequence[str]) -> None:
+        super()._name_new_classes(adapter, config, new)
+        if (statistics := queries_of(self.layer, adapter)) is not None:
+            statistics.add_classes(len(new))
+
+    def open_head(self) -> None:
+        super().open_head()
+        self._add_queries(self.layer, self.adapter, self.adapter_config)
+
+    def grow(self, pool_size: int) -> None:
+        super().grow(pool_size)
+        self._make_room()
+
+    def add_task(self, task: int, classes: Sequence[int], seed: int) -> None:
+        super().add_task(task, classes, seed)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        if (statistics := self.query_statistics) is not None:
+            statistics.make_room(self.adapter_config.entries)
 
     # ---- tasks ---------------------------------------------------------------------------------------------------
 
@@ -84,14 +122,43 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
 
     def _select(self, query: Tensor, config: DualPromptConfig) -> Tensor:
         similarity = cosine_similarity(query, self.layer.dualprompt_key[self.adapter])
+        known, mixture = config.learned_entries or config.entries, None
+        statistics = self._statistics_in_use
         if self.training and self._task is not None:
             selected = torch.full((len(query), 1), self._task, device=query.device)
+        elif statistics is not None:
+            posterior = statistics.posterior(query, known)
+            selected = posterior.argmax(-1, keepdim=True)
+            mixture = posterior if config.selection == "mixture" else None
         else:
-            known = config.learned_entries or config.entries
             selected = similarity.detach()[:, :known].argmax(-1, keepdim=True)
         for layer in self.layers:
             layer.selected = selected
+        for attention in self.attentions:
+            attention.mixture = mixture
         return similarity.gather(1, selected).sum(-1)
+
+    @property
+    def _statistics_in_use(self) -> TaskStatistics | None:
+        """Return the statistics of queries once a task has left some."""
+        return self.query_statistics if self.adapter_config.learned_entries else None
+
+    def _predicted(self, query: Tensor) -> Tensor:
+        known = self.adapter_config.learned_entries or self.adapter_config.entries
+        if self._statistics_in_use is not None:
+            return self._statistics_in_use.posterior(query, known).argmax(-1, keepdim=True)
+        similarity = cosine_similarity(query, self.layer.dualprompt_key[self.adapter])
+        return similarity[:, :known].argmax(-1, keepdim=True)
+
+    def _prompt_values(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        if self.adapter_config.selection == "mixture":
+            return None  # images get a part of every expert
+
+        def values(containers: tuple[str, ...]) -> list[Tensor]:
+            found = [getattr(layer, container) for layer in self.attentions for container in containers]
+            return [parameters[self.adapter] for parameters in found if self.adapter in parameters]
+
+        return values(GENERAL), [expert.transpose(0, 1) for expert in values(EXPERT)]
 
     @contextmanager
     def as_before_task(self, task: int) -> Iterator[None]:

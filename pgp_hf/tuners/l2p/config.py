@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...backbones.family import CLS
 from ..base.card import AdapterCard, entries, setting
 from ..base.config import PoolConfig
 
@@ -23,7 +24,8 @@ class L2PConfig(PoolConfig):
         top_k: number of prompts selected for each image.
         grow_pool: number of prompts that each task from the second on adds to the pool, where images can select them
             from then on; None for a pool of fixed size.
-        head_type: what the head reads: "prompt", the mean of the prompt tokens; "token", the CLS token.
+        head_type: what the head reads: "prompt", the mean of the prompt tokens; "token", the CLS token. Where the
+            backbone's head reads the mean of the patches as well, it still does.
         batchwise_prompt: let each batch vote on its prompts, as the released code does. It is for comparison only,
             since a prediction then depends on the other images in its batch.
         pull_constraint_coeff: weight of the pull term, which draws the selected keys towards the query.
@@ -35,7 +37,7 @@ class L2PConfig(PoolConfig):
         modules_to_save: names of modules that are trained and saved whole; the classifier by default, [] for none.
         learned_entries: number of prompts that images can select so far, None for all; filled in with `grow_pool`.
         added_entries: number of prompts that tasks have added; filled in with `grow_pool`.
-        hidden_size, id2label, image_size, target_modules, exclude_modules: filled in; leave them out.
+        hidden_size, id2label, image_size, head_input, target_modules, exclude_modules: filled in; leave them out.
 
     Raises:
         ValueError: sizes that are negative, `top_k` above `pool_size`, an unknown `head_type`.
@@ -100,7 +102,10 @@ class L2PConfig(PoolConfig):
     def card(cls, settings: Mapping[str, Any]) -> AdapterCard:
         pool, length, top_k = entries(settings), setting(settings, "prompt_length"), setting(settings, "top_k")
         each = "batch" if settings.get("batchwise_prompt") else "image"
-        features = "the mean of the prompt tokens" if settings.get("head_type") == "prompt" else "the CLS token"
+        features = settings.get("head_input") or CLS
+        if settings.get("head_type") == "prompt":  # in the place of CLS, or of all if there is none
+            prompts = "the mean of the prompt tokens"
+            features = features.replace(CLS, prompts) if CLS in features else prompts
         return AdapterCard(
             parts=f"{pool} prompts of {length} tokens, {top_k} of them selected for each {each}",
             selects=True,

@@ -1,8 +1,8 @@
-"""Wrap the embeddings of a ViT, with a pool of prompts behind the CLS token."""
+"""Wrap the embeddings of a backbone, with a pool of prompts behind the CLS token."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,17 @@ from .config import L2PConfig
 if TYPE_CHECKING:
     from transformers.models.vit.modeling_vit import ViTEmbeddings
 
+    from ...backbones import Family
+
 
 class L2PEmbeddings(PromptLayer):
-    """Wrap `ViTEmbeddings`: CLS, then the selected prompts, then the patches.
+    """Wrap embeddings such as `ViTEmbeddings`: CLS, then the selected prompts, then the patches.
 
     Parameters per adapter: `l2p_prompt` `(M, prompt_length, d)` and `l2p_key` `(M, d)`, M the size of the pool. Each prompt
-    token gets the position embedding of CLS (L2P's released code).
+    token gets the position embedding of CLS (L2P's released code), if it has one.
 
     Attributes:
+        family: of the backbone.
         inserted: number of prompt tokens in the last output.
     """
 
@@ -30,12 +33,13 @@ class L2PEmbeddings(PromptLayer):
     l2p_prompt: nn.ParameterDict
     l2p_key: nn.ParameterDict
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, family: Family) -> None:
         super().__init__(base_layer)
+        self.family = family
         self.inserted = 0
 
     def update_layer(self, adapter_name: str, config: L2PConfig) -> None:
-        width = self.position_embeddings.shape[-1]
+        width = cast(int, config.hidden_size)
         self.add_parameters(
             adapter_name,
             config.inference_mode,
@@ -57,5 +61,5 @@ class L2PEmbeddings(PromptLayer):
         if prompts.shape[1] == 0:
             return embeddings
         self.inserted = prompts.shape[1]
-        prompts = self.base_layer.dropout(prompts + self.base_layer.position_embeddings[:, :1])
-        return torch.cat([embeddings[:, :1], prompts.to(embeddings.dtype), embeddings[:, 1:]], dim=1)
+        prompts, start = self.family.place(self.base_layer, prompts), self.family.start
+        return torch.cat([embeddings[:, :start], prompts.to(embeddings.dtype), embeddings[:, start:]], dim=1)

@@ -22,15 +22,14 @@ from .layer import L2PEmbeddings
 if TYPE_CHECKING:
     from transformers import ViTModel
     from transformers.modeling_outputs import BaseModelOutputWithPooling
-    from transformers.models.vit.modeling_vit import ViTLayer
 
 
 class L2PModel(ViTPromptTuner):
-    """Add an L2P prompt pool to a `ViTModel` or `ViTForImageClassification` of any size.
+    """Add an L2P prompt pool to a model of any of `pgp_hf.backbones.FAMILIES`.
 
     Each image gets the `top_k` prompts whose keys are nearest to its query. After the backbone the prompt tokens are
     removed again, so that outputs have the shapes that they have without prompts, and the token at index 0 becomes
-    what the head is to read (`head_type`).
+    what the head is to read (`head_type`); a head that reads the mean of the patches as well still does.
     """
 
     prefix = "l2p_"
@@ -41,7 +40,7 @@ class L2PModel(ViTPromptTuner):
         return [f"{stem}embeddings"]
 
     def _wrap(self, config: L2PConfig, adapter_name: str, target: nn.Module, name: str) -> L2PEmbeddings:
-        layer = target if isinstance(target, L2PEmbeddings) else L2PEmbeddings(target)
+        layer = target if isinstance(target, L2PEmbeddings) else L2PEmbeddings(target, self.family)
         layer.update_layer(adapter_name, config)
         return layer
 
@@ -121,11 +120,21 @@ class L2PModel(ViTPromptTuner):
             )
 
     def _select(self, query: Tensor, config: L2PConfig) -> Tensor:
-        layer = self.layer
-        similarity = cosine_similarity(query, layer.l2p_key[self.adapter])
-        known = similarity.detach()[:, : config.learned_entries]
-        layer.selected = select_top_k(known, config.top_k, config.batchwise_prompt)
-        return similarity.gather(1, layer.selected).sum(-1)
+        similarity = cosine_similarity(query, self.layer.l2p_key[self.adapter])
+        self.layer.selected = selected = self._nearest(similarity.detach(), config)
+        return similarity.gather(1, selected).sum(-1)
+
+    def _nearest(self, similarity: Tensor, config: L2PConfig) -> Tensor:
+        return select_top_k(similarity[:, : config.learned_entries], config.top_k, config.batchwise_prompt)
+
+    def _predicted(self, query: Tensor) -> Tensor:
+        return self._nearest(cosine_similarity(query, self.layer.l2p_key[self.adapter]), self.adapter_config)
+
+    def _count_read(self) -> int:
+        return 1 + self.layer.inserted  # `strip_prompts` finds the prompts in their place
+
+    def _prompt_values(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [], [self.layer.l2p_prompt[self.adapter]]
 
     def _after_backbone(
         self, backbone: ViTModel, args: tuple[Any, ...], output: BaseModelOutputWithPooling
@@ -134,13 +143,13 @@ class L2PModel(ViTPromptTuner):
         n = 0 if layer.bypass or layer.adapter is None else layer.inserted
         if n == 0:
             return None
-        hidden = output["last_hidden_state"]
-        strip_prompts(output, n)
+        hidden, family = output["last_hidden_state"], layer.family
+        strip_prompts(output, n, family.start)
         if self.adapter_config.head_type == "prompt":
-            head_input = hidden[:, 1 : 1 + n].mean(1, keepdim=True)
-            output.last_hidden_state = torch.cat([head_input, hidden[:, 1 + n :]], dim=1)
-        if getattr(output, "pooler_output", None) is not None and backbone.pooler is not None:
-            output.pooler_output = backbone.pooler(output.last_hidden_state)
+            prompts = hidden[:, family.start : family.start + n].mean(1, keepdim=True)
+            output.last_hidden_state = family.with_prompts_read(output["last_hidden_state"], prompts)
+        if getattr(output, "pooler_output", None) is not None:
+            output.pooler_output = family.pooled(backbone, output["last_hidden_state"])
         return output
 
     # ---- what a projection protects ------------------------------------------------------------------------------
@@ -152,12 +161,12 @@ class L2PModel(ViTPromptTuner):
         return {f"{stem}.l2p_prompt": layer.l2p_prompt[adapter], f"{stem}.l2p_key": layer.l2p_key[adapter]}
 
     def token_offsets(self) -> dict[str, Tensor]:
-        """Return the position embedding of CLS, `(1, 1, d)`, which the prompts share."""
+        """Return the position that the prompts share: the embedding of CLS's, `(1, 1, d)`, or 0."""
         (prompt_name, _), config = self.prompt_parameters(), self.adapter_config
         inserted = config.top_k * config.prompt_length
         if not inserted:
             return {}
-        offset = self.layer.position_embeddings[:, :1].detach()
+        offset = self.layer.family.offset(self.layer.base_layer).detach()
         return {prompt_name: offset.to(torch.promote_types(offset.dtype, torch.float32))}
 
     @torch.no_grad()
@@ -188,8 +197,16 @@ class L2PModel(ViTPromptTuner):
         query = self.query(pixel_values) if prompt_query is None else prompt_query
         tokens = self._tokens(pixel_values, query)
         if self.layer.inserted:
-            first = cast("ViTLayer", self.backbone.layers[0])
-            width, length = consistency_rows(tokens, [first.layernorm_before], first.attention, self.layer.inserted)
+            family, backbone = self.layer.family, self.backbone
+            first = family.blocks(backbone)[0]
+            width, length = consistency_rows(
+                tokens,
+                [getattr(first, family.norm)],
+                getattr(first, family.attention),
+                self.layer.inserted,
+                start=family.start,
+                rotate=family.rotation(backbone, pixel_values),
+            )
             yield prompt_name, "prompt", width.flatten(0, 2)
             length = length.flatten(1, 2).unflatten(-1, (self.adapter_config.top_k, -1))  # (B, H * T, k, L)
             length = self._by_entry(length.transpose(1, 2), cast(Tensor, self.layer.selected))
@@ -218,8 +235,10 @@ class L2PModel(ViTPromptTuner):
     def _tokens(self, pixel_values: Tensor, query: Tensor) -> Tensor:
         """Return what enters the first layer: CLS, the selected prompts, patches."""
         self._select(query, self.adapter_config)
-        pixel_values = pixel_values.to(self.layer.position_embeddings.dtype)  # as the ViT does before its embeddings
-        return self.layer(pixel_values, interpolate_pos_encoding=self.adapter_config.interpolate_pos_encoding)
+        layer, positions = self.layer, dict[str, Any]()
+        layer.family.set_positions(positions, self.adapter_config.interpolate_pos_encoding)
+        dtype = next(layer.base_layer.parameters()).dtype
+        return cast(Tensor, layer(pixel_values.to(dtype), **positions))  # as the ViT does before its embeddings
 
 
 def _key_rows(query: Tensor) -> Tensor:

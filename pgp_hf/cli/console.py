@@ -1,0 +1,72 @@
+"""Run a command as a terminal expects: an error of the user is one line on stderr, with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+from ..report.formatting import fill, one_line, printable
+
+TRACEBACK = "--traceback"
+# what refuses arguments, files and settings; anything else is a fault of the program, with its traceback
+REFUSALS = (TypeError, ValueError, OSError, FloatingPointError, ImportError)
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuse a command line in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
+        self.exit(2, f"error: {printable(one_line(message))}\n")
+
+
+def run(
+    command: Callable[[list[str]], int | None],
+    argv: Sequence[str] | None = None,
+    reword: Callable[[str], str] = str,
+) -> int:
+    """Run a command and return its exit code: 2, after one line that says why, if it is refused.
+
+    With `--traceback` among the arguments, which no command sees, the error is raised.
+
+    Args:
+        command: takes the command line and returns its exit code, or None for 0.
+        argv: the command line without the program, `sys.argv[1:]` by default.
+        reword: changes the message of an error.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = [token for token in given if token != TRACEBACK]
+    try:
+        with _for_people(traceback=arguments != given):
+            return int(command(arguments) or 0)
+    except REFUSALS as error:
+        if arguments != given:
+            raise
+        print(f"error: {printable(reword(one_line(error) or type(error).__name__))}", file=sys.stderr)
+        return 2
+
+
+@contextmanager
+def _for_people(traceback: bool) -> Iterator[None]:
+    """Hide the bars of other libraries where nobody sees them, and show warnings as lines that fit a terminal."""
+    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # read when they are imported
+    hidden = [] if sys.stderr.isatty() else [name for name in names if name not in os.environ]
+    before: Callable[..., str] = warnings.formatwarning
+    os.environ.update(dict.fromkeys(hidden, "1"))
+    if not traceback:
+        warnings.formatwarning = _warning
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+        for name in hidden:
+            os.environ.pop(name, None)
+
+
+def _warning(message: Warning | str, *where: object, **line: object) -> str:
+    return fill(f"warning: {printable(one_line(message))}") + "\n"

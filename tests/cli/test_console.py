@@ -1,0 +1,80 @@
+"""An error of the user is one line on stderr with exit code 2; `--traceback` shows where it comes from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import tiny
+
+from pgp_hf.cli import console
+from pgp_hf.cli.main import main
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("error", [ValueError("a\n b\x1b[2J"), OSError("a b\x1b[2J"), ImportError("a\tb\x1b[2J")])
+def test_one_line(error, capsys):
+    def refuse(argv):
+        raise error
+
+    assert console.run(refuse, ["--x"]) == 2
+    assert capsys.readouterr() == ("", "error: a b\\x1b[2J\n")
+    with pytest.raises(type(error)):
+        console.run(refuse, ["--traceback", "--x"])
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        console.run(lambda argv: 1 // 0, [])
+
+
+def test_commands_return_their_codes_and_see_no_traceback_option():
+    assert console.run(lambda argv: 1 if argv == ["--x"] else 0, ["--x", "--traceback"]) == 1
+    assert console.run(lambda argv: None, []) == 0 and console.run(lambda argv: None, [], str.upper) == 0
+
+
+def test_warnings_are_lines_that_fit():
+    found = []
+
+    def warn(argv):
+        found.append(warnings.formatwarning("a  path/to-" + "many words " * 20, UserWarning, "file.py", 3))
+
+    before = warnings.formatwarning
+    for argv in ([], ["--traceback"]):
+        console.run(warn, argv)
+    own, full = found
+    assert own.startswith("warning: a path/to-many words many") and max(map(len, own.splitlines())) <= 100
+    assert "file.py:3: UserWarning" in full and warnings.formatwarning is before
+
+
+def test_other_libraries_show_no_bar_without_a_terminal(monkeypatch):
+    found, name = [], "HF_DATASETS_DISABLE_PROGRESS_BARS"
+    monkeypatch.delenv(name, raising=False)
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=terminal: shown, raising=False)
+        console.run(lambda argv: found.append(os.environ.get(name)), [])
+    assert found == [None, "1"] and name not in os.environ
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_traceback_before_or_after_the_command(before, tmp_path, capsys):
+    argv = ["presets", "l2p", "none"]
+    with pytest.raises(ValueError, match="preset 'none' is unknown"):
+        main(["--traceback", *argv] if before else [*argv, "--traceback"])
+    assert main(argv) == 2 and capsys.readouterr().err.startswith("error: preset 'none' is unknown: choose one of")
+
+
+@pytest.mark.parametrize("name", ["l2p_pgp", "dualprompt_pgp", "clip_pgp", "baselines"])
+def test_examples_refuse_as_the_command_does_and_help_fast(name, capsys):
+    script = EXAMPLES / f"run_{name}.py"
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: python {script} [CONFIG]"), done.stderr
+    with tiny.script(script) as module:
+        assert console.run(module.main, ["none.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: none.yaml does not exist: ") and told.count("\n") == 1

@@ -1,0 +1,116 @@
+"""The last block computes only the tokens that are read: the same numbers up to rounding, and less of them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+
+def passed(model, pixels, seen):
+    """Run model and query; return scores, the query and gradients, and note the shapes that the last block's parts see."""
+    tuner, last = model.base_model, model.base_model.backbone.layers[-1]
+    hooks = [
+        part.register_forward_hook(
+            lambda part, args, output, name=name: seen.setdefault(name, []).append(args[0].shape[1])
+        )
+        for name, part in (("mlp", last.mlp), ("key", last.attention.k_proj), ("first", tuner.backbone.layers[0].mlp))
+    ]
+    model.zero_grad()
+    output = model(pixel_values=pixels, labels=torch.arange(len(pixels)))
+    output.loss.backward()
+    for hook in hooks:
+        hook.remove()
+    gradients = {name: value.grad for name, value in tuner.trainable().items() if value.grad is not None}
+    return output.logits.detach(), tuner.query(pixels), gradients
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("adapter", "settings", "tokens"),
+    [
+        ("l2p", {}, 1 + 4),
+        ("l2p", {"head_type": "token"}, 1 + 4),
+        ("dualprompt", {"general_layers": [0], "expert_layers": [0]}, 1),
+    ],
+)
+def test_scores_and_gradients_agree(adapter, settings, tokens, attention):
+    model, pixels = tiny.model(adapter, attention=attention, **settings).train(), tiny.images()
+    whole, less = {}, {}
+    expected = passed(model, pixels, whole)
+    model.base_model.read_last_block()
+    found = passed(model, pixels, less)
+    assert torch.allclose(found[0], expected[0], atol=1e-5) and torch.allclose(found[1], expected[1], atol=1e-5)
+    assert found[2].keys() == expected[2].keys() and len(found[2]) > 2
+    for name, gradient in expected[2].items():
+        assert torch.allclose(found[2][name], gradient, atol=1e-6, rtol=1e-4), name
+    inserted = tokens - 1
+    assert whole["mlp"] == [17, 17 + inserted] and less["mlp"] == [1, tokens]  # the query, and then the model
+    assert less["first"] == whole["first"] and max(less["key"]) == max(whole["key"])
+    model.base_model.read_last_block(False)
+    assert torch.equal(passed(model, pixels, {})[0], expected[0])
+
+
+@torch.no_grad()
+def test_whoever_asks_for_all_tokens_gets_them():
+    model, pixels = tiny.model(), tiny.images()
+    tuner, config = model.base_model, model.base_model.backbone.layers[-1].attention.config
+
+    def outputs():
+        with model.disable_adapter():
+            unprompted = model(pixels).logits
+        hidden = model(pixels, output_hidden_states=True).hidden_states
+        return [unprompted, tuner.backbone(pixels, prompt_query=query).last_hidden_state, *hidden]
+
+    query = tuner.query(pixels)
+    whole = outputs()
+    tuner.read_last_block()
+    # the prompts of a pass are selected by a query of the last block's own, which may differ in the last bits
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(outputs(), whole, strict=True))
+    assert torch.equal(outputs()[0], whole[0]) and torch.equal(outputs()[1], whole[1])
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(pixels).logits, model(pixels).logits)
+    assert model.unload().vit.layers[-1].attention.config is config
+
+
+def test_models_of_which_all_is_read_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has prompts in its last block"):
+        tiny.model("dualprompt").base_model.read_last_block()
+    with pytest.raises(ValueError, match="last_block='read' is for prompts on a ViT.*'clip_prompt'"):
+        tiny.trainer(tmp_path, model=tiny.model("clip"), last_block="read")
+
+
+def test_a_run_records_it_and_keeps_its_queries_apart(tmp_path):
+    runs = {}
+    for choice in ("full", "read"):
+        with tiny.without_figures():
+            trainer = tiny.trainer(
+                tmp_path / choice,
+                stream=tiny.stream(dataset=tiny.data(train=2, test=2), num_tasks=1),
+                num_train_epochs=1,
+                last_block=choice,
+                query_cache=str(tmp_path / "queries"),
+            )
+            trainer.train()
+        assert trainer.results.training["last_block"] == choice
+        runs[choice] = trainer.progress.references.features[0]
+    assert len(list((tmp_path / "queries").glob("*.safetensors"))) == 2
+    assert torch.allclose(*(torch.from_numpy(found) for found in runs.values()), atol=1e-4)
+
+
+def test_no_graph_is_kept_below_the_first_layer_with_a_prompt():
+    model = tiny.model("dualprompt", general_layers=[], expert_layers=[1]).train()
+    found = [
+        layer.register_forward_hook(lambda layer, args, output, i=i: recorded.append((i, output.requires_grad)))
+        for i, layer in enumerate(model.base_model.backbone.layers)
+    ]
+    recorded: list[tuple[int, bool]] = []
+    model(pixel_values=tiny.images(), labels=torch.arange(5)).loss.backward()
+    assert len(found) == 2 and recorded == [
+        (0, False),
+        (1, False),
+        (0, False),
+        (1, True),
+    ]  # the query, and then the model
