@@ -256,13 +256,13 @@ def report(rows: Results, runs: list[Planned], name: str) -> None:
     if twin and PUBLISHED in label:
         trained = " and ".join(as_measured(_trained_head(row), 2) for row in (own, twin))
         print(
-            f"  {PUBLISHED}/: {label[PUBLISHED]}, PGP as published, where the trained head predicts; with that head, "
+            f"  {PUBLISHED}/: {label[PUBLISHED]}, PGP as published, where the trained head predicts; with that head,"
             f"\n    {runs[-1].label(name)} and {label[TWIN]} reach {trained} %"
         )
     no_source = not (arguments.model.model_name_or_path or arguments.data.dataset_name or arguments.data.train_dir)
     for text in (frozen_wins(rows, embedded=no_source), verdict(own, twin) if twin else None):
         if text:
-            print("\n" + textwrap.fill(text, WIDTH))
+            print("\n" + textwrap.fill(text, WIDTH, break_on_hyphens=False))
 
 
 def _trained_head(row: dict[str, Any]) -> float | None:
