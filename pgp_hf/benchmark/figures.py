@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..report import figures as report
+from ..report import several
+from ..report.figures import forgetting_after_tasks
 
 Run = dict[str, Any]
+Curves = Sequence[Sequence[float | None]]  # one for each seed, None where nothing was measured
 CLOSED = "closed form"  # the head of a row without prompts
 HEADS = {"linear": "linear head", "statistics": "statistics head"}
 SWEPT = "l2p-functional"
@@ -27,33 +29,77 @@ def of_method(runs: list[Run]) -> bool:
 
 
 def figures(rows: dict[str, list[Run]], folder: Path) -> dict[Path, str]:
-    """Draw `accuracy.png`, and `sensitivity.png` if rows vary a setting.
+    """Draw `accuracy.png`, `protection.png` if rows differ in PGP alone, and `sensitivity.png` if they vary a setting.
+
+    Beside each PNG file stands an SVG of the same name.
 
     Args:
         rows: the runs of each row, by its name.
         folder: where the files are written.
 
     Returns:
-        The caption of each file.
+        The caption of each PNG file.
     """
     drawn = {}
-    panels = accuracy_panels(rows)
+    panels, known = accuracy_panels(rows), known_classes(rows)
     if panels:
-        drawn[report.accuracy_bands(panels, folder / "accuracy.png")] = (
+        several.accuracy_bands(panels, path := folder / "accuracy.png", known=known)
+        drawn[path] = (
             "Mean over a row's seeds, with a band of one standard deviation where it has several. Lines have the names "
             "of rows without that of the panel's method; of the rows without prompts the best one at the end is in each "
             "panel. A joint row has one task: the level line."
             + " Methods have two panels, without and with exemplars."
             * any(map(of_method, rows.values()))
         )
+    if heads := protection_panels(rows):
+        several.accuracy_and_forgetting(heads, path := folder / "protection.png", known=known)
+        drawn[path] = (
+            "As Figure 3 of the PGP paper: average accuracy and forgetting after each task, without projection and with "
+            "PGP. Mean over a row's seeds, with a band of one standard deviation where it has several."
+        )
     points, usual = sensitivity_points(rows, SWEPT)
     if points:
         seeds = {field: {len(found["drift"]) for found in values.values()}.pop() for field, values in points.items()}
-        drawn[report.sensitivity(points, folder / "sensitivity.png", usual)] = (
+        several.sensitivity(points, path := folder / "sensitivity.png", usual)
+        drawn[path] = (
             f"Row {SWEPT} (grey bars) and rows that differ from it in one setting; values at equal distances; seeds: "
             f"{', '.join(f'{field} {count}' for field, count in seeds.items())}; bars are one standard deviation."
         )
     return drawn
+
+
+def known_classes(rows: dict[str, list[Run]]) -> list[int] | None:
+    """Return the number of classes known after each task, where all runs divide their classes equally; else None."""
+    runs = [run for each in rows.values() for run in each]
+    tasks, classes = max(run["num_tasks"] for run in runs), runs[0]["num_classes"]
+    data = [run["settings"]["data"] for run in runs]
+    if classes % tasks or any(run["num_classes"] != classes or run["num_tasks"] not in (1, tasks) for run in runs):
+        return None
+    if any(one.get("init_classes") or one.get("increment") for one in data):
+        return None
+    return [classes // tasks * (t + 1) for t in range(tasks)]
+
+
+TITLES = {"l2p": "L2P", "dualprompt": "DualPrompt", "clip": "CLIP"}
+
+
+def protection_panels(rows: dict[str, list[Run]]) -> dict[str, dict[str, tuple[Curves, Curves]]]:
+    """Return by head and label the accuracies and the forgetting of each row without projection and its twin with PGP."""
+    pairs = {
+        label: rows[name]
+        for kind, title in TITLES.items()
+        for name, label in ((f"{kind}-none", title), (f"{kind}-pgp", f"{title}-PGP"))
+        if {f"{kind}-none", f"{kind}-pgp"} <= rows.keys()
+    }
+    found: dict[str, dict[str, tuple[Curves, Curves]]] = {}
+    for head, title in HEADS.items():
+        own = {label: runs for label, runs in pairs.items() if all(head in run["heads"] for run in runs)}
+        if own:
+            found[title] = {
+                label: (_curves(runs, head), [forgetting_after_tasks(run["heads"][head]) for run in runs])
+                for label, runs in own.items()
+            }
+    return found
 
 
 def accuracy_panels(rows: dict[str, list[Run]]) -> dict[str, dict[str, list[list[float]]]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ..data.scenarios import SCENARIOS
 from ..report.table import markdown
 from ..runs.atomic import replacing
 from ..runs.reading import read_json
@@ -96,7 +97,7 @@ def protocol(runs: list[Run]) -> str:
         text.append(
             f"Training: {training('optim')}, {training('lr_scheduler_type')} learning rate "
             f"{training('learning_rate')}, batch {training('per_device_train_batch_size')}, epochs a task: "
-            f"{training('num_train_epochs')}, augmentation: {training('augmentation')}, classes in the loss: "
+            f"{_epochs(runs)}, augmentation: {training('augmentation')}, classes in the loss: "
             f"{training('train_mask')}, classes a prediction may take: {training('eval_mask')}, precision: "
             f"{' / '.join(dict.fromkeys(_precision(run) for run in runs if 'training' in run['settings']))}."
         )
@@ -120,9 +121,26 @@ def protocol(runs: list[Run]) -> str:
     return "\n\n".join(text)
 
 
+def _epochs(runs: list[Run]) -> str:
+    """Return the epochs a task; in a scenario of one epoch the setting has no effect."""
+    return _values(
+        [
+            {"epochs": 1.0 if _one_epoch(run) else run["settings"]["training"].get("num_train_epochs")}
+            for run in runs
+            if "training" in run["settings"]
+        ],
+        "epochs",
+    )
+
+
+def _one_epoch(run: Run) -> bool:
+    return SCENARIOS[run["settings"]["data"].get("scenario", "class_incremental")].one_epoch
+
+
 def _shown(runs: list[Run]) -> str:
-    shifted = any(run["settings"]["data"].get("shift") for run in runs)
-    return ", each task's images in a rendering of its own" if shifted else ""
+    shifted, held_out = (any(run["settings"]["data"].get(key) for run in runs) for key in ("shift", "train_val_split"))
+    text = ", each task's images in a rendering of its own" if shifted else ""
+    return text + (", tested on images held out of the training images" if held_out else "")
 
 
 def _backbone(run: Run) -> str:

@@ -3,9 +3,10 @@
     pgp-hf demo out/l2p_pgp
     pgp-hf demo me/l2p-pgp-cifar100 --port 8000
 
-The run is the output folder of a training or a repository on the Hub. A slider chooses the task after which to predict;
-images are uploaded or pasted, and a run on the embedded digits comes with samples. Without an argument the page shows
-out/l2p_pgp, where `pgp-hf train l2p` leaves its run.
+The run is the output folder of a training or a repository on the Hub. A slider chooses the task after which to predict,
+and a table shows how the answer has changed over the tasks. Images are uploaded or pasted; samples come with a run that
+has kept some (`--keep_samples 2`) and with one on the embedded digits. Without an argument the page shows out/l2p_pgp,
+where `pgp-hf train l2p` leaves its run.
 
 The page needs gradio (`pip install gradio`, or the extra `demo` of this package). It is served to this machine only,
 without telemetry; nothing but a repository and its backbone is downloaded.
@@ -27,13 +28,19 @@ from PIL import Image
 
 from .. import embedded, metrics
 from ..inference import PromptClassifier, load_pretrained
+from ..report.names import public_name
+from ..report.sentences import dataset_names
 from ..runs.checks import finished_tasks, first_task
+from ..runs.folder import SAMPLE, RunFolder
 from ..runs.sources import TASK
 
 DEFAULT_RUN = Path("out/l2p_pgp")
 TOP = 5  # predictions shown
 KEPT = 4  # revisions in memory, each with its own backbone
 NAMED = 20  # classes named; the others of a task are counted
+FOLLOWED = 10  # tasks after which the answer is shown; of more, some at equal distances
+METHODS = {"l2p": "L2P", "dualprompt": "DualPrompt", "clip_prompt": "CLIP prompts", "ewc": "EWC", "lwf": "LwF"}
+PROJECTIONS = {"pgp": "PGP", "none": None}
 CSS = """
 #image .image-frame img { width: 100%; height: 100%; object-fit: contain }
 #samples .grid-wrap { height: auto; min-height: 0; overflow: hidden; padding-top: 2.4em }
@@ -47,6 +54,10 @@ CSS = """
     border: 1px solid var(--border-color-primary); color: var(--body-text-color) }
 #prompts .selected { background: var(--primary-600); border-color: var(--primary-600); color: white; font-weight: 600 }
 #known .count { font-size: var(--text-xl); font-weight: 600 }
+#history table { width: 100%; border-collapse: collapse }
+#history td { padding: 4px 8px; border-bottom: 1px solid var(--border-color-primary) }
+#history .changed td:nth-child(2) { font-weight: 600 }
+#history .bar { height: 0.5em; border-radius: 2px; background: var(--primary-600) }
 """
 
 
@@ -60,7 +71,8 @@ class Revisions:
     Attributes:
         tasks: 1-based numbers of the revisions `task-1`, ...; `[0]` if `run` is a single revision without such a name.
         load: returns the classifier of one of them.
-        samples: images to try, with their class names: one for each class, in the order in which they are learned.
+        title: what was learned, and by what, for the heading of the page.
+        samples: images to try, with their class names, in the order in which these are learned.
 
     Raises:
         ValueError, OSError: as `load_pretrained`, of the last revision.
@@ -71,7 +83,10 @@ class Revisions:
         self.load = lru_cache(KEPT)(
             lambda task: load_pretrained(run, f"task-{task}" if task else None, backbone=backbone)
         )
-        self.samples = samples(self.load(self.tasks[-1]).manifest)
+        classifier = self.load(self.tasks[-1])
+        self.title = title(classifier, run)
+        self.samples = kept_samples(run, classifier.manifest) or samples(classifier.manifest)
+        self.answers = lru_cache(64)(self._answers)
 
     def show(self, task: int, image: str | None) -> tuple[str, dict[str, float] | None, str]:
         """Return what is known after a task, the best predictions (probability by class) and the selected prompts."""
@@ -81,6 +96,63 @@ class Revisions:
         (found,) = classifier.classify(image, top_k=TOP)
         scores = {label["label"]: label["score"] for label in found.labels}
         return known(classifier), scores, pool(classifier.pool_size, found.prompts)
+
+    def history(self, image: str | None) -> str:
+        """Return as HTML the best prediction after each task, or after some of many; empty without an image."""
+        return "" if image is None or len(self.tasks) < 2 else follow(self.answers(image))
+
+    def _answers(self, image: str) -> list[tuple[int, int, str, float]]:
+        """Return by task its number, the number of classes known, and the best label with its score."""
+        last, found = len(self.tasks) - 1, []
+        places = range(last + 1) if last < FOLLOWED else [round(k * last / (FOLLOWED - 1)) for k in range(FOLLOWED)]
+        for task in (self.tasks[place] for place in places):
+            classifier = self.load(task)
+            (best,) = classifier.classify(image, top_k=1)
+            label = best.labels[0]
+            found.append((task, len(classifier.classes or classifier.id2label), label["label"], label["score"]))
+        return found
+
+
+def follow(answers: Sequence[tuple[int, int, str, float]]) -> str:
+    """Return a table in HTML of answers after tasks; those that differ from the one before are bold."""
+    rows, before = [], None
+    for task, known, label, score in answers:
+        changed = " class='changed'" if label != before else ""
+        rows.append(
+            f"<tr{changed}><td>after task {task} ({known} classes)</td><td>{html.escape(label)}</td>"
+            f"<td>{100 * score:.0f} %</td><td><div class='bar' style='width: {4 * score:.2f}em'></div></td></tr>"
+        )
+        before = label
+    times = len([1 for one, other in zip(answers, answers[1:], strict=False) if one[2] != other[2]])
+    said = "It has never changed." if not times else f"It has changed {times} time{'s' if times > 1 else ''}."
+    return f"<table>{''.join(rows)}</table><p>{said} A class cannot be the answer before its task.</p>"
+
+
+def title(classifier: PromptClassifier, run: str) -> str:
+    """Return what was learned, and by what; the last part of the run's name for an adapter without a run."""
+    results, manifest = classifier.results, classifier.manifest
+    if results is None or manifest is None:
+        return public_name(run)
+    method, projection = results.get("method", "A model"), results.get("projection", "none")
+    by = METHODS.get(method, method.replace("_", " "))
+    protected = PROJECTIONS.get(projection, f"{projection} projection")
+    names = [public_name(name) for name in dataset_names(manifest)]
+    digits = manifest["label_names"] == list(embedded.DIGIT_NAMES)
+    data = "handwritten digits" if digits else " and ".join(names) or f"{len(manifest['label_names'])} classes"
+    tasks = finished_tasks(results)
+    return f"{by}{f' with {protected}' if protected else ''} on {data}, after {tasks} task{'s' if tasks > 1 else ''}"
+
+
+def kept_samples(run: str, manifest: dict[str, Any] | None) -> list[tuple[Image.Image, str]]:
+    """Return the test images that a local run has kept, with their class names, in the order of the tasks."""
+    if manifest is None or not Path(run).is_dir():
+        return []
+    found: dict[int, list[Path]] = {}
+    for path in RunFolder(run).samples():
+        if match := SAMPLE.fullmatch(path.name):
+            found.setdefault(int(match[1]), []).append(path)
+    names, order = manifest["label_names"], dict.fromkeys(c for task in manifest["tasks"] for c in task["classes"])
+    return [(Image.open(path).convert("RGB"), names[c]) for c in order for path in found.get(c, ())]
 
 
 def find_tasks(run: str) -> list[int]:
@@ -146,7 +218,7 @@ def build(gr: Any, revisions: Revisions, title: str) -> Any:
     """
     first, last, images = revisions.tasks[0], revisions.tasks[-1], revisions.samples
     with gr.Blocks(title=title, analytics_enabled=False) as page:
-        gr.Markdown(f"# {html.escape(title)}\nWhat the run predicts after each of its tasks. No task id is given.")
+        gr.Markdown(f"# {html.escape(title)}\nWhat it predicts after each of its tasks. No task id is given.")
         with gr.Row():
             with gr.Column():
                 image = gr.Image(
@@ -166,6 +238,10 @@ def build(gr: Any, revisions: Revisions, title: str) -> Any:
                 text = gr.HTML(elem_id="known")
                 label = gr.Label(num_top_classes=TOP, label="Prediction", elem_id="prediction")
                 strip = gr.HTML(label="Selected prompts", show_label=True, container=True, elem_id="prompts")
+                history = gr.HTML(
+                    label="The answer over the tasks", show_label=True, container=True, visible=first < last,
+                    elem_id="history",
+                )  # fmt: skip
 
         def pick(event: gr.SelectData) -> Image.Image:
             return images[event.index][0]
@@ -173,6 +249,8 @@ def build(gr: Any, revisions: Revisions, title: str) -> Any:
         gallery.select(pick, None, image, show_progress="hidden", api_visibility="private")
         changes = [page.load, slider.change, image.change]
         gr.on(changes, revisions.show, [slider, image], [text, label, strip], show_progress="minimal",
+              trigger_mode="always_last", concurrency_limit=1, api_visibility="private")  # fmt: skip
+        gr.on([page.load, image.change], revisions.history, [image], [history], show_progress="minimal",
               trigger_mode="always_last", concurrency_limit=1, api_visibility="private")  # fmt: skip
     return page
 
@@ -200,7 +278,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, description
     with tempfile.TemporaryDirectory() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         try:
-            page = build(gr, Revisions(run, args.backbone), run)
+            revisions = Revisions(run, args.backbone)
+            page = build(gr, revisions, revisions.title)
             page.launch(
                 server_port=args.port, share=args.share == "true", show_error=True, ssr_mode=False, footer_links=[],
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), css=CSS,

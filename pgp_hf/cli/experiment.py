@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from ..data.stream import TaskStream
 from ..methods.projected_prompts import check_projection
 from ..projection import ProjectionConfig
 from ..report import figures
-from ..report.formatting import MISSING, as_measured
+from ..report.formatting import MISSING, WIDTH, as_measured, fill
 from ..report.table import plain
 from ..report.verdict import frozen_wins, verdict
 from ..runs.atomic import write_json
@@ -36,7 +35,6 @@ from .recipes import as_published
 Results = dict[str, dict[str, Any]]  # by the name of the row
 MakeModel = Callable[[Arguments, TaskStream], PeftModel]
 TWIN, PUBLISHED = "baseline", "published"  # their folders, in that of the run
-WIDTH = 100  # columns of a terminal
 SHOWN = 5  # at most, of tasks for which there is no room in a table
 
 
@@ -226,11 +224,10 @@ def print_comparison(rows: Results, output_dir: Path, refused: Mapping[str, str]
     print(table(rows))
     refused = refused or {}
     for name, reason in refused.items():
-        print(f"\nno row {name}: {reason}")
+        print("\n" + fill(f"no row {name}: {reason}"))
     content = {**rows, **{name: {"refused": why} for name, why in refused.items()}}
     write_json(output_dir / "comparison.json", content, rows=True)
-    trained = {name: row for name, row in rows.items() if "method" in row}
-    figures.task_curves(trained, output_dir / "figures" / "comparison.png")
+    figures.comparison(rows, output_dir / "figures" / "comparison.png")
 
 
 def report(rows: Results, runs: list[Planned], name: str) -> None:
@@ -262,7 +259,7 @@ def report(rows: Results, runs: list[Planned], name: str) -> None:
     no_source = not (arguments.model.model_name_or_path or arguments.data.dataset_name or arguments.data.train_dir)
     for text in (frozen_wins(rows, embedded=no_source), verdict(own, twin) if twin else None):
         if text:
-            print("\n" + textwrap.fill(text, WIDTH, break_on_hyphens=False))
+            print("\n" + fill(text))
 
 
 def _trained_head(row: dict[str, Any]) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 
-from .console import WIDTH
+from ..report.formatting import WIDTH
 
 _INDENT = 32  # of an option's text
 
@@ -100,8 +100,9 @@ also|{also}""",
 }
 _OWN = {"repo": "--hub_model_id OWNER/NAME", "epochs": " (default: 5)", "seed": " (default: 42)"}
 _ALSO = """per_device_train_batch_size per_device_eval_batch_size augmentation lr_scheduler_type optim later_prompt_learning_rate compensate_drift \
-reinit_optimizer train_mask eval_mask crop_min_scale cache_queries verify_images save_strategy save_full_weights \
-hub_model_id hub_private_repo hub_strategy hub_base_model hub_exemplars hub_wait"""
+reinit_optimizer train_mask eval_mask crop_min_scale last_block skip_fixed crop_views cache_queries query_cache query_cache_gb \
+verify_images save_strategy save_full_weights figures keep_samples hub_model_id hub_private_repo hub_strategy \
+hub_base_model hub_exemplars hub_license hub_wait"""
 _PROMPTS = {
     **_OWN,
     "output": " (default: out/{method}_pgp, or out/{method}_PRESET)",

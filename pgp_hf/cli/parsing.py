@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 from transformers import HfArgumentParser
 
 from .. import presets
-from ..report.formatting import one_line, printable
+from ..report.formatting import WIDTH, one_line, printable
 from ..training.arguments import PGPTrainingArguments
 from ..tuners.base.config import PromptConfig
 from . import helping
 from .arguments import Arguments, DataArguments, ModelArguments, RunArguments
 from .config_file import CommandLine, expand, refuse_unknown
-from .console import WIDTH
 from .dry_run import describe
 from .recipes import recipe
 

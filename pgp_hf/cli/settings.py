@@ -32,6 +32,9 @@ QUIET = {  # may differ from a finished run's, since they change no number
     "logging_strategy",
     "run_name",
     "verify_images",
+    "figures",
+    "keep_samples",
+    "hub_license",
     "query_cache_gb",
 }
 

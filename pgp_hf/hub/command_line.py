@@ -31,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also upload training images that the run stores (memory_stores 'images')",
     )
+    parser.add_argument("--license", help="id of the license that the cards name, such as apache-2.0; none by default")
     parser.add_argument(
         "--wait",
         type=float,
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
             private=args.private,
             base_model=args.base_model,
             exemplars=args.exemplars,
+            license=args.license,
             wait=args.wait,
             say=lambda line: print(line, flush=True),
         )

@@ -11,6 +11,7 @@ stores follow only with `--exemplars`.
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping
@@ -82,6 +83,7 @@ class TaskRepo:
         base_model: Hub id of a backbone that was loaded from a local folder.
         new_run: whether the run is just starting, so that the repository must not hold any task of it yet.
         exemplars: whether training images that the run stores are uploaded too.
+        license: id of the license that the cards name, such as "apache-2.0"; by default they name none.
         origin: the revision that the run goes on from, if it is on the Hub: its tasks are not uploaded.
     """
 
@@ -91,6 +93,7 @@ class TaskRepo:
     base_model: str | None = None
     new_run: bool = False
     exemplars: bool = False
+    license: str | None = None
     origin: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -100,6 +103,10 @@ class TaskRepo:
                     validate_repo_id(value)
             except HFValidationError as error:
                 raise ValueError(f"{name}={value!r} is not 'name' or 'owner/name' on the Hub: {error}") from error
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            raise ValueError(
+                f"license={self.license!r} is not the id of a license as the Hub writes them: 'apache-2.0', 'mit', 'other'."
+            )
         self._api = HfApi(token=self.token)
 
     @property
@@ -146,7 +153,12 @@ class TaskRepo:
             return Outcome.ELSEWHERE
         with tempfile.TemporaryDirectory(prefix="pgp_hf-") as copy, disable_progress_bars():
             files = snapshot(
-                folder, Path(copy), repo_id=self.repo_id, base_model=self.base_model, exemplars=self.exemplars
+                folder,
+                Path(copy),
+                repo_id=self.repo_id,
+                base_model=self.base_model,
+                exemplars=self.exemplars,
+                license=self.license,
             )
             wanted = {path: Path(copy) / path for path in files}
             if tag in tags:
@@ -259,6 +271,7 @@ def push(
     private: bool | None = None,
     base_model: str | None = None,
     exemplars: bool = False,
+    license: str | None = None,
     wait: float = WAIT,
     say: Callable[[str], None] = lambda line: None,
 ) -> Pushed:
@@ -270,7 +283,7 @@ def push(
 
     Args:
         output_dir: the run's folder.
-        repo_id, token, private, base_model, exemplars: as for [`TaskRepo`].
+        repo_id, token, private, base_model, exemplars, license: as for [`TaskRepo`].
         wait: seconds without progress after which to give up.
         say: receives a line for each task.
 
@@ -283,7 +296,9 @@ def push(
     tasks = folder.finished_tasks()
     if not tasks:
         raise ValueError(f"{folder.root} holds no finished task (task-1): give the output_dir of a run.")
-    repo = TaskRepo(repo_id, token, private, base_model, exemplars=exemplars, origin=origin_of(folder))
+    repo = TaskRepo(
+        repo_id, token, private, base_model, exemplars=exemplars, license=license, origin=origin_of(folder)
+    )
     tags: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
 
     def put(t: int) -> None:
@@ -310,6 +325,7 @@ def command(output_dir: str | Path, repo: TaskRepo) -> str:
     parts += ["--private"] if repo.private else ["--no-private"] if repo.private is False else []
     parts += ["--base_model", repo.base_model] if repo.base_model else []
     parts += ["--exemplars"] if repo.exemplars else []
+    parts += ["--license", repo.license] if repo.license else []
     return shlex.join(parts)
 
 

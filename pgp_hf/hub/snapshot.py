@@ -72,7 +72,13 @@ def is_ours(path: str, exemplars: bool = False) -> bool:
 
 
 def snapshot(
-    folder: Path, target: Path, *, repo_id: str, base_model: str | None = None, exemplars: bool = False
+    folder: Path,
+    target: Path,
+    *,
+    repo_id: str,
+    base_model: str | None = None,
+    exemplars: bool = False,
+    license: str | None = None,
 ) -> list[str]:
     """Copy a finished task to `target` as it is uploaded.
 
@@ -87,6 +93,7 @@ def snapshot(
         repo_id: the repository that the copy is for.
         base_model: Hub id of a backbone that was loaded from a local folder.
         exemplars: copy stored images as well.
+        license: for the card, which claims none without.
 
     Returns:
         The files, by their path in the repository.
@@ -111,7 +118,7 @@ def snapshot(
             # an earlier version wrote, and perhaps uploaded, results in the other form
             write_json(target / path, public, rows=path == RESULTS and digests is not None)
     contents[config]["base_model_name_or_path"] = named or base  # a card shows the last part of a local path
-    model_card.save_card(target / CARD, *contents.values(), repo_id=repo_id)
+    model_card.save_card(target / CARD, *contents.values(), repo_id=repo_id, license=license)
     if digests is not None:
         _public_digests(digests, target).write(target)
     return listed(target, exemplars)

@@ -146,12 +146,14 @@ class MethodCard:
         sentence: what it does, in one sentence.
         limits: what it does not promise, a sentence each.
         citation: of its paper; None for none.
+        shared: whether all tasks share what learns; False where each has an expert of its own.
     """
 
     title: str
     sentence: str
     limits: tuple[str, ...] = ()
     citation: str | None = None
+    shared: bool = True
 
 
 @dataclass

@@ -177,6 +177,7 @@ class DERMCG(ExemplarMethod):
             ),
             citation="Yan et al., DER: Dynamically Expandable Representation for Class Incremental Learning, CVPR 2021; "
             "gate: the code in github.com/CSIncWW/MultiCentroidGate",
+            shared=False,
         )
 
     def check(self, model: StreamModel) -> None:

@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .. import embedded
 from ..data.scenarios import SCENARIOS, Scenario
 from ..runs.atomic import replacing
 from ..runs.checks import finished_tasks, first_task
 from ..runs.digest import BACKBONE_KEYS
-from ..runs.folder import METHOD, PROCESSOR
+from ..runs.folder import DESCRIPTION, MANIFEST, METHOD, PROCESSOR, RESULTS, config_name
 from ..runs.reading import read_json
 from .figures import figure_names
-from .formatting import NOT_MEASURED, as_text
+from .formatting import NOT_MEASURED, as_number, as_text, is_number
 from .learning import Learning, describe_learning
 from .made import WHOLE, Made, describe_adapter, describe_whole
-from .names import is_hub_id, is_owned, name_model, public_name
+from .names import is_owned, name_model, public_name
 from .numbers import eval_results, run_rows, task_rows
 from .sentences import (
     dataset_names,
@@ -78,6 +77,7 @@ def render_card(
     processor: Mapping[str, Any] | None = None,
     figures: Iterable[str] | None = None,
     repo_id: str | None = None,
+    license: str | None = None,
 ) -> ModelCard:
     """Render the card of a run, or of one of its `task-<t>` revisions.
 
@@ -92,6 +92,7 @@ def render_card(
         figures: names of the files in `figures/`; by default those that `pgp_hf.report.figures.save_figures` writes.
         repo_id: the repository that the card is for; it names the model and appears in the code, with the tag
             `task-<t>`.
+        license: its id on the Hub, such as "apache-2.0"; without one, the card claims none.
 
     Returns:
         The card. Its `model-index` holds average accuracy and forgetting, as far as they were measured.
@@ -111,7 +112,7 @@ def render_card(
     own_processor = processor is not None
     present = figure_names(results) if figures is None else set(figures)
     return ModelCard.from_template(
-        _metadata(run, name),
+        _metadata(run, name, license),
         template_str=_template().read_text(encoding="utf-8"),
         title=name,
         figures={figure: about for figure, about in _figure_texts(run).items() if figure in present},
@@ -134,6 +135,7 @@ def save_card(
     *,
     method: Mapping[str, Any] | None = None,
     repo_id: str | None = None,
+    license: str | None = None,
 ) -> Path:
     """Write [`render_card`]'s card to `path` (a `README.md`), over the stub that PEFT leaves there; return `path`.
 
@@ -144,19 +146,38 @@ def save_card(
         ValueError, FileNotFoundError: as [`render_card`] does; an earlier card then stays as it was.
     """
     folder = Path(path).parent
-    card = render_card(
-        results,
-        manifest,
-        adapter_config,
-        projection,
+    contents = results, manifest, adapter_config, projection
+    card = _render_in(folder, *contents, method=method, repo_id=repo_id, license=license)
+    with replacing(path) as part:
+        part.write_text(str(card), encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+def card_of(folder: Path) -> ModelCard:
+    """Return the card of a task's folder, or of a copy of one, according to the files and figures in it now.
+
+    Raises:
+        ValueError, FileNotFoundError: as [`render_card`] does, or for a file that cannot be read.
+    """
+    names = (RESULTS, MANIFEST, config_name(folder), DESCRIPTION)
+    return _render_in(folder, *(read_json(folder / name) for name in names))
+
+
+def _render_in(
+    folder: Path,
+    *contents: Any,
+    method: Mapping[str, Any] | None = None,
+    repo_id: str | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    return render_card(
+        *contents,
         method=_read_if_present(folder / METHOD) if method is None else method,
         processor=_read_if_present(folder / PROCESSOR),
         figures=[file.name for file in folder.glob("figures/*.png")],
         repo_id=repo_id,
+        license=license,
     )
-    with replacing(path) as part:
-        part.write_text(str(card), encoding="utf-8", newline="\n")
-    return Path(path)
 
 
 def _read_if_present(path: Path) -> dict[str, Any] | None:
@@ -226,15 +247,13 @@ def _need(source: Mapping[str, Any], key: str, name: str) -> Any:
     return source[key]
 
 
-def _metadata(run: _Run, name: str) -> ModelCardData:
+def _metadata(run: _Run, name: str, license: str | None) -> ModelCardData:
     kind = ["prompt-tuning"] if run.adapter.prompts else []
-    # a whole model contains the weights that it started from, which have a license of their own
-    licensed = not run.whole or not run.base or embedded.resolve(run.base) is not None
     return ModelCardData(
         library_name=run.made.library,
-        base_model=run.base if is_hub_id(run.base) else None,
+        base_model=run.base if is_owned(run.base) else None,
         pipeline_tag="image-classification",
-        license="apache-2.0" if licensed else None,
+        license=license,
         tags=[
             "continual-learning",
             *kind,
@@ -291,7 +310,11 @@ def _opening(run: _Run, repo_id: str | None) -> dict[str, Any]:
         "adapter": run.adapter,
         "made": run.made,
         "learning": run.learning,
-        "limits": [*([] if run.as_one else run.made.shared), *run.made.limits, *run.learning.limits],
+        "limits": [
+            *([] if run.as_one or not run.learning.shared else run.made.shared),
+            *run.made.limits,
+            *run.learning.limits,
+        ],
         "num_tasks": run.num_tasks,
         # after the last task those that it knows, since a stream that goes on may have names without images
         "num_classes": known or run.num_classes if run.trained == run.num_tasks else run.num_classes,
@@ -314,7 +337,7 @@ def _protocol(run: _Run, processor: Mapping[str, Any] | None) -> dict[str, Any]:
         "scenario": run.scenario,
         "class_order": describe_class_order(run.manifest),
         "preprocessing": describe_preprocessing(processor),
-        "head": describe_head(run.adapter, run.config, _compensated(run)),
+        "head": describe_head(run.adapter, run.config, _compensated(run), run.learning, run.as_one),
         "eval_mask": mask,
         "evaluation": describe_evaluation(run.scenario, mask, run.num_classes),
         "seed": as_text(run.results.get("seed")),
@@ -332,13 +355,24 @@ def _figure_texts(run: _Run) -> dict[str, str]:
     return {
         "accuracy_matrix.png": f"Accuracy on each task after {'all of them' if run.as_one else 'each task'}",
         "task_curves.png": "Average accuracy and forgetting after each task",
+        "forgetting_by_task.png": "Accuracy on each earlier task, at its best and now",
         "stability.png": f"Drift of old features{rank} after each task",
         "prompt_usage.png": "Pool entries that each task's test images select",
+        "prompts_and_keys.png": "Movement of prompts and keys with the tasks",
     }
 
 
 def _protected(run: _Run) -> bool:
     return any(run.results.get("projection_rank") or [])
+
+
+def _calibration(results: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return the calibration errors before and after, in percentage points; None where they were not measured."""
+    errors = results.get("calibration_error") or {}
+    before, after = errors.get("before"), errors.get("after")
+    if not (is_number(before) and is_number(after)):
+        return None
+    return {"before": as_number(100 * before, 1), "after": as_number(100 * after, 1)}
 
 
 def _numbers(run: _Run) -> dict[str, Any]:
@@ -356,4 +390,5 @@ def _numbers(run: _Run) -> dict[str, Any]:
         "changed": bool(run.results.get("changed_selections")),
         "protected": _protected(run),
         "without_drift": tasks_without_drift(run.results),
+        "calibration": _calibration(run.results),
     }

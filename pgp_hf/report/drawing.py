@@ -1,7 +1,7 @@
 """Draw the parts of figures: lines that can be told apart without colour, panels, heat-maps, files.
 
-Drawn through matplotlib's object API, so that pyplot's global state stays untouched and no display is needed; every PNG
-is written to a temporary file first and then moved into place.
+Drawn through matplotlib's object API, so that pyplot's global state stays untouched and no display is needed; every file
+is written to a temporary one first and then moved into place, with the same bytes for the same content.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ _COLOURS = (
 )  # Okabe and Ito, the palest last
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # one fewer than markers: pairs repeat only after 30 lines
-_DPI = 120
+_DPI = 200
 _GREY = "#555555"
+_REFERENCES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 2.5)), (0, (8, 2, 2, 2, 2, 2)))
 _DIRECT = 5, 16  # the most lines, and letters in a name, with which names are written at the lines' ends
 
 
@@ -50,6 +51,14 @@ def line_looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {
         label: {"color": colour, "marker": marker, "linestyle": dash}
         for label, (colour, marker, dash) in zip(labels, looks, strict=False)
+    }
+
+
+def reference_looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the look of each line that others are compared with: thin and grey, without markers; dashes tell six apart."""
+    return {
+        label: {"color": "#777777", "marker": "", "linestyle": dash, "linewidth": 1.1, "zorder": 1.5}
+        for label, dash in zip(labels, cycle(_REFERENCES), strict=False)
     }
 
 
@@ -68,6 +77,14 @@ def dress_panel(axes: Axes, title: str, below: str) -> None:
     axes.tick_params(labelsize=9)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(below, fontsize=9, color=_GREY)
+
+
+def grid_of_panels(fig: Figure, rows: int, columns: int, used: int, **shared: Any) -> tuple[list[Axes], Axes | None]:
+    """Return the first panels of a grid, and one of the places without a panel, which stay blank; None if there is none."""
+    grid = list(fig.subplots(rows, columns, squeeze=False, **shared).ravel())
+    for axes in grid[used:]:
+        axes.set_axis_off()
+    return grid[:used], grid[used] if used < len(grid) else None
 
 
 def scale_y(axes: Axes, values: Values, span: float, from_zero: bool, whole: bool = False) -> None:
@@ -93,19 +110,37 @@ def scale_y(axes: Axes, values: Values, span: float, from_zero: bool, whole: boo
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=whole))
 
 
-def number_tasks(axes: Axes, tasks: int) -> None:
-    """Set an x axis of tasks, counted from 1."""
-    places, labels = _ticks(tasks, most=10)
+def number_tasks(axes: Axes, tasks: int, known: Sequence[int] | None = None) -> str:
+    """Set an x axis of tasks, counted from 1, and return its title.
+
+    Args:
+        axes: the panel.
+        tasks: how many there are.
+        known: classes that are known after each of them, written below the numbers of the tasks.
+    """
+    places, labels = number_ticks(tasks, most=10, counts=known, between="\n")
     axes.set_xticks([place + 1 for place in places], labels)
     margin = min(0.3, 0.06 * (tasks - 1)) or 0.3
     axes.set_xlim(1 - margin, tasks + margin)
+    return "after task" if known is None else "after task (classes known)"
 
 
-def _ticks(count: int, most: int = 24) -> tuple[list[int], list[str]]:
-    """Return positions (0-based) and labels (1-based): all of them up to `most`, else the first and round numbers."""
+def number_ticks(
+    count: int, most: int = 24, counts: Sequence[int] | None = None, between: str = " "
+) -> tuple[list[int], list[str]]:
+    """Return positions (0-based) and labels (1-based): all of them up to `most`, else the first and round numbers.
+
+    Args:
+        count: how many places there are.
+        most: up to how many of them all are labelled.
+        counts: number of classes at each place, written in brackets behind the label where there is one for each.
+        between: what stands between label and brackets.
+    """
     step = next(step for step in (1, 5, 10, 50, 100, 500, count) if count <= most * step)
     numbers = sorted({1, *range(step, count + 1, step)})
-    return [number - 1 for number in numbers], [str(number) for number in numbers]
+    if counts is None or len(counts) < count:
+        return [number - 1 for number in numbers], [str(number) for number in numbers]
+    return [number - 1 for number in numbers], [f"{number}{between}({counts[number - 1]})" for number in numbers]
 
 
 # ---- names of lines -------------------------------------------------------------------------------------------------
@@ -148,13 +183,23 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-def add_legend(fig: Figure, grid: Sequence[Axes], columns: int) -> None:
-    """Add one legend above all panels, with an entry for each label: a line may be absent from a panel."""
+def add_legend(fig: Figure, grid: Sequence[Axes], columns: int, blank: Axes | None = None) -> None:
+    """Add one legend, with an entry for each label: a line may be absent from a panel.
+
+    Args:
+        fig: the figure.
+        grid: its panels.
+        columns: the most entries side by side.
+        blank: a place without a panel, which then holds the legend; otherwise it is above all panels.
+    """
     found: dict[str, Artist] = {}
     for axes in grid:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if not found:  # panels of what both heads share, whose line needs no name
+        return
+    if blank is not None:
+        blank.legend(list(found.values()), list(found), loc="center", frameon=False, handlelength=3.5)
         return
     fit = int(fig.get_figwidth() / (0.95 + 0.085 * max(map(len, found))))  # inches: line and gaps, then letters
     fig.legend(
@@ -167,7 +212,14 @@ def add_legend(fig: Figure, grid: Sequence[Axes], columns: int) -> None:
 
 
 def heat_map(
-    values: Values, *, low: float, high: float, bar: str, decimals: int, lacking: NDArray[np.bool_]
+    values: Values,
+    *,
+    low: float,
+    high: float,
+    bar: str,
+    decimals: int,
+    lacking: NDArray[np.bool_],
+    classes: tuple[Sequence[int] | None, Sequence[int] | None] = (None, None),
 ) -> tuple[Figure, Axes]:
     """Draw a heat-map, with numbers in the cells while they fit.
 
@@ -177,6 +229,7 @@ def heat_map(
         bar: title of the colour scale.
         decimals: of the numbers.
         lacking: cells to hatch as not measured, `(rows, columns)`.
+        classes: numbers of classes to write beside the numbers of the rows and below those of the columns.
     """
     import matplotlib
     from matplotlib.ticker import MaxNLocator
@@ -202,8 +255,8 @@ def heat_map(
                 j, i, f"{values[i, j]:.{decimals}f}", ha="center", va="center", fontsize=8,
                 color="white" if dark else "black", in_layout=False,
             )  # fmt: skip
-    axes.set_xticks(*_ticks(columns))
-    axes.set_yticks(*_ticks(rows))
+    axes.set_xticks(*number_ticks(columns, counts=classes[1], between="\n"))
+    axes.set_yticks(*number_ticks(rows, counts=classes[0]))
     axes.tick_params(length=0, labelsize=9)
     axes.spines[:].set_color("#BBBBBB")
     strip = fig.colorbar(
@@ -243,15 +296,34 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=_DPI, layout=layout, facecolor="white")
 
 
-def save_png(fig: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure as PNG, whole or not at all.
+def save(fig: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as PNG, and as SVG beside it, each whole or not at all; return the path of the PNG file.
+
+    Equal content gives equal bytes: neither file holds a date, and names inside the SVG are not drawn at random.
 
     Raises:
         ValueError: `path` does not end in `.png`.
     """
+    import matplotlib
+
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise ValueError(f"figures are PNG files; got {str(path)!r}. Let the name end in .png.")
-    with replacing(path) as part:
-        fig.savefig(part, format="png")
+        raise ValueError(
+            f"figures are PNG files with an SVG beside each; got {str(path)!r}. Let the name end in .png."
+        )
+    with matplotlib.rc_context({"svg.hashsalt": "pgp_hf", "svg.fonttype": "path"}):
+        with replacing(path.with_suffix(".svg")) as part:
+            fig.savefig(part, format="svg", metadata={"Date": None, "Creator": None})
+        layout = fig.get_layout_engine()
+        fig.set_layout_engine("none")  # everything has its place by now, and finding it takes longer than drawing
+        with replacing(path) as part:
+            fig.savefig(part, format="png", metadata={"Software": None})
+        fig.set_layout_engine(layout)
     return path
+
+
+def finish(fig: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """Return a figure, written as [`save`] does where a path is given."""
+    if path is not None:
+        save(fig, path)
+    return fig

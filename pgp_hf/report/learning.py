@@ -55,6 +55,7 @@ class Learning(NamedTuple):
         limits: what the method does not guarantee, a sentence each.
         keeps_no_images: whether no image of an older task was kept.
         adjusts: whether the method corrects the model's scores.
+        shared: whether all tasks share what learned.
     """
 
     name: str | None
@@ -67,6 +68,7 @@ class Learning(NamedTuple):
     limits: Sequence[str]
     keeps_no_images: bool
     adjusts: bool = False
+    shared: bool = True
 
 
 def describe_learning(
@@ -102,6 +104,7 @@ def describe_learning(
         limits=[as_sentence(limit) for limit in card.get("limits") or []],
         keeps_no_images=False,
         adjusts=bool(method.get("adjusts_logits")),
+        shared=bool(card.get("shared", True)),  # which earlier versions did not note
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from huggingface_hub import EvalResult
 
 from ..runs.checks import first_task
 from .formatting import MISSING, as_measured, as_text, escape, is_number, one_line
-from .names import public_name
+from .names import is_owned, public_name
 
 _SUMMARY = {
     "average_accuracy": "Average accuracy",
@@ -103,7 +102,7 @@ def eval_results(results: Mapping[str, Any], datasets: Sequence[str], trained: i
         EvalResult(
             task_type="image-classification",
             task_name="Image classification",
-            dataset_type=re.sub(r"[^\w./-]+", "-", public).strip("-") or "unnamed",  # as ids on the Hub are written
+            dataset_type=datasets[0] if len(datasets) == 1 and is_owned(datasets[0]) else "other",  # an id on the Hub
             dataset_name=f"Split {public.split('/')[-1]} ({num_tasks} tasks, {scenario.replace('_', '-')}{so_far})",
             dataset_split="test",
             dataset_args={"scenario": scenario, "num_tasks": num_tasks, "seed": results.get("seed")},

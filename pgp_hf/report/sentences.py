@@ -15,6 +15,7 @@ from .names import is_hub_id, name_dataset, public_name
 
 if TYPE_CHECKING:
     from ..tuners.base.card import AdapterCard
+    from .learning import Learning
 
 _EVAL_MASKS = {
     "seen": 'no task id is given; logits of classes not yet seen are masked (`eval_mask="seen"`)',
@@ -24,20 +25,37 @@ _EVAL_MASKS = {
 }
 
 
-def describe_head(adapter: AdapterCard, config: Mapping[str, Any], compensated: bool) -> str:
+def describe_head(
+    adapter: AdapterCard,
+    config: Mapping[str, Any],
+    compensated: bool,
+    learning: Learning | None = None,
+    as_one: bool = False,
+) -> str:
     """Describe the classifier and its input.
 
     Args:
         adapter: description of the adapter, or of what learned of a whole model.
         config: content of `adapter_config.json`, or of a whole model's `config.json`.
         compensated: whether the means of older classes were moved with the features' drift.
+        learning: how the tasks were learned.
+        as_one: whether they were learned as one.
     """
     if config.get("head") != "statistics":
-        return adapter.head
-    later = "shifted since then by the drift estimated from later tasks' images" if compensated else "never refreshed"
+        if learning is None or not learning.adjusts:
+            return adapter.head
+        own = adapter.head if learning.shared else "one for each expert"
+        return f"{own}; the method computes the final scores"
+    if as_one:
+        gathered = "gathered from the training images of all tasks at the end"
+    else:
+        later = (
+            "shifted since then by the drift estimated from later tasks' images" if compensated else "never refreshed"
+        )
+        gathered = f"gathered from the training images when their task ended and {later}"
     return (
         f"class statistics of {adapter.features}: the mean of each class and one covariance for all (shrinkage "
-        f"{as_text(config.get('shrinkage'))}), gathered from the training images when their task ended and {later}; "
+        f"{as_text(config.get('shrinkage'))}), {gathered}; "
         f"linear discriminant analysis in closed form. Also saved: {adapter.trained_head} used in training"
     )
 

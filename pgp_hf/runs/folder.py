@@ -2,6 +2,7 @@
 
 output_dir/  the last finished task's files (large ones as hard links), and
   task-1/ ... task-T/   the same files as they were when each task ended
+  samples/class-0-1.png ...         test images of each class, where the run was asked to keep some
   features/task-1.safetensors ...   head inputs and pool entries of each task's test images when it ended
   checkpoints/task-t/checkpoint-N/  checkpoints of the task in training, removed when it ends; see `runs.checkpoint`
   queries/              queries of images, which hold for any run; see `training.queries`
@@ -37,6 +38,7 @@ EXEMPLARS = "exemplars.safetensors"  # images, where the method keeps some and t
 MANIFEST, RESULTS = "stream.json", "results.json"
 DIGESTS = "digests.json"  # of all other files of a task, written last
 FEATURES, CHECKPOINTS, CONTINUED, QUERIES = "features", "checkpoints", "continued.json", "queries"
+SAMPLES, SAMPLE = "samples", re.compile(r"class-(\d+)-(\d+)\.png")  # test images that a run has kept on request
 COPYING = ".copying"
 LARGE = (MODEL, EXEMPLARS)  # by default kept for the newest task alone
 TASK = re.compile(r"task-([1-9]\d{0,5})")
@@ -44,13 +46,27 @@ TASK = re.compile(r"task-([1-9]\d{0,5})")
 # what a task's folder holds, and the top level
 _RUN = (RESULTS, MANIFEST, BASES, DESCRIPTION, METHOD_STATE, METHOD, DIGESTS)  # nobody else has them
 _STATE = (*_RUN, ADAPTER_CONFIG, ADAPTER, MODEL_CONFIG, MODEL)
-_FIGURES = ("accuracy_matrix", "task_curves", "stability", "prompt_usage")
+_FIGURES = tuple(
+    f"figures/{name}.{suffix}"
+    for name in (
+        *("accuracy_matrix", "task_curves", "forgetting_by_task", "stability"),
+        *("prompt_usage", "prompts_and_keys"),
+    )
+    for suffix in ("png", "svg")
+)
 _TASK_FILES = (
     *(*_STATE, EXEMPLARS, PROCESSOR, "processor_config.json", "README.md"),
-    *(f"figures/{name}.png" for name in _FIGURES),
+    *_FIGURES,
 )
 # what else is written to the top level, whose temporary files are swept
-_ALSO_SWEPT = (CONTINUED, "comparison.json", "figures/comparison.png", "settings.json", "frozen.json")
+_ALSO_SWEPT = (
+    CONTINUED,
+    "comparison.json",
+    "figures/comparison.png",
+    "figures/comparison.svg",
+    "settings.json",
+    "frozen.json",
+)
 _UNPUBLISHED = re.compile(TASK.pattern.join((r"\.", r"-[a-z0-9_]{8}")))  # as `mkdtemp` calls folders
 _ASIDE = re.compile(TASK.pattern.join((r"\.", r"\.aside")))
 
@@ -77,6 +93,14 @@ class RunFolder:
     def features(self, t: int) -> Path:
         """Return the file with the features of task t's test images."""
         return self.root / FEATURES / f"task-{t + 1}.safetensors"
+
+    def samples(self) -> list[Path]:
+        """Return the test images that the run has kept, by class and number."""
+        found = {path: SAMPLE.fullmatch(path.name) for path in (self.root / SAMPLES).glob("class-*.png")}
+        return sorted(
+            (path for path, match in found.items() if match),
+            key=lambda path: [int(number) for number in SAMPLE.fullmatch(path.name).groups()],  # type: ignore[union-attr]  # matched
+        )
 
     def checkpoints(self, t: int) -> Path:
         """Return the folder of task t's checkpoints."""
@@ -205,6 +229,7 @@ class RunFolder:
                 removal.remove(self.task(t), self._written(self.task(t)))
         features = [self.features(t) for t in self._features()]
         removal.remove(self.root / FEATURES, [path.name for path in features])
+        removal.remove(self.root / SAMPLES, [path.name for path in self.samples()])
         removal.remove(self.root, [*top, COPYING, CONTINUED])
         if not self.is_empty():
             raise ValueError(
@@ -270,6 +295,8 @@ class RunFolder:
             temporary.write_text(f"{self.task(t).name}\n", encoding="utf-8")
         task = self.task(t)
         listed = removal.listed(task / DIGESTS)
+        earlier = removal.listed(self.root / DIGESTS)
+        removal.remove(self.root, [name for name in _FIGURES if name in earlier and name not in listed])
         for name in sorted(
             {*listed, DIGESTS} if listed else self._written(task), key=lambda name: (name == DIGESTS, name)
         ):

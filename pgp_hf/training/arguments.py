@@ -44,6 +44,9 @@ class PGPTrainingArguments(TrainingArguments):
         query_cache: folder that queries are kept in, which runs may share; `queries` in `output_dir` by default.
         query_cache_gb: largest size of that folder in GB; 0 keeps queries in memory alone.
         verify_images: decode every image once before training starts.
+        figures: draw figures when each task ends ("each"), when the last one does ("last"), or not at all ("none");
+            `pgp_hf.report.on_demand.draw_run` draws those of a finished run on demand.
+        keep_samples: test images of each class to keep in `output_dir/samples`, for `pgp-hf demo`; they are not uploaded.
         overwrite_output_dir: delete an earlier run in `output_dir`.
         save_full_weights: for a model that is not an adapter, whose folders hold all of its weights: keep those of the
             last finished task ("last") or of every task ("all"); likewise images that a method stores.
@@ -51,6 +54,7 @@ class PGPTrainingArguments(TrainingArguments):
         hub_strategy: "every_save" uploads a task as soon as it is finished, "end" all tasks after the last.
         hub_base_model: Hub id of the backbone, named in uploads of a run on a local folder.
         hub_exemplars: upload the images that a method stores (`memory_stores="images"`) as well.
+        hub_license: id of the license that uploaded cards name, such as "apache-2.0"; by default they name none.
         hub_wait: longest wait, in seconds, for uploads that are under way when the last task ends.
 
     All other arguments are those of `TrainingArguments`. Trackers, named by `report_to`, see the stream as one run, whose
@@ -153,6 +157,19 @@ class PGPTrainingArguments(TrainingArguments):
         default=2.0, metadata={"help": "largest size of that folder in GB; 0 keeps queries in memory alone"}
     )
     verify_images: bool = field(default=True, metadata={"help": "decode every image once before training starts"})
+    figures: Literal["each", "last", "none"] = field(
+        default="last",
+        metadata={
+            "help": "draw figures when each task ends, which takes a second or two, when the last one does, or not at all; "
+            "`python -m pgp_hf.report RUN` draws them on demand"
+        },
+    )
+    keep_samples: int = field(
+        default=0,
+        metadata={
+            "help": "test images of each class to keep in output_dir/samples, for `pgp-hf demo` to offer; never uploaded"
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
@@ -207,6 +224,10 @@ class PGPTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "also upload training images that the run stores (memory_stores 'images')"},
     )
+    hub_license: str | None = field(
+        default=None,
+        metadata={"help": "license that uploaded cards name, such as apache-2.0; by default they name none"},
+    )
     hub_wait: float = field(
         default=300.0,
         metadata={"help": "longest wait, in seconds, for uploads that are under way when the last task ends"},
@@ -255,6 +276,7 @@ class PGPTrainingArguments(TrainingArguments):
             base_model=self.hub_base_model,
             new_run=new_run,
             exemplars=self.hub_exemplars,
+            license=self.hub_license,
             origin=origin,
         )
 

@@ -67,6 +67,7 @@ _RANGES = {
     "label_smoothing_factor": Range(0, 1, "it is a share of the target"),
     "eval_delay": Range(0, None, "it counts steps or epochs"),
     "crop_min_scale": Range(0, 1, "it is a share of the image", above=True),
+    "keep_samples": Range(0, None, "it counts images"),
     "crop_views": Range(1, None, "it counts crops of an image"),
     "query_cache_gb": Range(0, None, "0 keeps queries in memory alone"),
     "hub_wait": Range(0, float("inf"), "it is a number of seconds"),

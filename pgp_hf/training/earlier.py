@@ -344,7 +344,7 @@ def _copy_task(source: Path, features: Path, earlier: list[Path], folder: Path) 
         results, manifest, adapter, description = (
             read_json(folder / name) for name in (RESULTS, MANIFEST, config_name(folder), DESCRIPTION)
         )
-        figures.save_figures(results, folder / "figures")
+        figures.save_figures(results, folder / "figures", manifest)
         card.save_card(folder / "README.md", results, manifest, adapter, description)
     if (written := Digests.read(source)) is not None:
         for name in written.checked:

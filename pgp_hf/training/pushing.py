@@ -161,4 +161,5 @@ def push_now(
         private=private,
         base_model=repo.base_model,
         exemplars=repo.exemplars,
+        license=repo.license,
     )

@@ -41,7 +41,7 @@ BEFORE: Mapping[str, Any] = {"crop_views": None, "last_block": "full", "skip_fix
 FREE = (
     "where and how often a run logs, saves and uploads, its devices, processes, data loader workers and evaluation batch "
     "size, the division of a step's images into micro-batches (unless batchwise_prompt is set), cache_queries, query_cache, "
-    "query_cache_gb, verify_images and save_full_weights"
+    "query_cache_gb, verify_images, figures, keep_samples and save_full_weights"
 )
 """Settings that may change when a run is resumed, for error messages."""
 

@@ -34,6 +34,7 @@ from .optimizers import check_optimizer
 from .progress import Progress, task_seed
 from .pushing import PushTasks, check_origin, check_push, push_now
 from .resume import Resumer, check_new, delete_earlier
+from .samples import keep_samples
 from .settings import print_differing, recorded_settings
 from .setup import (
     check_arguments,
@@ -51,7 +52,7 @@ from .setup import (
 from .signals import StopOnSignal, holding
 from .task_trainer import TaskTrainer
 from .tracking import StreamHandler
-from .writing import write_task
+from .writing import folders_to_draw, write_task
 
 Kind = TypeVar("Kind", bound="StreamTrainer")
 
@@ -406,13 +407,16 @@ class StreamTrainer(TaskTrainer):
         if self.is_world_process_zero():
             if tensors := self.progress.references.tensors(t):  # there may be no test image
                 write_tensors(self.folder.features(t), tensors)
-            self.folder.publish(t, partial(self._write_files, features=self.folder.features(t) if tensors else None))
+            keep_samples(self.folder.root, self.stream.test(t), self.args.keep_samples)
+            features = self.folder.features(t) if tensors else None
+            earlier = folders_to_draw(self.args, self.folder, t, self.stream.num_tasks)
+            self.folder.publish(t, partial(self._write_files, features=features, earlier=earlier))
             if self.args.save_full_weights == "last" and not self.args.push_to_hub:  # `PushTasks` waits for the Hub
                 self.folder.drop_large(before=t)
             self.folder.drop_checkpoints()
         self.accelerator.wait_for_everyone()
 
-    def _write_files(self, folder: Path, features: Path | None) -> None:
+    def _write_files(self, folder: Path, features: Path | None, earlier: list[Path] | None) -> None:
         write_task(
             folder,
             model=self._whole_model(),
@@ -422,6 +426,7 @@ class StreamTrainer(TaskTrainer):
             manifest=self.stream.manifest(self.results.num_tasks),
             digest=self._digest,
             features=features,
+            earlier=earlier,
         )
 
     def push_to_hub(  # type: ignore[override]  # it makes several commits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ from ..runs.folder import (
     MODEL,
     MODEL_CONFIG,
     RESULTS,
+    RunFolder,
 )
 from ..runs.reading import read_json, sha256, tensor_shapes
 from ..tuners.base import PromptTuner
+from .arguments import PGPTrainingArguments
 from .progress import Progress
 
 
@@ -48,6 +51,7 @@ def write_task(
     manifest: dict[str, Any],
     digest: dict[str, str],
     features: Path | None = None,
+    earlier: Sequence[Path] | None = None,
 ) -> None:
     """Write the files of a task that has just ended into `folder`, their digests last.
 
@@ -57,6 +61,7 @@ def write_task(
         manifest: content of `stream.json`.
         digest: of the frozen weights, by the names that `results.json` has.
         features: the file with those of the task's test images, as far as there are any.
+        earlier: folders of the tasks before, where figures are drawn; None for no figures.
     """
     file, config = write_model(folder, model)
     if hasattr(processor, "save_pretrained"):
@@ -74,9 +79,16 @@ def write_task(
     digests = {name: sha256(folder / name) for name in written}
     results = {**progress.results.to_dict(), "sha256": {**digests, **digest}}
     write_json(folder / RESULTS, results, rows=True)
-    figures.save_figures(results, folder / "figures")
+    if earlier is not None:
+        figures.save_figures(results, folder / "figures", manifest, [*earlier, folder])
     card.save_card(folder / "README.md", results, manifest, config, description)
     Digests.of(folder, features, known=digests).write()
+
+
+def folders_to_draw(args: PGPTrainingArguments, run: RunFolder, t: int, num_tasks: int) -> list[Path] | None:
+    """Return the folders of the tasks before the 0-based task t if figures are drawn when it ends; else None."""
+    drawn = {"each": True, "last": t == num_tasks - 1, "none": False}[args.figures]
+    return [run.task(k) for k in range(t)] if drawn else None
 
 
 def write_model(folder: Path, model: PeftModel | PreTrainedModel) -> tuple[str, dict[str, Any]]:

@@ -673,8 +673,9 @@ def test_real_processes_terminated_and_resumed(script, local, tmp_path):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Name the figures of the table without drawing them, which takes seconds."""
-    monkeypatch.setattr(figures.report, "accuracy_bands", lambda panels, path: path)
-    monkeypatch.setattr(figures.report, "sensitivity", lambda points, path, usual: path)
+    monkeypatch.setattr(figures.several, "accuracy_bands", lambda panels, path, known: None)
+    monkeypatch.setattr(figures.several, "sensitivity", lambda points, path, usual: None)
+    monkeypatch.setattr(figures.several, "accuracy_and_forgetting", lambda heads, path, known: None)
 
 
 @pytest.fixture
@@ -951,7 +952,14 @@ def test_the_sensitivity_figure_takes_rows_of_one_setting(folder, planned):
     got = [run["heads"]["statistics"]["average_accuracy"] for run in rows["l2p-functional@probes=4"]]
     assert points["probes"][4]["statistics head"] == got and not math.isnan(got[0])
     drawn = figures.figures(rows, folder)
-    assert [path.name for path in drawn] == ["accuracy.png", "sensitivity.png"]
+    assert [path.name for path in drawn] == ["accuracy.png", "protection.png", "sensitivity.png"]
+    assert figures.known_classes(rows) == [2, 4, 6]
+    pairs = figures.protection_panels(rows)
+    assert list(pairs) == ["linear head", "statistics head"]
+    labels = [title + end for title in ("L2P", "DualPrompt", "CLIP") for end in ("", "-PGP")]
+    assert all(list(found) == labels for found in pairs.values())
+    accuracies, forgetting = pairs["linear head"]["L2P-PGP"]
+    assert len(accuracies) == len(forgetting) == 3 and {*map(len, accuracies), *map(len, forgetting)} == {3}
     assert "seeds: energy 3, probes 3;" in drawn[folder / "sensitivity.png"]
     rows["l2p-functional@probes=4"] = [run for run in rows["l2p-functional@probes=4"] if run["seed"] == 1]
     points, _ = figures.sensitivity_points(rows, "l2p-functional")  # paired: the plain row's seed 1 alone

@@ -23,8 +23,9 @@ from huggingface_hub.errors import HTTPError
 from PIL import ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from pgp_hf import ProjectionConfig, TaskStream, embedded, load_pretrained
+from pgp_hf import ProjectionConfig, TaskStream, embedded, hub, load_pretrained
 from pgp_hf.cli import demo as page
+from pgp_hf.runs.folder import RunFolder
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "demo.py"
 
@@ -121,6 +122,66 @@ def test_revisions_of_a_repository_are_its_tags(demo, monkeypatch):
         demo.find_tasks("me/run")
 
 
+def test_the_answer_is_followed_over_the_tasks(demo, run, photo, monkeypatch):
+    revisions = demo.Revisions(str(run))
+    assert revisions.history(None) == "" and demo.Revisions(str(run / "task-2")).history(photo) == ""
+    best = [next(iter(load_pretrained(run, f"task-{t}").classify(photo, top_k=1))).labels[0] for t in (1, 2, 3)]
+    shown = text(revisions.history(photo))
+    for t, one in enumerate(best, start=1):
+        assert re.search(rf"after task {t} \({2 * t} classes\)\s+{one['label']}\s+{100 * one['score']:.0f} %", shown)
+    monkeypatch.setattr(revisions, "load", None)
+    assert text(revisions.history(photo)) == shown  # kept for the image
+    markup = demo.follow([(1, 2, "<a>", 0.5), (2, 4, "<a>", 0.4), (3, 6, "b", 1.0), (4, 8, "<a>", 0.9)])
+    assert markup.count("<tr class='changed'>") == 3 and "It has changed 2 times." in markup and "<a>" not in markup
+    assert "never changed" in demo.follow([(1, 2, "a", 0.5), (2, 4, "a", 0.4)])
+
+
+def test_of_many_tasks_some_are_followed(demo, run, monkeypatch):
+    revisions, asked = demo.Revisions(str(run)), []
+    label = SimpleNamespace(labels=[{"label": "a", "score": 1.0}])
+    fake = SimpleNamespace(classes=[0], classify=lambda image, top_k: (label,))
+    monkeypatch.setattr(revisions, "load", lambda task: asked.append(task) or fake)
+    revisions.tasks = list(range(1, 101))
+    revisions.history("photo.png")
+    assert len(asked) == demo.FOLLOWED and (asked[0], asked[-1]) == (1, 100) and asked == sorted({*asked})
+
+
+@pytest.mark.parametrize(
+    ("results", "names", "source", "expected"),
+    [
+        ({"method": "dualprompt", "projection": "functional"}, ["a"], {"name": "/data/my/birds"},
+         "DualPrompt with functional projection on birds, after 1 task"),
+        ({"method": "l2p", "projection": "none"}, list(embedded.DIGIT_NAMES), None, "L2P on handwritten digits, after 1 task"),
+        ({"method": "null_space_adam"}, ["a", "b"], None, "null space adam on 2 classes, after 1 task"),
+    ],
+)  # fmt: skip
+def test_the_title_is_for_people_and_shows_no_path(demo, results, names, source, expected):
+    manifest = {"label_names": names, "tasks": [{"classes": [0]}], "dataset": source}
+    results = {**results, "accuracy_matrix": [[1.0]], "finished_tasks": 1}
+    assert demo.title(SimpleNamespace(results=results, manifest=manifest), "/home/me/out") == expected
+    assert demo.title(SimpleNamespace(results=None, manifest=None), "/home/me/out") == "out"
+
+
+def test_a_run_keeps_samples_when_asked_alone(demo, run, tmp_path):
+    assert not (run / "samples").exists()
+    folder = tmp_path / "out"
+    trainer = tiny.trainer(folder, num_train_epochs=1, keep_samples=2)
+    trainer.train()
+    stream, kept = trainer.stream, {path.name for path in RunFolder(folder).samples()}
+    assert kept == {f"class-{c}-{k}.png" for c in range(6) for k in (1, 2)}
+    assert not list(folder.glob("task-*/samples")) and not any("samples" in name for name in hub.listed(folder))
+    found = demo.kept_samples(str(folder), stream.manifest())
+    classes = [c for task in stream.manifest()["tasks"] for c in task["classes"]]
+    assert [name for _, name in found] == [stream.label_names[c] for c in classes for _ in range(2)]
+    first = stream.test(0)
+    position = first.labels.tolist().index(classes[0])
+    assert found[0][0].tobytes() == first[position]["image"].convert("RGB").tobytes()
+    assert demo.kept_samples("me/run", stream.manifest()) == []
+    (folder / "samples" / "mine.png").write_bytes(b"mine")
+    RunFolder(folder).clear()
+    assert [path.name for path in (folder / "samples").iterdir()] == ["mine.png"]
+
+
 def test_digits_come_with_a_sample_of_each_class(demo):
     order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
     tasks = [{"classes": order[:4]}, {"classes": order[4:]}]
@@ -197,14 +258,19 @@ def gradio(monkeypatch):
 def test_the_page_is_wired_and_stays_on_this_machine(demo, run, photo, gradio, monkeypatch):
     monkeypatch.setattr(demo, "samples", lambda manifest: [("first", "one"), ("second", "two")])
     assert demo.main([str(run), "--port", "1234"]) == 0
-    assert gradio.Blocks.call_args.kwargs == {"title": str(run), "analytics_enabled": False}
+    heading = "L2P with PGP on 6 classes, after 3 tasks"
+    assert gradio.Blocks.call_args.kwargs == {"title": heading, "analytics_enabled": False}
+    assert gradio.Markdown.call_args.args[0].startswith(f"# {heading}\n") and str(run) not in str(
+        gradio.Markdown.call_args
+    )
     launched = gradio.launch.call_args.kwargs
     assert (launched["server_port"], launched["share"], launched["ssr_mode"]) == (1234, False, False)
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     assert gradio.Slider.call_args.args == (1, 3, 3) and gradio.Image.call_args.args == ("first",)
     image, slider = gradio.Image.return_value, gradio.Slider.return_value
     page = gradio.Blocks.return_value.__enter__.return_value
-    events, show, inputs, outputs = gradio.on.call_args.args
+    (events, show, inputs, outputs), followed = (call.args for call in gradio.on.call_args_list)
+    assert followed[0] == [page.load, image.change] and "after task 1" in followed[1](photo)
     assert events == [page.load, slider.change, image.change] and inputs == [slider, image]
     assert outputs == [gradio.HTML.return_value, gradio.Label.return_value, gradio.HTML.return_value]
     assert "4 of 6" in show(2, photo)[0]

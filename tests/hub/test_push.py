@@ -22,7 +22,7 @@ from loopback.server import Repo, metadata_errors
 
 from pgp_hf import PGPTrainingArguments, ProjectionConfig
 from pgp_hf.cli import experiment
-from pgp_hf.hub.push import _title
+from pgp_hf.hub.push import TaskRepo, _title
 from pgp_hf.hub.snapshot import is_ours
 from pgp_hf.runs.digests import Digests
 from pgp_hf.training.pushing import PushTasks
@@ -110,14 +110,23 @@ def test_every_task_is_a_commit_and_a_tag(hub, train, expected, tmp_path, python
     assert TOKEN not in answer.out and TOKEN not in python.log.read_text()
 
 
+def test_a_license_is_one_that_somebody_has_chosen(tmp_path):
+    args = PGPTrainingArguments(
+        str(tmp_path), push_to_hub=True, hub_model_id="me/run", hub_license="mit", use_cpu=True
+    )
+    assert args.hub_repo().license == "mit" and TaskRepo("me/run").license is None
+    with pytest.raises(ValueError, match="license='My own' is not the id of a license"):
+        TaskRepo("me/run", license="My own")
+
+
 def test_cards_are_what_the_hub_parses(hub, expected, python):
-    python(PUSH, argv=[str(expected[0]), "--repo_id", "me/run", "--base_model", "google/vit-x"])
+    python(PUSH, argv=[str(expected[0]), "--repo_id", "me/run", "--base_model", "google/vit-x", "--license", "mit"])
     for k in (1, 2, 3):
         files = hub.repos["me/run"].files(f"task-{k}")
         text, results = files["README.md"].decode(), json.loads(files["results.json"])
         assert metadata_errors(text) == [] and metadata_errors(text.replace("type: accuracy", "")) != []
         data = ModelCard(text).data
-        assert data.library_name == "peft" and data.base_model == "google/vit-x" and data.license == "apache-2.0"
+        assert data.library_name == "peft" and data.base_model == "google/vit-x" and data.license == "mit"
         name, found = model_index_to_eval_results(data.to_dict()["model-index"])
         values = {one.metric_type: one.metric_value for one in found}
         assert name == "run" and values == {

@@ -26,7 +26,7 @@ PLAIN = ("der_mcg", "gpm", "null_space_adam")  # methods for models without prom
 
 if __name__ == "__main__":
     folder, batch, name = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    figures.save_figures = lambda results, folder: []
+    figures.save_figures = lambda *args: []
     args = PGPTrainingArguments(
         str(folder),
         num_train_epochs=2,

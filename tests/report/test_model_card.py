@@ -22,6 +22,8 @@ from pgp_hf.data.scenarios import SCENARIOS, Scenario
 from pgp_hf.methods import create
 from pgp_hf.report import card as model_card
 from pgp_hf.report import figures as plots
+from pgp_hf.report.learning import describe_learning
+from pgp_hf.report.sentences import describe_head
 from pgp_hf.tuners.base.card import AdapterCard
 from pgp_hf.tuners.base.config import PromptConfig
 
@@ -164,10 +166,10 @@ def check_as_a_reader(card: ModelCard) -> None:
 
 def test_metadata_parses_back_with_the_values(tmp_path):
     inputs = make_inputs()
-    path = model_card.save_card(tmp_path / "README.md", **inputs, repo_id="me/l2p-pgp-cifar100")
+    path = model_card.save_card(tmp_path / "README.md", **inputs, repo_id="me/l2p-pgp-cifar100", license="mit")
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"] and path == tmp_path / "README.md"
     data = ModelCard.load(path).data
-    assert data.library_name == "peft" and data.license == "apache-2.0"
+    assert data.library_name == "peft" and data.license == "mit"
     assert data.pipeline_tag == "image-classification"
     assert data.base_model == "google/vit-base-patch16-224-in21k" and data.datasets == ["uoft-cs/cifar100"]
     assert {"continual-learning", "prompt-tuning", "pgp_hf", "l2p", "class-incremental"} <= set(data.tags)
@@ -614,15 +616,16 @@ def test_what_is_frozen_of_a_whole_model_is_told(what, frozen):
 
 
 @pytest.mark.parametrize(
-    ("base", "opening", "license"),
+    ("base", "opening"),
     [
-        (BASE, LINK, None),
-        ("/home/someone/secret/vit-x", "`vit-x`", None),
-        ("pgp_hf:embedded-vit", "`pgp_hf:embedded-vit`, a small backbone inside the package", "apache-2.0"),
-        (None, "A `ViTForImageClassification` built in memory", "apache-2.0"),
+        (BASE, LINK),
+        ("/home/someone/secret/vit-x", "`vit-x`"),
+        ("vit-x", "`vit-x`"),  # what a path was reduced to
+        ("pgp_hf:embedded-vit", "`pgp_hf:embedded-vit`, a small backbone inside the package"),
+        (None, "A `ViTForImageClassification` built in memory"),
     ],
 )
-def test_a_whole_model_needs_no_backbone_and_may_have_its_license(base, opening, license):
+def test_a_whole_model_needs_no_backbone_and_may_have_its_license(base, opening):
     card = render(of_model("full", base=base), processor=PROCESSOR)
     check_as_a_reader(card)
     assert f"\n{opening}, trained whole with" in card.text
@@ -630,7 +633,8 @@ def test_a_whole_model_needs_no_backbone_and_may_have_its_license(base, opening,
     assert 'load_pretrained("path/to/this/folder")' in card.text and "insert its path" not in card.text
     for part in ("backbone=", "embedded.resolve", "PeftModel", "import pgp_hf"):
         assert part not in card.text, part
-    assert card.data.license == license and card.data.base_model == (base if base == BASE else None)
+    assert card.data.license is None and "\nlicense" not in str(card)  # nobody has chosen one
+    assert card.data.base_model == (base if base == BASE else None)
     derived = f"derive from those of {opening}, whose license applies to them as well"
     assert (derived in card.text) == (base is not None)
 
@@ -942,7 +946,7 @@ def test_datasets_of_appended_tasks_are_named():
     assert card.data.datasets == ["uoft-cs/cifar100", "me/photos"]
     _, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert {(result.dataset_type, result.dataset_name.split(" (")[0]) for result in found} == {
-        ("cifar100-and-photos", "Split cifar100 and photos")
+        ("other", "Split cifar100 and photos")
     }
     inputs = appended(make_inputs(), {t: source for t in range(3)})  # a stream that began with nothing
     inputs["manifest"]["dataset"]["name"] = None
@@ -1050,7 +1054,7 @@ def test_names_cannot_break_the_table_or_the_metadata(tmp_path):
     tables(card)
     assert r"a\|b" in card.text and "&lt;b>" in card.text and "{{ x }}" in card.text and "line break" in card.text
     found = model_index_to_eval_results(card.data.to_dict()["model-index"])[1][0]
-    assert found.dataset_type == "my-data-x" and "my: 'data' # {x}" in found.dataset_name
+    assert found.dataset_type == "other" and "my: 'data' # {x}" in found.dataset_name
 
 
 def test_many_classes_and_long_names_are_cut_short():
@@ -1064,7 +1068,12 @@ def test_many_classes_and_long_names_are_cut_short():
 def test_figures_are_those_that_save_figures_writes():
     inputs = make_inputs()
     shown = lambda card: re.findall(r"\]\(figures/(.*?)\)", card.text)  # noqa: E731
-    assert shown(render(inputs)) == ["accuracy_matrix.png", "task_curves.png", "stability.png"]
+    assert shown(render(inputs)) == [
+        "accuracy_matrix.png",
+        "task_curves.png",
+        "forgetting_by_task.png",
+        "stability.png",
+    ]
     inputs["results"]["prompt_usage"] = [[1, 2]] * 3
     assert shown(render(inputs)) == plots.figure_names(inputs["results"])
     for figures in ([], ["prompt_usage.png"], ["stability.png", "other.png"]):
@@ -1081,7 +1090,7 @@ def test_a_saved_card_goes_by_what_lies_beside_it(tmp_path):
     (tmp_path / "figures" / "prompt_usage.png").unlink()
     text = model_card.save_card(tmp_path / "README.md", **inputs).read_text(encoding="utf-8")
     named = re.findall(r"\]\((figures/.*?)\)", text)
-    assert len(named) == 3 and all((tmp_path / name).is_file() for name in named)
+    assert len(named) == 4 and all((tmp_path / name).is_file() for name in named)
     assert "resized to 224 × 192 pixels (bicubic)" in text
     assert 'AutoImageProcessor.from_pretrained("path/to/this/folder"' in text
     (tmp_path / "preprocessor_config.json").unlink()
@@ -1161,3 +1170,27 @@ def test_the_code_for_an_embedded_backbone_runs_as_it_stands(tmp_path, monkeypat
         assert torch.equal(names["scores"], model(pixel_values=pixels).logits)
     assert not names["model"].training and names["scores"].shape == (1, 6) and "(1, 6)" in peft
     assert 'load_pretrained("path/to/this/folder")' in predict
+
+
+def test_the_head_of_tasks_learned_as_one_and_of_methods_that_compute_scores():
+    adapter, statistics = AdapterCard("parts", head="its own"), {"head": "statistics", "shrinkage": 0.1}
+    assert "when their task ended and never refreshed" in describe_head(adapter, statistics, False)
+    as_one = describe_head(adapter, statistics, False, as_one=True)
+    assert "of all tasks at the end" in as_one and "their task ended" not in as_one
+    method = {"name": "der_mcg", "card": {"title": "DER", "shared": False}, "adjusts_logits": True}
+    learning = describe_learning({}, adapter, None, method)
+    assert describe_head(adapter, {}, False, learning) == "one for each expert; the method computes the final scores"
+    plain = describe_learning({}, adapter, None, {**method, "card": {}, "adjusts_logits": False})
+    assert describe_head(adapter, {}, False, plain) == "its own"
+    assert create("der_mcg").describe().shared is False and create("icarl").describe().shared is True
+
+
+def test_calibration_is_told_where_it_was_measured():
+    inputs = make_inputs()
+    assert "calibrated" not in render(inputs).text
+    inputs["results"]["calibration_error"] = {"before": 0.1234, "after": 0.0321}
+    card = render(inputs)
+    check_as_a_reader(card)
+    assert (
+        "share of right answers by 3.2 points on average, and did so by 12.3 before they were calibrated." in card.text
+    )

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 from PIL import Image
@@ -15,6 +16,7 @@ from PIL import Image
 from pgp_hf import metrics
 from pgp_hf.report import drawing as _drawing
 from pgp_hf.report import figures as plots
+from pgp_hf.report import several
 
 
 def make_results(tasks: int, rows: int | None = None, seed: int = 0, pool: int = 10) -> dict:
@@ -40,15 +42,9 @@ def with_heads(results: dict) -> dict:
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The matplotlib figures behind the files, in the order they were saved."""
+    """The matplotlib figures that would be written, in their order."""
     seen = []
-    save = plots.save_png
-
-    def record(fig, path):
-        seen.append(fig)
-        return save(fig, path)
-
-    monkeypatch.setattr(plots, "save_png", record)
+    monkeypatch.setattr(_drawing, "save", lambda fig, path: seen.append(fig))
     return seen
 
 
@@ -71,26 +67,29 @@ def names_beside(axes) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("tasks", [1, 5])
-def test_save_figures_writes_four_pngs_and_nothing_else(tmp_path, tasks):
+def test_save_figures_writes_a_png_and_an_svg_of_each_and_nothing_else(tmp_path, tasks):
     results = make_results(tasks)
     written = plots.save_figures(results, tmp_path / "new" / "figures")
-    names = ["accuracy_matrix.png", "task_curves.png", "stability.png", "prompt_usage.png"]
+    names = ["accuracy_matrix.png", "task_curves.png", "forgetting_by_task.png", "stability.png", "prompt_usage.png"]
+    names = [name for name in names if tasks > 1 or name != "forgetting_by_task.png"]
     assert [path.name for path in written] == names
-    assert sorted(path.name for path in (tmp_path / "new" / "figures").iterdir()) == sorted(p.name for p in written)
+    both = {file for path in written for file in (path, path.with_suffix(".svg"))}
+    assert {*(tmp_path / "new" / "figures").iterdir()} == both
     for path in written:
         with Image.open(path) as image:
             image.load()
-            assert image.format == "PNG" and min(image.size) > 200
+            assert image.format == "PNG" and min(image.size) > 300
+            assert [round(dpi) for dpi in image.info["dpi"]] == [200, 200]
             assert np.asarray(image.convert("L")).std() > 1  # not blank
 
 
 def test_figures_are_drawn_only_where_recorded(tmp_path):
     results = make_results(3)
     del results["prompt_usage"]
-    names = ["accuracy_matrix.png", "task_curves.png", "stability.png"]
+    names = ["accuracy_matrix.png", "task_curves.png", "forgetting_by_task.png", "stability.png"]
     assert [p.name for p in plots.save_figures(results, tmp_path)] == plots.figure_names(results) == names
     results |= {"drift": [], "changed_selections": [], "projection_rank": [0, 0, 0]}
-    assert plots.figure_names(results) == names[:2]
+    assert plots.figure_names(results) == names[:3]
 
 
 def as_one(results: dict) -> dict:
@@ -141,7 +140,7 @@ def test_matrix_cells_hold_the_numbers_and_nulls_stay_blank(tmp_path, figures):
 def test_curves_of_one_run(tmp_path, figures):
     results = make_results(5)
     plots.save_figures(results, tmp_path)
-    curves, moved = (lines(fig) for fig in figures[1:3])
+    curves, moved = (lines(fig) for fig in figures[1:4:2])
     assert list(curves) == ["Average accuracy (%)", "Forgetting (percentage points)"]
     (accuracy,), (forgetting,) = (list(panel.values()) for panel in curves.values())
     assert accuracy == pytest.approx(results["per_task_average_accuracy"])
@@ -152,33 +151,33 @@ def test_curves_of_one_run(tmp_path, figures):
     drift, changed, rank = (panel.popitem()[1] for panel in moved.values())
     assert drift == pytest.approx(results["drift"]) and rank == pytest.approx(results["projection_rank"])
     assert changed == pytest.approx([0, 2, 4, 6, 8])
-    assert not any(fig.legends or any(map(names_beside, fig.axes)) for fig in figures[1:3])
+    assert not any(fig.legends or any(map(names_beside, fig.axes)) for fig in figures[1:4:2])
 
 
 def test_both_heads_are_drawn_and_named(tmp_path, figures):
     results = with_heads(make_results(4))
     plots.save_figures(results, tmp_path)
-    curves, moved = figures[1], lines(figures[2])
+    curves, moved = figures[1], lines(figures[3])
     average = lines(curves)["Average accuracy (%)"]
     assert list(average) == ["statistics head", "linear head"]
     assert average["linear head"] == pytest.approx([a / 2 for a in results["per_task_average_accuracy"]])
     assert [set(names_beside(axes)) for axes in curves.axes] == [set(average)] * 2 and not curves.legends
     assert all(len(panel) == 1 for panel in moved.values())  # the features are the same
-    assert not any(map(names_beside, figures[2].axes))
+    assert not any(map(names_beside, figures[3].axes))
 
 
 def test_curves_of_several_runs_differ_in_colour_marker_and_dash(tmp_path, figures):
     runs = {f"run {k}": make_results(4 + k % 2, seed=k) for k in range(9)}  # too many names to stand beside lines
     plots.task_curves(runs, tmp_path / "c.png")
     fig = figures[0]
-    assert [text.get_text() for text in fig.legends[0].get_texts()] == list(runs)
+    assert not fig.legends and not fig.axes[5].axison  # the place without a panel holds the legend
+    assert [text.get_text() for text in fig.axes[5].get_legend().get_texts()] == list(runs)
     assert not any(map(names_beside, fig.axes))
     for axes in fig.axes[:5]:
         styles = [(line.get_color(), line.get_marker(), str(line.get_linestyle())) for line in axes.lines]
         assert len(set(styles)) == len(runs)
         assert len({(marker, dash) for _, marker, dash in styles}) == len(runs)  # told apart without colour
         assert [line.get_label() for line in axes.lines] == list(runs)
-    assert not fig.axes[5].axison
 
 
 @pytest.mark.parametrize("ranks", [[None, None, None], [0, 0, 0]])
@@ -222,10 +221,17 @@ def test_heights_are_moved_apart_as_little_as_needed(heights):
     assert _drawing._apart([0.1, 0.5, 0.9], gap=0.1) == [0.1, 0.5, 0.9]
 
 
-def test_the_colours_of_a_matrix_span_its_accuracies(tmp_path, figures):
-    for low, high in ((71.0, 88.0), (3.0, 41.0), (95.0, 99.0)):
-        plots.accuracy_matrix({"accuracy_matrix": [[high, None], [low, high]]}, tmp_path / "a.png")
-    assert [fig.axes[0].images[0].get_clim() for fig in figures] == [(70, 90), (0, 50), (80, 100)]
+@pytest.mark.parametrize(("low", "high"), [(71.0, 88.0), (3.0, 41.0)])
+def test_the_colours_of_a_matrix_span_all_accuracies_and_rise_in_grey(low, high):
+    fig = plots.accuracy_matrix({"accuracy_matrix": [[high, None], [low, high]]})
+    image = fig.axes[0].images[0]
+    assert image.get_clim() == (0, 100)
+    grey = [rgb[:3] @ [0.299, 0.587, 0.114] for rgb in np.asarray(image.cmap(np.linspace(0, 1, 101)))]
+    assert (np.diff(grey) > 0).all() and grey[-1] - grey[0] > 0.6
+    for text in fig.axes[0].texts:  # numbers can be read: light on dark, dark on light
+        column, row = map(int, text.get_position())
+        behind = grey[round(float(image.get_array()[row, column]))]
+        assert abs(behind - np.mean(to_rgba(text.get_color())[:3])) > 0.4, text.get_text()
 
 
 def test_usage_is_a_share_of_each_tasks_selections(tmp_path, figures):
@@ -252,6 +258,7 @@ def test_no_text_overlaps_or_leaves_the_figure(tmp_path, figures, tasks):
         plots.task_curves(runs, tmp_path / "m.png", panels=["forgetting", "drift"])
     assert [bool(fig.legends) for fig in figures[-2:]] == [True, False]
     for fig in figures:
+        FigureCanvasAgg(fig).draw()
         boxes = []
         for axes in fig.axes:
             if not axes.axison:
@@ -281,8 +288,9 @@ def test_no_text_overlaps_or_leaves_the_figure(tmp_path, figures, tasks):
 def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    path = plots.accuracy_matrix(make_results(2), tmp_path / "a.png")
-    before = path.read_bytes()
+    path = tmp_path / "a.png"
+    plots.accuracy_matrix(make_results(2), path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
     def cut(self, target, **kwargs):
         target.write_bytes(b"half")
@@ -291,12 +299,13 @@ def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch)
     monkeypatch.setattr(Figure, "savefig", cut)
     with pytest.raises(OSError, match="disk full"):
         plots.accuracy_matrix(make_results(3), path)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):
     """Moved in, not written over: whoever has the old file open still reads it whole."""
-    path = plots.accuracy_matrix(make_results(2), tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    plots.accuracy_matrix(make_results(2), path)
     before = path.read_bytes()
     os.link(path, tmp_path / "old.png")
     plots.accuracy_matrix(make_results(3), path)
@@ -339,7 +348,7 @@ def test_bands_are_mean_and_deviation_and_a_single_task_is_a_level(tmp_path, fig
         "one seed": [[50.0, 40.0, 30.0]],
         "joint": [[88.0], [92.0]],
     }
-    plots.accuracy_bands({"L": curves, "S": {"a": curves["a"]}, "empty": {}}, tmp_path / "b.png")
+    several.accuracy_bands({"L": curves, "S": {"a": curves["a"]}, "empty": {}}, tmp_path / "b.png")
     left, right = figures[0].axes
     drawn = {line.get_label(): list(line.get_ydata()) for line in left.lines}
     assert drawn["a"] == [92, 81, 65] and drawn["one seed"] == [50, 40, 30] and set(drawn["joint"]) == {90}
@@ -355,7 +364,7 @@ def test_bands_are_mean_and_deviation_and_a_single_task_is_a_level(tmp_path, fig
 
 def test_bands_tell_ten_rows_apart_without_colour(tmp_path, figures):
     rows = {f"row {k}": [[50.0 + k, 40.0 + k]] for k in range(10)}
-    plots.accuracy_bands({"panel": rows}, tmp_path / "b.png")
+    several.accuracy_bands({"panel": rows}, tmp_path / "b.png")
     assert len({(line.get_marker(), str(line.get_linestyle())) for line in figures[0].axes[0].lines}) == 10
 
 
@@ -373,7 +382,7 @@ POINTS = {
 
 
 def test_sensitivity_has_a_column_a_setting(tmp_path, figures):
-    plots.sensitivity(POINTS, tmp_path / "s.png", {"max_images": None})
+    several.sensitivity(POINTS, tmp_path / "s.png", {"max_images": None})
     linear, words, statistics, no_words, drift, drift_of_words = figures[0].axes
     assert [t.get_text() for t in linear.get_xticklabels()] == ["50", "200", "none"]
     assert [t.get_text() for t in words.get_xticklabels()] == ["features", "logits"]
@@ -395,12 +404,12 @@ def test_sensitivity_has_a_column_a_setting(tmp_path, figures):
 
 def test_figures_of_several_runs_keep_their_text_inside(tmp_path, figures):
     curves = {f"a rather long label {k}": [[50.0 + k] * 20, [51.0 + k] * 20] for k in range(9)}
-    plots.accuracy_bands({"method, linear head": curves, "method, statistics head": curves}, tmp_path / "b.png")
-    plots.sensitivity(POINTS, tmp_path / "s.png")
+    several.accuracy_bands({"method, linear head": curves, "method, statistics head": curves}, tmp_path / "b.png")
+    several.sensitivity(POINTS, tmp_path / "s.png")
     for fig in figures:
-        fig.canvas.draw()
+        FigureCanvasAgg(fig).draw()
         texts = [text for legend in fig.legends for text in legend.get_texts()]
-        for axes in fig.axes:
+        for axes in filter(lambda axes: axes.axison, fig.axes):
             texts += [axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels()]
         for text in texts:
             box = text.get_window_extent()
@@ -408,7 +417,9 @@ def test_figures_of_several_runs_keep_their_text_inside(tmp_path, figures):
             assert not text.get_text() or (inside and box.y1 <= fig.bbox.y1 + 1), text.get_text()
 
 
-@pytest.mark.parametrize(("draw", "message"), [(plots.accuracy_bands, "no row"), (plots.sensitivity, "no setting")])
+@pytest.mark.parametrize(
+    ("draw", "message"), [(several.accuracy_bands, "no row"), (several.sensitivity, "no setting")]
+)
 def test_nothing_to_draw_is_named(tmp_path, draw, message):
     with pytest.raises(ValueError, match=message):
         draw({}, tmp_path / "x.png")
@@ -418,8 +429,7 @@ def test_nothing_to_draw_is_named(tmp_path, draw, message):
 def test_heads_of_long_names_need_no_legend_where_they_share_a_line(tmp_path):
     results = with_heads(make_results(3))
     results["heads"]["nearest mean of the classes' features"] = results["heads"].pop("statistics")
-    for path in plots.save_figures(results, tmp_path):
-        assert Image.open(path).size[0] > 100
+    assert len(plots.save_figures(results, tmp_path)) == 5
 
 
 def measured(full: dict, here) -> dict:
@@ -519,3 +529,86 @@ def test_one_task_or_many_without_any_measured(tmp_path, figures, tasks):
     assert [path.name for path in plots.save_figures(results, tmp_path)] == plots.figure_names(results)
     assert hatched(figures[0]) == {(i, j) for i in range(tasks) for j in range(i + 1)}
     assert len(figures[0].axes[0].patches) == tasks  # one for each row, however many cells
+
+
+# ---- what stands beside the tasks, and what the files hold -----------------------------------------------------------
+
+MANIFEST = {"tasks": [{"classes": [0, 1]}, {"classes": [2, 3, 4]}, {"classes": [5, 0]}]}
+
+
+def ticks(axes, which: str) -> list[str]:
+    return [text.get_text() for text in getattr(axes, f"get_{which}ticklabels")()]
+
+
+def test_numbers_of_classes_stand_beside_those_of_tasks():
+    results = make_results(3)
+    axes = plots.accuracy_matrix(results, manifest=MANIFEST).axes[0]
+    assert ticks(axes, "x") == ["1\n(2)", "2\n(3)", "3\n(2)"] and ticks(axes, "y") == ["1 (2)", "2 (5)", "3 (6)"]
+    for panel in plots.task_curves(results, manifest=MANIFEST).axes[:5]:
+        assert ticks(panel, "x") == ["1\n(2)", "2\n(5)", "3\n(6)"]
+        assert panel.get_xlabel() == "after task (classes known)"
+    assert ticks(plots.prompt_usage(results, manifest=MANIFEST).axes[0], "y") == ["1 (2)", "2 (3)", "3 (2)"]
+    assert ticks(plots.forgetting_by_task(results, manifest=MANIFEST).axes[0], "x") == ["1\n(2)", "2\n(3)"]
+    assert ticks(plots.accuracy_matrix(results).axes[0], "y") == ["1", "2", "3"]
+
+
+def test_forgetting_by_task_is_the_best_accuracy_before_and_the_one_now():
+    matrix = [[90.0, None, None, None], [95.0, 80.0, None, None], [70.0, None, 60.0, None], [50.0, 85.0, None, 99.0]]
+    axes = plots.forgetting_by_task({"accuracy_matrix": matrix}).axes[0]
+    best, now = (dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in axes.lines)
+    assert best == {1: 95, 2: 80} and now == {1: 50, 2: 85}  # the third was not measured at the end
+    assert [text.get_text() for text in axes.texts] == ["\N{MINUS SIGN}45.0", "+5.0"]
+    shapes = [(line.get_marker(), line.get_markerfacecolor()) for line in axes.lines]
+    assert len({marker for marker, _ in shapes}) == 2  # told apart without colour
+    with pytest.raises(ValueError, match="nothing can be drawn"):
+        plots.forgetting_by_task({"accuracy_matrix": [[90.0, None], [None, 80.0]]})
+
+
+def test_rows_that_trained_nothing_are_thin_grey_lines_among_those_of_runs():
+    frozen = {f"frozen, {k}": {"accuracy_matrix": make_results(3, seed=k)["accuracy_matrix"]} for k in range(3)}
+    frozen = {name: {**row, "drift": [0.0] * 3} for name, row in frozen.items()}
+    runs = {
+        name: {**make_results(3, seed=k), "method": "l2p"} for k, name in enumerate(("L2P", "L2P-PGP", "published"))
+    }
+    fig = plots.comparison({**frozen, **runs, "refused": {"refused": "why"}}, manifest=MANIFEST)
+    panels = {axes.get_title(loc="left"): axes.lines for axes in fig.axes if axes.lines}
+    names = {title: [line.get_label() for line in found] for title, found in panels.items()}
+    assert names.pop("Average accuracy (%)") == names.pop("Forgetting (percentage points)") == [*runs, *frozen]
+    assert len(names) == 3 and all(found == list(runs) for found in names.values())  # they have nothing that moves
+    own, references = np.split(np.array(panels["Average accuracy (%)"]), [3])
+    assert len({str(line._dash_pattern) for line in references}) == 3 and len({line.get_marker() for line in own}) == 3
+    assert {line.get_marker() for line in references} == {""}
+    assert max(line.get_linewidth() for line in references) < min(line.get_linewidth() for line in own)
+    assert all(len({*to_rgba(line.get_color())[:3]}) == 1 for line in references)
+
+
+def test_equal_content_gives_equal_bytes_and_no_date(tmp_path):
+    for name in ("a", "b"):
+        plots.accuracy_matrix(make_results(2), tmp_path / f"{name}.png")
+    for suffix in (".png", ".svg"):
+        one, other = ((tmp_path / name).with_suffix(suffix).read_bytes() for name in ("a", "b"))
+        assert one == other and b"date" not in one.lower() and b"matplotlib version" not in one.lower()
+
+
+def test_accuracy_and_forgetting_of_each_head_stand_side_by_side():
+    curves = {
+        "L2P": ([[90.0, 70.0], [94.0, 60.0]], [[0.0, 10.0], [0.0, 20.0]]),
+        "L2P-PGP": ([[91.0, 80.0]], [[0.0, 5.0]]),
+    }
+    fig = several.accuracy_and_forgetting({"linear head": curves, "statistics head": {}}, known=[2, 4])
+    accuracy, forgetting = fig.axes
+    drawn = [{line.get_label(): list(line.get_ydata()) for line in axes.lines} for axes in fig.axes]
+    assert drawn == [{"L2P": [92, 65], "L2P-PGP": [91, 80]}, {"L2P": [0, 15], "L2P-PGP": [0, 5]}]
+    assert [len(axes.collections) for axes in fig.axes] == [1, 1] and ticks(accuracy, "x") == ["1\n(2)", "2\n(4)"]
+    assert forgetting.get_title(loc="left") == "linear head: forgetting (percentage points)"
+    with pytest.raises(ValueError, match="no row"):
+        several.accuracy_and_forgetting({"linear head": {}})
+
+
+def test_a_setting_without_values_of_a_series_has_no_panel():
+    fig = several.sensitivity(POINTS)
+    assert (
+        [bool(axes.containers) for axes in fig.axes]
+        == [axes.axison for axes in fig.axes]
+        == [True] * 3 + [False] + [True] * 2
+    )

@@ -1,0 +1,41 @@
+"""Draw the figures of a finished run: `python -m pgp_hf.report RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..runs.reading import read_json
+from .figures import PANELS, comparison
+from .on_demand import draw_run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw, and print what was written; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pgp_hf.report", description="Draw the figures of a finished run.")
+    parser.add_argument("run", help="a run's output folder, one of its task folders, or a comparison.json")
+    parser.add_argument(
+        "--tasks", choices=("last", "each"), default="last", help="of a run, the revisions to draw (default: last)"
+    )
+    parser.add_argument(
+        "--panels", nargs="+", choices=tuple(PANELS), default=tuple(PANELS), help="of a comparison, what to draw"
+    )
+    parser.add_argument(
+        "--to", metavar="FILE.png", help="of a comparison, the file to write; an SVG is written beside it"
+    )
+    args = parser.parse_args(argv)
+    try:
+        if args.to:
+            comparison(read_json(args.run), args.to, args.panels)
+            print(args.to)
+        else:
+            print(*draw_run(args.run, args.tasks), sep="\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
