@@ -19,6 +19,9 @@ run_baselines.py: --learning_rate and --lr_scheduler_type are for prompts. The c
 --model_name_or_path, a CLIP model, they run when they are named. In the rows of surprises, which run when they are named like dualprompt-joint,
 the model begins without classes and learns each task as it comes.
 
+With --shift renderings, each task sees the world differently. Settings are chosen with --train_val_split 0.2 in an output
+folder of their own: all figures are then those of held-out training images, and the test images choose nothing.
+
 Runs of one seed are paired: they have the same class order, images, initial prompts and batches. The joint rows train
 their single task for as many epochs as the others train each task.
 

@@ -138,8 +138,9 @@ def _one_epoch(run: Run) -> bool:
 
 
 def _shown(runs: list[Run]) -> str:
-    shifted = any(run["settings"]["data"].get("shift") for run in runs)
-    return ", each task's images in a rendering of its own" if shifted else ""
+    shifted, held_out = (any(run["settings"]["data"].get(key) for run in runs) for key in ("shift", "train_val_split"))
+    text = ", each task's images in a rendering of its own" if shifted else ""
+    return text + (", tested on images held out of the training images" if held_out else "")
 
 
 def _backbone(run: Run) -> str:

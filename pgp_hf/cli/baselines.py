@@ -78,9 +78,9 @@ def _run(arguments: BaselineArguments, make_model: Callable[[TaskStream], Model]
             rows = {**runs.frozen(output_dir / FROZEN if every else None), **rows}
         print_comparison(rows, output_dir, refused)
         print(
-            f"\nWritten to {output_dir}{'/METHOD' if every else ''}: the model after the last task, results.json, README.md "
-            "(model card);\n  task-1, task-2, ...: the same files after each task, without a whole model's weights;"
-            f"\n  {output_dir}/comparison.json, {output_dir}/figures/comparison.png: this table, its curves."
+            f"\nWritten to {output_dir}{'/METHOD' if every else ''}: the model after the last task, results.json,"
+            "\n  README.md (model card); task-1, task-2, ...: the same files after each task, without a whole model's"
+            f"\n  weights; {output_dir}/comparison.json and {output_dir}/figures/comparison.png: this table, its curves."
         )
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from ..report.formatting import one_line, printable
+from ..report.formatting import fill, one_line, printable
 
-WIDTH = 100  # columns of what is printed
 TRACEBACK = "--traceback"
 # what refuses arguments, files and settings; anything else is a fault of the program, with its traceback
 REFUSALS = (TypeError, ValueError, OSError, FloatingPointError, ImportError)
@@ -42,7 +42,7 @@ def run(
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [token for token in given if token != TRACEBACK]
     try:
-        with _bars_on_terminals():
+        with _for_people(traceback=arguments != given):
             return int(command(arguments) or 0)
     except REFUSALS as error:
         if arguments != given:
@@ -52,13 +52,21 @@ def run(
 
 
 @contextmanager
-def _bars_on_terminals() -> Iterator[None]:
-    """Hide the bars of what is downloaded and read where nobody sees them; the libraries read this when imported."""
-    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+def _for_people(traceback: bool) -> Iterator[None]:
+    """Hide the bars of other libraries where nobody sees them, and show warnings as lines that fit a terminal."""
+    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # read when they are imported
     hidden = [] if sys.stderr.isatty() else [name for name in names if name not in os.environ]
+    before: Callable[..., str] = warnings.formatwarning
     os.environ.update(dict.fromkeys(hidden, "1"))
+    if not traceback:
+        warnings.formatwarning = _warning
     try:
         yield
     finally:
+        warnings.formatwarning = before
         for name in hidden:
             os.environ.pop(name, None)
+
+
+def _warning(message: Warning | str, *where: object, **line: object) -> str:
+    return fill(f"warning: {printable(one_line(message))}") + "\n"

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from ..data.stream import TaskStream
-from ..report.formatting import one_line, printable
+from ..report.formatting import WIDTH, one_line, printable
 from ..report.table import plain
 
 NOT_MEASURED = "not measured"
@@ -25,13 +25,22 @@ def growth_table(results: Mapping[str, Any], manifest: Mapping[str, Any], known:
         manifest: content of `stream.json`, likewise.
         known: number of tasks that were learned before; the others are new.
     """
+    for shown in range(_SHOWN, 0, -1):  # class names in a row: as many as fit
+        table = _table(results, manifest, known, shown)
+        if max(map(len, table.splitlines())) <= WIDTH:
+            break
+    return table
+
+
+def _table(results: Mapping[str, Any], manifest: Mapping[str, Any], known: int, shown: int) -> str:
     tasks, names = manifest["tasks"], manifest["label_names"]
     before, now = (results["accuracy_matrix"][count - 1][:count] if count else [] for count in (known, len(tasks)))
     rows = [["", "images", "before", "now"]]
     for kind, part in (("known", range(known)), ("new", range(known, len(tasks)))):
         for t in part:
             accuracies = [_mean(before[t : t + 1]), _mean(now[t : t + 1])]
-            rows.append([f"{kind:<5}  task {t + 1}: {_described(tasks[t], names)}", _images([tasks[t]]), *accuracies])
+            title = f"{kind:<5}  task {t + 1}: {_described(tasks[t], names, shown)}"
+            rows.append([title, _images([tasks[t]]), *accuracies])
         if known and len(part) > 1:
             own = tasks[part.start : part.stop]
             title = f"{kind:<5}  all {_counted(own, tasks[: part.start])}"
@@ -46,18 +55,18 @@ def known_classes(stream: TaskStream) -> str:
     return f"{_count(len(names))} ({_names(names)})" if names else _count(0)
 
 
-def _names(names: Sequence[str]) -> str:
-    """Return class names as a phrase, with no more than fit on a line."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(printable(one_line(name)) for name in names[:_SHOWN]) + more
+def _names(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """Return class names as a phrase; of many, the first ones and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(printable(one_line(name)) for name in names[:shown]) + more
 
 
-def _described(task: Mapping[str, Any], names: Sequence[str]) -> str:
+def _described(task: Mapping[str, Any], names: Sequence[str], shown: int) -> str:
     """Return the names of a task's new classes, and of known ones that it has more images of."""
     new = task.get("new_classes", task["classes"])
-    parts = [_names([names[label] for label in new])] if new else []
+    parts = [_names([names[label] for label in new], shown)] if new else []
     if old := [names[label] for label in task["classes"] if label not in new]:
-        parts.append(f"more of {_names(old)}")
+        parts.append(f"more of {_names(old, shown)}")
     return "; ".join(parts)
 
 

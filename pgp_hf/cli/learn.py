@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from ..data import source as source_data
+from ..report.formatting import fill
 from ..runs.revision import Revision
 from ..runs.sources import locate
 from ..training.arguments import PGPTrainingArguments
@@ -300,7 +301,7 @@ def learn(command: Command) -> None:
     known_test = new.known_test_images(before.manifest or {})
     trainer = StreamTrainer.from_pretrained(run, new.revision, args, known_test, backbone=new.backbone)
     if trainer.is_world_process_zero():
-        print(f"{run}, task-{before.tasks}, knows {known_classes(trainer.stream)}", flush=True)
+        print(fill(f"{run}, task-{before.tasks}, knows {known_classes(trainer.stream)}"), flush=True)
     trainer.learn(train, test, resume_from_checkpoint=resume, **reading)
     if trainer.is_world_process_zero():
         print(report(trainer, before.tasks))

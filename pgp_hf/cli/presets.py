@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from .. import presets
-from ..report.formatting import one_line
-from .console import WIDTH, Parser
+from ..report.formatting import WIDTH, one_line
+from .console import Parser
 
 # their folders, by the method of `pgp-hf train`
 FOLDERS = {"l2p": "l2p", "dualprompt": "dualprompt", "clip": "clip", "baseline": "baselines"}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 import unicodedata
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
+WIDTH = 100  # columns of what is printed
 MISSING = "–"
 NOT_MEASURED = "not measured"
 
@@ -47,6 +49,11 @@ def as_sentence(text: str) -> str:
 def one_line(text: object) -> str:
     """Replace every run of white space in a text with one space."""
     return " ".join(str(text).split())
+
+
+def fill(text: str, indent: str = "") -> str:
+    """Return a text in lines of at most `WIDTH` columns, without breaking paths; `indent` is for all but the first."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def printable(text: object) -> str:

@@ -11,13 +11,12 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.stream import TaskStream
-from ..report.formatting import printable
+from ..report.formatting import WIDTH, fill, printable
 from ..runs.checks import first_task
 from .arguments import PGPTrainingArguments
 from .callbacks import StreamCallback
 from .choosing import CURRENT
 
-_WIDTH = 100  # columns
 _UNTOLD = ("epoch", "grad_norm", "total_flos", "train_runtime", "learning_rate")
 _RATES = ("_runtime", "_per_second", "_model_preparation_time")
 
@@ -47,7 +46,7 @@ class StreamLines(StreamCallback):
             names = [stream.label_names[label] for label in own.tasks[task - before].classes]
             shown = ", ".join(map(printable, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
             title = f"{self.learned} of {stream.num_tasks}{' as one' if before else ''}".capitalize()
-            tqdm.write(f"{title}: {len(own.train(task - before))} images of {shown}")
+            tqdm.write(fill(f"{title}: {len(own.train(task - before))} images of {shown}", "    "))
 
     def on_task_end(
         self,
@@ -60,9 +59,8 @@ class StreamLines(StreamCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            tqdm.write(
-                f"  {', '.join(_figures(results, task))}, protected rank {results['projection_rank'][-1]} -> {folder}"
-            )
+            rank = f"protected rank {results['projection_rank'][-1]}"
+            tqdm.write(fill(f"  {', '.join([*_figures(results, task), rank])} -> {folder}", "    "))
 
 
 class StreamProgress(ProgressCallback, StreamLines):
@@ -150,7 +148,7 @@ def in_words(logs: Mapping[str, Any]) -> str:
 
 def _line(at: str, words: str) -> str:
     line = f"  {at}: {words}"
-    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3]}..."
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
 
 
 def _figures(results: dict[str, Any], task: int) -> list[str]:

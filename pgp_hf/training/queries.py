@@ -78,8 +78,8 @@ class QueryCache:
         """Keep the queries `(N, d)` of a set of images, if there is room for them."""
         path, queries = self.path(key), queries.detach().contiguous()
         size = queries.numel() * queries.element_size()
-        if size > self.limit:
-            return
+        if size > self.limit or not bool(queries.isfinite().all()):
+            return  # what made them is at fault, and the run is about to say so
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / LOCK, timeout=SECONDS):
@@ -118,17 +118,19 @@ def query_key(
         how: settings of the run that the computation depends on.
     """
     config = getattr(getattr(learner, "model", None), "config", None)
-    # another collator may augment, and an image processor that cannot be described may be any
-    known = isinstance(collate, ImageCollator) and hasattr(collate.processor, "to_dict")
+    # another collator may augment, one of the user's own among them, and an image processor without a description be any
+    known = type(collate) is ImageCollator and hasattr(collate.processor, "to_dict")
     if not known or not digest or config is None or (content := images.sha256) is None:
         return None
+    sample = collate([images[0], images[len(images) - 1]])
+    collate.finish(sample)
     settings = {name: value for name, value in config.to_dict().items() if name not in _NO_PART}
     return {
         "images": content,
         "view": images.view,
         "count": len(images),
         # how the processor and its backend turn images into pixels, and in what size
-        "pixels": tensor_sha256(collate([images[0], images[len(images) - 1]])["pixel_values"]),
+        "pixels": tensor_sha256(sample["pixel_values"]),
         "processor": collate.processor.to_dict(),
         "backbone": dict(digest),
         "config": settings,

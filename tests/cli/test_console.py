@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,29 @@ def test_a_fault_of_the_program_keeps_its_traceback():
 def test_commands_return_their_codes_and_see_no_traceback_option():
     assert console.run(lambda argv: 1 if argv == ["--x"] else 0, ["--x", "--traceback"]) == 1
     assert console.run(lambda argv: None, []) == 0 and console.run(lambda argv: None, [], str.upper) == 0
+
+
+def test_warnings_are_lines_that_fit():
+    found = []
+
+    def warn(argv):
+        found.append(warnings.formatwarning("a  path/to-" + "many words " * 20, UserWarning, "file.py", 3))
+
+    before = warnings.formatwarning
+    for argv in ([], ["--traceback"]):
+        console.run(warn, argv)
+    own, full = found
+    assert own.startswith("warning: a path/to-many words many") and max(map(len, own.splitlines())) <= 100
+    assert "file.py:3: UserWarning" in full and warnings.formatwarning is before
+
+
+def test_other_libraries_show_no_bar_without_a_terminal(monkeypatch):
+    found, name = [], "HF_DATASETS_DISABLE_PROGRESS_BARS"
+    monkeypatch.delenv(name, raising=False)
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=terminal: shown, raising=False)
+        console.run(lambda argv: found.append(os.environ.get(name)), [])
+    assert found == [None, "1"] and name not in os.environ
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -72,11 +72,20 @@ def test_single_tasks_have_no_sums_of_their_own(known):
 
 def test_many_classes_are_shortened():
     stream = {
-        "label_names": [f"class\n{c}" for c in range(9)],
+        "label_names": [f"kind\n{c}" for c in range(9)],
         "tasks": [{"classes": list(range(9)), "train": {"num_images": 9}}],
     }
     row = cells(growth_table(results([50.0]), stream, 0))[0]
-    assert row[1] == "task 1: class 0, class 1, class 2, class 3, class 4, class 5 and 3 more"
+    assert row[1] == "task 1: kind 0, kind 1, kind 2, kind 3, kind 4, kind 5 and 3 more"
+
+
+def test_long_names_leave_the_table_within_100_columns():
+    stream = {
+        "label_names": [f"a rather long name of class {c}" for c in range(9)],
+        "tasks": [{"classes": list(range(9)), "train": {"num_images": 9}}],
+    }
+    table = growth_table(results([50.0]), stream, 0)
+    assert max(map(len, table.splitlines())) <= 100 and "task 1: a rather long name of class 0 and 8 more" in table
 
 
 def test_known_classes():

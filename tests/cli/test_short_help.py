@@ -22,10 +22,7 @@ PROMPTS = {
 }
 KINDS = {name: (ModelArguments, DataArguments, prompts, RunArguments) for name, prompts in PROMPTS.items()}
 KINDS |= {"baseline": baseline_arguments.COMMON[:3], "learn": (LearnArguments,)}
-HIDDEN = {
-    "remove_unused_columns",
-    "logging_steps",
-}  # of PGPTrainingArguments: one cannot be changed, one is transformers'
+HIDDEN = {"remove_unused_columns", "logging_steps", "logging_nan_inf_filter"}  # of transformers, with other defaults
 COMMANDS = {**{name: ("train", name) for name in METHODS}, "learn": ("learn",)}
 
 

@@ -118,6 +118,8 @@ def test_the_longest_unused_make_room(cache):
     whole = sum(path.stat().st_size for path in files.values())
     QueryCache(cache.folder, whole).write({"name": "d"}, QUERIES)
     assert not files["a"].exists() and files["b"].exists() and files["c"].exists() and not left.exists()
+    cache.write({"name": "f"}, torch.full_like(QUERIES, float("nan")))
+    assert not cache.path({"name": "f"}).exists()
     QueryCache(cache.folder, size - 1).write({"name": "e"}, QUERIES)
     assert not cache.path({"name": "e"}).exists() and files["b"].exists()  # nothing makes room for what never fits
 
@@ -162,6 +164,7 @@ def test_a_key_has_all_that_queries_depend_on():
     texts = {queries._text(one) for one in (plain, *others)}
     assert None not in others and len(texts) == 1 + len(others)
     assert key(collate=SimpleNamespace(processor=processor)) is None  # it may augment
+    assert key(collate=type("Own", (ImageCollator,), {})(processor)) is None
     assert key(collate=ImageCollator(lambda images, **_: processor(images, return_tensors="pt"))) is None
 
 

@@ -98,3 +98,19 @@ def test_a_run_records_it_and_keeps_its_queries_apart(tmp_path):
         runs[choice] = trainer.progress.references.features[0]
     assert len(list((tmp_path / "queries").glob("*.safetensors"))) == 2
     assert torch.allclose(*(torch.from_numpy(found) for found in runs.values()), atol=1e-4)
+
+
+def test_no_graph_is_kept_below_the_first_layer_with_a_prompt():
+    model = tiny.model("dualprompt", general_layers=[], expert_layers=[1]).train()
+    found = [
+        layer.register_forward_hook(lambda layer, args, output, i=i: recorded.append((i, output.requires_grad)))
+        for i, layer in enumerate(model.base_model.backbone.layers)
+    ]
+    recorded: list[tuple[int, bool]] = []
+    model(pixel_values=tiny.images(), labels=torch.arange(5)).loss.backward()
+    assert len(found) == 2 and recorded == [
+        (0, False),
+        (1, False),
+        (0, False),
+        (1, True),
+    ]  # the query, and then the model
