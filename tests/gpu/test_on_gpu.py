@@ -247,7 +247,15 @@ def test_no_step_waits_for_the_device(tmp_path, adapter, method, device):
     projection = ProjectionConfig(method=method, energy=0.9, key_energy=0.9, apply_to="both")
     watch = Unwaited(device)
     model = tiny.model(adapter, head="statistics")
-    trainer = tiny.trainer(tmp_path, model=model, projection=projection, use_cpu=False, callbacks=[watch])
+    images = {"exact_images": False, "process_on_device": True, "augmentation": "crop_flip"}
+    trainer = tiny.trainer(
+        tmp_path,
+        model=model,
+        projection=projection,
+        use_cpu=False,
+        callbacks=[watch],
+        **(images if method == "pgp" else {}),
+    )
     trainer.train_task(0)
     try:
         trainer.train_task(1)
