@@ -123,7 +123,9 @@ def _run(name: str, runs: list[Planned], make_model: MakeModel) -> Results:
         rows[one.label(name)] = trainer.results.to_dict()
         return trainer
 
-    trainer = [train(one) for one in runs][-1]
+    for one in runs[:-1]:
+        train(one)  # whose model is not kept
+    trainer = train(runs[-1])
     if trainer.is_world_process_zero():
         if not arguments.run.no_compare:
             rows = {**without_prompts(trainer, arguments, processor), **rows}
