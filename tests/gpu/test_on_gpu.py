@@ -86,7 +86,6 @@ def leaks(folder: Path, t: int) -> list[str]:
 def may_wait(device: torch.device, may: bool) -> None:
     """Let the host wait for the device, or raise at every operation for which it would."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("default" if may else "error")
     else:
         substitute.let_wait(may)
