@@ -94,7 +94,7 @@ def test_settings_in_a_name_reach_their_owner(planned):
 def test_every_row_has_its_method(script, planned):
     for name, row in script.ROWS.items():
         plan = planned(name)
-        assert plan.data.num_tasks == (1 if name == "l2p-joint" else 3) and row.what in script_help(script)
+        assert plan.data.num_tasks == (1 if name.endswith("-joint") else 3) and row.what in script_help(script)
         if row.method is not None:
             recipe = BaselineTrainingArguments("out")
             for field in ("learning_rate", "head_learning_rate", "lr_scheduler_type"):
@@ -928,6 +928,7 @@ def test_the_accuracy_figure_shows_plain_rows_and_the_best_without_prompts(folde
     assert {len(curve) for curve in others["joint"]} == {1} and {len(curve) for curve in others["ewc"]} == {3}
     assert set(panels["dualprompt, linear head"]) == {
         "frozen-ridge",
+        "joint",
         "none",
         "pgp",
         "control",
