@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import speed_input
 from .contenders import SIZES, Evaluation, PlainLoop, Setting, Threaded, ours, plain_model, products
 
 PLAIN, CACHED, LIVE, UNPROJECTED = "plain loop", "ours, cached", "ours, live", "ours, cached, not projected"
@@ -335,6 +336,7 @@ def main(argv: Sequence[str]) -> int:
         for each in (TRAINING, EVALUATION)
     ]
     torch.set_num_threads(args.threads)
+    print("\n".join(speed_input.report(args.pixels, args.rounds)), flush=True)
     for i, setting in enumerate(settings):
         rate = matrix_rate(setting)
         found = [

@@ -123,7 +123,9 @@ def _run(name: str, runs: list[Planned], make_model: MakeModel) -> Results:
         rows[one.label(name)] = trainer.results.to_dict()
         return trainer
 
-    trainer = [train(one) for one in runs][-1]
+    for one in runs[:-1]:
+        train(one)  # whose model is not kept
+    trainer = train(runs[-1])
     if trainer.is_world_process_zero():
         if not arguments.run.no_compare:
             rows = {**without_prompts(trainer, arguments, processor), **rows}
@@ -242,20 +244,22 @@ def report(rows: Results, runs: list[Planned], name: str) -> None:
     print_comparison(rows, output_dir)
     label = {one.folder.name: one.label(name) for one in runs[:-1]}
     tasks, own = max(len(row["drift"]) for row in rows.values()), rows[runs[-1].label(name)]
-    print(
-        f"\nWritten to {output_dir}: {runs[-1].label(name)}, the adapter after the last task, bases, results.json,"
-        f"\n  README.md (model card); task-1 ... task-{tasks}: the same files after each task; figures/: accuracy"
-        "\n  matrix, curves, stability, usage, comparison; comparison.json: this table"
+    written = (
+        f"Written to {output_dir}: {runs[-1].label(name)}, the adapter after the last task, bases, results.json, README.md "
+        f"(model card); task-1 ... task-{tasks}: the same files after each task; figures/: accuracy matrix, curves, "
+        "stability, usage, comparison; comparison.json: this table"
     )
+    print("\n" + fill(written, "  "))
     twin = rows[label[TWIN]] if label else None
     if twin:
         print(f"  {TWIN}/: {label[TWIN]}, the same without projection")
     if twin and PUBLISHED in label:
         trained = " and ".join(as_measured(_trained_head(row), 2) for row in (own, twin))
-        print(
+        published = (
             f"  {PUBLISHED}/: {label[PUBLISHED]}, PGP as published, where the trained head predicts; with that head, "
-            f"\n    {runs[-1].label(name)} and {label[TWIN]} reach {trained} %"
+            f"{runs[-1].label(name)} and {label[TWIN]} reach {trained} %"
         )
+        print(fill(published, "    "))
     no_source = not (arguments.model.model_name_or_path or arguments.data.dataset_name or arguments.data.train_dir)
     for text in (frozen_wins(rows, embedded=no_source), verdict(own, twin) if twin else None):
         if text:

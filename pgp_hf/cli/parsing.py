@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
+import torch
 from transformers import HfArgumentParser
 
 from .. import presets
@@ -143,9 +144,21 @@ def read(
         SystemExit: after `--help`, and for a value that an option refuses.
     """
     parser = new_parser(kinds, short, prog=prog, description=description)
+    if any(issubclass(kind, PGPTrainingArguments) for kind in kinds):
+        defaults = {**_for_device(line.given()), **defaults}
     # argparse reads text as if it were on the command line, and leaves lists as they are
     parser.set_defaults(**{name: each if isinstance(each, list) else str(each) for name, each in defaults.items()})
     return into_dataclasses(parser, line)
+
+
+def _for_device(given: set[str]) -> dict[str, Any]:
+    """Return defaults for a GPU: bfloat16, and whole batches of images processed there; a preset's images stay exact."""
+    if not torch.cuda.is_available() or "--use_cpu" in given:
+        return {}
+    defaults = {} if given & {"--bf16", "--fp16"} else {"bf16": torch.cuda.is_bf16_supported()}
+    if not given & {"--exact_images", "--preset"}:
+        defaults |= {"exact_images": False, "process_on_device": True}
+    return defaults
 
 
 def into_dataclasses(parser: OptionParser, line: CommandLine) -> tuple[Any, ...]:

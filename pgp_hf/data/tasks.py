@@ -79,8 +79,11 @@ class TaskImages(torch.utils.data.Dataset[ImageItem]):
         if not -len(self) <= position < len(self):
             raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
         position %= len(self)
-        image = self._decoded(position)
-        return {"image": image, "label": int(self.labels[position]), "task": self.task, "index": position}
+        return {"image": self._decoded(position), **self.described(position)}  # type: ignore[typeddict-item]
+
+    def described(self, position: int) -> dict[str, int]:
+        """Return what an item holds besides its image."""
+        return {"label": int(self.labels[position]), "task": self.task, "index": position}
 
     @property
     def sha256(self) -> str | None:

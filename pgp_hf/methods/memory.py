@@ -37,8 +37,8 @@ class MemoryConfig:
         default="places",
         kw_only=True,
         metadata={
-            "help": "what the run keeps of images in the memory: 'places', by which they are read from the stream, or also "
-            f"'images', so that the training images of older tasks may be gone; {EXEMPLARS} is uploaded only if asked for"
+            "help": "what the run keeps of its exemplars: 'places' in the stream, or their 'images' as well, so that those "
+            "of older tasks may be gone; images are uploaded only if asked for"
         },
     )
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from ..runs.folder import MANIFEST
 from ..runs.reading import read_json
 from .figures import PANELS, comparison
 from .on_demand import draw_run
@@ -24,10 +26,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--to", metavar="FILE.png", help="of a comparison, the file to write; an SVG is written beside it"
     )
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="of a comparison, the rows to draw (default: all)")
     args = parser.parse_args(argv)
     try:
         if args.to:
-            comparison(read_json(args.run), args.to, args.panels)
+            manifest = Path(args.run).with_name(MANIFEST)
+            rows = read_json(args.run)
+            if unknown := [name for name in args.rows or () if name not in rows]:
+                raise ValueError(f"{args.run} has no row {unknown[0]!r}, only {', '.join(rows)}.")
+            comparison(
+                {name: rows[name] for name in args.rows or rows},
+                args.to,
+                args.panels,
+                manifest=read_json(manifest) if manifest.is_file() else None,
+            )
             print(args.to)
         else:
             print(*draw_run(args.run, args.tasks), sep="\n")

@@ -202,10 +202,11 @@ def add_legend(fig: Figure, grid: Sequence[Axes], columns: int, blank: Axes | No
         blank.legend(list(found.values()), list(found), loc="center", frameon=False, handlelength=3.5)
         return
     fit = int(fig.get_figwidth() / (0.95 + 0.085 * max(map(len, found))))  # inches: line and gaps, then letters
+    columns = max(1, min(len(found), columns, fit))
     fig.legend(
-        list(found.values()), list(found), loc="outside upper center", ncols=max(1, min(len(found), columns, fit)),
-        frameon=False, handlelength=3.5,
+        list(found.values()), list(found), loc="outside upper center", ncols=columns, frameon=False, handlelength=3.5,
     )  # fmt: skip
+    fig.set_figheight(fig.get_figheight() + 0.2 * (-(-len(found) // columns)))  # inches, which the panels would lose
 
 
 # ---- heat-maps ------------------------------------------------------------------------------------------------------

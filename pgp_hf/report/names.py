@@ -48,7 +48,7 @@ def name_base(base: str) -> str | None:
     """Return the name of the model that a run started from in Markdown; None for one without a name."""
     if embedded.resolve(base) is not None:
         return f"`{base}`, a small backbone inside the package"
-    if is_hub_id(base):
+    if is_owned(base):
         return f"[`{base}`](https://huggingface.co/{base})"
     return f"`{public_name(base)}`" if base else None
 

@@ -54,7 +54,7 @@ def accuracy_bands(
     looks = line_looks(dict.fromkeys(label for rows in panels.values() for label in rows))
     columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
-    fig = new_figure(4.4 * columns, 3.1 * lines + 0.2 * (len(looks) // 4 + 1))
+    fig = new_figure(4.4 * columns, 3.1 * lines)
     grid, _ = grid_of_panels(fig, lines, columns, len(panels), sharey="row")
     for axes, (title, rows) in zip(grid, panels.items(), strict=True):
         dress_panel(axes, title, _draw_bands(axes, rows, looks, known))
@@ -87,7 +87,7 @@ def accuracy_and_forgetting(
     if not heads:
         raise ValueError("accuracy_and_forgetting got no row: pass {head: {label: (accuracies, forgetting)}}.")
     looks = line_looks(dict.fromkeys(label for rows in heads.values() for label in rows))
-    fig = new_figure(8.8, 2.9 * len(heads) + 0.3)
+    fig = new_figure(8.8, 2.9 * len(heads))
     grid, _ = grid_of_panels(fig, len(heads), 2, 2 * len(heads))
     titles = "average accuracy (%)", "forgetting (percentage points)"
     for place, axes in enumerate(grid):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import embedded
-from .names import is_hub_id, public_name
+from .names import is_hub_id, is_owned, public_name
 
 if TYPE_CHECKING:
     from ..tuners.base.card import AdapterCard
@@ -43,7 +43,7 @@ class Source(NamedTuple):
         """
         base = config.get("base_model_name_or_path") or ""
         inside = embedded.resolve(base) is not None
-        found = inside or is_hub_id(base)
+        found = inside or is_owned(base)
         backbone = base if found else f"path/to/{public_name(base) if base else 'the-backbone'}"
         pinned = config.get("revision") or None
         if is_hub_id(repo_id):

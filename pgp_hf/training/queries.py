@@ -122,13 +122,15 @@ def query_key(
     known = type(collate) is ImageCollator and hasattr(collate.processor, "to_dict")
     if not known or not digest or config is None or (content := images.sha256) is None:
         return None
+    sample = collate([images[0], images[len(images) - 1]])
+    collate.finish(sample)
     settings = {name: value for name, value in config.to_dict().items() if name not in _NO_PART}
     return {
         "images": content,
         "view": images.view,
         "count": len(images),
         # how the processor and its backend turn images into pixels, and in what size
-        "pixels": tensor_sha256(collate([images[0], images[len(images) - 1]])["pixel_values"]),
+        "pixels": tensor_sha256(sample["pixel_values"]),
         "processor": collate.processor.to_dict(),
         "backbone": dict(digest),
         "config": settings,

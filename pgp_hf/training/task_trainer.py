@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data.images import AugmentedImages, CachedQueries
+from ..data.images import AugmentedImages, CachedQueries, ImageCollator
 from ..data.stream import TaskStream
 from ..methods import Batch, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts
@@ -109,12 +109,20 @@ class TaskTrainer(ReportingTrainer):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, losses summed
         return (loss, output) if return_outputs else loss
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device, and process its images there if that was left to be done."""
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        if isinstance(self.data_collator, ImageCollator):
+            self.data_collator.finish(prepared)
+        return prepared
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Train on one batch as a `Trainer` does, and stop at a loss that is not finite, as soon as the host knows of it.
 
         Raises:
             FloatingPointError: such a loss.
         """
+        inputs.update(self._prepare_inputs(inputs))
         self.results.images_trained += len(inputs["pixel_values"]) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.note(loss, self.state.global_step + 1, self._get_learning_rate())

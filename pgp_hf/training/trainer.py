@@ -104,7 +104,7 @@ class StreamTrainer(TaskTrainer):
         kwargs.setdefault("compute_loss_func", mean_over_step)
         kwargs.setdefault("compute_metrics", accuracy)
         kwargs["eval_dataset"] = test_sets(stream, min(1, stream.num_tasks))  # grows with the tasks
-        kwargs.setdefault("data_collator", ImageCollator(processing_class))
+        kwargs.setdefault("data_collator", ImageCollator(processing_class, args.exact_images, args.process_on_device))
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         refuse_sharding(self.is_deepspeed_enabled or self.is_fsdp_enabled)
         check_precision(model, self.args.fp16)
@@ -203,6 +203,7 @@ class StreamTrainer(TaskTrainer):
         self.results.note_task(self._room.counted(t), recorded_settings(self.args), trainable_parameters(learner))
         with self.progress.timed("train"):
             self._images = images = self._passes().augmented(own)
+            images.keep_pixels()
             self._context = context = self._passes().context(own)
             self._passes().keep_training_queries(images, self.method.projection)
             self.train_dataset = self.method.train_images(context, images)

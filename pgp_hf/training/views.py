@@ -114,6 +114,7 @@ class Passes:
             "batch": self.sizes.evaluation,
             "compiled": self.args.torch_compile,
             "last_block": self.args.last_block,
+            "images": [self.args.exact_images, self.args.process_on_device],
         }
         return query_key(learner, self.digest(), images, self.collate, how)
 
@@ -167,8 +168,9 @@ class Passes:
         self.model.eval()
         for i, batch in enumerate(tqdm(loader, desc="statistics", leave=False, disable=self.hidden)):
             positions = share[i * batch_size : (i + 1) * batch_size].tolist()
-            check_pixels(batch["pixel_values"], [(images, position) for position in positions])
-            yield Batch.split(self.prepare(batch)), positions
+            prepared = self.prepare(batch)
+            check_pixels(prepared["pixel_values"], [(images, position) for position in positions])
+            yield Batch.split(prepared), positions
 
     @torch.no_grad()
     def views_for_method(self, t: int, limit: int | None) -> Views:
@@ -231,9 +233,9 @@ class Passes:
         features, logits = [], []
         for start in range(0, rounds, size):
             chosen = [(images[int(places[i][0])], int(places[i][1])) for i in own[start : start + size]]
-            collated = self.collate([dict(of_task[i]) for of_task, i in chosen])
+            collated = self.prepare(self.collate([dict(of_task[i]) for of_task, i in chosen]))
             check_pixels(collated["pixel_values"], chosen)
-            batch = Batch.split(self.prepare(collated))
+            batch = Batch.split(collated)
             with head_inputs(self.learner) as seen:
                 output = self.forward(batch)
             features.append(seen[0].float())
@@ -258,8 +260,15 @@ class Passes:
     def augmented(self, t: int) -> AugmentedImages:
         """Return a task's training images as the arguments augment them."""
         args = self.args
+        batched = isinstance(self.collate, ImageCollator) and self.collate.recipe is not None
         return AugmentedImages(
-            self.images_of(t), args.augmentation, args.crop_min_scale, args.seed, t, args.crop_views
+            self.images_of(t),
+            args.augmentation,
+            args.crop_min_scale,
+            args.seed,
+            t,
+            args.crop_views,
+            exact=not batched,
         )
 
     def forward(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> ModelOutput:
