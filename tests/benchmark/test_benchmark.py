@@ -928,6 +928,7 @@ def test_the_accuracy_figure_shows_plain_rows_and_the_best_without_prompts(folde
     assert {len(curve) for curve in others["joint"]} == {1} and {len(curve) for curve in others["ewc"]} == {3}
     assert set(panels["dualprompt, linear head"]) == {
         "frozen-ridge",
+        "joint",
         "none",
         "pgp",
         "control",
