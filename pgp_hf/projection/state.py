@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 import torch
 from torch import Tensor
 
-from .basis import Basis
+from .basis import Basis, is_large
 from .conditions import CONDITIONS, WITHOUT_IMAGES, Context
 from .config import ProjectionConfig, read_config
 from .moments import FrequentDirections, SecondMoment, second_moment
@@ -20,7 +20,6 @@ from .readers import HandedIn, Reader
 
 # each role's energy setting; None protects everything
 ROLES = {"prompt": "energy", "key": "key_energy", "value": "value_energy", "all": None}
-SINGLE = 2**20  # a basis with more values than this, 8 MB, is kept and saved in single precision
 
 Collective = Callable[[Tensor], Tensor]
 
@@ -244,8 +243,10 @@ class Projection:
             if reduce is not None:
                 moment.merge(reduce, gather)
             old = bases.get(name, Basis.empty(moment.dim, moment.batch_shape, moment.device))
-            columns = as_saved(old.to(moment.device).extend(moment, energy).columns)
-            bases[name] = basis = Basis(columns if broadcast is None else from_main_process(columns, broadcast))
+            basis = old.to(moment.device).extend(moment, energy)
+            if broadcast is not None:
+                basis = Basis(from_main_process(basis.columns, broadcast))
+            bases[name] = basis
             before, soft = infos.get(name), self.config.softness > 0 and role in ("prompt", "value")
             if basis.full and role != "all" and not soft:
                 warnings.warn(
@@ -264,7 +265,7 @@ class Projection:
                 "rank_per_task": [*(before["rank_per_task"] if before else []), basis.rank],
             }
             if soft:
-                held = moment.along(basis.columns.to(moment.device))
+                held = moment.along(basis.columns.to(moment.device, torch.float64))
                 held = held / moment.total.clamp_min(torch.finfo(torch.float64).tiny)[..., None]
                 shares = held if before is None else held + _enlarged(before, basis).to(held)
                 infos[name]["shares"] = (shares if broadcast is None else broadcast(shares)).tolist()
@@ -364,18 +365,14 @@ def _std(tokens: Tensor) -> Tensor:
     return (tokens.var(-1, correction=0) + 1e-12).sqrt()
 
 
-def _is_large(columns: Tensor) -> bool:
-    return columns.numel() > SINGLE
-
-
 def as_file(columns: Tensor) -> Tensor:
     """Return columns as files hold them: contiguous, on the CPU, those of a large basis in single precision."""
-    return columns.to("cpu", torch.float32 if _is_large(columns) else torch.float64).contiguous()
+    return columns.to("cpu", torch.float32 if is_large(columns) else torch.float64).contiguous()
 
 
 def as_saved(columns: Tensor) -> Tensor:
-    """Round columns as their file will, so that a resumed run continues with the same values."""
-    return columns.to(torch.float32).to(torch.float64) if _is_large(columns) else columns
+    """Return columns in the precision of their file, so that a resumed run continues with the same values."""
+    return columns.to(torch.float32) if is_large(columns) else columns
 
 
 def from_main_process(columns: Tensor, broadcast: Collective) -> Tensor:
