@@ -139,10 +139,11 @@ class Basis:
         flat = rows.expand(*self.batch_shape, *rows.shape[-2:]).reshape(-1, *rows.shape[-2:])
         left = flat.clone()
         strengths = None if strength is None else strength.reshape(-1, self.rank)
+        wide = rows.new_empty(1, self.dim, self.rank)  # one for all entries, in turn
         for i, entry in enumerate(self._entries):
-            if entry.shape[1]:  # as a batch of one, which gives the same bits as within the whole batch
-                own = _padded(entry.to(rows), self.rank)[None]
-                left[i : i + 1] = _project(flat[i : i + 1], own, None if strengths is None else strengths[i : i + 1])
+            if rank := entry.shape[1]:  # as a batch of one, which gives the same bits as within the whole batch
+                wide[0, :, :rank], wide[0, :, rank:] = entry, 0
+                left[i : i + 1] = _project(flat[i : i + 1], wide, None if strengths is None else strengths[i : i + 1])
         return left.reshape(*self.batch_shape, *rows.shape[-2:])
 
     def captured(self, moment: SecondMoment | FrequentDirections) -> Tensor:
