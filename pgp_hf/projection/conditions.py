@@ -40,6 +40,7 @@ class ConditionSettings(Protocol):
     probes: int
     probe_space: str
     equal_images: bool
+    bf16_probes: bool
 
 
 @dataclass
@@ -125,13 +126,16 @@ def functional(model: Protectable, inputs: Mapping[str, Tensor], context: Contex
     eigenvectors. While later tasks train, each has a basis of n x r float64 values, r <= n, by which every step is
     multiplied: for a pool of M entries at most 8 M n^2 bytes, where n is the prompt's length times the width.
 
+    With `bf16_probes`, both passes run in bfloat16, from features and to gradients in float32.
+
     Raises:
         ValueError: the batch does not come with one index per image; `probe_space="statistics"` without a statistics
             head that knows the task.
     """
     _check_images(inputs, context)
     with torch.enable_grad():
-        traced = model.traced(**inputs)
+        precision = {"autocast": torch.bfloat16} if context.config.bf16_probes else {}
+        traced = model.traced(**inputs, **precision)
         gradients = _probe_gradients(model, traced, context)
     for name, per_probe in gradients.items():
         # an image's probes stay together, so that the order of rows does not depend on the batch size

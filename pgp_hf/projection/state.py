@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .basis import Basis, is_large
-from .conditions import CONDITIONS, WITHOUT_IMAGES, Context
+from .conditions import CONDITIONS, WITHOUT_IMAGES, Context, Observation
 from .config import ProjectionConfig, read_config
 from .moments import FrequentDirections, SecondMoment, second_moment
 from .projector import TRANSPOSED, NullSpaceProjector
-from .protocol import Protectable
+from .protocol import HasKeys, Protectable
 from .readers import HandedIn, Reader
 
 # each role's energy setting; None protects everything
@@ -150,6 +151,7 @@ class Projection:
         model: Protectable,
         batches: Iterable[tuple[Mapping[str, Tensor], Sequence[int]]],
         *,
+        keys: Iterable[Mapping[str, Tensor]] = (),
         task: int = 0,
         seed: int = 0,
         classes: Sequence[int] | None = None,
@@ -164,6 +166,7 @@ class Projection:
             batches: inputs of the model, and the position of each image within the task; not read when the condition
                 does not depend on images, or the model has nothing to protect. In a data-parallel run, each process
                 brings its share.
+            keys: with `all_keys`, inputs of the model whose queries the keys are protected by; not read otherwise.
             task, seed, classes: see `Context`.
             reduce, gather, broadcast: see `end_task`.
         """
@@ -175,6 +178,9 @@ class Projection:
             elif self.active and shapes:
                 for inputs, images in batches:
                     self.observe(model, inputs, images, task=task, seed=seed, classes=classes)
+                if self.config.all_keys and isinstance(model, HasKeys):
+                    for inputs in keys:
+                        self._add(starmap(Observation, model.key_rows(**inputs)))
             self.end_task(shapes, reduce=reduce, broadcast=broadcast, gather=gather)
         finally:
             self._observed = {}
@@ -190,7 +196,7 @@ class Projection:
         seed: int = 0,
         classes: Sequence[int] | None = None,
     ) -> None:
-        """Add one batch of the finished task to the statistics.
+        """Add one batch of the finished task to the statistics; with `all_keys`, not to those of keys.
 
         Args:
             model: in eval mode.
@@ -200,7 +206,12 @@ class Projection:
         if not self.active:
             return
         context = Context(self.config, images, task, seed, classes)
-        for name, role, rows in CONDITIONS[self.config.method](model, inputs, context):
+        found = CONDITIONS[self.config.method](model, inputs, context)
+        self._add(seen for seen in found if not (self.config.all_keys and seen.role == "key"))
+
+    @torch.no_grad()
+    def _add(self, observations: Iterable[Observation]) -> None:
+        for name, role, rows in observations:
             energy = self._energy(role)
             if energy is None:
                 continue
