@@ -256,7 +256,7 @@ def build(gr: Any, revisions: Revisions, title: str) -> Any:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = __doc__) -> int:
-    """Serve the page until interrupted; return 1 if that is not possible.
+    """Serve the page until interrupted; return 2 if that is not possible.
 
     Args:
         argv: the command line without the program, `sys.argv[1:]` by default.
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, description
 def fail(message: str) -> int:
     """Print an error; return the exit code."""
     print(f"error: {message}", file=sys.stderr)
-    return 1
+    return 2
 
 
 def parse(argv: Sequence[str] | None, prog: str | None = None, description: str | None = None) -> argparse.Namespace:

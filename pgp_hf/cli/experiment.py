@@ -222,8 +222,8 @@ def print_comparison(rows: Results, output_dir: Path, refused: Mapping[str, str]
         refused: by name, why there is no such row.
     """
     print(
-        "\nDrift: how far the features of old test images have moved, relative to their length. Forgetting and average"
-        "\naccuracy in %; task T: average accuracy over the tasks seen, after task T.\n"
+        "\nDrift: how far the features of old test images have moved, relative to their length. Forgetting"
+        "\nand average accuracy in %; task T: average accuracy over the tasks seen, after task T.\n"
     )
     print(table(rows))
     refused = refused or {}

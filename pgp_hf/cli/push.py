@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
-from ..hub import command_line
+from ..hub import PushError, command_line
+from ..report.formatting import printable
 from .console import Parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the command; return 0 if everything is on the Hub, 1 if not.
+    """Run the command; return 0 if everything is on the Hub, 1 if tasks are missing there.
 
     Args:
         argv: the command line without the program, `sys.argv[1:]` by default.
         prog: name of the program in its help.
+
+    Raises:
+        ValueError: what is refused.
     """
     parser = Parser(prog=prog, description=command_line.PUSH)
     parser.add_argument("output_dir", help="the run's folder, which holds task-1, task-2, ...")
     parser.add_argument("repo_id", help=command_line.REPO_ID)
     command_line.add_options(parser)
-    return command_line.run(parser.parse_args(argv))
+    try:
+        command_line.upload(parser.parse_args(argv))
+    except PushError as error:  # a line for each task
+        print("\n".join(map(printable, f"error: {error}".splitlines())), file=sys.stderr)
+        return 1
+    return 0

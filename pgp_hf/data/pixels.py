@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from transformers.image_processing_backends import PilBackend
 
 BILINEAR = 2  # of PIL; with other filters its result depends on which axis comes first, which its version decides
@@ -98,12 +99,13 @@ class Buffers:
 
     def take(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Return a tensor of this shape, with any values."""
-        if device.type != "cpu" or _users is None:
+        # a worker's batches are shared with the process that they are for, whatever is known of them in the worker
+        if device.type != "cpu" or _users is None or get_worker_info() is not None:
             return torch.empty(shape, device=device)
         with self._lock:
             self._kept = [each for each in self._kept if tuple(each[0].shape) == shape]
             for tensor, storage, own in self._kept:
-                if _users(storage._cdata) <= own:
+                if _users(storage._cdata) <= own and not storage.is_shared():
                     return tensor.view(shape)
             tensor = torch.empty(shape)
             if len(self._kept) < self.MOST:

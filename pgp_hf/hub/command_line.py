@@ -40,20 +40,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def upload(args: argparse.Namespace) -> None:
+    """Upload `args.output_dir` to `args.repo_id`.
+
+    Raises:
+        PushError: tasks are missing on the Hub.
+        ValueError: as `push`.
+    """
+    push(
+        args.output_dir,
+        args.repo_id,
+        token=args.token,
+        private=args.private,
+        base_model=args.base_model,
+        exemplars=args.exemplars,
+        license=args.license,
+        wait=args.wait,
+        say=lambda line: print(line, flush=True),
+    )
+
+
 def run(args: argparse.Namespace) -> int:
-    """Upload `args.output_dir` to `args.repo_id`; return 0 if everything is on the Hub, 1 if not."""
+    """Upload, and print what is wrong; return 0 if everything is on the Hub, 1 if not."""
     try:
-        push(
-            args.output_dir,
-            args.repo_id,
-            token=args.token,
-            private=args.private,
-            base_model=args.base_model,
-            exemplars=args.exemplars,
-            license=args.license,
-            wait=args.wait,
-            say=lambda line: print(line, flush=True),
-        )
+        upload(args)
     except (PushError, ValueError) as error:
         print("\n".join(map(printable, f"error: {error}".splitlines())), flush=True)
         return 1

@@ -112,8 +112,10 @@ class TaskTrainer(ReportingTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device, and process its images there if that was left to be done."""
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        if isinstance(self.data_collator, ImageCollator):
-            self.data_collator.finish(prepared)
+        collate = self.data_collator
+        collate = collate.collate if isinstance(collate, CollateBatch) else collate
+        if isinstance(collate, ImageCollator):
+            collate.finish(prepared)
         return prepared
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -122,7 +124,9 @@ class TaskTrainer(ReportingTrainer):
         Raises:
             FloatingPointError: such a loss.
         """
-        inputs.update(self._prepare_inputs(inputs))
+        prepared = self._prepare_inputs(inputs)
+        inputs.clear()  # what counts a step's operations looks into it later
+        inputs.update(prepared)
         self.results.images_trained += len(inputs["pixel_values"]) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.note(loss, self.state.global_step + 1, self._get_learning_rate())

@@ -928,13 +928,13 @@ def test_the_accuracy_figure_shows_plain_rows_and_the_best_without_prompts(folde
     assert {len(curve) for curve in others["joint"]} == {1} and {len(curve) for curve in others["ewc"]} == {3}
     assert set(panels["dualprompt, linear head"]) == {
         "frozen-ridge",
+        "joint",
         "none",
         "pgp",
         "control",
         "functional",
         "control-surprises",
         "functional-surprises",
-        "joint",
     }  # its name is longest
     assert not any("@" in label for name in prompts for label in panels[name])
     runs_of = rows_of(folder)["l2p-pgp"]

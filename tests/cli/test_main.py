@@ -80,3 +80,9 @@ def test_predict(tmp_path, without_figures, capsys):
     assert told.startswith("error: ") and told.count("\n") == 1
     with pytest.raises(ValueError, match="nowhere"):
         main(["predict", str(tmp_path / "nowhere"), str(photo), "--traceback"])
+
+
+def test_push_refuses_a_folder_without_tasks(tmp_path, capsys):
+    assert main(["push", str(tmp_path), "me/run"]) == 2
+    out, told = capsys.readouterr()
+    assert out == "" and told.startswith(f"error: {tmp_path} holds no finished task") and told.count("\n") == 1

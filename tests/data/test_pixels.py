@@ -103,6 +103,9 @@ def test_memory_is_used_again_once_nobody_refers_to_it():
     numbers = buffers.take((4, 2), device).numpy()
     assert numbers.ctypes.data == place
     assert buffers.take((4, 2), device).data_ptr() != place
+    del numbers
+    buffers.take((4, 2), device).share_memory_()  # with a process that may be reading it
+    assert not buffers.take((4, 2), device).is_shared()
 
 
 def test_autocast_leaves_grey_levels_alone():

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import struct
+import sys
 import warnings
 from collections import Counter
 
@@ -683,6 +684,9 @@ def test_verify_shows_a_bar_for_many_images_only(splits, monkeypatch, capsys):
     monkeypatch.setattr("pgp_hf.data.rows.PROGRESS_FROM", 10)
     TaskStream.from_dataset(splits, num_tasks=2).verify(progress=False)
     assert capsys.readouterr().err == ""
+    TaskStream.from_dataset(splits, num_tasks=2).verify()
+    assert capsys.readouterr().err == ""  # without a terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     TaskStream.from_dataset(splits, num_tasks=2).verify()
     assert "84/84" in capsys.readouterr().err
 

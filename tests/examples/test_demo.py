@@ -283,7 +283,7 @@ def test_without_an_argument(demo, run, gradio, made, monkeypatch, tmp_path, cap
     monkeypatch.chdir(tmp_path)
     if made:
         shutil.copytree(run, tmp_path / "out" / "l2p_pgp")
-    assert demo.main([]) == (0 if made else 1)
+    assert demo.main([]) == (0 if made else 2)
     assert gradio.launch.called == made
     assert made or "`pgp-hf train l2p`" in capsys.readouterr().err
 
@@ -294,7 +294,7 @@ def test_a_public_link_is_made_on_request_alone(demo, run, gradio):
 
 def test_a_run_that_is_refused(demo, gradio, tmp_path, capsys):
     for given in (tmp_path, tmp_path / "nowhere"):
-        assert demo.main([str(given)]) == 1
+        assert demo.main([str(given)]) == 2
     message = capsys.readouterr().err
     assert message.count("error: ") == 2 and "Traceback" not in message and not gradio.launch.called
 
@@ -302,7 +302,7 @@ def test_a_run_that_is_refused(demo, gradio, tmp_path, capsys):
 def test_without_gradio(demo, run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
-    assert demo.main([str(run)]) == 1
+    assert demo.main([str(run)]) == 2
     assert "pip install gradio" in capsys.readouterr().err
 
 

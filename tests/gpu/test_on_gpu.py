@@ -86,7 +86,6 @@ def leaks(folder: Path, t: int) -> list[str]:
 def may_wait(device: torch.device, may: bool) -> None:
     """Let the host wait for the device, or raise at every operation for which it would."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("default" if may else "error")
     else:
         substitute.let_wait(may)
@@ -247,7 +246,15 @@ def test_no_step_waits_for_the_device(tmp_path, adapter, method, device):
     projection = ProjectionConfig(method=method, energy=0.9, key_energy=0.9, apply_to="both")
     watch = Unwaited(device)
     model = tiny.model(adapter, head="statistics")
-    trainer = tiny.trainer(tmp_path, model=model, projection=projection, use_cpu=False, callbacks=[watch])
+    images = {"exact_images": False, "process_on_device": True, "augmentation": "crop_flip"}
+    trainer = tiny.trainer(
+        tmp_path,
+        model=model,
+        projection=projection,
+        use_cpu=False,
+        callbacks=[watch],
+        **(images if method == "pgp" else {}),
+    )
     trainer.train_task(0)
     try:
         trainer.train_task(1)

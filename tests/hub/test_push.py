@@ -367,7 +367,7 @@ def test_the_console_command_pushes_alike(hub, python, expected):
     assert hub.repos["me/run"].private
     assert python(code, argv=argv).out.count("is there already") == 3
     refused = python(code, argv=[str(expected[0].parent), "me/run"])
-    assert refused.value == 1 and refused.out.startswith(f"error: {expected[0].parent} holds no finished task")
+    assert refused.value == 2 and refused.out.startswith(f"error: {expected[0].parent} holds no finished task")
 
 
 def test_pushing_again_changes_nothing(hub, python, expected):

@@ -414,7 +414,7 @@ def test_tasks_come_in_turn(tmp_path):
         (
             lambda: tiny.model(base=tiny.backbone(num_labels=5)),
             ValueError,
-            "5 outputs, the stream 6 classes.*num_labels=6",
+            "5 outputs, the stream 6 classes.*load_backbone",
         ),
         (lambda: tiny.model(kind="backbone"), TypeError, "no classifier"),
     ],
