@@ -123,8 +123,9 @@ def functional(model: Protectable, inputs: Mapping[str, Tensor], context: Contex
     At a task's end, each image costs one forward pass (two if its query has to be computed) and `probes` backward
     passes, with the memory of one training batch. Each protected parameter (of L2P: each entry of the pool) needs a
     second moment of n x n values, or a sketch of `2 * SKETCH` x n once that is smaller (`moments.py`), and its
-    eigenvectors. While later tasks train, each has a basis of n x r float64 values, r <= n, by which every step is
-    multiplied: for a pool of M entries at most 8 M n^2 bytes, where n is the prompt's length times the width.
+    eigenvectors. While later tasks train, each has a basis of n x r values, r <= n, by which every step is multiplied: for
+    a pool of M entries at most 4 M n^2 bytes in single precision (all but small bases), where n is the prompt's length
+    times the width.
 
     With `bf16_probes`, both passes run in bfloat16, from features and to gradients in float32.
 
