@@ -102,12 +102,30 @@ def test_bounded_dependencies_are_those_that_move_fast():
     assert len(names) == 5 and all(re.search(rf'"{name}>=[\d.]+,<[\d.]+"', read("pyproject.toml")) for name in names)
 
 
-# ---- the README's guarantees ------------------------------------------------------------------------------------------
+# ---- pages for users ---------------------------------------------------------------------------------------------------
+
+PAGES = sorted(
+    p for folder in ("", "examples", "model_cards") for p in (ROOT / folder).glob("**/*.md" if folder else "*.md")
+)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "template.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:|#", link)]
+    assert not [link for link in links if not (page.parent / link.partition("#")[0]).exists()]
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len(read("README.md").split()) <= 1500
+
+
+# ---- guarantees ------------------------------------------------------------------------------------------
 
 
 def test_each_guarantee_has_its_test():
-    section = read("README.md").partition("\n## What is guaranteed\n")[2].partition("\n## ")[0]
-    lines = [" ".join(item.split()) for item in re.findall(r"^- (?:.|\n(?=  ))*", section, re.MULTILINE)]
+    page = read("examples/guides/guarantees.md")
+    lines = [" ".join(item.split()) for item in re.findall(r"^- (?:.|\n(?=  ))*", page, re.MULTILINE)]
     assert 1 <= len(lines) <= 10
     for line in lines:
         file, _, test = re.fullmatch(r"- .*: `([\w/.]+)(::)(\w+)`", line).groups()

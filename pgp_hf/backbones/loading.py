@@ -105,9 +105,14 @@ def with_one_head(load: Callable[[Any], PreTrainedModel]) -> PreTrainedModel:
 
 
 @contextmanager
-def errors_only() -> Iterator[None]:
-    """Silence all but errors of transformers, and without a terminal its bars."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+def errors_only(bars: bool = True) -> Iterator[None]:
+    """Silence all but errors of transformers, and its bars without a terminal.
+
+    Args:
+        bars: False for no bar on a terminal either.
+    """
+    shown = bars and sys.stderr.isatty()
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled() and not shown
     logging.set_verbosity_error()
     if bar:
         logging.disable_progress_bar()

@@ -250,7 +250,7 @@ class RunArguments:
         dry_run: print all settings and stop.
         projection: `method` of the `ProjectionConfig`.
         energy, key_energy, value_energy, apply_to, max_images, probes, probe_space, hold_key_norm, ln_penalty,
-            softness, equal_images: the other fields of the `ProjectionConfig`.
+            softness, equal_images, all_keys, bf16_probes: the other fields of the `ProjectionConfig`.
         head: the classifier, "linear" or "statistics".
         no_compare: train this run alone, without its unprojected twin and the classifiers on frozen features.
 
@@ -277,6 +277,8 @@ class RunArguments:
     ln_penalty: float = _setting("ln_penalty")
     softness: float = _setting("softness")
     equal_images: bool = _setting("equal_images")
+    all_keys: bool = _setting("all_keys")
+    bf16_probes: bool = _setting("bf16_probes")
     head: Literal["linear", "statistics"] = field(
         default="linear", metadata={"help": PromptConfig.__dataclass_fields__["head"].metadata["help"]}
     )

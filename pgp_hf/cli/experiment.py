@@ -62,7 +62,9 @@ def plan(arguments: Arguments) -> list[Planned]:
     if arguments.run.no_compare or projection.method == "none":
         return [own]
     # what needs a projection is left out
-    unprojected = replace(projection, method="none", ln_penalty=0.0, equal_images=False)
+    unprojected = replace(
+        projection, method="none", ln_penalty=0.0, equal_images=False, all_keys=False, bf16_probes=False
+    )
     runs = [Planned(output_dir / TWIN, arguments, unprojected)]
     if arguments.run.main_job:
         other = as_published(arguments)

@@ -69,7 +69,7 @@ energy SHARE|how much of what old images show is protected (default: 0.99)
 head NAME|linear (default), or statistics (on digits): means and covariance
 no_compare|train this run alone, without its twin and the frozen rows
 dry_run|print all settings that result, and stop
-also|key_energy value_energy apply_to softness max_images equal_images probes probe_space \
+also|key_energy value_energy apply_to softness max_images all_keys equal_images bf16_probes probes probe_space \
 hold_key_norm ln_penalty""",
     "method": """\
 method NAME|see below, or all of them (default: fine_tuning)

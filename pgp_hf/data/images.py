@@ -64,6 +64,7 @@ class AugmentedImages(Dataset[QueriedItem]):
     Attributes:
         queries: `(views, N, d)`, the queries of all images in each of `views`, from which each item gets its own; None
             by default.
+        unaugmented: `(N, d)`, the queries of the images as they are, where those of the views are not kept; None by default.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class AugmentedImages(Dataset[QueriedItem]):
         self.exact = exact
         self._store: PixelStore | None = None
         self.queries: Tensor | None = None
+        self.unaugmented: Tensor | None = None
         self._counters = (seed, task)
         # shared memory, so that persistent workers see a new epoch
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -152,7 +154,7 @@ class AugmentedImages(Dataset[QueriedItem]):
     @property
     def plain_queries(self) -> Tensor | None:
         """Return the queries `(N, d)` of the images without augmentation, where they are known."""
-        return None if self.queries is None or self.augmentation == "crop_flip" else self.queries[0]
+        return self.unaugmented if self.queries is None or self.augmentation == "crop_flip" else self.queries[0]
 
 
 class Exemplars(Dataset[QueriedItem]):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
-from transformers.utils import logging
 
 from .. import embedded
-from ..backbones.loading import with_one_head
+from ..backbones.loading import errors_only, with_one_head
 from ..runs.folder import ADAPTER_CONFIG, PROCESSOR
 from ..runs.revision import Revision
 from .adapters import UNFIT, Adapter
@@ -83,7 +80,10 @@ def load_backbone(source: str | Path, adapter: Adapter, options: dict[str, Any])
         return kind.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **options)
 
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):  # a new head, soon replaced, draws random numbers
+        with (
+            errors_only(bars=False),
+            torch.random.fork_rng(devices=[]),
+        ):  # a new head, soon replaced, draws random numbers
             return with_one_head(load) if kind is AutoModelForImageClassification else load(kind)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -140,17 +140,3 @@ def _check_processor(processor: BaseImageProcessor) -> None:
             f"{name}={getattr(processor, name, None)}" for name in ("image_mean", "image_std", "rescale_factor")
         )
         raise ValueError(f"it makes pixels that are not finite of an image: {settings}")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence all but errors of transformers, which would warn about the new head that is intended here."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()

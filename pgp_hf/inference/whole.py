@@ -7,10 +7,10 @@ from pathlib import Path
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..backbones import registry as registry  # DINOv3's head, which transformers lacks
+from ..backbones.loading import errors_only
 from ..runs.folder import MODEL, MODEL_CONFIG
 from ..runs.revision import Revision
 from .adapters import UNFIT
-from .backbone import quiet
 
 
 def load_whole(revision: Revision, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -37,7 +37,7 @@ def open_whole(folder: Path, attn_implementation: str | None = None) -> PreTrain
     It goes through transformers, whose files have other names for some tensors than its models.
     """
     try:
-        with quiet():
+        with errors_only(bars=False):
             model, told = AutoModelForImageClassification.from_pretrained(
                 folder,
                 use_safetensors=True,

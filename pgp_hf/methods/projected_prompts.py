@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from ..models import Protectable, StreamModel
-from ..projection import Projection, ProjectionConfig
+from ..projection import HasKeys, Projection, ProjectionConfig
 from .base import Batch, ContinualMethod, MethodCard, TaskContext
 from .registry import register
 
@@ -94,6 +94,7 @@ class ProjectedPrompts(ContinualMethod):
         self.projection.update_bases(
             _protectable(context.model),
             self._inputs(context),
+            keys=(batch.inputs for batch, _ in context.views(None)) if self.config.all_keys else (),
             task=context.task,
             seed=context.seed,
             classes=context.stream.seen_classes(context.task),
@@ -126,6 +127,10 @@ def check_projection(config: ProjectionConfig, model: StreamModel) -> None:
         raise ValueError(
             f"probe_space='statistics' needs an adapter with head='statistics', not {head!r}: set it in the adapter's "
             "configuration, or choose another probe_space."
+        )
+    if config.all_keys and not isinstance(tuner, HasKeys):
+        raise ValueError(
+            f"all_keys=True is for the keys of a pool that tasks share, and this {model.name} adapter has none: leave it False."
         )
     if config.ln_penalty and not tuner.token_offsets():
         raise ValueError(

@@ -19,7 +19,7 @@ from .conditions import CONDITIONS, Context, Observation
 from .config import ProjectionConfig
 from .moments import FrequentDirections, SecondMoment, second_moment
 from .projector import NullSpaceProjector
-from .protocol import PerSample, Protectable, Traced
+from .protocol import HasKeys, PerSample, Protectable, Traced
 from .state import Projection, set_readers
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Basis",
     "Context",
     "FrequentDirections",
+    "HasKeys",
     "NullSpaceProjector",
     "Observation",
     "PerSample",

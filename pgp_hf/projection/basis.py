@@ -9,16 +9,19 @@ from .config import check_energy
 from .moments import FrequentDirections, SecondMoment
 
 EPS = torch.finfo(torch.float64).eps
+SINGLE = 2**20  # a basis with more values than this, 8 MB, is kept and saved in single precision
 
 
 class Basis:
     """Orthonormal columns M that span the protected directions of one parameter.
 
+    A large basis is kept in single precision, without the columns that an entry of its batch does not use; arithmetic is in
+    double precision, one entry at a time.
+
     Args:
         columns: `(*batch, n, r)`; each column has norm 1, or is zero where the ranks within a batch differ.
 
     Attributes:
-        columns: the same, in float64.
         ranks: number of columns in use, `(*batch)`.
 
     Raises:
@@ -28,13 +31,39 @@ class Basis:
     def __init__(self, columns: Tensor) -> None:
         if columns.ndim < 2:
             raise ValueError(f"columns of shape {tuple(columns.shape)}: expected (*batch, n, r).")
-        self.columns = columns.detach().to(torch.float64)
-        self.ranks = (self.columns.square().sum(-2) > 0.5).sum(-1)
-        used = torch.arange(columns.shape[-1], device=columns.device) < self.ranks[..., None]
-        error = (self.columns.mT @ self.columns - torch.diag_embed(used.to(torch.float64))).abs()
+        columns = columns.detach()
+        self._shape = tuple(columns.shape)
+        self._dense: Tensor | None = None
+        self._entries: list[Tensor] = []
+        if is_large(columns) and columns.dtype == torch.float32:
+            self._keep(list(columns.reshape(-1, *columns.shape[-2:])))
+            return
+        self._dense = columns = columns.to(torch.float64)
+        self.ranks = _count(columns)
+        self._check(_error(columns, self.ranks))
+
+    @classmethod
+    def _of_entries(cls, entries: list[Tensor], batch_shape: tuple[int, ...]) -> Basis:
+        """Return a large basis of the entries of its flattened batch, `(n, r)` each, in single precision."""
+        basis = cls.empty(len(entries[0]))
+        basis._shape, basis._dense = (*batch_shape, len(entries[0]), max(m.shape[1] for m in entries)), None
+        basis._keep(entries)
+        return basis
+
+    def _keep(self, entries: list[Tensor]) -> None:
+        ranks = []
+        for i, entry in enumerate(entries):
+            wide = entry.to(torch.float64)
+            ranks.append(_count(wide))
+            self._check(_error(wide, ranks[-1]))
+            unused = self.batch_shape and int(ranks[i]) < entry.shape[1]
+            self._entries.append(entry[:, : int(ranks[i])].clone() if unused else entry)
+        self.ranks = torch.stack(ranks).reshape(self.batch_shape)
+
+    def _check(self, error: Tensor) -> None:
         if error.numel() and not error.max() < 1e-4:  # `not <` catches NaN as well
             raise ValueError(
-                f"columns of shape {tuple(columns.shape)} are not orthonormal (|M^T M - I| up to {error.max():.1e}, "
+                f"columns of shape {self._shape} are not orthonormal (|M^T M - I| up to {error.max():.1e}, "
                 "allowed 1e-4; unused columns are zero and come last): orthonormalise them, for example with torch.linalg.qr."
             )
 
@@ -44,19 +73,38 @@ class Basis:
         return cls(torch.zeros(*batch_shape, dim, 0, dtype=torch.float64, device=device))
 
     @property
+    def columns(self) -> Tensor:
+        """Return M, `(*batch, n, r)`: in float64, or of a large basis in float32, put together anew."""
+        if self._dense is not None:
+            return self._dense
+        if not self.batch_shape:
+            return self._entries[0]
+        return torch.stack([_padded(entry, self.rank) for entry in self._entries]).reshape(self._shape)
+
+    @property
     def dim(self) -> int:
         """Return the length n of a row."""
-        return self.columns.shape[-2]
+        return self._shape[-2]
 
     @property
     def rank(self) -> int:
         """Return the largest rank within the batch."""
-        return self.columns.shape[-1]
+        return self._shape[-1]
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Return the leading dimensions of independent bases."""
-        return tuple(self.columns.shape[:-2])
+        return self._shape[:-2]
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device that holds the columns."""
+        return self.ranks.device
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that the columns take."""
+        return sum(m.nbytes for m in (self._entries if self._dense is None else [self._dense]))
 
     @property
     def full(self) -> bool:
@@ -65,7 +113,17 @@ class Basis:
 
     def to(self, device: torch.device | str) -> Basis:
         """Return the basis on another device, or itself if it is there already."""
-        return self if self.columns.device == torch.device(device) else Basis(self.columns.to(device))
+        if self.device == torch.device(device):
+            return self
+        if self._dense is not None:
+            return Basis(self._dense.to(device))
+        return Basis._of_entries([entry.to(device) for entry in self._entries], self.batch_shape)
+
+    def entry(self, index: int) -> Tensor:
+        """Return M of one entry of the flattened batch, `(n, r)`, in float64."""
+        if self._dense is None:
+            return _padded(self._entries[index].to(torch.float64), self.rank)
+        return self._dense.reshape(torch.Size(self.batch_shape).numel(), *self._shape[-2:])[index]
 
     def project(self, rows: Tensor, strength: Tensor | None = None) -> Tensor:
         """Return the part of `rows` `(*batch, N, n)` that lies in the null space, `z - (z M) M^T`.
@@ -74,16 +132,24 @@ class Basis:
         factors are applied one after the other: 2 N n r multiplications instead of the dense projector's N n^2,
         which is less for r < n/2.
         """
-        columns = self.columns.to(rows)
-        inside = rows @ columns
-        if strength is not None:
-            inside = inside * strength.to(rows)[..., None, :]
-        return rows - inside @ columns.mT
+        if self._dense is not None:
+            return _project(rows, self._dense.to(rows), strength)
+        if not self.batch_shape:
+            return _project(rows, self._entries[0].to(rows), strength)
+        flat = rows.expand(*self.batch_shape, *rows.shape[-2:]).reshape(-1, *rows.shape[-2:])
+        left = flat.clone()
+        strengths = None if strength is None else strength.reshape(-1, self.rank)
+        wide = rows.new_empty(1, self.dim, self.rank)  # one for all entries, in turn
+        for i, entry in enumerate(self._entries):
+            if rank := entry.shape[1]:  # as a batch of one, which gives the same bits as within the whole batch
+                wide[0, :, :rank], wide[0, :, rank:] = entry, 0
+                left[i : i + 1] = _project(flat[i : i + 1], wide, None if strengths is None else strengths[i : i + 1])
+        return left.reshape(*self.batch_shape, *rows.shape[-2:])
 
     def captured(self, moment: SecondMoment | FrequentDirections) -> Tensor:
         """Return the share of the moment's energy inside the span, `tr(M^T C M) / tr C`, `(*batch)`."""
-        inside = moment.inside(self.columns.to(moment.device))
-        return (inside / moment.total.clamp_min(torch.finfo(torch.float64).tiny)).to(self.columns.device)
+        inside = moment.inside(self.columns.to(moment.device, torch.float64))
+        return (inside / moment.total.clamp_min(torch.finfo(torch.float64).tiny)).to(self.device)
 
     @torch.no_grad()
     def extend(self, moment: SecondMoment | FrequentDirections, energy: float) -> Basis:
@@ -117,19 +183,59 @@ class Basis:
                 f"{tuple(self.columns.shape)}: expected {(*self.batch_shape, self.dim, self.dim)}."
             )
         noise = max(self.dim, moment.rows) * EPS  # not the root of rows: equal rows are all rounded the same way
-        columns = self.columns.to(moment.device)
-        inside, total = moment.inside(columns).flatten().tolist(), moment.total.flatten().tolist()
-        columns, ranks = columns.reshape(len(total), self.dim, self.rank), self.ranks.flatten().tolist()
-        extended = [
-            _extended(columns[i, :, : ranks[i]], moment, i, energy * total[i] - inside[i], noise * total[i])
-            for i in range(len(total))
-        ]
+        inside, total = self._inside(moment), moment.total.flatten().tolist()
+        ranks = self.ranks.flatten().tolist()
+        extended: list[Tensor] = []
+        large = False
+        for i in range(len(total)):
+            own = self.entry(i).to(moment.device)[:, : ranks[i]]
+            extended.append(_extended(own, moment, i, energy * total[i] - inside[i], noise * total[i]))
+            large = large or len(total) * self.dim * max(self.rank, extended[-1].shape[1]) > SINGLE
+            if large:  # at once, since all of them in double precision take twice the memory
+                extended = [m.to(torch.float32) for m in extended]
         width = max(m.shape[1] for m in extended)
-        padded = [torch.nn.functional.pad(m, (0, width - m.shape[1])) for m in extended]
-        return Basis(torch.stack(padded).reshape(*self.batch_shape, self.dim, width).to(self.columns.device))
+        if large:
+            return Basis._of_entries([m.to(self.device) for m in extended], self.batch_shape)
+        padded = torch.stack([_padded(m, width) for m in extended])
+        return Basis(padded.reshape(*self.batch_shape, self.dim, width).to(self.device))
+
+    def _inside(self, moment: SecondMoment | FrequentDirections) -> list[float]:
+        """Return the energy of each entry's moment that is in its span already."""
+        if isinstance(moment, FrequentDirections):  # its rows are long, and all bases in double precision large
+            return [moment.inside_one(i, self.entry(i).to(moment.device)) for i in range(len(moment.held))]
+        found: list[float] = moment.inside(self.columns.to(moment.device, torch.float64)).flatten().tolist()
+        return found
 
     def __repr__(self) -> str:
         return f"Basis(dim={self.dim}, rank={self.rank}, batch_shape={self.batch_shape})"
+
+
+def is_large(columns: Tensor) -> bool:
+    """Return whether a basis of these columns is kept in single precision."""
+    return columns.numel() > SINGLE
+
+
+def _count(columns: Tensor) -> Tensor:
+    """Return the number of columns in use, `(*batch)`."""
+    return (columns.square().sum(-2) > 0.5).sum(-1)
+
+
+def _error(columns: Tensor, ranks: Tensor) -> Tensor:
+    """Return how far columns are from orthonormal ones that are followed by zeros."""
+    used = torch.arange(columns.shape[-1], device=columns.device) < ranks[..., None]
+    return (columns.mT @ columns - torch.diag_embed(used.to(torch.float64))).abs()
+
+
+def _padded(columns: Tensor, width: int) -> Tensor:
+    missing = width - columns.shape[-1]
+    return torch.nn.functional.pad(columns, (0, missing)) if missing else columns
+
+
+def _project(rows: Tensor, columns: Tensor, strength: Tensor | None) -> Tensor:
+    inside = rows @ columns
+    if strength is not None:
+        inside = inside * strength.to(rows)[..., None, :]
+    return rows - inside @ columns.mT
 
 
 def _extended(

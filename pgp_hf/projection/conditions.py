@@ -40,6 +40,7 @@ class ConditionSettings(Protocol):
     probes: int
     probe_space: str
     equal_images: bool
+    bf16_probes: bool
 
 
 @dataclass
@@ -122,8 +123,11 @@ def functional(model: Protectable, inputs: Mapping[str, Tensor], context: Contex
     At a task's end, each image costs one forward pass (two if its query has to be computed) and `probes` backward
     passes, with the memory of one training batch. Each protected parameter (of L2P: each entry of the pool) needs a
     second moment of n x n values, or a sketch of `2 * SKETCH` x n once that is smaller (`moments.py`), and its
-    eigenvectors. While later tasks train, each has a basis of n x r float64 values, r <= n, by which every step is
-    multiplied: for a pool of M entries at most 8 M n^2 bytes, where n is the prompt's length times the width.
+    eigenvectors. While later tasks train, each has a basis of n x r values, r <= n, by which every step is multiplied: for
+    a pool of M entries at most 4 M n^2 bytes in single precision (all but small bases), where n is the prompt's length
+    times the width.
+
+    With `bf16_probes`, both passes run in bfloat16, from features and to gradients in float32.
 
     Raises:
         ValueError: the batch does not come with one index per image; `probe_space="statistics"` without a statistics
@@ -131,7 +135,8 @@ def functional(model: Protectable, inputs: Mapping[str, Tensor], context: Contex
     """
     _check_images(inputs, context)
     with torch.enable_grad():
-        traced = model.traced(**inputs)
+        precision = {"autocast": torch.bfloat16} if context.config.bf16_probes else {}
+        traced = model.traced(**inputs, **precision)
         gradients = _probe_gradients(model, traced, context)
     for name, per_probe in gradients.items():
         # an image's probes stay together, so that the order of rows does not depend on the batch size

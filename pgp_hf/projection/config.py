@@ -12,7 +12,7 @@ from .readers import HandedIn
 
 APPLY_TO = ("update", "gradient", "both")
 PROBE_SPACES = ("features", "logits", "statistics")
-ADDED = {"softness": 0.0, "equal_images": False}
+ADDED = {"softness": 0.0, "equal_images": False, "all_keys": False, "bf16_probes": False}
 """Settings that files of earlier versions lack, with the values that these versions had."""
 
 
@@ -35,12 +35,14 @@ class ProjectionConfig:
         softness: share of the energy at which a direction of a prompt's basis is half free; 0 cuts all of them.
         equal_images: whether all old images count the same, however strongly they depend on the prompts ("functional"
             only).
+        all_keys: whether keys see the queries of all training images, and `max_images` holds for prompts alone.
+        bf16_probes: whether the passes of "functional" run in bfloat16; queries, rows and bases stay in float32 or better.
 
     Raises:
         ValueError: an unknown `method`, `apply_to` or `probe_space`; an energy outside (0, 1]; `max_images` or
             `probes` that is not a whole number of at least 1; an `ln_penalty` that is negative, not finite, or given
             with a method that does not use it; "frozen" applied to gradients; a `softness` that is negative or not
-            finite; `equal_images` with a method that does not use it.
+            finite; `equal_images`, `all_keys` or `bf16_probes` with a method that does not use it.
     """
 
     method: str = field(
@@ -133,18 +135,38 @@ class ProjectionConfig:
             "else those that depend on the prompts most decide on the basis"
         },
     )
+    all_keys: bool = field(
+        default=False,
+        metadata={
+            "help": "protect keys by the queries of all training images, which cost no backward pass; max_images then limits "
+            "what prompts are protected by"
+        },
+    )
+    bf16_probes: bool = field(
+        default=False,
+        metadata={
+            "help": "run the forward and backward passes of method 'functional' in bfloat16; queries, and sums over images, "
+            "stay as precise as they are"
+        },
+    )
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, ("none", *CONDITIONS))
         _check_choice("apply_to", self.apply_to, APPLY_TO)
         _check_choice("probe_space", self.probe_space, PROBE_SPACES)
         self._check_numbers()
-        for name in ("hold_key_norm", "equal_images"):
+        for name in ("hold_key_norm", "equal_images", "all_keys", "bf16_probes"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False.")
-        if self.equal_images and self.method != "functional":
+        for name in ("equal_images", "bf16_probes"):
+            if getattr(self, name) and self.method != "functional":
+                raise ValueError(
+                    f"{name}=True does nothing with method={self.method!r}: use False, or method='functional'."
+                )
+        if self.all_keys and (self.method in ("none", "frozen") or self.key_energy is None):
             raise ValueError(
-                f"equal_images=True does nothing with method={self.method!r}: use False, or method='functional'."
+                f"all_keys=True does nothing with method={self.method!r} and key_energy={self.key_energy}: use False, or a "
+                "method that protects keys by queries."
             )
         if not _is_number(self.ln_penalty) or not 0 <= self.ln_penalty < float("inf"):
             raise ValueError(

@@ -184,8 +184,12 @@ class FrequentDirections:
     def inside(self, columns: Tensor) -> Tensor:
         """Return a lower bound of the energy in the span of orthonormal columns `(*batch_shape, n, r)`."""
         columns = columns.reshape(len(self.held), *columns.shape[-2:])
-        found = [(b @ m).square().sum() for b, m in zip(self.held, columns, strict=True)]
-        return torch.stack(found).reshape(self.batch_shape)
+        found = [self.inside_one(index, m) for index, m in enumerate(columns)]
+        return torch.tensor(found, dtype=torch.float64, device=self.device).reshape(self.batch_shape)
+
+    def inside_one(self, index: int, columns: Tensor) -> float:
+        """Return the same for one sketch of the flattened batch and its columns `(n, r)`."""
+        return float((self.held[index] @ columns).square().sum())
 
     def along(self, columns: Tensor) -> Tensor:
         """Return a lower bound of the energy along each column, `(*batch_shape, r)`."""

@@ -84,7 +84,10 @@ class Protectable(Protocol):
 
     @property
     def traced(self) -> Callable[..., Traced]:
-        """Run a forward pass that is differentiable in each image's own copy of the parameters."""
+        """Run a forward pass that is differentiable in each image's own copy of the parameters.
+
+        With an `autocast` dtype, it runs in that precision, but for the query.
+        """
 
     def linear_logits(self, features: Tensor) -> Tensor:
         """Return the trained head's scores `(B, C)` of features `(B, d)`."""
@@ -92,3 +95,12 @@ class Protectable(Protocol):
     @property
     def statistics(self) -> Whitens | None:
         """Return the class statistics of a statistics head; None for any other head."""
+
+
+@runtime_checkable
+class HasKeys(Protocol):
+    """A model with a pool whose keys can be protected without a pass that is differentiable."""
+
+    @property
+    def key_rows(self) -> Callable[..., NamedRows]:
+        """Yield the rows that images show to the keys, `(N, n)`."""

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
 
-from .basis import Basis
-from .conditions import CONDITIONS, WITHOUT_IMAGES, Context
+from .basis import Basis, is_large
+from .conditions import CONDITIONS, WITHOUT_IMAGES, Context, Observation
 from .config import ProjectionConfig, read_config
 from .moments import FrequentDirections, SecondMoment, second_moment
 from .projector import TRANSPOSED, NullSpaceProjector
-from .protocol import Protectable
+from .protocol import HasKeys, Protectable
 from .readers import HandedIn, Reader
 
 # each role's energy setting; None protects everything
 ROLES = {"prompt": "energy", "key": "key_energy", "value": "value_energy", "all": None}
-SINGLE = 2**20  # a basis with more values than this, 8 MB, is kept and saved in single precision
 
 Collective = Callable[[Tensor], Tensor]
 
@@ -151,6 +151,7 @@ class Projection:
         model: Protectable,
         batches: Iterable[tuple[Mapping[str, Tensor], Sequence[int]]],
         *,
+        keys: Iterable[Mapping[str, Tensor]] = (),
         task: int = 0,
         seed: int = 0,
         classes: Sequence[int] | None = None,
@@ -165,6 +166,7 @@ class Projection:
             batches: inputs of the model, and the position of each image within the task; not read when the condition
                 does not depend on images, or the model has nothing to protect. In a data-parallel run, each process
                 brings its share.
+            keys: with `all_keys`, inputs of the model whose queries the keys are protected by; not read otherwise.
             task, seed, classes: see `Context`.
             reduce, gather, broadcast: see `end_task`.
         """
@@ -176,6 +178,9 @@ class Projection:
             elif self.active and shapes:
                 for inputs, images in batches:
                     self.observe(model, inputs, images, task=task, seed=seed, classes=classes)
+                if self.config.all_keys and isinstance(model, HasKeys):
+                    for inputs in keys:
+                        self._add(starmap(Observation, model.key_rows(**inputs)))
             self.end_task(shapes, reduce=reduce, broadcast=broadcast, gather=gather)
         finally:
             self._observed = {}
@@ -191,7 +196,7 @@ class Projection:
         seed: int = 0,
         classes: Sequence[int] | None = None,
     ) -> None:
-        """Add one batch of the finished task to the statistics.
+        """Add one batch of the finished task to the statistics; with `all_keys`, not to those of keys.
 
         Args:
             model: in eval mode.
@@ -201,7 +206,12 @@ class Projection:
         if not self.active:
             return
         context = Context(self.config, images, task, seed, classes)
-        for name, role, rows in CONDITIONS[self.config.method](model, inputs, context):
+        found = CONDITIONS[self.config.method](model, inputs, context)
+        self._add(seen for seen in found if not (self.config.all_keys and seen.role == "key"))
+
+    @torch.no_grad()
+    def _add(self, observations: Iterable[Observation]) -> None:
+        for name, role, rows in observations:
             energy = self._energy(role)
             if energy is None:
                 continue
@@ -244,8 +254,10 @@ class Projection:
             if reduce is not None:
                 moment.merge(reduce, gather)
             old = bases.get(name, Basis.empty(moment.dim, moment.batch_shape, moment.device))
-            columns = as_saved(old.to(moment.device).extend(moment, energy).columns)
-            bases[name] = basis = Basis(columns if broadcast is None else from_main_process(columns, broadcast))
+            basis = old.to(moment.device).extend(moment, energy)
+            if broadcast is not None:
+                basis = Basis(from_main_process(basis.columns, broadcast))
+            bases[name] = basis
             before, soft = infos.get(name), self.config.softness > 0 and role in ("prompt", "value")
             if basis.full and role != "all" and not soft:
                 warnings.warn(
@@ -264,7 +276,7 @@ class Projection:
                 "rank_per_task": [*(before["rank_per_task"] if before else []), basis.rank],
             }
             if soft:
-                held = moment.along(basis.columns.to(moment.device))
+                held = moment.along(basis.columns.to(moment.device, torch.float64))
                 held = held / moment.total.clamp_min(torch.finfo(torch.float64).tiny)[..., None]
                 shares = held if before is None else held + _enlarged(before, basis).to(held)
                 infos[name]["shares"] = (shares if broadcast is None else broadcast(shares)).tolist()
@@ -364,18 +376,14 @@ def _std(tokens: Tensor) -> Tensor:
     return (tokens.var(-1, correction=0) + 1e-12).sqrt()
 
 
-def _is_large(columns: Tensor) -> bool:
-    return columns.numel() > SINGLE
-
-
 def as_file(columns: Tensor) -> Tensor:
     """Return columns as files hold them: contiguous, on the CPU, those of a large basis in single precision."""
-    return columns.to("cpu", torch.float32 if _is_large(columns) else torch.float64).contiguous()
+    return columns.to("cpu", torch.float32 if is_large(columns) else torch.float64).contiguous()
 
 
 def as_saved(columns: Tensor) -> Tensor:
-    """Round columns as their file will, so that a resumed run continues with the same values."""
-    return columns.to(torch.float32).to(torch.float64) if _is_large(columns) else columns
+    """Return columns in the precision of their file, so that a resumed run continues with the same values."""
+    return columns.to(torch.float32) if is_large(columns) else columns
 
 
 def from_main_process(columns: Tensor, broadcast: Collective) -> Tensor:

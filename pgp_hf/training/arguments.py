@@ -143,7 +143,7 @@ class PGPTrainingArguments(TrainingArguments):
         metadata={
             "help": "keep the images' queries, which never change, instead of computing them again: of test images, and "
             "of training images where they have fewer views (one unaugmented, two flipped, crop_views) than passes over "
-            "them, unless max_steps is set"
+            "them, unless max_steps is set, or several statistics need them"
         },
     )
     exact_images: bool = field(

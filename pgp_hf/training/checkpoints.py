@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..backbones.loading import errors_only
 from ..data.stream import TaskStream
-from ..inference.backbone import quiet
 from ..inference.whole import open_whole
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, load_weights, stream_model
@@ -137,7 +137,7 @@ class CheckpointTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as a `Trainer` does, together with the method's state; nothing is uploaded."""
-        with quiet():
+        with errors_only(bars=False):
             super().save_model(output_dir, _internal_call=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -148,7 +148,7 @@ class CheckpointTrainer(Trainer):
             self._write_model(folder)
 
     def _write_model(self, folder: Path) -> None:
-        with quiet():
+        with errors_only(bars=False):
             write_model(folder, self._whole_model())
         processor: Any = self.processing_class
         if hasattr(processor, "save_pretrained"):

@@ -69,14 +69,17 @@ class Passes:
         return bool(self.args.disable_tqdm) or not self.accelerator.is_main_process or None
 
     @torch.no_grad()
-    def queries(self, images: ImageView) -> Tensor | None:
+    def queries(self, images: ImageView, on_disk: bool = True) -> Tensor | None:
         """Return the queries `(N, d)` of images, on every process: from the disk, or from the batches that evaluation uses.
 
         None for a model that selects nothing, and where `cache_queries` is off.
+
+        Args:
+            on_disk: whether they are looked for there, and written, if the arguments allow it.
         """
         if not self.args.cache_queries or not isinstance(self.learner, SelectsPrompts):
             return None
-        cache, key = self._cache(), self._query_key(self.learner, images)
+        cache, key = self._cache(), self._query_key(self.learner, images) if on_disk else None
         found = None if key is None else cache.read(key, len(images))
         if self._all_have(found):
             return found
@@ -121,7 +124,7 @@ class Passes:
     def keep_training_queries(self, images: AugmentedImages, projection: Projection | None) -> None:
         """Compute the queries of a task's training images once, where they would otherwise be computed repeatedly.
 
-        Training goes over the images, and so do the statistics of a projection or of a head.
+        Training goes over the images, and so do the statistics of a projection, a head or a selection.
         """
         views, learner = images.views(), self.learner
         statistics = isinstance(learner, KeepsClassStatistics) and learner.statistics is not None
@@ -131,6 +134,17 @@ class Passes:
         if 0 < len(views) < passes and self.args.max_steps <= 0 and known:
             found = [queries for view in views if (queries := self.queries(view)) is not None]
             images.queries = torch.stack(found) if found else None
+        if images.plain_queries is None and known and self._plain_passes(projection) > 1:
+            images.unaugmented = self.queries(images.images, on_disk=False)
+
+    def _plain_passes(self, projection: Projection | None) -> int:
+        """Return the number of passes over a task's unaugmented images that need their queries."""
+        learner, passes = self.learner, 0
+        if isinstance(learner, KeepsClassStatistics) and learner.statistics is not None:
+            passes += 2 if self.args.compensate_drift else 1
+        if projection is not None and projection.config.method not in ("none", "frozen"):
+            passes += 2 if projection.config.all_keys else 1
+        return passes + (getattr(learner, "query_statistics", None) is not None)
 
     # ---- training images -----------------------------------------------------------------------------------------
 

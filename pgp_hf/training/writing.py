@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import embedded
+from ..backbones.loading import errors_only
 from ..data.stored import to_tensors
-from ..inference.backbone import quiet
 from ..methods import ContinualMethod
 from ..models import stream_model
 from ..projection import Projection, ProjectionConfig
@@ -100,7 +100,7 @@ def write_model(folder: Path, model: PeftModel | PreTrainedModel) -> tuple[str, 
         config = read_json(path)
         base = config.get("base_model_name_or_path")
     else:
-        with quiet():
+        with errors_only(bars=False):
             model.save_pretrained(str(folder), max_shard_size="1000GB")  # a single file
         file, path = MODEL, folder / MODEL_CONFIG
         config = read_json(path)

@@ -935,7 +935,6 @@ def test_the_accuracy_figure_shows_plain_rows_and_the_best_without_prompts(folde
         "functional",
         "control-surprises",
         "functional-surprises",
-        "joint",
     }  # its name is longest
     assert not any("@" in label for name in prompts for label in panels[name])
     runs_of = rows_of(folder)["l2p-pgp"]

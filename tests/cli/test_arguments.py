@@ -47,6 +47,8 @@ def test_every_field_is_an_argument():
         "ln_penalty": 0.25,
         "softness": 0.1,
         "equal_images": True,
+        "all_keys": True,
+        "bf16_probes": True,
     }
     assert {"method", *given} == set(ProjectionConfig.__dataclass_fields__)
     argv = [part for name, value in given.items() for part in (f"--{name}", str(value))]

@@ -97,6 +97,8 @@ PROJECTION = {
     "ln_penalty": WEIGHT + (0,),
     "softness": WEIGHT + (0,),
     "equal_images": SWITCH,
+    "all_keys": SWITCH,
+    "bf16_probes": SWITCH,
 }
 METHODS: dict[str, dict[str, Values]] = {
     "fine_tuning": {},

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pgp_hf.runs.folder import LARGE
+from pgp_hf.runs.folder import LARGE, QUERIES
 from pgp_hf.runs.reading import sha256
 
 # audit events of Python; the number of their arguments that are paths. Rust writes the safetensors files unseen, but
@@ -132,7 +132,7 @@ def content(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
-        if path.is_dir() or path.name in LOCKS:
+        if path.is_dir() or path.name in LOCKS or path.parent.name == QUERIES:  # a cache, which may have less
             continue
         if path.suffix == ".safetensors":
             found[name] = sha256(path)

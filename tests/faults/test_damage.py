@@ -20,6 +20,7 @@ from torch import Tensor
 from pgp_hf import StreamTrainer, load_pretrained
 from pgp_hf.methods import METHODS, create
 from pgp_hf.models import weights
+from pgp_hf.runs.folder import QUERIES
 
 sys.path.append(str(Path(__file__).parents[1] / "contract"))
 
@@ -132,7 +133,7 @@ def actions(name: str) -> list[str]:
     top = name.partition("/")[0]
     return (
         ["resume"]
-        if top == "features" or name == "continued.json"
+        if top in ("features", QUERIES) or name == "continued.json"
         else [f"load {top}" if "/" in name else "load", "resume"]
     )
 

@@ -406,7 +406,7 @@ def test_the_statistics_take_no_random_number_and_every_image(tmp_path):
 @pytest.mark.parametrize("method", ["l2p", "dualprompt"])
 def test_the_command_line_chooses_the_head(tmp_path, monkeypatch, capsys, method):
     script = Path(__file__).parents[2] / "examples" / f"run_{method}_pgp.py"
-    for arguments, head in (([], "linear"), (["--head", "statistics"], "statistics")):
+    for arguments, head in ((["--head", "linear"], "linear"), (["--head", "statistics"], "statistics")):
         monkeypatch.setattr(sys, "argv", [str(script), "--dry_run", "--use_cpu", "true", *arguments])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(script), run_name="__main__")

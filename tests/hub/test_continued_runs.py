@@ -320,6 +320,8 @@ def test_a_hub_out_of_reach_does_not_stop_the_training(hub, learn, python, publi
     repo = publish()
     code = """
 import os, time
+from pgp_hf import load_pretrained
+load_pretrained("me/run", revision="task-1", backbone=tiny.backbone())  # is in the cache, as the newest is
 trainer = go_on("me/run", None, folder, push_to_hub=True, hub_wait=0.1)
 os.remove(mark)
 while not os.path.exists(mark + ".down"): time.sleep(0.02)

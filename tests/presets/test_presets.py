@@ -126,6 +126,7 @@ def test_dualprompt_is_as_in_the_table(capsys, name):
         "expert_layers": [2, 3, 4],
         "copy_previous": True,
         "grow_pool": tasks > 10,  # more tasks than entries
+        "selection": "key",
         "pull_constraint_coeff": 1,
     }
 

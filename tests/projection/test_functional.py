@@ -360,7 +360,7 @@ def test_a_stream(tmp_path):
 
 def test_a_wide_basis_is_saved_in_single_precision(monkeypatch):
     """The projector uses the rounded basis from the start, so that a resumed run continues with the same."""
-    monkeypatch.setattr("pgp_hf.projection.state.SINGLE", 500)
+    monkeypatch.setattr("pgp_hf.projection.basis.SINGLE", 500)
     model = tiny.model()
     projection = learned(model, tiny.images(12), config(energy=0.9))
     tensors, description = projection.state()

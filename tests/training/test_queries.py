@@ -11,8 +11,9 @@ import tiny
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from pgp_hf import hub
+from pgp_hf import ProjectionConfig, hub
 from pgp_hf.data.images import AugmentedImages, FlippedImages, ImageCollator
 from pgp_hf.data.shifts import RENDERINGS
 from pgp_hf.runs.folder import RunFolder
@@ -235,3 +236,28 @@ def test_crops_take_turns_and_their_queries_are_kept(tmp_path):
     assert trainer.results.training["crop_views"] == 2
     with pytest.raises(ValueError, match="crop_views=2 with augmentation='flip'"):
         tiny.arguments(tmp_path, crop_views=2)
+
+
+def test_statistics_share_the_queries_of_images_in_random_crops(tmp_path):
+    """Those of the head and of the projection go over the images as they are: one query for both, equal to the bit."""
+    calls, files = {}, {}
+    settings = {"dataset": tiny.data(train=4, test=3), "num_tasks": 1}
+    for name, kept in (("live", False), ("kept", True)):
+        calls[name] = []
+        with tiny.without_figures():
+            trainer = tiny.trainer(
+                tmp_path / name,
+                model=tiny.model(head="statistics"),
+                stream=tiny.stream(**settings),
+                projection=ProjectionConfig(method="functional", energy=0.9, key_energy=0.9),
+                augmentation="crop_flip",
+                num_train_epochs=1,
+                cache_queries=kept,
+            )
+            counted(trainer, calls[name]).train()
+        files[name] = [
+            load_file(tmp_path / name / file) for file in ("projection.safetensors", "adapter_model.safetensors")
+        ]
+    assert sum(calls["live"]) - sum(calls["kept"]) >= 24
+    for live, kept in zip(files["live"], files["kept"], strict=True):
+        assert live.keys() == kept.keys() and all(torch.equal(live[name], kept[name]) for name in live)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -399,19 +399,27 @@ class PromptTuner(BaseTuner):
         return self.model.classifier.register_forward_pre_hook(partial(_show_input, callback))
 
     @torch.enable_grad()
-    def traced(self, pixel_values: Tensor, prompt_query: Tensor | None = None) -> Traced:
+    def traced(
+        self, pixel_values: Tensor, prompt_query: Tensor | None = None, autocast: torch.dtype | None = None
+    ) -> Traced:
         """Run a forward pass that is differentiable in each image's own copy of the shared prompts, and only in it.
 
         Prompts are selected as always, and the selection gets no gradient. `torch.autograd.grad` of the features with
         respect to the copies touches no parameter's `grad`.
+
+        Args:
+            autocast: precision of the pass, other than that of the query.
         """
+        precision = nullcontext() if autocast is None else torch.autocast(pixel_values.device.type, autocast)
+        given = {} if prompt_query is None else {"prompt_query": prompt_query}
         features: list[Tensor] = []
         watch = self.watch_features(features.append)
         layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, PromptLayer)}
         for layer in layers.values():
             layer.copies = {}
         try:
-            self.model(pixel_values=pixel_values, **({} if prompt_query is None else {"prompt_query": prompt_query}))
+            with precision:
+                self.model(pixel_values=pixel_values, **given)
             copies = {
                 f"base_model.model.{path}.{name}": PerSample(values, self._per_entry())
                 for path, layer in layers.items()

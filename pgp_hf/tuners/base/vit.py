@@ -17,6 +17,7 @@ from ...backbones import Family
 from ...backbones.family import CLS
 from ...backbones.registry import check, find
 from ...backbones.vit import ViTLike
+from ...projection.protocol import Traced
 from ...runs.digest import tensor_sha256
 from .config import PromptConfig
 from .head import prepare_head
@@ -144,6 +145,12 @@ class ViTPromptTuner(PromptTuner):
                 layer.bypass = value
             for module in training:
                 module.training = True
+
+    def traced(
+        self, pixel_values: Tensor, prompt_query: Tensor | None = None, autocast: torch.dtype | None = None
+    ) -> Traced:
+        query = self.query(pixel_values) if prompt_query is None else prompt_query
+        return super().traced(pixel_values, query, autocast)
 
     def frozen_features(self, pixel_values: Tensor) -> Tensor:
         return self.query(pixel_values)

@@ -213,10 +213,18 @@ class L2PModel(ViTPromptTuner):
             yield f"{prompt_name}.T", "value", length.flatten(1, 2)
         yield key_name, "key", _key_rows(query)
 
-    def traced(self, pixel_values: Tensor, prompt_query: Tensor | None = None) -> Traced:
+    def traced(
+        self, pixel_values: Tensor, prompt_query: Tensor | None = None, autocast: torch.dtype | None = None
+    ) -> Traced:
         query = self.query(pixel_values) if prompt_query is None else prompt_query
+        rows = {name: rows for name, _, rows in self.key_rows(pixel_values, query)}
+        return super().traced(pixel_values, query, autocast)._replace(keys=rows)
+
+    def key_rows(self, pixel_values: Tensor, prompt_query: Tensor | None = None) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield what these images show to the keys: (name, role, rows)."""
         _, key_name = self.prompt_parameters()
-        return super().traced(pixel_values, query)._replace(keys={key_name: _key_rows(query)})
+        query = self.query(pixel_values) if prompt_query is None else prompt_query
+        yield key_name, "key", _key_rows(query)
 
     def _per_entry(self) -> Callable[[Tensor], Tensor]:
         """Return what makes one row of length `L * d` for each entry of the pool and each image, `(M, B, L * d)`.
