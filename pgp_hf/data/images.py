@@ -30,13 +30,11 @@ class QueriedItem(ImageItem, total=False):
 
 
 class ImageView(Protocol):
-    """Images that are the same each time that they are read.
+    """Images that are the same each time that they are read."""
 
-    Attributes:
-        view: a name for how they are seen.
-    """
-
-    view: str
+    @property
+    def view(self) -> str:
+        """Return a name for how the content is seen."""
 
     @property
     def sha256(self) -> str | None:
@@ -197,10 +195,9 @@ def set_epoch(images: object, epoch: int) -> None:
 class FlippedImages(Dataset[ImageItem]):
     """Mirror every image horizontally: as PIL does, or, as [`AugmentedImages`] has it, by the collator."""
 
-    view = "flipped"
-
     def __init__(self, images: TaskImages, exact: bool = True) -> None:
         self.images, self.exact = images, exact
+        self.view = f"{images.view} flipped"
 
     @property
     def sha256(self) -> str | None:
@@ -229,7 +226,7 @@ class CroppedImages(Dataset[ImageItem]):
 
     def __init__(self, augmented: AugmentedImages, epoch: int) -> None:
         self.augmented, self.epoch = augmented, epoch
-        self.view = f"crop {augmented.crop_min_scale} {augmented._counters} {epoch}"
+        self.view = f"{augmented.images.view} crop {augmented.crop_min_scale} {augmented._counters} {epoch}"
 
     @property
     def sha256(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -156,8 +157,11 @@ class PixelStore:
 
     @classmethod
     def for_images(cls, count: int, shape: tuple[int, ...]) -> PixelStore | None:
-        """Return a store, or None where so many images would not fit."""
-        return cls(count, shape) if 0 < count * int(np.prod(shape)) <= STORED else None
+        """Return a store, or None where so many images would not fit, or the disk has no room for them."""
+        size = count * (int(np.prod(shape)) + 1)
+        # a write to a mapped file on a full disk ends the process
+        fits = 0 < size <= STORED and size < shutil.disk_usage(tempfile.gettempdir()).free / 2
+        return cls(count, shape) if fits else None
 
     def get(self, index: int) -> Tensor | None:
         """Return an image, uint8, `(height, width, 3)`; None if it has not been kept."""

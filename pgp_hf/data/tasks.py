@@ -52,10 +52,8 @@ class TaskImages(torch.utils.data.Dataset[ImageItem]):
     Attributes:
         task: 0-based.
         labels: mapped label ids, int64, `(len,)`; read without decoding anything.
-        view: how images are seen, see `pgp_hf.data.images.ImageView`.
     """
 
-    view = "plain"
     _part: Part | None = None
 
     def __init__(self, source: ImageRows, rows: np.ndarray, task: int, part: Part | None = None) -> None:
@@ -84,6 +82,13 @@ class TaskImages(torch.utils.data.Dataset[ImageItem]):
     def described(self, position: int) -> dict[str, int]:
         """Return what an item holds besides its image."""
         return {"label": int(self.labels[position]), "task": self.task, "index": position}
+
+    @property
+    def view(self) -> str:
+        """Return "plain", with the renderings in which a shift shows these images, which their hash does not tell."""
+        known = {} if self._part is None else self._source.renderings
+        shown = {label: known[label] for label in sorted(set(self.labels.tolist()) & known.keys())}
+        return f"plain {shown}" if shown else "plain"
 
     @property
     def sha256(self) -> str | None:

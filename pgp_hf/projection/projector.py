@@ -154,7 +154,9 @@ class NullSpaceProjector:
                 )
 
     def fixed(self, named_parameters: NamedParameters) -> list[Tensor]:
-        """Return the parameters that no step moves: those with a basis of full rank, except with `apply_to="gradient"`.
+        """Return the parameters that no step moves: those with a basis of full rank that cuts, and not only shrinks, steps.
+
+        With `apply_to="gradient"` there are none.
 
         Raises:
             ValueError: a basis whose parameter is missing.
@@ -162,7 +164,8 @@ class NullSpaceProjector:
         return [
             parameter
             for _, parameter, bases in self._protected(named_parameters)
-            if self.apply_to != "gradient" and any(bool((basis.ranks == basis.dim).all()) for basis in bases.values())
+            if self.apply_to != "gradient"
+            and any(basis.full and name not in self.strength for name, basis in bases.items())
         ]
 
     @torch.no_grad()

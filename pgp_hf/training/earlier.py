@@ -6,6 +6,7 @@ import copy
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -142,7 +143,7 @@ class EarlierRun:
         ]
         if kinds[0] != kinds[1]:
             raise ValueError(f"{folder} holds {kinds[0]}, and this model is {kinds[1]}: continue with the same.")
-        _compare("adapter", folder, revision.config, self.learner.settings())
+        _compare("adapter", folder, {**_defaults(self.learner), **revision.config}, self.learner.settings())
         return revision
 
     def _method_state(self, revision: Revision) -> MethodState | None:
@@ -301,7 +302,14 @@ def _same_results(a: Path, b: Path) -> bool:
 def check_method(method: ContinualMethod, saved: dict[str, Any], folder: Path) -> None:
     """Raise ValueError unless `method.json` names this method with these settings."""
     _compare("method", folder, saved, {"name": method.name})
-    _compare("method", folder, saved["settings"], method.settings())
+    _compare("method", folder, {**ADDED, **saved["settings"]}, method.settings())
+
+
+def _defaults(learner: StreamModel) -> dict[str, Any]:
+    """Return what an adapter's settings are where a file of an earlier version lacks them, as PEFT reads it, too."""
+    config = getattr(learner, "adapter_config", None)
+    known = fields(config) if is_dataclass(config) else ()
+    return {one.name: one.default for one in known if one.default is not MISSING}
 
 
 def _compare(what: str, folder: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:

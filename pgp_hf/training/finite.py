@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -67,6 +67,23 @@ class LossWatch:
         self._landed.copy_(self._noted)
         self.check(task, steps, kept)
         self._rates.clear()
+
+
+def check_weights(weights: Mapping[str, Tensor], task: int, kept: str) -> None:
+    """Raise FloatingPointError unless what has been trained is finite: the last step's gradients may not have been.
+
+    Args:
+        weights: by name.
+        task: 0-based, for the message.
+        kept: what remains of the run, likewise.
+    """
+    wrong = [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]
+    if wrong:
+        raise FloatingPointError(
+            f"{wrong[0]} is not finite after the last step of task {task + 1} ({len(wrong)} of {len(weights)} trained "
+            f"parameters are not); the task is not finished, and {kept}. Lower learning_rate, set max_grad_norm, or use bf16 "
+            "instead of fp16."
+        )
 
 
 def check_pixels(pixels: Tensor, places: Sequence[tuple[TaskImages, int]]) -> None:

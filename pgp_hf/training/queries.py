@@ -67,6 +67,8 @@ class QueryCache:
             return None
         try:
             found = _read(path, key, count)
+        except FileNotFoundError:  # another process has just made room
+            return None
         except (OSError, ValueError, SafetensorError) as error:
             warnings.warn(f"{path} is damaged ({error}): its queries are computed again.", stacklevel=2)
             return None
@@ -86,7 +88,7 @@ class QueryCache:
                 self._make_room(size, path)
                 with replacing(path) as temporary:
                     save_file({"queries": queries}, temporary, {"key": _text(key), "sha256": tensor_sha256(queries)})
-        except (OSError, Timeout) as error:
+        except (OSError, SafetensorError, Timeout) as error:  # on a full disk, safetensors raises its own
             warnings.warn(f"queries are not kept in {self.folder} ({error}): set query_cache.", stacklevel=2)
 
     def _make_room(self, size: int, path: Path) -> None:

@@ -22,7 +22,7 @@ from ..methods import Batch, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts
 from .choosing import check_choice, summarize
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
-from .finite import LossWatch, check_outputs
+from .finite import LossWatch, check_outputs, check_weights
 from .fitting import BatchSizes, Beginning, remember
 from .loss import image_losses, mean_over_step
 from .recording import Batches, CollateBatch, Found, Images, Recorder
@@ -67,7 +67,9 @@ class TaskTrainer(ReportingTrainer):
             self._beginning = Beginning(self.model, self.method, self.optimizer, self.accelerator)
         self._losses = LossWatch(self.args.device)
         output = super()._inner_training_loop(*args, **kwargs)
+        task, _, kept = self._where()
         self._losses.settle(*self._where())
+        check_weights(self.stream_model.trainable(), task, kept)
         return output
 
     def _where(self) -> tuple[int, int, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiny
@@ -91,6 +94,9 @@ def test_an_image_is_decoded_once(monkeypatch):
     again = [image["pixels"] for image in images]
     assert all(map(torch.equal, first, again)) and [item["index"] for item in images] == list(range(len(images)))
     assert PixelStore.for_images(10**6, (224, 224, 3)) is None
+    assert PixelStore.for_images(2, (4, 4, 3)) is not None
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    assert PixelStore.for_images(2, (4, 4, 3)) is None  # a full disk would end the process
 
 
 def test_memory_is_used_again_once_nobody_refers_to_it():

@@ -122,3 +122,11 @@ def test_equal_images_have_rows_of_norm_one():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         ProjectionConfig(**settings)
+
+
+def test_a_basis_of_full_rank_fixes_only_what_it_cuts():
+    parameter, basis = nn.Parameter(torch.ones(4, 6)), Basis(torch.eye(6))
+    projector = NullSpaceProjector({"p": basis})
+    assert projector.fixed([("p", parameter)]) == [parameter]
+    projector.strength = {"p": torch.full((6,), 0.5)}
+    assert projector.fixed([("p", parameter)]) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from transformers import TrainerCallback
 
 from pgp_hf import methods
 from pgp_hf.data.images import ImageCollator
@@ -92,3 +93,21 @@ def test_classes_that_may_not_win_are_no_reason(scenario, tmp_path):
     trainer = tiny.trainer(tmp_path, stream=tiny.stream(scenario=scenario), num_train_epochs=1)
     trainer.train()
     assert trainer.folder.finished_tasks() == 3
+
+
+class SpoilLastGradient(TrainerCallback):
+    """Make the last step's gradient of the head NaN, which no loss will tell."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step == state.max_steps - 1:
+            model.base_model.model.classifier.modules_to_save["default"].bias.grad[0] = float("nan")
+
+
+def test_weights_that_the_last_step_has_spoiled_are_not_published(tmp_path):
+    """Without test images, nothing but the weights would show it."""
+    trainer = make(tmp_path / "run", "linear", max_grad_norm=0, callbacks=[SpoilLastGradient()])
+    with pytest.raises(
+        FloatingPointError, match=r"classifier.bias is not finite after the last step of task 1 \(1 of 4"
+    ):
+        trainer.train()
+    assert not trainer.folder.task(0).exists()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import tiny
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pgp_hf import ProjectionConfig, hub
 from pgp_hf.data.images import AugmentedImages, FlippedImages, ImageCollator
+from pgp_hf.data.shifts import RENDERINGS
 from pgp_hf.runs.folder import RunFolder
 from pgp_hf.training import queries
 from pgp_hf.training.queries import QueryCache, query_key
@@ -138,6 +141,46 @@ def test_a_cache_that_cannot_be_written_stops_nothing(cache, monkeypatch):
     (cache.folder / "file").write_text("not a folder")
     with pytest.warns(UserWarning, match="queries are not kept in"):
         blocked.write({"a": 1}, QUERIES)
+
+
+def test_a_full_disk_stops_nothing(cache, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(queries, "save_file", full)
+    with pytest.warns(UserWarning, match="queries are not kept in .*No space left"):
+        cache.write({"a": 1}, QUERIES)
+    assert [path.name for path in cache.folder.iterdir()] == [queries.LOCK]
+
+
+def test_a_file_that_makes_room_while_it_is_read_is_missing_and_not_damaged(cache, monkeypatch, recwarn):
+    cache.write({"a": 1}, QUERIES)
+    read = queries._read
+
+    def late(path, key, count):
+        path.unlink()
+        return read(path, key, count)
+
+    monkeypatch.setattr(queries, "_read", late)
+    assert cache.read({"a": 1}, 4) is None and not len(recwarn)
+
+
+def test_a_key_tells_renderings_apart_where_first_and_last_image_do_not():
+    """Hashes are of the stored images, and grey images look the same in grey."""
+    data, grey = tiny.data(classes=2, train=3), RENDERINGS["grey"]
+    images = [grey(image) if i in (0, 5) else image for i, image in enumerate(data["train"]["image"])]
+    columns = {"image": images, "label": data["train"]["label"]}
+    data["train"] = datasets.Dataset.from_dict(columns, features=data["train"].features)
+    model, collate = tiny.model(base=tiny.backbone(num_labels=2)).base_model, ImageCollator(tiny.processor())
+    texts = set()
+    for rendering in (None, "grey"):
+        images = tiny.stream(dataset=data, num_tasks=1).train(0)
+        if rendering is not None:
+            images._source.renderings = dict.fromkeys(range(2), rendering)
+        crops = AugmentedImages(images, "crop_flip", 0.3, seed=1, task=0, crop_views=1).views()
+        for view in (images, FlippedImages(images), *crops):
+            texts.add(queries._text(query_key(model, model.digest(), view, collate, {})))
+    assert len(texts) == 6
 
 
 def test_a_key_has_all_that_queries_depend_on():

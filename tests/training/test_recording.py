@@ -93,3 +93,16 @@ def test_all_tasks_are_predicted_at_once_each_in_its_own_batches(tmp_path, monke
     monkeypatch.setattr(recording, "GROUP", 13)
     trainer.evaluate_stream()
     assert len(calls) == 3  # 12 images, and then 6
+
+
+@torch.no_grad()
+def test_what_learns_between_backbone_and_head_counts():
+    base = tiny.backbone()
+    base.neck = torch.nn.Linear(24, 24)  # as a model of the user's own has it
+    tuner = tiny.model(base=base, modules_to_save=["neck", "classifier"]).base_model
+    queries = [tuner.query(tiny.images())]
+    first = tuner.feature_states(queries)
+    tuner.model.classifier.modules_to_save["default"].weight.add_(1)  # which is applied anew to what is kept
+    assert tuner.feature_states(queries) == first != [None]
+    tuner.model.neck.modules_to_save["default"].weight.add_(1)
+    assert tuner.feature_states(queries) != first

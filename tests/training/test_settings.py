@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 import tiny
@@ -12,7 +13,9 @@ from transformers import TrainerCallback
 
 from pgp_hf import ProjectionConfig
 from pgp_hf.methods import create
-from pgp_hf.training.settings import check_same_settings, differing, recorded_settings
+from pgp_hf.projection.config import ADDED
+from pgp_hf.runs.checkpoint import SEAL, seal
+from pgp_hf.training.settings import BEFORE, check_same_settings, differing, recorded_settings
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 2}
@@ -182,6 +185,36 @@ def test_a_run_of_an_earlier_version_is_continued(second, tmp_path):
         for path in folder.rglob("digests.json"):
             path.unlink()
         tiny.trainer(folder, **CHECKPOINTS).train(resume_from_checkpoint=True)
+
+
+def test_files_without_settings_of_today_go_on_within_a_task(tmp_path):
+    """Their values are what an adapter, a projection and a trainer did before there was a choice."""
+    run, kwargs = tmp_path / "run", {"projection": ProjectionConfig(method="functional", energy=0.9)}
+
+    def model():
+        return tiny.model("dualprompt")
+
+    stopped(run, 1, model=model(), **kwargs)
+    later = {*ADDED, *BEFORE, "selection", "head_input"}
+    for path in run.rglob("*.json"):
+        if path.name in ("digests.json", SEAL):
+            path.unlink()
+            continue
+        content = json.loads(
+            path.read_text(), object_hook=lambda own: {k: v for k, v in own.items() if k not in later}
+        )
+        path.write_text(json.dumps(content))
+    for checkpoint in run.rglob("checkpoint-*"):
+        seal(checkpoint, None)
+    shutil.copytree(run, tmp_path / "other")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # about a checkpoint that is left out
+        tiny.trainer(run, **CHECKPOINTS, model=model(), **kwargs).train(resume_from_checkpoint=True)
+    other = tiny.trainer(
+        tmp_path / "other", **CHECKPOINTS, model=tiny.model("dualprompt", selection="mixture"), **kwargs
+    )
+    with pytest.raises(ValueError, match="selection='key', this one 'mixture'"):
+        other.train(resume_from_checkpoint=True)
 
 
 def test_settings_are_what_json_gives_back(tmp_path):

@@ -53,6 +53,31 @@ def test_scores_and_gradients_agree(adapter, settings, tokens, attention):
     assert torch.equal(passed(model, pixels, {})[0], expected[0])
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_runs_the_block_again_and_gets_the_same(reentrant):
+    model, pixels = tiny.model().train(), tiny.images()
+    expected = passed(model, pixels, {})
+    model.base_model.read_last_block()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    found, tokens = passed(model, pixels, seen := {}), seen["mlp"]
+    assert torch.allclose(found[0], expected[0], atol=1e-5) and tokens[0] == 1  # the query, which nothing runs again
+    for name, gradient in expected[2].items():
+        assert torch.allclose(found[2][name], gradient, atol=1e-6, rtol=1e-4), name
+
+
+@torch.no_grad()
+def test_a_pass_that_failed_leaves_nothing_to_the_next():
+    model, pixels = tiny.model(), tiny.images()
+    query, expected = model.base_model.query(pixels), model(pixel_values=pixels).logits
+    model.base_model.read_last_block()
+    hook = model.base_model.backbone.layers[-1].attention.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(pixel_values=pixels, prompt_query=query)
+    hook.remove()
+    whole = model(pixel_values=pixels[:2], prompt_query=query[:2], output_hidden_states=True)
+    assert torch.allclose(whole.logits, expected[:2], atol=1e-5)
+
+
 @torch.no_grad()
 def test_whoever_asks_for_all_tokens_gets_them():
     model, pixels = tiny.model(), tiny.images()

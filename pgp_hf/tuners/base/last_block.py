@@ -48,6 +48,11 @@ def is_reading(attention: nn.Module) -> bool:
     return getattr(config, "_attn_implementation", None) == NAME
 
 
+def forget(attention: nn.Module) -> None:
+    """Drop the tokens of a pass that has failed within the block."""
+    attention.__dict__.pop(TOKENS, None)
+
+
 def narrow(attention: nn.Module, norm: nn.Module, hidden: Tensor, count: int) -> Tensor:
     """Return the first tokens of what enters the block, `(B, count, d)`; the next attention attends to all of them."""
     attention.__dict__[TOKENS] = norm(hidden)  # taken off by the attention: a tensor with a graph cannot be copied

@@ -21,7 +21,7 @@ from ...projection.protocol import Traced
 from ...runs.digest import tensor_sha256
 from .config import PromptConfig
 from .head import prepare_head
-from .last_block import begin_reading, end_reading, is_reading, narrow
+from .last_block import begin_reading, end_reading, forget, is_reading, narrow
 from .layer import PromptLayer
 from .model import PromptTuner
 from .outputs import add_similarity
@@ -189,7 +189,14 @@ class ViTPromptTuner(PromptTuner):
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         hidden, *others = args
-        if not self._reads_first or any(other is not None for other in (*others, kwargs.get("attention_mask"))):
+        forget(getattr(block, self.family.attention))
+        # a checkpoint runs the block's forward pass again in the backward pass, without its hooks
+        again = getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled()
+        if (
+            again
+            or not self._reads_first
+            or any(other is not None for other in (*others, kwargs.get("attention_mask")))
+        ):
             return None
         norm, attention = getattr(block, self.family.norm), getattr(block, self.family.attention)
         return (narrow(attention, norm, hidden, 1 if self.layer.bypass else self._count_read()), *others), kwargs
@@ -220,7 +227,9 @@ class ViTPromptTuner(PromptTuner):
             return [None] * len(batches)
         shared, entries = values
         device = next(self.layer.parameters()).device
-        common = "".join(tensor_sha256(value) for value in shared)
+        # modules between backbone and head may learn as well (modules_to_save)
+        between = [value for name, value in self.trainable().items() if not self._is_prompt_or_head(name)]
+        common = "".join(tensor_sha256(value) for value in [*shared, *between])
         own = ["".join(tensor_sha256(value[entry]) for value in entries) for entry in range(self.pool_size)]
         states: list[str | None] = []
         for query in batches:
@@ -231,6 +240,11 @@ class ViTPromptTuner(PromptTuner):
             text = common + ";".join(",".join(own[entry] for entry in row) for row in chosen)
             states.append(hashlib.sha256(f"{self.adapter} {chosen} {text}".encode()).hexdigest())
         return states
+
+    def _is_prompt_or_head(self, name: str) -> bool:
+        """Return True for the name of a parameter that is either, as `trainable` has it."""
+        last = name.rpartition(".")[2]
+        return last.startswith(self.prefix) or name.startswith("base_model.model.classifier.")
 
     def score_features(self, features: Tensor) -> Tensor:
         """Return the scores `(B, C)` of what the head reads, `(B, d)`, as a pass in evaluation has them."""
