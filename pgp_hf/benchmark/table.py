@@ -262,8 +262,9 @@ def legend(rows: dict[str, list[Run]], known: Mapping[str, Row]) -> str:
 def differences(rows: dict[str, list[Run]]) -> str:
     """Return the differences, paired by seed, of each row from its reference.
 
-    That of prompts is the row without projection; a row that is not trained like it has a control as well, the row
-    without projection that is. That of a method is fine-tuning.
+    That of prompts is the row without projection or, where that did not run, the one without the settings in its name; a
+    row that is not trained like it has a control as well, the row without projection that is. That of a method is
+    fine-tuning.
     """
 
     def runs_of(name: str | None) -> list[Run]:
@@ -304,13 +305,14 @@ def differences(rows: dict[str, list[Run]]) -> str:
 def _reference(name: str, rows: dict[str, list[Run]]) -> str | None:
     """Return the row without projection: the one with the same settings if there is one, else the plain one.
 
-    Of a method, the row of fine-tuning with the same training.
+    Where neither ran, a row with settings in its name has the row without them. Of a method, the row of fine-tuning with the
+    same training.
     """
     if of_method(rows[name]):
         return _fine_tuned(name, rows)
     method, _, setting = name.partition("@")
     plain = f"{method.partition('-')[0]}-none"
-    return next((row for row in (f"{plain}@{setting}", plain) if row in rows and row != name), None)
+    return next((row for row in (f"{plain}@{setting}", plain, method) if row in rows and row != name), None)
 
 
 def _fine_tuned(name: str, rows: dict[str, list[Run]]) -> str | None:

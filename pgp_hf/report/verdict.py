@@ -65,6 +65,6 @@ def frozen_wins(rows: Mapping[str, Row], embedded: bool) -> str | None:
     if not embedded:
         return f"{wins}: the frozen backbone's own features separate these classes better than trained prompts do."
     return (
-        f"{wins}: digits are easy for a backbone that was pre-trained on glyphs. For a stream where prompts win, see "
-        "model_cards/cifar100-vit-tiny."
+        f"{wins}: digits are easy for a backbone that was pre-trained on glyphs. For a stream where prompts win, and "
+        "projection pays, see model_cards/cifar100-shifted."
     )

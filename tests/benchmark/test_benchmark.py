@@ -135,6 +135,11 @@ def test_usual_rows_are_planned(script, tmp_path):
     assert sizes and sorted(per_class) == sorted([2, 10] * (len(sizes) // 2))
 
 
+def test_usual_rows_of_a_shifted_stream(script):
+    """A row that learns all classes as one task has no rendering for each task."""
+    assert set(script.usual_rows([])) - set(script.usual_rows(["--shift=renderings"])) == {"l2p-joint"}
+
+
 def test_a_method_in_a_name(planned):
     plan = planned("ewc@trainable=lora:8,strength=1000,learning_rate=0.5")
     assert plan.name == "ewc@learning_rate=0.5,strength=1000,trainable=lora:8" or "strength=1000.0" in plan.name
@@ -751,9 +756,10 @@ def test_a_table_of_older_runs_has_no_new_column(script, planned, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_published_table_stays_as_it_is(script, tmp_path, monkeypatch):
-    """Its runs are those of an older version."""
-    published = Path("model_cards") / "cifar100-vit-tiny"
+@pytest.mark.parametrize("name", ["cifar100-vit-tiny", "cifar100-shifted", "cifar100-rivals"])
+def test_published_tables_stay_as_they_are(script, tmp_path, monkeypatch, name):
+    """Runs of the first are those of an older version."""
+    published = Path("model_cards") / name
     (tmp_path / published).mkdir(parents=True)
     for file in (SCRIPT.parents[1] / published).glob("*.json"):
         (tmp_path / published / file.name).write_bytes(file.read_bytes())
@@ -762,16 +768,24 @@ def test_the_published_table_stays_as_it_is(script, tmp_path, monkeypatch):
     assert (published / "table.md").read_text() == (SCRIPT.parents[1] / published / "table.md").read_text()
 
 
-def test_published_runs_are_finished(script, tmp_path):
+@pytest.mark.parametrize("name", ["cifar100-vit-tiny", "cifar100-shifted", "cifar100-rivals"])
+def test_published_runs_are_finished(script, tmp_path, monkeypatch, name):
     """Whoever repeats their command repeats no run."""
-    published = SCRIPT.parents[1] / "model_cards" / "cifar100-vit-tiny"
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    published = SCRIPT.parents[1] / "model_cards" / name
     (tmp_path / "vit-tiny-patch16-224").mkdir()
     (tmp_path / "cifar100").mkdir()
+    on_gpu = "" if name == "cifar100-vit-tiny" else " --use_cpu --bf16 --exact_images false --process_on_device"
+    parsed = {}
     for file in published.glob("*-seed0.json"):
         run = json.loads(file.read_text())
-        arguments = run["arguments"].replace("DIR", str(tmp_path)).split()
-        _, model, data, training = script.parse([*arguments, "--output_dir", str(published)])
+        arguments = run["arguments"].replace("DIR", str(tmp_path)) + on_gpu
+        if arguments not in parsed:
+            parsed[arguments] = script.parse([*arguments.split(), "--output_dir", str(published)])
+        _, model, data, training = parsed[arguments]
+        training.use_cpu = not on_gpu  # the others are what a GPU changes in the defaults
         assert plans.plan(run["row"], 0, script.ROWS, model, data, training, tmp_path).finished(), file
+    assert parsed
 
 
 def test_differences_are_paired(script, folder):
@@ -825,6 +839,15 @@ def test_differences_are_paired(script, folder):
         assert found[name][:2] == [reference, expect(name, "linear", reference, "linear")]
         assert found[name][2] == found[name][3] == "–" and found[name][-4:] == ["", "–", "–", "–"]
     assert found["joint"][0] == "fine_tuning" and found["joint"][-5] == "–" and found["fine_tuning"][0] == ""
+
+
+def test_a_row_with_settings_is_compared_with_the_one_without(script):
+    """Where no row without projection ran."""
+    folder = SCRIPT.parents[1] / "model_cards" / "cifar100-rivals"
+    found = cells((folder / "table.md").read_text(), "## Paired differences")
+    assert found["dualprompt-control@selection=statistics"][0] == "dualprompt-control"
+    assert found["dualprompt-functional@selection=statistics"][0] == "dualprompt-functional"
+    assert found["dualprompt-control"][0] == found["l2p-functional"][0] == ""
 
 
 def test_a_difference_is_called_one_only_where_it_is():

@@ -29,8 +29,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:EWC has nothing to hold"),  # in a head alone
 ]
 
-EVERY = [("linear", model, method) for model in (*TUNERS, *PLAIN) for method in METHODS]
-BRIEF = [*EVERY, *(("statistics", tuner, "projected_prompts") for tuner in TUNERS)]
+# by default each tuner with projected prompts, and each method and each model with a third of the others
+BRIEF = [
+    pytest.param(
+        "linear", model, method, marks=() if method == "projected_prompts" or not (i + j) % 3 else pytest.mark.slow
+    )
+    for i, model in enumerate((*TUNERS, *PLAIN))
+    for j, method in enumerate(METHODS)
+]
+BRIEF += [("statistics", tuner, "projected_prompts") for tuner in TUNERS]
 FULL = [("statistics", tuner, method) for tuner in TUNERS for method in METHODS if method != "projected_prompts"]
 
 
