@@ -67,9 +67,14 @@ class QueryCache:
             return None
         try:
             found = _read(path, key, count)
-        except FileNotFoundError:  # another process has just made room
-            return None
-        except (OSError, ValueError, SafetensorError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            SafetensorError,
+        ) as error:  # torch opens a mapped file again, by its name
+            if not path.is_file():
+                return None  # another process has just made room
             warnings.warn(f"{path} is damaged ({error}): its queries are computed again.", stacklevel=2)
             return None
         with contextlib.suppress(OSError):

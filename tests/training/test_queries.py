@@ -153,15 +153,18 @@ def test_a_full_disk_stops_nothing(cache, monkeypatch):
     assert [path.name for path in cache.folder.iterdir()] == [queries.LOCK]
 
 
-def test_a_file_that_makes_room_while_it_is_read_is_missing_and_not_damaged(cache, monkeypatch, recwarn):
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_file_that_makes_room_while_it_is_read_is_missing_and_not_damaged(cache, monkeypatch, recwarn, opened):
     cache.write({"a": 1}, QUERIES)
-    read = queries._read
+    safe_open = queries.safe_open
 
-    def late(path, key, count):
+    def late(path, framework):
         path.unlink()
-        return read(path, key, count)
+        if opened:  # by safetensors, and then by torch, which maps it
+            raise RuntimeError(f"unable to open file <{path}> in read-only mode")
+        return safe_open(path, framework)
 
-    monkeypatch.setattr(queries, "_read", late)
+    monkeypatch.setattr(queries, "safe_open", late)
     assert cache.read({"a": 1}, 4) is None and not len(recwarn)
 
 
