@@ -216,8 +216,8 @@ class ViTPromptTuner(PromptTuner):
         return None
 
     def _predicted(self, query: Tensor) -> Tensor:
-        """Return the entries `(B, k)` that images select in prediction, by their queries; for a method with `_prompt_values`."""
-        raise NotImplementedError
+        """Return the entries `(B, k)` that images select in prediction, by their queries; without a pool, all the same."""
+        return torch.zeros(len(query), 1, dtype=torch.long, device=query.device)
 
     @torch.no_grad()
     def feature_states(self, batches: Sequence[Tensor | None]) -> list[str | None]:
