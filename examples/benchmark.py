@@ -1,33 +1,38 @@
-r"""Compare prompts with and without projection, methods that train a model, and classifiers on frozen features.
+r"""Compare prompts, projected or not, methods that train a model, and frozen features.
 
     python examples/benchmark.py
 
-runs every row on what the package ships (a small backbone, handwritten digits), with three seeds. With your own backbone and data, the
-defaults are a protocol for CPUs (112 px, 50 training and 20 test images per class, ten tasks, three epochs):
+runs every row on what the package ships (a small backbone, handwritten digits), with three
+seeds. With your own backbone and data, the defaults are a protocol for CPUs (112 px, 50 training
+and 20 test images per class, ten tasks, three epochs):
 
-    python examples/benchmark.py --model_name_or_path DIR/vit-tiny-patch16-224 --dataset_name DIR/cifar100 \
-        --image_column_name img --label_column_name fine_label --output_dir benchmarks/cifar100 --jobs 2
+    python examples/benchmark.py --model_name_or_path DIR/vit-tiny-patch16-224 \
+        --dataset_name DIR/cifar100 --image_column_name img --label_column_name fine_label \
+        --output_dir benchmarks/cifar100 --jobs 2
 
 Rows:
 {rows}
 
-A row's name may carry settings: `l2p-functional@energy=0.9,max_images=100` changes fields of the row's
-ProjectionConfig, prompt configuration or PGPTrainingArguments, and counts as a row of its own; `ewc@strength=1000` and
-`fine_tuning@trainable=lora:8` change those of a method, and what of the model learns. On the embedded digits, methods
-with exemplars have two rows by default, with 2 and with 10 images a class. Methods have the recipe of
-run_baselines.py: --learning_rate and --lr_scheduler_type are for prompts. The clip rows have the embedded CLIP; with
---model_name_or_path, a CLIP model, they run when they are named. In the rows of surprises, which run when they are named like dualprompt-joint,
-the model begins without classes and learns each task as it comes.
+A row's name may carry settings: `l2p-functional@energy=0.9,max_images=100` changes fields of the
+row's ProjectionConfig, prompt configuration or PGPTrainingArguments, and counts as a row of its
+own; `ewc@strength=1000` and `fine_tuning@trainable=lora:8` change those of a method, and what of
+the model learns. On the embedded digits, methods with exemplars have two rows by default, with 2
+and with 10 images a class. Methods have the recipe of run_baselines.py: --learning_rate and
+--lr_scheduler_type are for prompts. The clip rows have the embedded CLIP; with
+--model_name_or_path, a CLIP model, they run only when they are named. So do dualprompt-joint and
+the rows of surprises, where the model begins without classes and learns each task as it comes.
 
-With --shift renderings, each task sees the world differently; the joint rows of prompts are left out. Settings are chosen with --train_val_split 0.2 in an output
-folder of their own: all figures are then those of held-out training images, and the test images choose nothing.
+With --shift renderings, each task sees the world differently; the joint rows of prompts are left
+out. Choose settings with --train_val_split 0.2 in an output folder of their own: all figures are
+then those of held-out training images, and the test images choose nothing.
 
-Runs of one seed are paired: they have the same class order, images, initial prompts and batches. The joint rows train
-their single task for as many epochs as the others train each task.
+Runs of one seed are paired: they have the same class order, images, initial prompts and batches.
+The joint rows train their single task for as many epochs as the others train each task.
 
-Each row and seed runs in a process of its own, which writes one file, OUTPUT_DIR/ROW-seedK.json. Finished runs are
-skipped, and interrupted ones continue exactly from their work folder, so the same command continues the benchmark;
-several commands may share an output folder. After each run, the table and its figures are written again.
+Each row and seed runs in a process of its own, which writes one file, OUTPUT_DIR/ROW-seedK.json.
+Finished runs are skipped, and interrupted ones continue exactly from their work folder, so the
+same command continues the benchmark; several commands may share an output folder. After each run,
+the table and its figures are written again.
 
     python examples/benchmark.py --speed --help
 

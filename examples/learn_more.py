@@ -2,10 +2,11 @@
 
     python examples/learn_more.py
 
-runs on what the package ships (a small backbone, scikit-learn's handwritten digits): no network, about a minute on a
-CPU. The model learns the digits zero to five in three tasks. Their training images are then dropped, and only their
-test images are kept, to see what the model still knows. Six and seven arrive, and later eight and nine, each time for a
-new trainer that has nothing but the last revision of the run.
+runs on what the package ships (a small backbone, scikit-learn's handwritten digits): no network,
+about a minute on a CPU. The model learns the digits zero to five in three tasks. Their training
+images are then dropped, and only their test images are kept, to see what the model still knows. Six
+and seven arrive, and later eight and nine, each time for a new trainer that has nothing but the
+last revision of the run.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Classify images with a finished run: a folder that a training left, or a repository on the Hub.
 
     python examples/predict.py out/l2p_pgp photo.jpg folder/of/images --top_k 3
-    python examples/predict.py me/l2p-pgp-cifar100 photos --revision task-3 --json_lines > predictions.jsonl
+    python examples/predict.py me/my-run photos --revision task-3 --json_lines > found.jsonl
 
-Folders are searched for images, including subfolders. Neither a task id nor the training packages are needed. Files
-that cannot be read are named at the end, and the exit code is then 1.
+Folders are searched for images, including subfolders. Neither a task id nor the training packages
+are needed. Files that cannot be read are named at the end, and the exit code is then 1.
 """
 
 from __future__ import annotations

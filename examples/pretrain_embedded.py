@@ -1,12 +1,14 @@
-"""Pre-train the embedded backbones on rendered glyphs: a small `ViTModel`, or with `--clip` a small `CLIPModel`.
+"""Pre-train the embedded backbones on rendered glyphs: a small `ViTModel`, or with `--clip` a small
+`CLIPModel`.
 
     python examples/pretrain_embedded.py
     python examples/pretrain_embedded.py --clip
 
-Neither a network nor a data set is needed: the glyphs (letters and symbols of many scripts) are drawn from the fonts
-inside matplotlib. The ViT learns to tell them apart and never sees a digit. CLIP starts from that ViT, adds a text tower
-and learns to match glyphs with their Unicode names; these include typeset digits, but no handwritten ones. At the end
-the model is evaluated on scikit-learn's handwritten digits, along with one with random weights.
+Neither a network nor a data set is needed: the glyphs (letters and symbols of many scripts) are
+drawn from the fonts inside matplotlib. The ViT learns to tell them apart and never sees a digit.
+CLIP starts from that ViT, adds a text tower and learns to match glyphs with their Unicode names;
+these include typeset digits, but no handwritten ones. At the end the model is evaluated on
+scikit-learn's handwritten digits, along with one with random weights.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class DataArguments:
             ValueError: options that are mutually exclusive, or one that needs another.
         """
         sizes = [name for name in ("--init_classes", "--increment") if name in given]
-        if sizes and "--num_tasks" in given:
+        if sizes and "--num_tasks" in given and self.num_tasks is not None:  # null in a file
             raise ValueError(f"--num_tasks and {' and '.join(sizes)} are mutually exclusive: leave one out.")
         if self.init_classes is not None and self.increment is None:
             raise ValueError("--init_classes needs --increment, the number of classes of each further task.")

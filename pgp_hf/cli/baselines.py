@@ -76,11 +76,13 @@ def _run(arguments: BaselineArguments, make_model: Callable[[TaskStream], Model]
     if PartialState().is_main_process:
         if not arguments.run.no_compare:
             rows = {**runs.frozen(output_dir / FROZEN if every else None), **rows}
-        print_comparison(rows, output_dir, refused)
+        drawn = args.figures != "none"
+        print_comparison(rows, output_dir, refused, draw=drawn)
+        curves = f" and {output_dir}/figures/comparison.png: this table, its curves." if drawn else ": this table."
         print(
             f"\nWritten to {output_dir}{'/METHOD' if every else ''}: the model after the last task, results.json,"
             "\n  README.md (model card); task-1, task-2, ...: the same files after each task, without a whole model's"
-            f"\n  weights; {output_dir}/comparison.json and {output_dir}/figures/comparison.png: this table, its curves."
+            f"\n  weights; {output_dir}/comparison.json{curves}"
         )
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()

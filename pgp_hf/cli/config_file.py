@@ -77,8 +77,10 @@ def refuse_unknown(unknown: Sequence[str], known: Collection[str], line: Command
     """
     for name in [*sorted(line.nothing - set(known)), *unknown]:
         if not name.startswith("-") and name not in line.nothing:
-            hint = f": a file of options comes first, and ends in {', '.join(ENDINGS)}"
-            raise ValueError(f"{name!r} belongs to no option{hint if name == unknown[0] else ''}.")
+            before = [token for token in line.tokens[: line.tokens.index(name)] if token.startswith("--")]
+            first = f"a file of options comes first, and ends in {', '.join(ENDINGS)}"
+            hint = f"{option(before[-1])} takes a single value" if before else first
+            raise ValueError(f"{name!r} belongs to no option: {hint}.")
         key = option(name).lstrip("-")
         similar = difflib.get_close_matches(key, known, n=1)
         where = f"{line.file} has {key!r}, which" if key in line.keys else f"{name.partition('=')[0]}"

@@ -15,7 +15,6 @@ without telemetry; nothing but a repository and its backbone is downloaded.
 import argparse  # no `annotations` from __future__: gradio finds the event argument by its annotation, if not a string
 import html
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
@@ -33,6 +32,7 @@ from ..report.sentences import dataset_names
 from ..runs.checks import finished_tasks, first_task
 from ..runs.folder import SAMPLE, RunFolder
 from ..runs.sources import TASK
+from .console import Parser
 
 DEFAULT_RUN = Path("out/l2p_pgp")
 TOP = 5  # predictions shown
@@ -256,50 +256,43 @@ def build(gr: Any, revisions: Revisions, title: str) -> Any:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = __doc__) -> int:
-    """Serve the page until interrupted; return 2 if that is not possible.
+    """Serve the page until interrupted.
 
     Args:
         argv: the command line without the program, `sys.argv[1:]` by default.
         prog: name of the program in its help.
         description: shown by `--help`.
+
+    Raises:
+        ImportError: gradio is missing.
+        ValueError, OSError: no run, or one that is refused.
     """
     args = parse(argv, prog, description)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
         import gradio as gr
     except ModuleNotFoundError as error:
-        return fail(f"the page needs gradio ({error}): pip install gradio")
+        raise ImportError(f"the page needs gradio ({error}): pip install gradio") from error
     if args.run is None and not DEFAULT_RUN.is_dir():
-        return fail(
+        raise ValueError(
             f"no run is given, and there is none in {DEFAULT_RUN}. Make one with `pgp-hf train l2p` "
             "(a few minutes on a CPU), or name a run's folder or a repository on the Hub."
         )
     run = args.run or str(DEFAULT_RUN)
     with tempfile.TemporaryDirectory() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        try:
-            revisions = Revisions(run, args.backbone)
-            page = build(gr, revisions, revisions.title)
-            page.launch(
-                server_port=args.port, share=args.share == "true", show_error=True, ssr_mode=False, footer_links=[],
-                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), css=CSS,
-            )  # fmt: skip
-        except (ValueError, OSError) as error:
-            return fail(str(error))
+        revisions = Revisions(run, args.backbone)
+        page = build(gr, revisions, revisions.title)
+        page.launch(
+            server_port=args.port, share=args.share == "true", show_error=True, ssr_mode=False, footer_links=[],
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), css=CSS,
+        )  # fmt: skip
     return 0
-
-
-def fail(message: str) -> int:
-    """Print an error; return the exit code."""
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 def parse(argv: Sequence[str] | None, prog: str | None = None, description: str | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help=f"a run's folder or a repository on the Hub (default: {DEFAULT_RUN})")
     parser.add_argument("--backbone", help="Hub id or folder of the frozen model, if the run does not name it")
     parser.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860)")

@@ -23,8 +23,9 @@ from ..report.table import plain
 from ..report.verdict import frozen_wins, verdict
 from ..runs.atomic import write_json
 from ..runs.checks import first_task
-from ..runs.folder import QUERIES, RESULTS, RunFolder
+from ..runs.folder import MANIFEST, QUERIES, RESULTS, RunFolder
 from ..runs.lock import held
+from ..runs.reading import read_json
 from ..training.pgp_trainer import PGPTrainer
 from ..training.resume import find_run
 from ..training.signals import leaving
@@ -89,8 +90,8 @@ def run(name: str, arguments: Arguments, make_model: MakeModel) -> Results:
     main, runs = arguments.training.process_index == 0, plan(arguments)
     with contextlib.ExitStack() as stack:
         stack.enter_context(leaving(main))
-        for one in [runs[-1], *runs[:-1]] if main else ():
-            stack.enter_context(held(one.folder))  # until all are finished
+        for folder in [runs[-1].folder, *(one.folder for one in runs[:-1]), *_left_over(runs)] if main else ():
+            stack.enter_context(held(folder))  # until all are finished
         return _run(name, runs, make_model)
 
 
@@ -140,10 +141,18 @@ def _run(name: str, runs: list[Planned], make_model: MakeModel) -> Results:
 def _clear(runs: list[Planned], trainer: PGPTrainer) -> None:
     """Delete earlier runs, all of them before any begins: an interruption must not leave one of other settings."""
     if trainer.is_world_process_zero():
-        for one in runs:
-            if not RunFolder(one.folder).is_empty():
-                RunFolder(one.folder).clear()
+        for folder in [*(one.folder for one in runs), *_left_over(runs)]:
+            if not RunFolder(folder).is_empty():
+                RunFolder(folder).clear()
     trainer.accelerator.wait_for_everyone()
+
+
+def _left_over(runs: list[Planned]) -> list[Path]:
+    """Return the folders of runs beside an earlier one that this comparison does not have; none without a comparison."""
+    if runs[-1].arguments.run.no_compare:
+        return []
+    beside = [runs[-1].folder / name for name in (TWIN, PUBLISHED)]
+    return [one for one in beside if one not in {run.folder for run in runs} and not RunFolder(one).is_empty()]
 
 
 def resume_argument(given: str | bool | None) -> str | bool | None:
@@ -213,13 +222,16 @@ def _cells(rows: Results, shown: Sequence[int]) -> list[list[str]]:
     return [header, *body]
 
 
-def print_comparison(rows: Results, output_dir: Path, refused: Mapping[str, str] | None = None) -> None:
+def print_comparison(
+    rows: Results, output_dir: Path, refused: Mapping[str, str] | None = None, *, draw: bool = True
+) -> None:
     """Print the table, and write it and the curves of the runs that were trained.
 
     Args:
         rows: results by the name of the row.
         output_dir: the folder to write to.
         refused: by name, why there is no such row.
+        draw: write the curves.
     """
     print(
         "\nDrift: how far the features of old test images have moved, relative to their length. Forgetting"
@@ -231,7 +243,13 @@ def print_comparison(rows: Results, output_dir: Path, refused: Mapping[str, str]
         print("\n" + fill(f"no row {name}: {reason}"))
     content = {**rows, **{name: {"refused": why} for name, why in refused.items()}}
     write_json(output_dir / "comparison.json", content, rows=True)
-    figures.comparison(rows, output_dir / "figures" / "comparison.png")
+    if draw:
+        manifest = output_dir / MANIFEST
+        figures.comparison(
+            rows,
+            output_dir / "figures" / "comparison.png",
+            manifest=read_json(manifest) if manifest.is_file() else None,
+        )
 
 
 def report(rows: Results, runs: list[Planned], name: str) -> None:
@@ -243,13 +261,14 @@ def report(rows: Results, runs: list[Planned], name: str) -> None:
         name: of the adapter.
     """
     output_dir, arguments, _ = runs[-1]
-    print_comparison(rows, output_dir)
+    drawn = arguments.training.figures != "none"
+    print_comparison(rows, output_dir, draw=drawn)
     label = {one.folder.name: one.label(name) for one in runs[:-1]}
     tasks, own = max(len(row["drift"]) for row in rows.values()), rows[runs[-1].label(name)]
     written = (
         f"Written to {output_dir}: {runs[-1].label(name)}, the adapter after the last task, bases, results.json, README.md "
-        f"(model card); task-1 ... task-{tasks}: the same files after each task; figures/: accuracy matrix, curves, "
-        "stability, usage, comparison; comparison.json: this table"
+        f"(model card); task-1 ... task-{tasks}: the same files after each task; "
+        f"{'figures/: accuracy matrix, curves, stability, usage, comparison; ' if drawn else ''}comparison.json: this table"
     )
     print("\n" + fill(written, "  "))
     twin = rows[label[TWIN]] if label else None

@@ -84,15 +84,22 @@ def _parse(argv: Sequence[str] | None, prog: str | None, description: str | None
 
 def _positive(text: str) -> int:
     """Parse a whole number from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
+    return _whole(text, 1)
 
 
 def _from_zero(text: str) -> int:
     """Parse a whole number from 0."""
-    return 0 if int(text) == 0 else _positive(text)
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is below {least}")
+    return value
 
 
 def _find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:

@@ -58,7 +58,7 @@ def as_file(method: str, name: str) -> str:
     for note in _NOTES:
         for text in _texts(preset.get(note)):
             lines += textwrap.wrap(f"{note}: {text}", WIDTH, initial_indent="# ", subsequent_indent="#   ")
-    settings = presets.arguments(preset)
+    settings = {**presets.arguments(preset), "exact_images": True}  # as --preset has it, also on a GPU
     return "\n".join([*lines, yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=WIDTH)])
 
 

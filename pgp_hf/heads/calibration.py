@@ -9,8 +9,7 @@ from torch.nn import functional as F
 TEMPERATURES = torch.logspace(0, 2, 65, dtype=torch.float64)
 """Candidates, from 1 to 100 in steps of 7 %. Below 1, scores would be surer than Gaussian classes with known means."""
 
-WITHIN = 0.5
-
+WITHIN = 0.5  # of the log-likelihood: one standard error
 BINS = 10
 
 
@@ -27,11 +26,11 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def best_temperature(curve: Tensor) -> float:
-    """Return the largest candidate that the images do not speak against; 1.0 if there were none.
+    """Return the largest candidate that is consistent with the images; 1.0 if there were none.
 
     Its loss is at most [`WITHIN`] above the smallest: one standard error, in units of the log-likelihood. The images are
-    training images of the newest task, which the model knows better than test images, and than older images that have
-    drifted; so where they leave a choice, scores had better be less sure.
+    training images of the newest task, which the model knows better than it knows test images, or older images whose
+    features have drifted. Where several candidates fit, the least confident scores are therefore the safest.
 
     Args:
         curve: [`losses`], or sums of them.

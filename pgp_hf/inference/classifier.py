@@ -59,8 +59,9 @@ class PromptClassifier:
     """Predict with the model and the class names of one revision; made by `load_pretrained`.
 
     Attributes:
-        model: in eval mode; a `PeftModel` unless a whole model has learned. Its output has `logits` `(B, C)`, at minus infinity for classes that no
-            finished task introduced; it works in `transformers.pipeline("image-classification", ...)`, CLIP included.
+        model: in eval mode; a `PeftModel` unless a whole model has learned. Its output has `logits` `(B, C)`, at minus
+            infinity for classes that no finished task introduced; it works in
+            `transformers.pipeline("image-classification", ...)`, CLIP included.
         processor: the backbone's image processor, for the same pipeline.
         manifest, results: content of `stream.json` and `results.json`; None for an adapter that was saved without a run.
         classes: label ids that may be predicted; None for all.
@@ -155,7 +156,7 @@ class PromptClassifier:
         extra files. It is loaded again and compared with this classifier before it takes its place.
 
         Args:
-            path: the file.
+            path: the file; its folder is made.
             format: "onnx", which needs the extra `pgp_hf[export]`, or "torch" for `torch.export.load`, on this device.
 
         Returns:

@@ -72,6 +72,7 @@ def export(
         "preprocessor_config.json": json.dumps(processor.to_dict()),
     }
     scores, path = _Scores(model, classes), Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = _examples(processor).to(scores.classes.device)
     with torch.no_grad(), _quiet():
         with _solved(model):

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tasks", choices=("last", "each"), default="last", help="of a run, the revisions to draw (default: last)"
     )
     parser.add_argument(
-        "--panels", nargs="+", choices=tuple(PANELS), default=tuple(PANELS), help="of a comparison, what to draw"
+        "--panels", nargs="+", choices=tuple(PANELS), help="of a comparison, what to draw (default: all)"
     )
     parser.add_argument(
         "--to", metavar="FILE.png", help="of a comparison, the file to write; an SVG is written beside it"
@@ -37,10 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             comparison(
                 {name: rows[name] for name in args.rows or rows},
                 args.to,
-                args.panels,
+                args.panels or tuple(PANELS),
                 manifest=read_json(manifest) if manifest.is_file() else None,
             )
             print(args.to)
+        elif Path(args.run).is_file() or args.rows or args.panels:
+            raise ValueError("--rows and --panels choose from a comparison.json, which --to FILE.png draws: add --to.")
         else:
             print(*draw_run(args.run, args.tasks), sep="\n")
     except (ValueError, OSError) as error:

@@ -41,14 +41,15 @@ def changes_of(folders: Sequence[Path]) -> dict[str, dict[str, list[float | None
 
     Returns:
         By the kind of parameter, such as "prompt" and "key", `{"during": [...], "since": [...]}`: the length of the
-        change as a percentage of the earlier length, over all parameters of the kind; None for the first task. Empty
-        where there are fewer than two tasks, or no prompts.
+        change as a percentage of the earlier length, over all parameters of the kind; None for the first task, and where
+        the earlier length is zero. Kinds that are zero throughout are left out. Empty where there are fewer than two
+        tasks, or no prompts.
     """
     states = [_prompts(folder) for folder in folders]
     if len(states) < 2 or not all(states):
         return {}
     kinds = [kind for kind in states[0] if all(kind in state for state in states)]
-    return {
+    found = {
         kind: {
             "during": [
                 None,
@@ -58,6 +59,7 @@ def changes_of(folders: Sequence[Path]) -> dict[str, dict[str, list[float | None
         }
         for kind in kinds
     }
+    return {kind: of for kind, of in found.items() if any(value is not None for value in of["during"])}
 
 
 def _prompts(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -19,6 +19,7 @@ from torch import distributed
 from torch.utils.data import get_worker_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..report.formatting import fill
 from ..runs.checkpoint import checkpoints, has_states
 from ..runs.folder import RunFolder
 from ..runs.lock import held
@@ -91,7 +92,7 @@ def leaving(main: bool = True) -> Iterator[None]:
         if in_child(process, signum):
             return
         if main:
-            print(f"{signal.Signals(signum).name}: stopped at once. {_GO_ON}", file=sys.stderr, flush=True)
+            print(fill(f"{signal.Signals(signum).name}: stopped at once. {_GO_ON}"), file=sys.stderr, flush=True)
         raise ending(signum)
 
     with handled(leave):
@@ -239,7 +240,7 @@ class StopOnSignal(TrainerCallback):
 
     def _say(self, what: str) -> None:
         if self.main:
-            print(f"{signal.Signals(self.received).name}: stopped {what} {_GO_ON}", file=sys.stderr, flush=True)
+            print(fill(f"{signal.Signals(self.received).name}: stopped {what} {_GO_ON}"), file=sys.stderr, flush=True)
 
     def _what_stands(self) -> str:
         """Describe by their names what the run has written: reading it takes longer than a process may have left."""

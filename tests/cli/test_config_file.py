@@ -7,6 +7,7 @@ import re
 from dataclasses import fields
 
 import pytest
+import torch
 
 from pgp_hf import L2PConfig
 from pgp_hf.cli import baseline_arguments, learn, parsing
@@ -129,6 +130,17 @@ def test_without_a_file_nothing_changes():
     assert expand(argv) == (argv, frozenset(), None, frozenset()) and expand([]).tokens == []
 
 
+@pytest.mark.parametrize("given", [["--output_dir", "a", "b"], "output_dir: [a, b]\n"])
+def test_a_second_value_is_refused_by_the_option_that_it_follows(file, given):
+    argv = given if isinstance(given, list) else [file(given)]
+    with pytest.raises(ValueError, match="'b' belongs to no option: --output_dir takes a single value"):
+        l2p(*argv)
+
+
+def test_null_makes_way_for_an_option_that_excludes_it(file):
+    assert l2p(file("num_tasks: null\nincrement: 5\n")).data.increment == 5
+
+
 # ---- pgp-hf presets --------------------------------------------------------------------------------------------------
 
 
@@ -154,3 +166,10 @@ def test_a_preset_as_a_file_is_the_preset(file, capsys):
     assert main(["presets", "l2p", "none"]) == 2 and re.match(
         "error: preset 'none' is unknown", capsys.readouterr().err
     )
+
+
+def test_a_preset_as_a_file_is_the_preset_on_a_gpu(file, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    mine, preset = expand([file(as_file("l2p", "cifar100-10"))]), expand(["--preset", "cifar100-10"])
+    assert parsing._for_device(mine.given()) == parsing._for_device(preset.given()) == {"bf16": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -78,3 +79,17 @@ def test_examples_refuse_as_the_command_does_and_help_fast(name, capsys):
         assert console.run(module.main, ["none.yaml"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: none.yaml does not exist: ") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_show_help_that_fits(example):
+    text = example.read_text(encoding="utf-8")
+    if "__doc__" in text:  # which is what --help shows
+        assert max(map(len, str(ast.get_docstring(ast.parse(text))).splitlines())) <= 100
+
+
+@pytest.mark.parametrize(("value", "reason"), [("x", "'x' is not a whole number"), ("-1", "-1 is below 0")])
+def test_numbers_that_predict_refuses(capsys, value, reason):
+    with pytest.raises(SystemExit):
+        main(["predict", "run", "image.png", f"--num_workers={value}"])
+    assert capsys.readouterr().err == f"error: argument --num_workers: {reason}\n"

@@ -107,6 +107,16 @@ def test_the_other_methods_on_the_embedded_default(tmp_path, method, label):
     assert "scikit-learn digits" in (out / "README.md").read_text() and (out / "task-5").is_dir()
 
 
+def test_a_comparison_counts_the_classes_as_figures_on_demand_do(tmp_path, monkeypatch):
+    row = {"drift": [0.0], "forgetting": None, "average_accuracy": 9.0, "per_task_average_accuracy": [9.0]}
+    manifest, drawn = {"tasks": [{"classes": [0, 1]}]}, []
+    (tmp_path / "stream.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(experiment.figures, "comparison", lambda rows, path, *, manifest: drawn.append(manifest))
+    for draw in (True, False):
+        experiment.print_comparison({"L2P": row}, tmp_path, draw=draw)
+    assert drawn == [manifest] and (tmp_path / "comparison.json").is_file()
+
+
 def test_a_table_of_tasks_learned_one_by_one_and_as_one():
     matrices = {"L2P": [[90.0, None], [80.0, 95.0]], "joint": [[None, None], [85.0, 95.0]]}
     rows = {

@@ -28,7 +28,7 @@ def main():
         with tiny.script(SCRIPT) as script, pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [*given, "--disable_tqdm", "true"])
             patch.setattr(experiment, "without_prompts", lambda *_: {"frozen, ridge": frozen})
-            patch.setattr(experiment.figures, "comparison", lambda rows, path: drawn.append(list(rows)))
+            patch.setattr(experiment.figures, "comparison", lambda rows, path, **_: drawn.append(list(rows)))
             script.main()
 
     frozen = {
@@ -117,6 +117,30 @@ def test_killed_between_the_rows_and_resumed(finished, main, killed, tmp_path, w
     main(out, "--resume_from_checkpoint", "true")
     assert weights(out) == weights(finished)
     assert list(json.loads((out / "comparison.json").read_text())) == ["frozen, ridge", *FOLDERS]
+
+
+def test_a_recipe_of_ones_own_leaves_no_published_run_of_an_earlier_job(finished, main, killed, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "published" / "mine.txt").write_text("kept")
+    killed["name"] = "baseline"  # before anything is trained
+    with pytest.raises(KeyboardInterrupt):
+        main(out, "--projection", "pgp", "--overwrite_output_dir", "true")
+    assert all(RunFolder(out / own).is_empty() for own in FOLDERS.values())
+    assert [path.name for path in (out / "published").iterdir()] == ["mine.txt"]
+
+
+def test_no_run_beside_it_is_deleted_without_a_comparison(finished, main, killed, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    killed["name"] = "out"
+    with pytest.raises(KeyboardInterrupt):
+        main(out, "--no_compare", "true", "--overwrite_output_dir", "true")
+    assert {own: RunFolder(out / own).is_empty() for own in FOLDERS.values()} == {
+        "baseline": False,
+        "published": False,
+        ".": True,
+    }
 
 
 def test_an_earlier_main_job_is_kept_unless_asked(finished, main):

@@ -24,6 +24,7 @@ from PIL import ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from pgp_hf import ProjectionConfig, TaskStream, embedded, hub, load_pretrained
+from pgp_hf.cli import console
 from pgp_hf.cli import demo as page
 from pgp_hf.runs.folder import RunFolder
 
@@ -283,7 +284,7 @@ def test_without_an_argument(demo, run, gradio, made, monkeypatch, tmp_path, cap
     monkeypatch.chdir(tmp_path)
     if made:
         shutil.copytree(run, tmp_path / "out" / "l2p_pgp")
-    assert demo.main([]) == (0 if made else 2)
+    assert console.run(demo.main, []) == (0 if made else 2)
     assert gradio.launch.called == made
     assert made or "`pgp-hf train l2p`" in capsys.readouterr().err
 
@@ -294,7 +295,9 @@ def test_a_public_link_is_made_on_request_alone(demo, run, gradio):
 
 def test_a_run_that_is_refused(demo, gradio, tmp_path, capsys):
     for given in (tmp_path, tmp_path / "nowhere"):
-        assert demo.main([str(given)]) == 2
+        assert console.run(demo.main, [str(given)]) == 2
+        with pytest.raises((ValueError, OSError)):
+            console.run(demo.main, [str(given), "--traceback"])
     message = capsys.readouterr().err
     assert message.count("error: ") == 2 and "Traceback" not in message and not gradio.launch.called
 
@@ -302,8 +305,14 @@ def test_a_run_that_is_refused(demo, gradio, tmp_path, capsys):
 def test_without_gradio(demo, run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
-    assert demo.main([str(run)]) == 2
+    assert console.run(demo.main, [str(run)]) == 2
     assert "pip install gradio" in capsys.readouterr().err
+
+
+def test_a_wrong_option_is_one_line(demo, capsys):
+    with pytest.raises(SystemExit) as error:
+        demo.main(["--port", "x"])
+    assert error.value.code == 2 and capsys.readouterr().err == "error: argument --port: invalid int value: 'x'\n"
 
 
 def test_help(demo, capsys):

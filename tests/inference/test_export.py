@@ -68,9 +68,10 @@ def check(clf, path, run):
 )
 def test_a_program_of_torch(runs, tmp_path, adapter, head):
     clf = load_pretrained(runs(adapter, head), "task-2")  # four of six classes
-    assert clf.export(tmp_path / "model.pt2", "torch") == tmp_path / "model.pt2"
-    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
-    check(clf, tmp_path / "model.pt2", run_torch)
+    path = tmp_path / "new" / "model.pt2"
+    assert clf.export(path, "torch") == path
+    assert [file.name for file in path.parent.iterdir()] == ["model.pt2"]
+    check(clf, path, run_torch)
 
 
 @ONNX

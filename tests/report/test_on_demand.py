@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
-from pgp_hf.report import figures
+from pgp_hf.report import figures, movement
 from pgp_hf.report.__main__ import main
 from pgp_hf.report.movement import changes_of
 from pgp_hf.report.on_demand import draw_run
@@ -134,6 +135,26 @@ def test_changes_are_those_of_the_tensors(plain_run):
     assert changes_of(folders[:1]) == {}
     axes = figures.prompts_and_keys(found).axes
     assert [line.get_label() for line in axes[1].lines] == ["key", "prompt"]
+
+
+def test_what_is_zero_throughout_is_not_drawn(tmp_path, monkeypatch):
+    zero, one = ({"x": torch.full((2, 3), value)} for value in (0.0, 1.0))
+    states = [{"prompt": zero, "key": one}, {"prompt": zero, "key": zero}]
+    monkeypatch.setattr(movement, "_prompts", lambda folder: states[int(folder.name)])
+    folders = [tmp_path / "0", tmp_path / "1"]
+    assert changes_of(folders) == {"key": {"during": [None, 100.0], "since": [0.0, 100.0]}}
+    states[0].pop("key")
+    assert changes_of(folders) == {}
+
+
+def test_options_of_a_comparison_are_not_ignored(tmp_path, capsys):
+    (tmp_path / "comparison.json").write_text("{}")
+    for argv in (
+        [str(tmp_path / "comparison.json")],
+        [str(tmp_path), "--rows", "x"],
+        [str(tmp_path), "--panels", "rank"],
+    ):
+        assert main(argv) == 1 and "--to FILE.png" in capsys.readouterr().err
 
 
 def test_figures_of_an_earlier_task_leave_the_top_level_with_it(tmp_path):
