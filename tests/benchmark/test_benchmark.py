@@ -573,6 +573,7 @@ def test_a_crash_stops_nothing_else_and_finished_runs_are_skipped(
     assert script.main(command) == 0 and len((out / "starts").read_text().splitlines()) == 8
 
 
+@pytest.mark.slow
 def test_a_group_that_fails_late_is_told_with_its_log(script, planned, local, tmp_path, monkeypatch, capsys):
     """The first of two frozen rows is finished, and its work folder gone, when the second one fails."""
     out = stand_in(script, planned, tmp_path, monkeypatch)

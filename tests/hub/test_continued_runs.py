@@ -294,6 +294,7 @@ def test_repositories_that_a_run_may_go_on_in(hub, python, publish):
     assert {one.method for one in hub.requests} <= {"GET"}
 
 
+@pytest.mark.slow
 def test_a_repository_that_holds_another_run_is_refused_when_training_begins(hub, learn, publish, tmp_path):
     publish("stranger/run", token=STRANGER)
     other = publish("me/other", tasks=3)

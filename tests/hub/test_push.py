@@ -177,6 +177,7 @@ result = trainer.results.to_dict()["accuracy_matrix"]
 """
 
 
+@pytest.mark.slow
 def test_tasks_learned_as_one_are_one_commit_and_one_tag(hub, python, tmp_path):
     def train(name, resume=None, push=True):
         settings = {"push_to_hub": push, "hub_model_id": "me/run"}

@@ -104,6 +104,7 @@ for adapter in {list(tiny.ADAPTERS)}:
     assert done.stdout.splitlines() == [str(rows) for rows in expected]
 
 
+@pytest.mark.slow
 def test_a_spawned_pool_and_a_mapped_dataset_predict_the_same(runs):
     classifier = load_pretrained(tiny.finished_run(runs / "pool", "dualprompt"))
     photos = tiny.data()["test"].select(range(6))

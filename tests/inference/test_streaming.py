@@ -104,6 +104,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_go_on(clf, folder,
     assert all(isinstance(result, ValueError) for result in clf.stream(files[5:6]))  # a batch without any
 
 
+@pytest.mark.slow
 def test_a_damaged_row_of_a_dataset_is_named(clf, rows):
     broken = rows.cast_column("image", datasets.Image(decode=False)).to_list()
     broken[2]["image"] = {"bytes": b"no image", "path": None}

@@ -27,7 +27,7 @@ from pgp_hf.methods import (
 from pgp_hf.runs.revision import Revision
 from pgp_hf.training.loss import cross_entropy
 
-README = Path(__file__).parents[2] / "README.md"
+GUIDE = Path(__file__).parents[2] / "examples" / "guides" / "methods.md"
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -287,9 +287,9 @@ def test_an_adapter_without_shared_prompts_says_so_and_trains(tmp_path, adapter,
     assert "No update was projected" in card and "each update of" not in card
 
 
-def test_the_readmes_method_is_learned_and_resumed(tmp_path, monkeypatch):
+def test_the_guides_method_is_learned_and_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(methods.registry, "METHODS", dict(METHODS))
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
     code = next(block for block in blocks if "class Anchor" in block)
     monkeypatch.chdir(tmp_path)
 
@@ -302,7 +302,7 @@ def test_the_readmes_method_is_learned_and_resumed(tmp_path, monkeypatch):
         "stream": tiny.stream(),
         "processor": tiny.processor(),
     }
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, GUIDE.name, "exec"), names)
     assert json.loads((tmp_path / "out" / "method.json").read_text())["name"] == "anchor"
     tensors = load_file(tmp_path / "out" / "method.safetensors")
     assert tensors and all(torch.equal(tensor, weights(tmp_path / "out")[name]) for name, tensor in tensors.items())
