@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import field
+from functools import partial
 
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -16,21 +17,10 @@ from .arguments import Arguments
 from .parsing import parse, prompt_arguments
 
 
-def l2p_model(arguments: Arguments, stream: TaskStream) -> PeftModel:
-    """Return the backbone with L2P's prompts, for a stream's classes."""
+def vit_model(kind: type[L2PConfig | DualPromptConfig], arguments: Arguments, stream: TaskStream) -> PeftModel:
+    """Return the backbone with prompts of a kind, for a stream's classes."""
     backbone = arguments.model.backbone(stream)
-    config = L2PConfig(
-        **vars(arguments.prompts),
-        head=arguments.run.head,
-        interpolate_pos_encoding=arguments.model.interpolates(backbone),
-    )
-    return get_peft_model(backbone, config)
-
-
-def dualprompt_model(arguments: Arguments, stream: TaskStream) -> PeftModel:
-    """Return the backbone with DualPrompt's prefixes, for a stream's classes."""
-    backbone = arguments.model.backbone(stream)
-    config = DualPromptConfig(
+    config = kind(
         **vars(arguments.prompts),
         head=arguments.run.head,
         interpolate_pos_encoding=arguments.model.interpolates(backbone),
@@ -61,13 +51,13 @@ def clip_arguments() -> type:
 def l2p(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Train L2P prompts."""
     arguments = parse(None, prompt_arguments(L2PConfig), "l2p", argv, prog)
-    experiment.run("L2P", arguments, l2p_model)
+    experiment.run("L2P", arguments, partial(vit_model, L2PConfig))
 
 
 def dualprompt(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Train DualPrompt."""
     arguments = parse(None, prompt_arguments(DualPromptConfig), "dualprompt", argv, prog)
-    experiment.run("DualPrompt", arguments, dualprompt_model)
+    experiment.run("DualPrompt", arguments, partial(vit_model, DualPromptConfig))
 
 
 def clip(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
