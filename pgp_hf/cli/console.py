@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -43,12 +44,28 @@ def run(
     arguments = [token for token in given if token != TRACEBACK]
     try:
         with _for_people(traceback=arguments != given):
-            return int(command(arguments) or 0)
+            code = int(command(arguments) or 0)
+            sys.stdout.flush()
+            return code
     except REFUSALS as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141  # as a shell has it for SIGPIPE
         if arguments != given:
             raise
         print(f"error: {printable(reword(one_line(error) or type(error).__name__))}", file=sys.stderr)
         return 2
+
+
+def _nobody_reads() -> bool:
+    """Return whether the reader of stdout is gone, as after `| head`; nothing is written to it then any more."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+    return True
 
 
 @contextmanager

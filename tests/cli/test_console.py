@@ -93,3 +93,10 @@ def test_numbers_that_predict_refuses(capsys, value, reason):
     with pytest.raises(SystemExit):
         main(["predict", "run", "image.png", f"--num_workers={value}"])
     assert capsys.readouterr().err == f"error: argument --num_workers: {reason}\n"
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    program = [sys.executable, "-m", "pgp_hf", "presets"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=EXAMPLES.parent) as process:
+        process.stdout.close()  # before anything is written
+        assert process.stderr.read() == b"" and process.wait() == 141

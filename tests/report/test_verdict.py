@@ -69,6 +69,10 @@ def test_frozen_classifiers_that_win_are_named_with_the_reason():
     )
     assert (ROOT / text.rpartition("see ")[2].rstrip(".") / "table.md").exists()
     assert "model_cards" not in frozen_wins(rows, embedded=False)
+    linear = {"frozen, ridge": row(0.0, 99.0), "L2P": row(0.3, 15.0, method="l2p", head="linear")}
+    assert "--head statistics" in frozen_wins(linear, embedded=False)
+    linear["L2P"]["head"] = "statistics"
+    assert "--head statistics" not in frozen_wins(linear, embedded=False)
     assert frozen_wins({**rows, "L2P": row(0.3, 99.9, method="l2p")}, embedded=True) is None
     assert frozen_wins({"L2P": row(0.3, 94.98, method="l2p")}, embedded=True) is None  # none beside it
     assert frozen_wins({"frozen, ridge": row(0.0, 99.0)}, embedded=True) is None
