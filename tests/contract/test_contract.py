@@ -29,10 +29,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:EWC has nothing to hold"),  # in a head alone
 ]
 
-# by default each tuner with projected prompts, and each method and each model with a third of the others
+# by default each tuner with projected prompts, and each method and each model with a fifth of the others
 BRIEF = [
     pytest.param(
-        "linear", model, method, marks=() if method == "projected_prompts" or not (i + j) % 3 else pytest.mark.slow
+        "linear", model, method, marks=() if method == "projected_prompts" or not (i + j) % 5 else pytest.mark.slow
     )
     for i, model in enumerate((*TUNERS, *PLAIN))
     for j, method in enumerate(METHODS)

@@ -86,7 +86,7 @@ def assert_same(a: Path, b: Path, tasks: int = 3, results: bool = True) -> None:
             assert tiny.same_results(one, two)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=tiny.some_of(CASES, "l2p, linear", "dualprompt"))
 def straight(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Three surprises, learned by one trainer."""
     folder = tmp_path_factory.mktemp("straight") / "run"
