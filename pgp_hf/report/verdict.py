@@ -65,7 +65,9 @@ def frozen_wins(rows: Mapping[str, Row], embedded: bool) -> str | None:
     if not embedded:
         linear = all(row.get("head") == "linear" for row in rows.values() if "method" in row)
         hint = " A head of class statistics often does better: --head statistics." if linear else ""
-        return f"{wins}: the frozen backbone's own features separate these classes better than trained prompts do.{hint}"
+        return (
+            f"{wins}: the frozen backbone's own features separate these classes better than trained prompts do.{hint}"
+        )
     return (
         f"{wins}: digits are easy for a backbone that was pre-trained on glyphs. For a stream where prompts win, and "
         "projection pays, see model_cards/cifar100-shifted."
