@@ -218,7 +218,9 @@ class Projection:
             if energy is None:
                 continue
             if name not in self._observed:
-                moment = second_moment(rows.shape[-1], tuple(rows.shape[:-2]), rows.device)
+                # in place only with rows in bfloat16, since results of before would change in their last bit
+                fused = self.config.bf16_probes and role != "key"
+                moment = second_moment(rows.shape[-1], tuple(rows.shape[:-2]), rows.device, fused)
                 self._observed[name] = Observed(role, energy, moment)
             self._observed[name].moment.update(rows)
 
