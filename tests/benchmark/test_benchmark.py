@@ -455,8 +455,6 @@ EXEMPLARS = {
 
 STAND_IN = """
 import json, pathlib, shutil, sys, time
-from pgp_hf.runs.atomic import write_json
-from pgp_hf.runs.reading import read_json
 argv = sys.argv
 rows = " ".join(argv).split("--rows ")[-1].split()
 out = pathlib.Path(argv[argv.index("--output_dir") + 1])
