@@ -15,6 +15,7 @@ from ..data.scenarios import SCENARIOS
 from ..report.table import markdown
 from ..runs.atomic import replacing
 from ..runs.reading import read_json
+from ..training.settings import BEFORE
 from .columns import columns_of, in_turn, paired_spread, spread
 from .figures import CLOSED, HEADS, Run, figures, of_method, own_head
 from .plans import Row
@@ -305,14 +306,28 @@ def differences(rows: dict[str, list[Run]]) -> str:
 def _reference(name: str, rows: dict[str, list[Run]]) -> str | None:
     """Return the row without projection: the one with the same settings if there is one, else the plain one.
 
-    Where neither ran, a row with settings in its name has the row without them. Of a method, the row of fine-tuning with the
-    same training.
+    Where neither ran, a row with settings in its name has the row without them. None of another precision, or otherwise
+    computed. Of a method, the row of fine-tuning with the same training.
     """
     if of_method(rows[name]):
         return _fine_tuned(name, rows)
     method, _, setting = name.partition("@")
     plain = f"{method.partition('-')[0]}-none"
-    return next((row for row in (f"{plain}@{setting}", plain, method) if row in rows and row != name), None)
+    own = _computation(rows[name][0])
+    return next(
+        (
+            row
+            for row in (f"{plain}@{setting}", plain, method)
+            if row in rows and row != name and _computation(rows[row][0]) == own
+        ),
+        None,
+    )
+
+
+def _computation(run: Run) -> list[Any]:
+    """Return the settings that change numbers though not what is learned: rows that differ in them are not compared."""
+    training = {**BEFORE, "bf16": False, "fp16": False, **run["settings"]["training"]}
+    return [training[name] for name in ("bf16", "fp16", "exact_images", "last_block", "compile_trunk")]
 
 
 def _fine_tuned(name: str, rows: dict[str, list[Run]]) -> str | None:

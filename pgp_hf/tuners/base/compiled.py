@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -95,10 +95,10 @@ class _Forward:
                 layer.prepared = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MethodType, (type(self.block).forward, self.block)
+        return getattr, (self.block, "forward")  # of a block that has no attributes yet, and so that of its class
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says first."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+    """Return what an error says first, with the error of a backend that it only announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")
