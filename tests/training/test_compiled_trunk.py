@@ -199,13 +199,17 @@ def apart(one, two):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(
     ("adapter", "more"),
-    [("l2p", {"last_block": "read"}), ("l2p", {}), ("dualprompt", {}), ("clip", {})],
+    [("l2p", {"last_block": "read"}), ("dualprompt", {}), ("clip", {})],
 )
 def test_inductor_is_the_run_to_rounding(tmp_path, adapter, more, half):
-    """Prompts and keys in float32, to 1e-4 of their norm, in bf16 to 5e-3; bases in float64, to 1e-3 and 5e-2."""
+    """Prompts and keys in float32, to 1e-4 of their norm, in bf16 to 5e-3; bases in float64, to 1e-3 and 5e-2.
+
+    Class statistics, which are of features, to 1e-4 and 5e-2.
+    """
     method = "functional" if more else "pgp"
     files = {}
     for compile_trunk in (False, True):
@@ -220,7 +224,8 @@ def test_inductor_is_the_run_to_rounding(tmp_path, adapter, more, half):
     tolerance, of_bases = (5e-3, 5e-2) if half else (1e-4, 1e-3)
     for name, value in files[False][0].items():
         if not name.endswith("calibration"):  # a temperature, from losses of scores
-            assert apart(value, files[True][0][name]) < tolerance, name
+            allowed = max(tolerance, of_bases if half and "statistics" in name else 0)
+            assert apart(value, files[True][0][name]) < allowed, name
     for name, basis in files[False][1].items():
         other = files[True][1][name]
         if basis.shape == other.shape:  # a direction more or less where the energy is at its share
