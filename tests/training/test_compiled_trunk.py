@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 
+import families
 import pytest
 import tiny
 import torch
@@ -84,6 +85,21 @@ def test_blocks_of_a_form_share_a_graph_and_give_the_same(graphs, adapter, setti
             assert same(passed(model, pixels), expected)  # a copy runs its own blocks
     assert graphs == tokens
     assert all("forward" not in vars(block) for block in model.base_model.blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "adapter"), families.ADAPTED)
+def test_every_family_compiles(graphs, name, adapter):
+    model, pixels = tiny.model(adapter, base=families.make(name)).train(), tiny.images(4)
+
+    def outputs():
+        torch.manual_seed(0)  # DINOv3 moves positions at random in training
+        return passed(model, pixels)
+
+    expected = outputs()
+    with trunk(model, 4).running():
+        assert same(outputs(), expected) and len(graphs) == {"l2p": 2, "dualprompt": 3}[adapter]
+        assert same(outputs(), expected) and len(graphs) == {"l2p": 2, "dualprompt": 3}[adapter]
 
 
 def run(folder, compile_trunk, adapter="dualprompt", settings=None, **arguments):
@@ -206,22 +222,23 @@ def apart(one, two):
     [("l2p", {"last_block": "read"}), ("dualprompt", {}), ("clip", {})],
 )
 def test_inductor_is_the_run_to_rounding(tmp_path, adapter, more, half):
-    """Prompts and keys in float32, to 1e-4 of their norm, in bf16 to 5e-3; bases in float64, to 1e-3 and 5e-2.
+    """Prompts and keys in float32, to 1e-4 of their norm, in bf16 to 2e-2; bases in float64, to 1e-3 and 5e-2.
 
-    Class statistics, which are of features, to 1e-4 and 5e-2.
+    Class statistics, which are of features, to 1e-4 and 5e-2. In bf16, a run that is not compiled is as far from float32.
     """
     method = "functional" if more else "pgp"
     files = {}
     for compile_trunk in (False, True):
         folder = tmp_path / str(compile_trunk)
         projection = ProjectionConfig(method=method, energy=0.9, key_energy=0.9)
-        settings = {"optim": "sgd", "learning_rate": 0.1, "bf16": half, "projection": projection, **more}
+        rate = 0.01 if adapter == "clip" else 0.1  # by larger steps, contexts go any way in bf16
+        settings = {"optim": "sgd", "learning_rate": rate, "bf16": half, "projection": projection, **more}
         trainer = run(folder, compile_trunk, adapter, **settings)
         assert {value.dtype for value in trainer.stream_model.trainable().values()} == {torch.float32}
         assert {basis.columns.dtype for basis in trainer.projection.bases.values()} == {torch.float64}
         names = ("adapter_model.safetensors", "projection.safetensors")
         files[compile_trunk] = [load_file(folder / "task-3" / name) for name in names]
-    tolerance, of_bases = (5e-3, 5e-2) if half else (1e-4, 1e-3)
+    tolerance, of_bases = (2e-2, 5e-2) if half else (1e-4, 1e-3)
     for name, value in files[False][0].items():
         if not name.endswith("calibration"):  # a temperature, from losses of scores
             allowed = max(tolerance, of_bases if half and "statistics" in name else 0)
