@@ -314,9 +314,11 @@ class RunFolder:
     def drop_large(self, before: int) -> None:
         """Remove a whole model's weights and stored images from the folders of the tasks with 0-based index below `before`."""
         for folder in map(self.task, range(before)):
+            if not (there := [name for name in LARGE if os.path.lexists(folder / name)]):
+                continue  # most, in a long stream, whose files need not be read at the end of each task
             own = removal.listed(folder / DIGESTS)
             adapter = (folder / ADAPTER_CONFIG).is_file()  # beside which a model's weights are somebody else's
-            for name in LARGE:
+            for name in there:
                 if name in own and not (name == MODEL and adapter):
                     (folder / name).unlink(missing_ok=True)
 
