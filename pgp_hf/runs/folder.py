@@ -164,7 +164,7 @@ class RunFolder:
 
     def check_free(self, t: int) -> None:
         """Raise ValueError if the 0-based task t cannot be published here, such as one that is finished already."""
-        if t in self.tasks():
+        if _holds_task(self.task(t)):
             raise ValueError(
                 f"output_dir={self.root} holds task-{t + 1} already, and a finished task is never trained over: continue "
                 "the run with resume_from_checkpoint=True, or choose another folder."
