@@ -75,7 +75,7 @@ SWEEPS = (
         _vary(BASE, "images", (8, 20, 50, 100)),
         "images",
         {"evaluation": 0, "files": 0, **SAME_FILES, "bases": 1, "whole run": 1},
-        "Bases grow until they are full.",
+        "Bases grow until they span what images depend on.",
     ),
     Sweep("entries of the pool", _vary(BASE, "pool", (10, 20, 40, 80)), "pool", {}, "Each entry has a basis."),
     Sweep(
@@ -104,7 +104,9 @@ SWEEPS = (
         "width of the model",
         _vary(BASE, "width", (48, 96, 192, 384)),
         "width",
-        dict.fromkeys(("training", "statistics", "evaluation", "memory", "adapter", "bases", "checkpoint"), 2.0),
+        dict.fromkeys(
+            ("training", "statistics", "evaluation", "memory", "adapter", "bases", "checkpoint", "whole run"), 2.0
+        ),
         "Weights, and the covariance of the statistics head, have the square of the width in numbers; eigenvectors are as "
         "for the length.",
     ),
@@ -115,7 +117,8 @@ QUICK = (replace(SWEEPS[0], points=_vary(replace(BASE, classes=2, images=2, pool
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """Return the power by which values grow with sizes where they grow fastest, over a factor of four at least."""
     x, y = (np.log(np.asarray(one, dtype=np.float64)) for one in (sizes, values))
-    pairs = [(i, j) for j in range(len(x)) for i in range(j) if x[j] - x[i] >= np.log(APART)] or [(0, len(x) - 1)]
+    last = len(sizes) - 1
+    pairs = [(i, j) for j in range(last + 1) for i in range(j) if sizes[j] >= APART * sizes[i]] or [(0, last)]
     return max(float((y[j] - y[i]) / (x[j] - x[i])) for i, j in pairs)
 
 

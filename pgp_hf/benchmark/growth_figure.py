@@ -54,7 +54,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
             if measure in sweep["measures"]:
                 values = np.asarray(sweep["measures"][measure]["values"], dtype=np.float64)
                 axes.plot(sizes, values / values[0], label=label, **{**common_look(len(sizes)), **looks[label]})
-        dress_panel(axes, "cost of a task, smallest = 1", name)
+        dress_panel(axes, "cost, smallest = 1", name)
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_minor_formatter(NullFormatter())
