@@ -78,6 +78,11 @@ def test_features_that_move_are_computed_again(tmp_path, monkeypatch):
 
 def test_all_tasks_are_predicted_at_once_each_in_its_own_batches(tmp_path, monkeypatch):
     trainer, _ = run(tmp_path)
+    asked, states = [], type(trainer.tuner).feature_states
+    count = lambda self, batches: asked.append(len(batches)) or states(self, batches)  # noqa: E731
+    monkeypatch.setattr(type(trainer.tuner), "feature_states", count)
+    trainer.evaluate_stream()
+    assert asked == [6]  # of an evaluation, not of a task
     monkeypatch.setattr(recording, "reusing", lambda learner: None)
     calls, batches, predict = [], [], trainer.predict
     step = trainer.prediction_step
