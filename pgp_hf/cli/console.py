@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dis
 import os
 import select
 import sys
@@ -16,6 +17,7 @@ from ..report.formatting import fill, one_line, printable
 TRACEBACK = "--traceback"
 # what refuses arguments, files and settings; anything else is a fault of the program, with its traceback
 REFUSALS = (TypeError, ValueError, OSError, FloatingPointError, ImportError)
+_RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,6 +26,27 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with code 2."""
         self.exit(2, f"error: {printable(one_line(message))}\n")
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return a function that parses a whole number for argparse.
+
+    Args:
+        least, most: which are allowed themselves.
+    """
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{value} is above {most}")
+        return value
+
+    return parse
 
 
 def run(
@@ -50,10 +73,21 @@ def run(
     except REFUSALS as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 141  # as a shell has it for SIGPIPE
-        if arguments != given:
+        if arguments != given or _is_a_fault(error):
             raise
         print(f"error: {printable(reword(one_line(error) or type(error).__name__))}", file=sys.stderr)
         return 2
+
+
+def _is_a_fault(error: BaseException) -> bool:
+    """Return whether an operation found a type that it cannot take, such as a call; a refusal comes from a `raise`."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if not isinstance(error, TypeError) or frame is None:
+        return False
+    code = frame.tb_frame.f_code.co_code
+    return code[frame.tb_lasti : frame.tb_lasti + 1] != bytes([_RAISE])
 
 
 def _nobody_reads() -> bool:

@@ -25,6 +25,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from ..push_options import WAIT
 from ..runs.folder import DIGESTS, EXEMPLARS, MODEL, MODEL_CONFIG, RESULTS, RunFolder
 from ..runs.reading import read_json
 from .origin import origin_of, task_numbers
@@ -32,9 +33,6 @@ from .queue import Refused, Uploads, explain
 from .snapshot import CARD, UPLOADED_FILES, is_ours, listed, snapshot
 
 __all__ = ["UPLOADED_FILES", "PushError", "Pushed", "TaskRepo", "command", "listed", "missing", "push", "snapshot"]
-
-WAIT = 300.0
-"""Seconds to wait for an upload by default, before it is reported as missing."""
 
 
 class PushError(RuntimeError):
