@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from .. import embedded, metrics
@@ -17,7 +17,7 @@ from ..report.names import public_name
 from ..report.sentences import dataset_names
 from ..runs.checks import finished_tasks, first_task
 from ..runs.folder import SAMPLE, RunFolder
-from ..runs.sources import TASK
+from ..runs.sources import TASK, check_id
 
 TOP = 5  # predictions shown
 KEPT = 4  # revisions in memory, each with its own backbone
@@ -144,13 +144,12 @@ def find_tasks(run: str) -> list[int]:
     if Path(run).is_dir():
         names = [folder.name for folder in Path(run).iterdir() if folder.is_dir()]
     else:
+        repo = check_id(run, "a run's folder")
         try:
-            names = [tag.name for tag in HfApi().list_repo_refs(run).tags]
-        except HFValidationError as error:
-            raise ValueError(f"{run!r} is neither a folder here nor the id of a repository on the Hub.") from error
+            names = [tag.name for tag in HfApi().list_repo_refs(repo).tags]
         except HTTPError as error:
             raise ConnectionError(
-                f"the tags of {run!r} cannot be read: name a run's folder instead. {error}"
+                f"there is no folder {run} here, and the tags of a repository {run} cannot be read: {error}"
             ) from error
     return sorted(int(match[1]) for name in names if (match := TASK.fullmatch(name)))
 

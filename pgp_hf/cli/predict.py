@@ -77,9 +77,20 @@ def _parse(argv: Sequence[str] | None, prog: str | None, description: str | None
         "--num_workers", type=whole(0), default=0, help="number of processes that read images ahead (default: 0)"
     )
     parser.add_argument("--json_lines", action="store_true", help="print one JSON object per line instead of a table")
-    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: a GPU if there is one)")
+    parser.add_argument("--device", type=_device, help="cpu, cuda, mps, ... (default: a GPU if there is one)")
     parser.add_argument("--token", help="for a private repository; by default that of HF_TOKEN or `hf auth login`")
     return parser.parse_args(argv)
+
+
+def _device(text: str) -> str:
+    """Parse the name of a device that tensors can be on here."""
+    import torch
+
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without it
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here: {error}") from None
+    return text
 
 
 def _find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:

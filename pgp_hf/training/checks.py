@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
@@ -167,6 +169,18 @@ def refuse_what_breaks_streams(args: TrainingArguments) -> None:
             f"{args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas share the prompt selection: "
             "start with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
         )
+
+
+def check_reporting(args: TrainingArguments) -> None:
+    """Raise ValueError for a tracker that is unknown, ImportError for one whose package is missing."""
+    for name in args.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"report_to={name!r} is unknown: choose none, all, or some of {known}.")
+        if name not in {*get_available_reporting_integrations(), "azure_ml", "flyte"}:  # which that may leave out
+            raise ImportError(
+                f"report_to={name!r} needs a package that is not installed here: leave it out, or install it."
+            )
 
 
 def check_together(args: TrainingArguments) -> None:
