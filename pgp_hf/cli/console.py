@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dis
 import os
+import re
 import select
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -18,6 +20,12 @@ TRACEBACK = "--traceback"
 # what refuses arguments, files and settings; anything else is a fault of the program, with its traceback
 REFUSALS = (TypeError, ValueError, OSError, FloatingPointError, ImportError)
 _RAISE = dis.opmap["RAISE_VARARGS"]
+# how error messages name arguments in Python, and what that is on a command line
+OPTIONS = {
+    r"(label|image)_column\b": r"--\1_column_name",
+    r"backbone=": "--backbone ",
+    r"(resume_from_checkpoint|overwrite_output_dir)=True\b": r"--\1 true",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,12 +57,19 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def as_options(message: str, options: Mapping[str, str] = OPTIONS) -> str:
+    """Return an error message with the names of arguments in Python replaced by those of options."""
+    for name, option in options.items():
+        message = re.sub(rf"(?<![\w/\\-]){name}", option, message)  # but not within a path
+    return message
+
+
 def run(
     command: Callable[[list[str]], int | None],
     argv: Sequence[str] | None = None,
-    reword: Callable[[str], str] = str,
+    reword: Callable[[str], str] = as_options,
 ) -> int:
-    """Run a command and return its exit code: 2, after one line that says why, if it is refused.
+    """Run a command and return its exit code: 2, after one line that says why, if it is refused, 130 after Ctrl-C.
 
     With `--traceback` among the arguments, which no command sees, the error is raised.
 
@@ -70,6 +85,11 @@ def run(
             code = int(command(arguments) or 0)
             sys.stdout.flush()
             return code
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, SystemExit) or arguments != given:  # a training says itself how to go on
+            raise
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except REFUSALS as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 141  # as a shell has it for SIGPIPE

@@ -79,6 +79,8 @@ class ModelArguments:
     kind: str = field(default="vit", init=False)
 
     def __post_init__(self) -> None:
+        if self.model_revision is not None and self.model_name_or_path is None:
+            raise ValueError("--model_revision goes with --model_name_or_path, which is not given.")
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(
                 f"image_size={self.image_size}: expected a multiple of the backbone's patch size, such as 224."

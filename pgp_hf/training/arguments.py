@@ -11,7 +11,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy
 
 from ..hub import TaskRepo, check_license, choose_repo
-from .checks import check_reporting, check_together, check_values, refuse_what_breaks_streams
+from .checks import check_output_dir, check_reporting, check_together, check_values, refuse_what_breaks_streams
 from .choosing import CURRENT_ACCURACY, chooses
 
 
@@ -272,6 +272,7 @@ class PGPTrainingArguments(TrainingArguments):
                 f"crop_views={self.crop_views} with augmentation={self.augmentation!r}: there are crops with 'crop_flip' "
                 "alone; leave crop_views out."
             )
+        check_output_dir(str(self.output_dir))
         check_reporting(self)
         check_together(self)
 

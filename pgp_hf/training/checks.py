@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,6 +170,13 @@ def refuse_what_breaks_streams(args: TrainingArguments) -> None:
             f"{args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas share the prompt selection: "
             "start with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
         )
+
+
+def check_output_dir(folder: str) -> None:
+    """Raise ValueError for a path where there cannot be a folder."""
+    for path in (Path(folder), *Path(folder).parents):
+        if path.is_file():
+            raise ValueError(f"output_dir={folder}: {path} is a file. Choose a folder, which need not be there yet.")
 
 
 def check_reporting(args: TrainingArguments) -> None:

@@ -113,14 +113,16 @@ def test_revisions_of_a_repository_are_its_tags(demo, monkeypatch):
     monkeypatch.setattr(HfApi, "list_repo_refs", lambda self, repo: {"me/run": SimpleNamespace(tags=tags)}[repo])
     assert demo.find_tasks("me/run") == [2, 10]
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="'no/such/folder' is neither a folder here nor the id of a repository"):
+    with pytest.raises(ValueError, match="the folder no/such/folder does not exist: expected a run's folder"):
         demo.find_tasks("no/such/folder")
 
     def refuse(self, repo):
         raise HTTPError("refused")
 
     monkeypatch.setattr(HfApi, "list_repo_refs", refuse)
-    with pytest.raises(ConnectionError, match="tags of 'me/run' cannot be read.*refused"):
+    with pytest.raises(
+        ConnectionError, match="no folder me/run here, and the tags of a repository me/run cannot be read: refused"
+    ):
         demo.find_tasks("me/run")
 
 
