@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,25 @@ def check_reporting(args: TrainingArguments) -> None:
             raise ImportError(
                 f"report_to={name!r} needs a package that is not installed here: leave it out, or install it."
             )
+
+
+def refuse_whole_compilation(args: TrainingArguments) -> None:
+    """Raise ValueError where a `Trainer` would compile the whole model, with the hooks that select prompts in it."""
+    given = [
+        f"{name}={value}"
+        for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+        if (value := getattr(args, name, None))
+    ]
+    by_launcher = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if not given and by_launcher.lower() != "no":
+        given = [
+            f"ACCELERATE_DYNAMO_BACKEND={by_launcher}, as `accelerate launch --dynamo_backend` or another Trainer sets it,"
+        ]
+    if given:
+        raise ValueError(
+            f"{given[0]} compiles the whole model, whose selection of prompts and head change from task to task: leave it "
+            "out. compile_trunk=True compiles the frozen blocks of a model with prompts, once."
+        )
 
 
 def check_together(args: TrainingArguments) -> None:
