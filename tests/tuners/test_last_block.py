@@ -128,11 +128,13 @@ def test_a_run_records_it_and_keeps_its_queries_apart(tmp_path):
 
 
 @pytest.mark.parametrize("adapter", ["l2p", "dualprompt"])
-def test_a_pass_embeds_its_images_once(adapter):
+def test_a_pass_embeds_its_images_once(adapter, monkeypatch):
     model, pixels = tiny.model(adapter).train(), tiny.images()
     tuner, embedded = model.base_model, []
-    embeddings = tuner.layer.base_layer
-    embeddings.register_forward_hook(lambda module, args, output: embedded.append(output))
+    embeddings, embed = tuner.layer.base_layer, tuner.layer.base_layer.forward
+    monkeypatch.setattr(
+        embeddings, "forward", lambda *args, **given: embedded.append(embed(*args, **given)) or embedded[-1]
+    )
 
     def scores(pixels=pixels, **given):
         embedded.clear()
@@ -150,6 +152,10 @@ def test_a_pass_embeds_its_images_once(adapter):
     assert torch.equal(scores(other, prompt_query=tuner.query(other)), apart.flip(0)) and len(embedded) == 1
     scores(pixels.clone().requires_grad_()).sum().backward()  # such as a map of what the scores depend on
     assert len(embedded) == 2 and embedded[1].requires_grad
+    watch = embeddings.patch_embeddings.register_forward_hook(lambda *args: None)
+    scores()
+    assert len(embedded) == 2
+    watch.remove()
     embeddings.dropout.p = 0.5
     scores()
     assert len(embedded) == 2

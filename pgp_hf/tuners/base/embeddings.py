@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .layer import PromptLayer
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class PromptedEmbeddings(PromptLayer):
     """Wrap embeddings, which are frozen: a pass takes over what its query has made of the same images.
@@ -40,11 +42,17 @@ class PromptedEmbeddings(PromptLayer):
         self._shared = None
 
     def repeats(self, pixel_values: Tensor) -> bool:
-        """Return True where the wrapped module gives a pass what it gives its query: no dropout, and no gradient."""
-        modules, parameters = self.base_layer.modules(), self.base_layer.parameters()
-        return not any(isinstance(one, nn.Dropout) and one.training and one.p for one in modules) and not (
-            torch.is_grad_enabled() and (pixel_values.requires_grad or any(one.requires_grad for one in parameters))
-        )
+        """Return True where the wrapped module gives a pass what it gives its query, and nobody watches: no dropout or hook.
+
+        Nor may it, or the images, need a gradient, since a query has none.
+        """
+        for module in self.base_layer.modules():
+            if (isinstance(module, nn.Dropout) and module.training and module.p) or any(
+                getattr(module, hooks) for hooks in _HOOKS
+            ):
+                return False
+        learns = pixel_values.requires_grad or any(one.requires_grad for one in self.base_layer.parameters())
+        return not (learns and torch.is_grad_enabled())
 
 
 def _same(one: Any, other: Any) -> bool:
