@@ -44,6 +44,12 @@ class ProjectedPrompts(ContinualMethod):
         super().__init__(config)
         self.projection = Projection(self.config)
 
+    @property
+    def passes_as_evaluation(self) -> bool:  # type: ignore[override]  # it depends on the settings
+        """Return True where the passes of `end_task` show the head what evaluation does, and need no class statistics."""
+        config = self.config
+        return self.projection.active and not (config.bf16_probes or config.reads_statistics)
+
     def describe(self) -> MethodCard:
         condition = self.config.method
         if condition == "none":

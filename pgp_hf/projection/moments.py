@@ -20,6 +20,7 @@ class SecondMoment:
         dim: length n of a row.
         batch_shape: leading dimensions of independent moments, for example `(layers, heads)`.
         device: where to accumulate; the CPU for a device without float64, such as MPS.
+        fused: add products in place, without rounding them first, which takes a quarter of the time for long rows.
 
     Attributes:
         sum: C, `(*batch_shape, n, n)`, float64.
@@ -29,8 +30,15 @@ class SecondMoment:
         ValueError: a `dim` below 1.
     """
 
-    def __init__(self, dim: int, batch_shape: tuple[int, ...] = (), device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        batch_shape: tuple[int, ...] = (),
+        device: torch.device | str | None = None,
+        fused: bool = False,
+    ) -> None:
         _check_dim(dim)
+        self.fused = fused
         self.sum = torch.zeros(*batch_shape, dim, dim, dtype=torch.float64, device=float64_device(device))
         self.rows = 0
 
@@ -62,7 +70,11 @@ class SecondMoment:
             ValueError: rows of another shape, or values that are not finite.
         """
         rows = _checked(rows, self)
-        self.sum += rows.mT @ rows
+        if self.fused:
+            flat = rows.reshape(-1, *rows.shape[-2:])
+            self.sum.view(-1, self.dim, self.dim).baddbmm_(flat.mT, flat)
+        else:
+            self.sum += rows.mT @ rows
         self.rows += rows.shape[-2]
         return self
 
@@ -75,6 +87,17 @@ class SecondMoment:
         """Return the energy in the span of orthonormal columns M `(*batch_shape, n, r)`, `tr(M^T C M)`."""
         return (columns * (self.sum @ columns)).sum((-2, -1))
 
+    def inside_one(self, index: int, columns: Tensor) -> float:
+        """Return the same for one moment of the flattened batch and its columns `(n, r)`."""
+        return float((columns * (self._one(index) @ columns)).sum())
+
+    def held_one(self, index: int) -> float:
+        """Return the energy that `inside_one` finds in all dimensions."""
+        return float(self._one(index).trace())
+
+    def _one(self, index: int) -> Tensor:
+        return self.sum.reshape(-1, self.dim, self.dim)[index]
+
     def along(self, columns: Tensor) -> Tensor:
         """Return the energy along each column, `(*batch_shape, r)`."""
         return (columns * (self.sum @ columns)).sum(-2)
@@ -86,9 +109,20 @@ class SecondMoment:
             index: position of the moment in the flattened batch.
             columns: M, `(n, r)`.
         """
-        c = self.sum.reshape(-1, self.dim, self.dim)[index]
+        c = self._one(index)
         c = c - columns @ (columns.mT @ c)
         c = c - (c @ columns) @ columns.mT
+        values, vectors = torch.linalg.eigh((c + c.mT) / 2)
+        return values.flip(0).clamp_min(0), vectors.flip(1)
+
+    def within(self, index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the eigenvalues `(k,)`, descending, and eigenvectors `(r, k)` of `N^T C N`.
+
+        Args:
+            index: position of the moment in the flattened batch.
+            columns: N, orthonormal, `(n, r)`.
+        """
+        c = columns.mT @ self._one(index) @ columns
         values, vectors = torch.linalg.eigh((c + c.mT) / 2)
         return values.flip(0).clamp_min(0), vectors.flip(1)
 
@@ -191,6 +225,10 @@ class FrequentDirections:
         """Return the same for one sketch of the flattened batch and its columns `(n, r)`."""
         return float((self.held[index] @ columns).square().sum())
 
+    def held_one(self, index: int) -> float:
+        """Return the energy that `inside_one` finds in all dimensions, of one sketch of the flattened batch."""
+        return float(self.held[index].square().sum())
+
     def along(self, columns: Tensor) -> Tensor:
         """Return a lower bound of the energy along each column, `(*batch_shape, r)`."""
         flat = columns.reshape(len(self.held), *columns.shape[-2:])
@@ -203,6 +241,11 @@ class FrequentDirections:
         for _ in range(2):
             rows = rows - (rows @ columns) @ columns.mT
         _, s, v = torch.linalg.svd(rows, full_matrices=False)
+        return s.square(), v.mT
+
+    def within(self, index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues and eigenvectors as `SecondMoment.within` does; k is the number of rows, at most r."""
+        _, s, v = torch.linalg.svd(self.held[index] @ columns, full_matrices=False)
         return s.square(), v.mT
 
     def _append(self, index: int, rows: Tensor) -> None:
@@ -225,10 +268,12 @@ class FrequentDirections:
 
 
 def second_moment(
-    dim: int, batch_shape: tuple[int, ...] = (), device: torch.device | str | None = None
+    dim: int, batch_shape: tuple[int, ...] = (), device: torch.device | str | None = None, fused: bool = False
 ) -> SecondMoment | FrequentDirections:
     """Return whichever takes less memory: a sketch for n above `2 * SKETCH`, otherwise the full moment."""
-    return (FrequentDirections if dim > 2 * SKETCH else SecondMoment)(dim, batch_shape, device)
+    if dim > 2 * SKETCH:
+        return FrequentDirections(dim, batch_shape, device)
+    return SecondMoment(dim, batch_shape, device, fused)
 
 
 def _check_dim(dim: int) -> None:

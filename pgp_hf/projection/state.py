@@ -37,6 +37,8 @@ class BasisInfo(TypedDict, total=False):
         samples: number of rows observed in all tasks.
         rank_per_task: rank after each task.
         shares: with `softness`, the share of the energy that each column holds, summed over the tasks, `(*batch, rank)`.
+        complement: of a very large basis, whether the columns of each entry of the flattened batch span, instead of what
+            is protected, all that is not.
     """
 
     shape: list[int]
@@ -47,6 +49,7 @@ class BasisInfo(TypedDict, total=False):
     samples: int
     rank_per_task: list[int]
     shares: list[Any]
+    complement: list[bool]
 
 
 class Observed(NamedTuple):
@@ -117,8 +120,7 @@ class Projection:
             if shape is None or elements == torch.Size(self.info[name]["shape"]).numel():
                 continue
             if basis.batch_shape and shape[0] > basis.batch_shape[0]:
-                fresh = basis.columns.new_zeros(shape[0] - basis.batch_shape[0], *basis.columns.shape[1:])
-                bases[name] = basis = Basis(torch.cat([basis.columns, fresh]))
+                bases[name] = basis = basis.lengthened(shape[0] - basis.batch_shape[0])
             else:  # entries share the basis
                 rows = elements // (basis.dim * torch.Size(basis.batch_shape).numel())
             infos[name] = {**self.info[name], "shape": [*basis.batch_shape, rows, basis.dim]}
@@ -216,7 +218,9 @@ class Projection:
             if energy is None:
                 continue
             if name not in self._observed:
-                moment = second_moment(rows.shape[-1], tuple(rows.shape[:-2]), rows.device)
+                # in place only with rows in bfloat16, since results of before would change in their last bit
+                fused = self.config.bf16_probes and role != "key"
+                moment = second_moment(rows.shape[-1], tuple(rows.shape[:-2]), rows.device, fused)
                 self._observed[name] = Observed(role, energy, moment)
             self._observed[name].moment.update(rows)
 
@@ -254,11 +258,12 @@ class Projection:
             if reduce is not None:
                 moment.merge(reduce, gather)
             old = bases.get(name, Basis.empty(moment.dim, moment.batch_shape, moment.device))
-            basis = old.to(moment.device).extend(moment, energy)
-            if broadcast is not None:
-                basis = Basis(from_main_process(basis.columns, broadcast))
-            bases[name] = basis
             before, soft = infos.get(name), self.config.softness > 0 and role in ("prompt", "value")
+            # what is soft needs each of its columns
+            basis = old.to(moment.device).extend(moment, energy, halve=not soft)
+            if broadcast is not None:
+                basis = _main_process_basis(basis, broadcast)
+            bases[name] = basis
             if basis.full and role != "all" and not soft:
                 warnings.warn(
                     f"The basis of {name} has full rank {basis.dim}: the parameter cannot move in later tasks. "
@@ -297,8 +302,13 @@ class Projection:
         Large bases are float32: parameters have no more digits, and the files of a stream would otherwise be many
         times as large as the adapter. They hold exactly the values that the projector uses.
         """
-        tensors = {name: as_file(basis.columns) for name, basis in self.bases.items()}
-        return tensors, {**self.config.to_dict(), **self.info}
+        tensors, infos = dict[str, Tensor](), dict(self.info)
+        for name, basis in self.bases.items():
+            columns, complement = basis.stored
+            tensors[name] = as_file(columns) if complement is None else columns.to("cpu").contiguous()
+            if complement is not None:
+                infos[name] = {**infos[name], "complement": complement}
+        return tensors, {**self.config.to_dict(), **infos}
 
     def load_state(self, tensors: Mapping[str, Tensor], description: Mapping[str, object]) -> None:
         """Restore the bases that `state` returned.
@@ -313,7 +323,14 @@ class Projection:
                 "use the same method to continue."
             )
         infos = {name: _checked_info(name, columns, description.get(name)) for name, columns in tensors.items()}
-        self._replace({name: Basis(columns) for name, columns in tensors.items()}, infos)
+        bases = {name: Basis(columns, infos[name].pop("complement", None)) for name, columns in tensors.items()}
+        for name, basis in bases.items():
+            if basis.rank != infos[name]["rank"]:
+                raise ValueError(
+                    f"the basis of {name!r} has rank {basis.rank}, its description says {infos[name]['rank']}: the two files "
+                    "belong to different tasks or runs, load a pair that was written together."
+                )
+        self._replace(bases, infos)
 
 
 read_projection: HandedIn[Projection] = HandedIn()
@@ -339,7 +356,8 @@ def _checked_info(name: str, columns: Tensor, info: object) -> BasisInfo:
             f"the projection's description of {name!r} has shape={shape!r} and batch_dims={batch_dims!r}: expected the "
             "batch's dimensions, rows and n, and the number of the first."
         )
-    expected = (*shape[:batch_dims], shape[-1], info.get("rank"))
+    halved = "complement" in info  # the rank is then not the number of columns
+    expected = (*shape[:batch_dims], shape[-1], columns.shape[-1] if halved else info.get("rank"))
     if tuple(columns.shape) != expected:
         raise ValueError(
             f"the basis of {name!r} has shape {tuple(columns.shape)}, its description says {expected} (batch, n, rank): "
@@ -384,6 +402,16 @@ def as_file(columns: Tensor) -> Tensor:
 def as_saved(columns: Tensor) -> Tensor:
     """Return columns in the precision of their file, so that a resumed run continues with the same values."""
     return columns.to(torch.float32) if is_large(columns) else columns
+
+
+def _main_process_basis(basis: Basis, broadcast: Collective) -> Basis:
+    """Return the main process's basis."""
+    columns, complement = basis.stored
+    if not basis.may_halve:
+        return Basis(from_main_process(columns, broadcast))
+    flags = [False] * basis.ranks.numel() if complement is None else complement
+    own = broadcast(torch.tensor(flags, dtype=torch.int64, device=columns.device)).bool().tolist()
+    return Basis(from_main_process(columns, broadcast), own if any(own) else None)
 
 
 def from_main_process(columns: Tensor, broadcast: Collective) -> Tensor:

@@ -97,15 +97,16 @@ def check_basis(name: str, shape: tuple[int, ...], parameter: tuple[int, ...] | 
         raise ValueError(f"{path}: {name!r} has a basis, but is not a parameter of the model beside it.")
     if not isinstance(info, dict):
         raise ValueError(f"{path}: {name!r} is not described in {DESCRIPTION}.")
-    seen, batch = info.get("shape"), info.get("batch_dims")
+    seen, batch, complement = info.get("shape"), info.get("batch_dims"), info.get("complement")
     fits = (
         isinstance(seen, list)
         and type(batch) is int
         and len(seen) == batch + 2
         and all(type(n) is int and n > 0 for n in seen)
         and math.prod(seen) == math.prod(parameter)
-        and shape == (*seen[:batch], seen[-1], info.get("rank"))
+        and shape == (*seen[:batch], seen[-1], info.get("rank") if complement is None else shape[-1])
         and shape[-1] <= shape[-2]
+        and (complement is None or _is_flags(complement, math.prod(seen[:batch])))
     )
     if not fits:
         raise ValueError(
@@ -113,6 +114,10 @@ def check_basis(name: str, shape: tuple[int, ...], parameter: tuple[int, ...] | 
             f"rank={info.get('rank')}, the parameter {parameter}: expected (*batch, n, rank) for the parameter seen as "
             "(*batch, rows, n)."
         )
+
+
+def _is_flags(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(type(flag) is bool for flag in value)
 
 
 def check_method_file(method: dict[str, Any], path: Path) -> None:

@@ -199,7 +199,7 @@ class Revision:
         tensors = reading.read_tensors(path)
         for name, columns in tensors.items():
             try:
-                Basis(columns)
+                Basis(columns, description[name].get("complement"))
             except ValueError as error:
                 raise ValueError(f"{path}: {name!r}: {error}") from error
         self._check_digest(path)

@@ -28,6 +28,7 @@ from .loss import image_losses, mean_over_step
 from .recording import Batches, CollateBatch, Found, Images, Recorder
 from .reporting import ReportingTrainer
 from .setup import set_learning_rates
+from .sharing import HeadInputs
 from .signals import StopOnSignal
 from .tracking import StreamHandler
 from .views import Passes, head_inputs
@@ -150,6 +151,21 @@ class TaskTrainer(ReportingTrainer):
             self.stops.leave(
                 self.state, self.folder.checkpoints(self.task or 0) / f"checkpoint-{self.state.global_step}"
             )
+
+    def _learn_from_trained(self, context: TaskContext, before: Tensor | None) -> None:
+        """Let the statistics head and the method learn from the task that has been trained.
+
+        Both see its images as evaluation does: where all of them pass in the same batches and precision, once does for both.
+        """
+        most, sizes = getattr(self.method.config, "max_images", None), self._sizes
+        alike = sizes.training == sizes.evaluation and self.accelerator.mixed_precision == "no"
+        if alike and most is None and self.method.passes_as_evaluation and not self.args.torch_compile:
+            seen = HeadInputs()
+            self._end_method(seen.noting(context))
+            self._passes().learn_class_statistics(context.task, before, seen.batches)
+        else:
+            self._passes().learn_class_statistics(context.task, before)
+            self._end_method(context)
 
     def _end_method(self, context: TaskContext) -> None:
         """Let the method keep what it needs from the task that has been trained."""

@@ -226,8 +226,7 @@ class StreamTrainer(TaskTrainer):
         self._beginning = None  # a copy of all that learns
         learner.end_task(own)
         with self.progress.timed("statistics"):
-            self._passes().learn_class_statistics(own, before)
-            self._end_method(context)
+            self._learn_from_trained(context, before)
         self.progress.measure_method(self.method, own, self._passes().images_of)
         self.evaluate_stream()
         self._write_task(t)

@@ -318,11 +318,14 @@ class Passes:
         return self.sizes.fit(lambda: torch.cat([features for features, _ in self._head_views(t)]))
 
     @torch.no_grad()
-    def learn_class_statistics(self, t: int, before: Tensor | None) -> None:
+    def learn_class_statistics(
+        self, t: int, before: Tensor | None, found: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> None:
         """Add a trained task's images to the statistics head, if there is one, and calibrate its scores by them.
 
         Args:
             before: what the head read of them before the task was trained; None without drift compensation.
+            found: what it has read of them since, and their labels, in batches; empty to pass them.
         """
         learner = self.learner
         if not isinstance(learner, KeepsClassStatistics) or (known := learner.statistics) is None:
@@ -338,7 +341,7 @@ class Passes:
 
         def views() -> Iterator[tuple[Tensor, Tensor]]:
             seen.clear()
-            for batch in self._head_views(t):
+            for batch in found or self._head_views(t):
                 seen.append(batch)
                 yield batch
 

@@ -20,6 +20,7 @@ from ...heads.opening import open_adapter_head
 from ...heads.statistics import ClassStatistics
 from ...projection.protocol import PerSample, Traced, flat
 from ...runs.digest import backbone_key, backbone_sha256
+from .attention import in_products
 from .config import PromptConfig
 from .head import grow_head
 from .layer import PromptLayer
@@ -410,7 +411,9 @@ class PromptTuner(BaseTuner):
         Args:
             autocast: precision of the pass, other than that of the query.
         """
-        precision = nullcontext() if autocast is None else torch.autocast(pixel_values.device.type, autocast)
+        device = pixel_values.device.type
+        precision = nullcontext() if autocast is None else torch.autocast(device, autocast)
+        kernel = nullcontext() if autocast is None or device != "cpu" else in_products(self.backbone.config)
         given = {} if prompt_query is None else {"prompt_query": prompt_query}
         features: list[Tensor] = []
         watch = self.watch_features(features.append)
@@ -418,7 +421,7 @@ class PromptTuner(BaseTuner):
         for layer in layers.values():
             layer.copies = {}
         try:
-            with precision:
+            with precision, kernel:
                 self.model(pixel_values=pixel_values, **given)
             copies = {
                 f"base_model.model.{path}.{name}": PerSample(values, self._per_entry())
