@@ -270,7 +270,7 @@ def bars(training: dict[str, Timing], evaluation: dict[str, Timing], size: str, 
     if RATE[size]:
         share = training[LIVE].flops / training[LIVE].median / rate
         what = f"matrix-product rate, {LIVE}: at least {RATE[size]:.0%}"
-        found.append(Bar(what, share >= RATE[size], f"{share:.0%}"))
+        found.append(Bar(what, share >= RATE[size], f"{share:.1%}"))
     return found
 
 

@@ -54,7 +54,7 @@ def test_bars_are_about_the_rows_with_all_savings():
     assert found["projection, ours, cached"].shown == "0.0 %"
     assert (found["matrix-product rate, ours, live"].met, found["matrix-product rate, ours, live"].shown) == (
         True,
-        "80%",
+        "80.0%",
     )
 
 
