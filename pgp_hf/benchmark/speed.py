@@ -284,9 +284,9 @@ def table(
     ]
     for name, timing in rows.items():
         memory = "–" if timing.memory is None else f"{timing.memory / 2**20:,.0f} MiB"
-        share = timing.flops / timing.median / rate
+        share, images = timing.flops / timing.median / rate, setting.batch / timing.median
         lines.append(
-            f"| {name} | {setting.batch / timing.median:,.1f} | ± {timing.spread:.1%} | {timing.faster_than(rows[PLAIN]):.2f} | "
+            f"| {name} | {images:,.{1 if images >= 5 else 2}f} | ± {timing.spread:.1%} | {timing.faster_than(rows[PLAIN]):.2f} | "
             f"{share:.0%} | {memory} | {contenders[name][0]} |"
         )
     return lines
