@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import get_peft_model
@@ -19,12 +18,18 @@ from .contenders import CLASSES, Setting
 
 IMAGES = 500  # of a task
 ADAPTERS = ("L2P", "DualPrompt")
+Head = Literal["linear", "statistics"]
+HEADS: tuple[Head, ...] = ("linear", "statistics")
 PGP = "pgp"
 PROJECTIONS: dict[str, dict[str, Any]] = {
     PGP: {"method": "pgp"},
     "functional": {"method": "functional"},
     "functional, bf16_probes": {"method": "functional", "bf16_probes": True},
-    "functional, bf16_probes, max_images half": {"method": "functional", "bf16_probes": True, "max_images": IMAGES // 2},
+    "functional, bf16_probes, max_images half": {
+        "method": "functional",
+        "bf16_probes": True,
+        "max_images": IMAGES // 2,
+    },
 }
 
 
@@ -72,7 +77,7 @@ class TaskEnd:
         self,
         setting: Setting,
         adapter: str,
-        head: str,
+        head: Head,
         projection: dict[str, Any],
         clock: Callable[[], float],
         count: int,
@@ -80,7 +85,8 @@ class TaskEnd:
         model = setting.model()
         experts = [i for i in (2, 3, 4) if i < model.config.num_hidden_layers]
         config = L2PConfig(head=head) if adapter == "L2P" else DualPromptConfig(head=head, expert_layers=experts)
-        self.tuner: Any = get_peft_model(model, config).to(setting.device).base_model.eval()
+        wrapped: Any = get_peft_model(model, config)
+        self.tuner: Any = wrapped.to(setting.device).base_model.eval()
         self.tuner.prepare_stream([list(range(CLASSES))], {})
         self.tuner.begin_task(0)  # the head has learned none yet
         self.clock, self.setting, self.config = clock, setting, ProjectionConfig(**{"energy": 0.95, **projection})
@@ -94,11 +100,10 @@ class TaskEnd:
             {"pixel_values": batch["pixel_values"], "prompt_query": self.tuner.query(batch["pixel_values"])}
             for batch in self.batches
         ]
-        most = round(len(given) * (self.config.max_images or IMAGES) / IMAGES)
+        most = round(len(given) * min(self.config.max_images or IMAGES, IMAGES) / IMAGES)
         bases, known = _Timed(self.config), self.tuner.statistics
         bases.clock = self.clock
-        own = nullcontext([]) if known is None else head_inputs(self.tuner)
-        with own as seen:
+        with head_inputs(self.tuner) as seen:
             images = (range(i * self.setting.batch, (i + 1) * self.setting.batch) for i in range(most))
             bases.update_bases(self.tuner, zip(given[:most], images, strict=True))
         if known is not None:
@@ -127,7 +132,7 @@ def table(setting: Setting, rounds: int, clock: Callable[[], float], batches: in
         made = {
             (name, head): TaskEnd(setting, adapter, head, projection, clock, batches)
             for name, projection in PROJECTIONS.items()
-            for head in ("linear", "statistics")
+            for head in HEADS
         }
         found: dict[tuple[str, str], list[float]] = {key: [] for key in made}
         for number in range(-1, rounds):
@@ -137,9 +142,6 @@ def table(setting: Setting, rounds: int, clock: Callable[[], float], batches: in
                     found[key].append(seconds)
         median = {key: statistics.median(seconds) for key, seconds in found.items()}
         for name in PROJECTIONS:
-            cells = [
-                f"{median[name, head]:,.2f} s | {median[name, head] / median[PGP, head]:.2f}"
-                for head in ("linear", "statistics")
-            ]
+            cells = [f"{median[name, head]:,.2f} s | {median[name, head] / median[PGP, head]:.2f}" for head in HEADS]
             lines.append(f"| {adapter}, {name} | {' | '.join(cells)} |")
     return lines

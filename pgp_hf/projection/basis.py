@@ -12,7 +12,9 @@ from .moments import FrequentDirections, SecondMoment
 
 EPS = torch.finfo(torch.float64).eps
 SINGLE = 2**20  # a basis with more values than this, 8 MB, is kept and saved in single precision
-HALVED = 2**24  # and one with more than this, 64 MB then, by the complements of those spans that are more than half of all
+HALVED = (
+    2**24
+)  # and one with more than this, 64 MB then, by the complements of those spans that are more than half of all
 
 
 class Basis:

@@ -45,7 +45,8 @@ def settings_of(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", tiny.some_of(["l2p", "dualprompt", "clip", "clip with statistics", "head"], "l2p", "dualprompt", "clip", "head")
+    "kind",
+    tiny.some_of(["l2p", "dualprompt", "clip", "clip with statistics", "head"], "l2p", "dualprompt", "clip", "head"),
 )
 def test_nothing_changes_but_what_is_computed(tmp_path, monkeypatch, kind):
     kept, passed = run(tmp_path / "kept", **settings_of(kind))
