@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import gc
 import os
 import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hugging Face libraries are imported
 
-import jinja2
 import pytest
 import torch
+from sparing import freeze, spare
 
 for _number, _handler in (
     ("SIGINT", signal.default_int_handler),
@@ -22,8 +20,7 @@ for _number, _handler in (
     if hasattr(signal, _number) and signal.getsignal(getattr(signal, _number)) == signal.SIG_IGN:
         signal.signal(getattr(signal, _number), _handler)
 torch.set_num_threads(1)
-# the templates of model cards, one of them PEFT's, are compiled for every task and checkpoint of every run
-jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
+spare()
 
 
 @pytest.fixture(autouse=True)
@@ -49,5 +46,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare what has been imported in collections of garbage: a `Trainer` asks for one per task, which takes 0.2 s."""
-    gc.freeze()
+    freeze()

@@ -8,6 +8,7 @@ same weights each time and leaves the caller's random numbers as they were.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -88,6 +89,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 def data(classes: int = CLASSES, train: int = 8, test: int = 4, seed: int = 0) -> datasets.DatasetDict:
     """Return splits of noisy images around one random pattern for each class; `train` and `test` count per class."""
+    return datasets.DatasetDict(_data(classes, train, test, seed))
+
+
+@functools.cache
+def _data(classes: int, train: int, test: int, seed: int) -> dict[str, datasets.Dataset]:
     rng = np.random.default_rng(seed)
     patterns = rng.integers(0, 256, (classes, 5, 5, 3))
     features = datasets.Features(
@@ -102,7 +108,7 @@ def data(classes: int = CLASSES, train: int = 8, test: int = 4, seed: int = 0) -
             images.append(Image.fromarray(noisy.astype(np.uint8)))
         return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
 
-    return datasets.DatasetDict(train=split(train), test=split(test))
+    return {"train": split(train), "test": split(test)}
 
 
 def stream(**settings: Any) -> TaskStream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +167,25 @@ def refuse_what_breaks_streams(args: TrainingArguments) -> None:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas share the prompt selection: "
             "start with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
+def refuse_whole_compilation(args: TrainingArguments) -> None:
+    """Raise ValueError where a `Trainer` would compile the whole model, with the hooks that select prompts in it."""
+    given = [
+        f"{name}={value}"
+        for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+        if (value := getattr(args, name, None))
+    ]
+    by_launcher = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if not given and by_launcher.lower() != "no":
+        given = [
+            f"ACCELERATE_DYNAMO_BACKEND={by_launcher}, as `accelerate launch --dynamo_backend` or another Trainer sets it,"
+        ]
+    if given:
+        raise ValueError(
+            f"{given[0]} compiles the whole model, whose selection of prompts and head change from task to task: leave it "
+            "out. compile_trunk=True compiles the frozen blocks of a model with prompts, once."
         )
 
 

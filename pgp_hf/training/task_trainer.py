@@ -20,7 +20,9 @@ from ..data.images import AugmentedImages, CachedQueries, ImageCollator
 from ..data.stream import TaskStream
 from ..methods import Batch, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts
+from ..tuners.base.compiled import Trunk
 from .choosing import check_choice, summarize
+from .compiling import compiling
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
 from .finite import LossWatch, check_outputs, check_weights
 from .fitting import BatchSizes, Beginning, remember
@@ -53,6 +55,7 @@ class TaskTrainer(ReportingTrainer):
     _beginning: Beginning | None  # of the task in training, for `auto_find_batch_size`
     stops: StopOnSignal
     _losses: LossWatch  # of the task in training
+    _trunk: Trunk | None  # the frozen blocks, where they are compiled
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         given = {"model": self.model, "stream": self.stream, "training_stream": self.training_stream, **kwargs}
@@ -205,6 +208,7 @@ class TaskTrainer(ReportingTrainer):
         finally:
             args.dataloader_persistent_workers, args.per_device_eval_batch_size = before
 
+    @compiling
     def evaluate_stream(self) -> dict[str, Any]:
         """Evaluate every task trained so far, take the figures into `results`, and return the results file's content.
 
@@ -240,6 +244,7 @@ class TaskTrainer(ReportingTrainer):
             digest=lambda: self._digest,
         )
 
+    @compiling
     def _record(self, j: int) -> Recorded:
         """Predict the test images of the 0-based task j."""
         return next(self._records([j]))
@@ -322,6 +327,7 @@ class TaskTrainer(ReportingTrainer):
     def _check_choice(self) -> None:
         check_choice(self.args, self.stream, self.callback_handler.callbacks, self.compute_metrics is not accuracy)
 
+    @compiling
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as a `Trainer` does, after noting the task of the test images by their dataset."""
         if not self.stream_model.class_names:

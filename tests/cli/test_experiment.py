@@ -6,10 +6,12 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import tiny
 
@@ -21,6 +23,18 @@ from pgp_hf.cli.recipes import as_published
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "run_l2p_pgp.py"
+
+
+def forked(*arguments, cwd, script=SCRIPT):
+    """Run a script without a launcher; return its exit code and what it wrote."""
+
+    def work():
+        os.chdir(cwd)
+        sys.argv = [str(script), *map(str, arguments)]
+        runpy.run_path(str(script), run_name="__main__")
+
+    code = forks.wait(forks.start(work, cwd / "log", {"ACCELERATE_USE_CPU": "1"}))[0]
+    return code, (cwd / "log").read_text()
 
 
 def launch(*arguments, cwd, script=SCRIPT):
@@ -63,13 +77,13 @@ def local(tmp_path_factory):
 
 def test_local_backbone_and_data_side_by_side(local, tmp_path):
     out = tmp_path / "out"
-    done = launch(
+    code, said = forked(
         *("--model_name_or_path", local / "vit", "--dataset_name", local / "data", "--image_column_name", "img"),
         *("--label_column_name", "fine_label", "--num_tasks", 3, "--image_size", 24, "--num_train_epochs", 1),
         *("--pool_size", 4, "--top_k", 2, "--energy", 0.9, "--output_dir", out, "--max_train_samples_per_class", 6),
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert code == 0, said[-3000:]
     rows = json.loads((out / "comparison.json").read_text())
     frozen = [f"frozen, {name}" for name in ("nearest class mean", "shrinkage LDA", "random-projection ridge")]
     assert list(rows) == [*frozen, "L2P", "L2P-PGP"]
@@ -87,8 +101,8 @@ def test_local_backbone_and_data_side_by_side(local, tmp_path):
     assert (out / "figures" / "comparison.png").is_file() and (out / "task-3").is_dir()
     assert json.loads((out / "adapter_config.json").read_text())["interpolate_pos_encoding"] is True
     for name, row in rows.items():
-        assert f"{name}" in done.stdout and f"{row['average_accuracy']:.2f}" in done.stdout
-    assert str(out) in done.stdout and "\nTask 3 of 3: " in done.stdout and "training task 3" not in done.stderr
+        assert f"{name}" in said and f"{row['average_accuracy']:.2f}" in said
+    assert str(out) in said and "\nTask 3 of 3: " in said and "training task 3" not in said
     manifest = (out / "stream.json").read_text()
     assert str(tmp_path.parent) not in manifest and json.loads(manifest)["tasks"][0]["train"]["num_images"] == 18
 

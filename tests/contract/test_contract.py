@@ -29,15 +29,28 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:EWC has nothing to hold"),  # in a head alone
 ]
 
-# by default each tuner with projected prompts, and each method and each model with a fifth of the others
+# by default each model with projected prompts, and each other method with one model (a new method with all)
+QUICK = {
+    "bic": "clip_prompt",
+    "der_mcg": "last:1",
+    "derpp": "full",
+    "ewc": "dualprompt",
+    "fine_tuning": "lora:2",
+    "gpm": "full",
+    "icarl": "last:1",
+    "joint": "head",
+    "lwf": "l2p",
+    "null_space_adam": "full",
+}
 BRIEF = [
-    pytest.param(
-        "linear", model, method, marks=() if method == "projected_prompts" or not (i + j) % 5 else pytest.mark.slow
-    )
-    for i, model in enumerate((*TUNERS, *PLAIN))
-    for j, method in enumerate(METHODS)
+    pytest.param("linear", model, method, marks=() if QUICK.get(method, model) == model else pytest.mark.slow)
+    for model in (*TUNERS, *PLAIN)
+    for method in METHODS
 ]
-BRIEF += [("statistics", tuner, "projected_prompts") for tuner in TUNERS]
+BRIEF += [
+    pytest.param("statistics", tuner, "projected_prompts", marks=() if tuner == "l2p" else pytest.mark.slow)
+    for tuner in TUNERS
+]
 FULL = [("statistics", tuner, method) for tuner in TUNERS for method in METHODS if method != "projected_prompts"]
 
 
@@ -163,7 +176,12 @@ def test_every_pair(tmp_path, python, hub, head, model, method):
 
 
 @pytest.mark.parametrize(
-    ("model", "method"), [("shared_token", "projected_prompts"), ("l2p", Anchor.name), ("full", Anchor.name)]
+    ("model", "method"),
+    [
+        ("shared_token", "projected_prompts"),
+        ("full", Anchor.name),
+        pytest.param("l2p", Anchor.name, marks=pytest.mark.slow),
+    ],
 )
 def test_a_tuner_and_a_method_from_outside_the_package(tmp_path, python, hub, model, method):
     with registered_tuner(), registered_method():

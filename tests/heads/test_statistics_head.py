@@ -221,7 +221,7 @@ def test_a_model_without_a_head_waits_for_its_classes(tmp_path, base):
 # ---- a stream --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=tiny.ADAPTERS)
+@pytest.fixture(scope="module", params=tiny.some_of(tiny.ADAPTERS, "l2p", "clip"))
 def run(request, tmp_path_factory):
     """A finished run with a statistics head: (method, trainer, folder)."""
     folder = tmp_path_factory.mktemp(request.param)

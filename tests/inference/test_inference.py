@@ -93,11 +93,16 @@ def logits(classifier, pixels):
     ("method", "attention", "head"),
     [
         ("l2p", "eager", "linear"),
-        ("l2p", "sdpa", "statistics"),
-        ("dualprompt", "eager", "statistics"),
         ("dualprompt", "sdpa", "linear"),
-        ("clip", "eager", "linear"),
         ("clip", "sdpa", "statistics"),
+        *[
+            pytest.param(*rest, marks=pytest.mark.slow)
+            for rest in (
+                ("l2p", "sdpa", "statistics"),
+                ("dualprompt", "eager", "statistics"),
+                ("clip", "eager", "linear"),
+            )
+        ],
     ],
 )
 def test_each_revision_predicts_as_on_its_day_to_the_bit(runs, pixels, method, attention, head):

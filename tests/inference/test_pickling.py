@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import multiprocessing
 import pickle
 import subprocess
@@ -44,14 +45,28 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def classifier(request, runs):
-    what, how = KINDS[request.param]
-    folder = runs / request.param
-    with tiny.without_figures():
-        if what in tiny.ADAPTERS:
-            return load_pretrained(tiny.finished_run(folder, what, head=how))
-        return load_pretrained(plain_run(folder, what, how))
+@pytest.fixture(scope="module")
+def finished(runs, without_figures):
+    """Return the folder of a run of a kind, which is trained once."""
+
+    @functools.cache
+    def train(kind: str) -> Path:
+        what, how = KINDS[kind]
+        return (
+            tiny.finished_run(runs / kind, what, head=how)
+            if what in tiny.ADAPTERS
+            else plain_run(runs / kind, what, how)
+        )
+
+    return train
+
+
+QUICK = ("l2p-linear", "dualprompt-statistics", "clip-statistics", "lora", "several models")
+
+
+@pytest.fixture(scope="module", params=tiny.some_of(KINDS, *QUICK))
+def classifier(request, finished):
+    return load_pretrained(finished(request.param))
 
 
 def logits(model) -> torch.Tensor:
@@ -84,10 +99,10 @@ def test_a_copy_reads_its_own_weights(classifier):
     assert torch.equal(logits(classifier.model), expected)
 
 
-def test_another_process_needs_to_import_nothing_first(runs, tmp_path):
+def test_another_process_needs_to_import_nothing_first(finished, tmp_path):
     expected = []
-    for adapter in tiny.ADAPTERS:
-        classifier = load_pretrained(tiny.finished_run(runs / f"alone {adapter}", adapter))
+    for adapter, kind in zip(tiny.ADAPTERS, QUICK, strict=False):
+        classifier = load_pretrained(finished(kind))
         expected.append(logits(classifier.model).tolist())
         (tmp_path / f"{adapter}.pickle").write_bytes(pickle.dumps(classifier.model))
     torch.save(tiny.images(3), tmp_path / "images.pt")
@@ -105,8 +120,8 @@ for adapter in {list(tiny.ADAPTERS)}:
 
 
 @pytest.mark.slow
-def test_a_spawned_pool_and_a_mapped_dataset_predict_the_same(runs):
-    classifier = load_pretrained(tiny.finished_run(runs / "pool", "dualprompt"))
+def test_a_spawned_pool_and_a_mapped_dataset_predict_the_same(finished):
+    classifier = load_pretrained(finished("dualprompt-linear"))
     photos = tiny.data()["test"].select(range(6))
     expected = [found[0]["label"] for found in classifier.predict(photos)]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -120,8 +135,8 @@ def test_a_spawned_pool_and_a_mapped_dataset_predict_the_same(runs):
     assert mapped["found"] == expected
 
 
-def test_no_token_is_in_a_pickle(runs):
-    folder = tiny.finished_run(runs / "token")
+def test_no_token_is_in_a_pickle(runs, finished):
+    folder = finished("l2p-linear")
     classifier = load_pretrained(folder, token="hf_secret")
     assert b"hf_secret" not in pickle.dumps(classifier) and classifier._source["token"] == "hf_secret"
     trainer = pickle.loads(pickle.dumps(classifier)).trainer(tiny.arguments(runs / "more"))

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
+from two_processes import work
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 
 def launch(folder: Path, processes: int, batch: int, method: str) -> None:
+    """Start processes as `torchrun` would."""
     folder.mkdir()
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    several = ["--multi_gpu"] if processes > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
-    port = ["--main_process_port", "0"] if processes > 1 else []
-    done = subprocess.run(
-        [*command, *port, str(SCRIPT), str(folder), str(batch), method],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes = forks.together(processes, lambda rank: work(folder, batch, method), folder / "log")
+    assert not any(codes), [log.read_text()[-3000:] for log in folder.glob("log.*")]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,14 @@
-"""Started by test_two_processes.py under accelerate: the same tiny run, and how many processes it had."""
+"""Work of each process of test_two_processes.py: the same tiny run, and how many processes it had."""
+
+from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny
 
-import tiny  # noqa: E402
-
-from pgp_hf import PGPTrainer, ProjectionConfig, TaskStream  # noqa: E402
-from pgp_hf.projection import moments  # noqa: E402
+from pgp_hf import PGPTrainer, ProjectionConfig, TaskStream
+from pgp_hf.projection import moments
 
 
 def learned(folder: Path, **settings: object) -> PGPTrainer:
@@ -30,8 +29,8 @@ def learned(folder: Path, **settings: object) -> PGPTrainer:
     return trainer
 
 
-if __name__ == "__main__":
-    folder, batch, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def work(folder: Path, batch: int, method: str) -> None:
+    """Train in this process, and leave what it had in `folder`."""
     surprises, method = method == "surprises", method.replace("surprises", "functional")
     moments.SKETCH = 23  # the functional method's gradients, of 48 values, are kept as a sketch
     model, projection = tiny.model(head="statistics"), ProjectionConfig(method=method, energy=0.9, key_energy=0.9)

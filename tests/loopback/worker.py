@@ -10,8 +10,12 @@ import os
 import sys
 import traceback
 
+from sparing import freeze, spare
+
 
 def main() -> None:
+    spare()
+    freeze()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever libraries print outside a snippet goes to the log
     for line in sys.stdin:

@@ -273,9 +273,21 @@ def test_every_method_describes_itself(name):
 # ---- nothing to protect ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("condition", ["pgp", "functional", "frozen"])
 @pytest.mark.parametrize(
-    ("adapter", "without"), [("clip", {"image_length": 0}), ("dualprompt", {"general_length": 0})]
+    ("adapter", "without", "condition"),
+    [
+        ("clip", {"image_length": 0}, "functional"),
+        ("dualprompt", {"general_length": 0}, "pgp"),
+        *[
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                ("clip", {"image_length": 0}, "pgp"),
+                ("clip", {"image_length": 0}, "frozen"),
+                ("dualprompt", {"general_length": 0}, "functional"),
+                ("dualprompt", {"general_length": 0}, "frozen"),
+            )
+        ],
+    ],
 )
 def test_an_adapter_without_shared_prompts_says_so_and_trains(tmp_path, adapter, without, condition):
     model = tiny.model(adapter, **without)

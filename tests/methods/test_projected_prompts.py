@@ -36,8 +36,13 @@ def share_inside(basis, moved):
     return float(1 - basis.project(rows).square().sum() / rows.square().sum())
 
 
-@pytest.mark.parametrize("adapter", tiny.ADAPTERS)
-@pytest.mark.parametrize("method", METHODS)
+PAIRS = [(method, adapter) for method in METHODS for adapter in tiny.ADAPTERS]
+QUICK = {("pgp", "clip"), ("attention", "dualprompt"), ("functional", "l2p"), ("functional", "dualprompt")}
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter"), [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in PAIRS]
+)
 def test_training_stays_in_the_null_space(tmp_path, method, adapter):
     trainer, bases, moved = two_tasks(tmp_path / "held", method, adapter, **METHODS[method])
     _, _, free = two_tasks(tmp_path / "free", "none", adapter)

@@ -68,7 +68,7 @@ def known_scores(place: Path, classifier: PromptClassifier) -> torch.Tensor:
         return classifier.model(pixel_values=pixels).logits
 
 
-@pytest.fixture(scope="module", params=tiny.some_of([*HEADS, "all", "lora:2"], "l2p", "all"))
+@pytest.fixture(scope="module", params=tiny.some_of([*HEADS, "all", "lora:2"], "l2p"))
 def place(request, tmp_path_factory) -> Path:
     return elsewhere(tmp_path_factory.mktemp("card"), request.param, labels=3)
 

@@ -67,7 +67,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", tiny.some_of(MODELS, "icarl", "statistics"))
+@pytest.mark.parametrize("kind", tiny.some_of(MODELS, "icarl"))
 @pytest.mark.parametrize("after", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_run_whose_size_was_found_is_one_that_began_with_it(kind, after, tmp_path):
     """Whether the first step or a later one is too large, and whatever has been learned by then."""
@@ -86,7 +86,7 @@ def test_a_run_whose_size_was_found_is_one_that_began_with_it(kind, after, tmp_p
     assert found.results.images_trained == straight.results.images_trained
 
 
-@pytest.mark.parametrize("kind", tiny.some_of(MODELS, "icarl", "l2p"))
+@pytest.mark.parametrize("kind", tiny.some_of(MODELS, "l2p"))
 def test_passes_outside_training_fit_as_well(kind, tmp_path):
     make, settings = MODELS[kind]
     expected = run(tmp_path / "expected", make(), 2, per_device_eval_batch_size=16, cache_queries=False, **settings())

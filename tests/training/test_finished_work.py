@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import tiny
 from transformers import TrainerCallback
@@ -213,23 +212,18 @@ def test_copies_of_a_run_do_not_mix_with_another(run, finished, tmp_path):
 def test_a_second_process_is_refused_before_it_writes(tmp_path):
     """While a run trains, another process on the same folder ends with an error, and the run is as it would have been."""
     said = []
-    code = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-import tiny
-tiny.trainer(Path(sys.argv[1]), num_train_epochs=1, seed=5).train(resume_from_checkpoint=sys.argv[3] == "resume")
-"""
+
+    def second() -> None:
+        trainer(tmp_path / "run", seed=5).train(resume_from_checkpoint=True)
 
     class Second(TrainerCallback):
         def on_task_begin(self, *args, task, **kwargs):
             if task == 1:
-                where = [str(tmp_path / "run"), str(Path(tiny.__file__).parent), "resume"]
-                said.append(subprocess.run([sys.executable, "-c", code, *where], capture_output=True, text=True))
+                said.append((forks.run(second, tmp_path / "log"), (tmp_path / "log").read_text()))
 
     trainer(tmp_path / "run", callbacks=[Second()]).train()
     trainer(tmp_path / "alone").train()
-    assert said[0].returncode == 1 and "run is being written by process" in said[0].stderr
+    assert said[0][0] == 1 and "run is being written by process" in said[0][1]
     weights = Path("task-3", "adapter_model.safetensors")
     assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "alone" / weights).read_bytes()
     assert not list((tmp_path / "run").glob(".*"))

@@ -74,7 +74,7 @@ def test_a_run_in_float32_is_loaded_in_float32_on_a_backbone_that_is_stored_in_l
     assert dtypes(StreamTrainer.from_pretrained(tmp_path / "run", args=trainer.args).model) == {torch.float32}
 
 
-@pytest.mark.parametrize("adapter", tiny.ADAPTERS)
+@pytest.mark.parametrize("adapter", tiny.some_of(tiny.ADAPTERS, "dualprompt"))
 def test_a_run_in_half_precision_on_request(tmp_path, adapter):
     """What learns is in float32 all the same, holds its guarantee, and is loaded as it was trained."""
     trainer = run(tmp_path, adapter, stored(tmp_path, adapter, torch.bfloat16))
@@ -93,8 +93,17 @@ def test_a_run_in_half_precision_on_request(tmp_path, adapter):
     assert dtypes(again.model) == {torch.float32}
 
 
-@pytest.mark.parametrize("adapter", tiny.ADAPTERS)
-@pytest.mark.parametrize("head", ["linear", "statistics"])
+@pytest.mark.parametrize(
+    ("adapter", "head"),
+    [
+        ("l2p", "statistics"),
+        ("clip", "linear"),
+        pytest.param("l2p", "linear", marks=pytest.mark.slow),
+        pytest.param("clip", "statistics", marks=pytest.mark.slow),
+        pytest.param("dualprompt", "linear", marks=pytest.mark.slow),
+        pytest.param("dualprompt", "statistics", marks=pytest.mark.slow),
+    ],
+)
 def test_prediction_in_half_precision_leaves_adapter_and_statistics_as_they_are(tmp_path, adapter, head):
     folder = tiny.finished_run(tmp_path, adapter, head=head)
     exact, half = load_pretrained(folder), load_pretrained(folder, dtype=torch.bfloat16)

@@ -111,6 +111,12 @@ class ViTPromptTuner(PromptTuner):
         return self.model.get_submodule(find(self.model)[0])
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        """Return the frozen blocks of the backbone."""
+        blocks: nn.ModuleList = self.family.blocks(self.backbone)
+        return blocks
+
+    @property
     def family(self) -> Family:
         """Return the description of the backbone: where its parts are, and which tokens are read."""
         return find(self.model)[1]

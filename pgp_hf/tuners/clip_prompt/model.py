@@ -118,6 +118,12 @@ class ClipPromptModel(TaskEntryTuner):
         return self.model.vision_model
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        """Return the frozen blocks of the vision tower, whose batches are as large in every task."""
+        blocks: nn.ModuleList = self.backbone.encoder.layers
+        return blocks
+
+    @property
     def text_layer(self) -> ClipTextContext:
         """Return the wrapped embeddings of the text tower, which hold the contexts."""
         return self.model.text_model.embeddings

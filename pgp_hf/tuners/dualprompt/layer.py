@@ -82,8 +82,12 @@ class DualPromptAttention(PromptLayer):
             parameters["dualprompt_expert_value"] = uniform(*shape)
         self.add_parameters(adapter_name, config.inference_mode, **parameters)
 
+    def prepare(self, batch: int) -> None:
+        self.prepared = self._prefix(batch)
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        prefix = self._prefix(hidden_states.shape[0])  # `len` would fix the size of batches in an export
+        # `len` would fix the size of batches in an export
+        prefix = self._prefix(hidden_states.shape[0]) if self.prepared is None else self.prepared
         if prefix is None:
             return self.base_layer(hidden_states, *args, **kwargs)
         given = {"prefix_key": prefix[0], "prefix_value": prefix[1], "record": self.record}
