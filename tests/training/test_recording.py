@@ -38,11 +38,16 @@ def settings_of(kind):
     return {
         "l2p": lambda: {**frozen, "model": tiny.model(head="statistics")},
         "dualprompt": lambda: {**frozen, "model": tiny.model("dualprompt")},
+        "clip": lambda: {**frozen, "model": tiny.model("clip")},
+        "clip with statistics": lambda: {**frozen, "model": tiny.model("clip", head="statistics")},
         "head": lambda: {"model": tiny.plain("head"), "method": FineTuning()},
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["l2p", "dualprompt", "head"])
+@pytest.mark.parametrize(
+    "kind",
+    tiny.some_of(["l2p", "dualprompt", "clip", "clip with statistics", "head"], "l2p", "dualprompt", "clip", "head"),
+)
 def test_nothing_changes_but_what_is_computed(tmp_path, monkeypatch, kind):
     kept, passed = run(tmp_path / "kept", **settings_of(kind))
     anew, all_passed = run(tmp_path / "anew", monkeypatch, **settings_of(kind))
