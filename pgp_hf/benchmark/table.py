@@ -15,6 +15,7 @@ from ..data.scenarios import SCENARIOS
 from ..report.table import markdown
 from ..runs.atomic import replacing
 from ..runs.reading import read_json
+from ..training.settings import BEFORE
 from .columns import columns_of, in_turn, paired_spread, spread
 from .figures import CLOSED, HEADS, Run, figures, of_method, own_head
 from .plans import Row
@@ -305,14 +306,24 @@ def differences(rows: dict[str, list[Run]]) -> str:
 def _reference(name: str, rows: dict[str, list[Run]]) -> str | None:
     """Return the row without projection: the one with the same settings if there is one, else the plain one.
 
-    Where neither ran, a row with settings in its name has the row without them. Of a method, the row of fine-tuning with the
-    same training.
+    Where neither ran, a row with settings in its name has the row without them. None of another precision, or otherwise
+    computed. Of a method, the row of fine-tuning with the same training.
     """
     if of_method(rows[name]):
         return _fine_tuned(name, rows)
     method, _, setting = name.partition("@")
     plain = f"{method.partition('-')[0]}-none"
-    return next((row for row in (f"{plain}@{setting}", plain, method) if row in rows and row != name), None)
+    candidates = (f"{plain}@{setting}", plain, method)
+    return next((row for row in candidates if row in rows and row != name and _alike(rows[name], rows[row])), None)
+
+
+def _alike(runs: list[Run], others: list[Run]) -> bool:
+    """Return True unless rows differ in settings that change numbers, but not what is learned: they are not compared."""
+    found = [{**BEFORE, **run[0]["settings"].get("training", {})} for run in (runs, others)]
+    if not all("training" in run[0]["settings"] for run in (runs, others)):  # a classifier in closed form
+        return True
+    names = ("bf16", "fp16", "exact_images", "last_block", "compile_trunk")
+    return all(found[0].get(name, False) == found[1].get(name, False) for name in names)
 
 
 def _fine_tuned(name: str, rows: dict[str, list[Run]]) -> str | None:
@@ -345,7 +356,7 @@ def _paired(runs: list[Run], head: str, others: list[Run], other: str) -> str:
     theirs = {run["seed"]: own_head(run, other) for run in others}
     pairs = [(own_head(run, head), theirs.get(run["seed"])) for run in runs]
     found = [a["average_accuracy"] - b["average_accuracy"] for a, b in pairs if a is not None and b is not None]
-    if not found or (runs[0]["row"] == others[0]["row"] and head == other):
+    if not found or (runs[0]["row"] == others[0]["row"] and head == other) or not _alike(runs, others):
         return "–"
     return paired_spread(found, 2)
 

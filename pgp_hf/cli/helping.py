@@ -100,7 +100,7 @@ also|{also}""",
 }
 _OWN = {"repo": "--hub_model_id OWNER/NAME", "epochs": " (default: 5)", "seed": " (default: 42)"}
 _ALSO = """per_device_train_batch_size per_device_eval_batch_size augmentation lr_scheduler_type optim later_prompt_learning_rate compensate_drift \
-exact_images process_on_device reinit_optimizer train_mask eval_mask crop_min_scale last_block skip_fixed crop_views cache_queries query_cache query_cache_gb \
+exact_images process_on_device reinit_optimizer train_mask eval_mask crop_min_scale last_block skip_fixed compile_trunk crop_views cache_queries query_cache query_cache_gb \
 verify_images save_strategy save_full_weights figures keep_samples hub_model_id hub_private_repo hub_strategy \
 hub_base_model hub_exemplars hub_license hub_wait"""
 _PROMPTS = {

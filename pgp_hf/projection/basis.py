@@ -12,7 +12,9 @@ from .moments import FrequentDirections, SecondMoment
 
 EPS = torch.finfo(torch.float64).eps
 SINGLE = 2**20  # a basis with more values than this, 8 MB, is kept and saved in single precision
-HALVED = 2**24  # and one with more than this, 64 MB then, by the complements of those spans that are more than half of all
+HALVED = (
+    2**24
+)  # and one with more than this, 64 MB then, by the complements of those spans that are more than half of all
 
 
 class Basis:
@@ -329,7 +331,8 @@ def _extended(
 
 def _complement(m: Tensor) -> Tensor:
     """Return orthonormal columns `(n, n - r)` of what is orthogonal to those of M `(n, r)`."""
-    return torch.linalg.qr(m, mode="complete").Q[:, m.shape[1] :]
+    whole: Tensor = torch.linalg.qr(m, mode="complete").Q
+    return whole[:, m.shape[1] :]
 
 
 def _halve(entries: list[Tensor], inverse: list[bool]) -> None:
@@ -348,4 +351,5 @@ def _narrowed(
     values, vectors = moment.within(index, n)
     r = int((values.cumsum(0) < missing - noise).sum()) + 1
     r = min(r, int((values > noise).sum()), n.shape[1])
-    return torch.linalg.qr(n @ _complement(vectors[:, :r])).Q
+    left: Tensor = torch.linalg.qr(n @ _complement(vectors[:, :r])).Q
+    return left

@@ -10,8 +10,15 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy
 
-from ..hub import TaskRepo, choose_repo
-from .checks import check_together, check_values, refuse_what_breaks_streams
+from ..hub import TaskRepo, check_license, choose_repo
+from .checks import (
+    check_output_dir,
+    check_reporting,
+    check_together,
+    check_values,
+    refuse_what_breaks_streams,
+    refuse_whole_compilation,
+)
 from .choosing import CURRENT_ACCURACY, chooses
 
 
@@ -38,6 +45,8 @@ class PGPTrainingArguments(TrainingArguments):
             a query reads ("read"), which is a few percent faster and the same up to rounding.
         skip_fixed: compute no gradient of prompts that a projection keeps from moving at all, as "frozen" does after the first
             task, also where `max_grad_norm` clips gradients, whose norm then lacks theirs. Without clipping, it is always done.
+        compile_trunk: compile the frozen blocks of a backbone with prompts by `torch.compile`, for the batch sizes of training
+            and evaluation; the same up to rounding. It takes a C++ compiler on a CPU, and Triton on a GPU.
         crop_views: number of different random crops of each training image, whose queries are then kept; None for new
             crops in each epoch.
         cache_queries: keep the queries of images, which never change, instead of computing them again.
@@ -129,6 +138,13 @@ class PGPTrainingArguments(TrainingArguments):
         metadata={
             "help": "compute no gradient of prompts that a projection keeps from moving at all (frozen, after the first task), "
             "which then do not count in the norm that max_grad_norm clips; without clipping, it is always done"
+        },
+    )
+    compile_trunk: bool = field(
+        default=False,
+        metadata={
+            "help": "compile the frozen blocks of a backbone with prompts (torch.compile), for the batch sizes of training and "
+            "evaluation, which takes up to a minute once and is the same up to rounding"
         },
     )
     crop_views: int | None = field(
@@ -246,6 +262,7 @@ class PGPTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_values(self)  # before transformers compares and converts them
+        refuse_whole_compilation(self)  # before it tells all trainers of the process
         if self.metric_for_best_model is None and chooses(self):
             self.metric_for_best_model = CURRENT_ACCURACY  # transformers would take a "loss" that no evaluation has
         super().__post_init__()
@@ -259,7 +276,9 @@ class PGPTrainingArguments(TrainingArguments):
         """Raise TypeError or ValueError for a value that cannot work, with the fix; some may have been set since."""
         if self.push_to_hub:
             self.check_hub()
+        check_license(self.hub_license)  # cards that are not uploaded name it as well
         check_values(self)
+        refuse_whole_compilation(self)
         refuse_what_breaks_streams(self)
         if self.later_prompt_learning_rate is not None and not self.reinit_optimizer:
             raise ValueError(
@@ -271,6 +290,8 @@ class PGPTrainingArguments(TrainingArguments):
                 f"crop_views={self.crop_views} with augmentation={self.augmentation!r}: there are crops with 'crop_flip' "
                 "alone; leave crop_views out."
             )
+        check_output_dir(str(self.output_dir))
+        check_reporting(self)
         check_together(self)
 
     def hub_repo(self, origin: dict[str, Any] | None = None, new_run: bool = False) -> TaskRepo:

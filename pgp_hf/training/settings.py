@@ -24,6 +24,7 @@ RECORDED = (
         "crop_views",
         "last_block",
         "skip_fixed",
+        "compile_trunk",
         "exact_images",
         "train_mask",
         "eval_mask",
@@ -38,7 +39,13 @@ _EVALUATED = (
     *("save_strategy", "save_steps"),
 )
 # the values that settings of today had in effect before there was a choice, for runs that do not record them
-BEFORE: Mapping[str, Any] = {"crop_views": None, "last_block": "full", "skip_fixed": False, "exact_images": True}
+BEFORE: Mapping[str, Any] = {
+    "crop_views": None,
+    "last_block": "full",
+    "skip_fixed": False,
+    "compile_trunk": False,
+    "exact_images": True,
+}
 FREE = (
     "where and how often a run logs, saves and uploads, its devices, processes, data loader workers and evaluation batch "
     "size, the division of a step's images into micro-batches (unless batchwise_prompt is set), cache_queries, query_cache, "

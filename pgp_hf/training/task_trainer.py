@@ -20,7 +20,9 @@ from ..data.images import AugmentedImages, CachedQueries, ImageCollator
 from ..data.stream import TaskStream
 from ..methods import Batch, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts
+from ..tuners.base.compiled import Trunk
 from .choosing import check_choice, summarize
+from .compiling import compiling
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
 from .finite import LossWatch, check_outputs, check_weights
 from .fitting import BatchSizes, Beginning, remember
@@ -53,6 +55,7 @@ class TaskTrainer(ReportingTrainer):
     _beginning: Beginning | None  # of the task in training, for `auto_find_batch_size`
     stops: StopOnSignal
     _losses: LossWatch  # of the task in training
+    _trunk: Trunk | None  # the frozen blocks, where they are compiled
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         given = {"model": self.model, "stream": self.stream, "training_stream": self.training_stream, **kwargs}
@@ -205,6 +208,7 @@ class TaskTrainer(ReportingTrainer):
         finally:
             args.dataloader_persistent_workers, args.per_device_eval_batch_size = before
 
+    @compiling
     def evaluate_stream(self) -> dict[str, Any]:
         """Evaluate every task trained so far, take the figures into `results`, and return the results file's content.
 
@@ -240,6 +244,7 @@ class TaskTrainer(ReportingTrainer):
             digest=lambda: self._digest,
         )
 
+    @compiling
     def _record(self, j: int) -> Recorded:
         """Predict the test images of the 0-based task j."""
         return next(self._records([j]))
@@ -278,18 +283,21 @@ class TaskTrainer(ReportingTrainer):
 
     def _predict(self, images: Dataset[Any]) -> Found:
         """Return the model's view of test images."""
-        before = self.compute_metrics, self.data_collator
+        before = self.compute_metrics, self.data_collator, self.args.eval_do_concat_batches
         self.compute_metrics, self._scorer.recording = None, True
+        # a `Trainer` would copy all that it has found so far with each batch, which grows by the square of their number
+        self.args.eval_do_concat_batches = False
         self.callback_handler.measuring = True
         if isinstance(images, Batches):
             self.data_collator = CollateBatch(self.data_collator)
         try:
-            output = self.predict(images, metric_key_prefix="eval_stream")
+            output: Any = self.predict(images, metric_key_prefix="eval_stream")
         finally:
-            (self.compute_metrics, self.data_collator), self._scorer.recording = before, False
-            self.callback_handler.measuring = False
-        found: Any = output.predictions  # the dict that prediction_step has returned
-        return {"labels": np.asarray(output.label_ids), **found}
+            self.compute_metrics, self.data_collator, self.args.eval_do_concat_batches = before
+            self._scorer.recording = self.callback_handler.measuring = False
+        parts = output.predictions  # the dicts that prediction_step has returned
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {"labels": np.concatenate(output.label_ids), **found}
 
     def evaluate(
         self,
@@ -322,6 +330,7 @@ class TaskTrainer(ReportingTrainer):
     def _check_choice(self) -> None:
         check_choice(self.args, self.stream, self.callback_handler.callbacks, self.compute_metrics is not accuracy)
 
+    @compiling
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as a `Trainer` does, after noting the task of the test images by their dataset."""
         if not self.stream_model.class_names:

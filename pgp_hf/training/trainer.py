@@ -27,6 +27,7 @@ from . import learning
 from .agreement import check_agreement, check_same_images
 from .arguments import PGPTrainingArguments
 from .callbacks import FollowTraining
+from .compiling import compiling, make_trunk
 from .evaluation import Scorer, accuracy, test_sets
 from .fitting import BatchSizes
 from .loss import mean_over_step
@@ -130,6 +131,7 @@ class StreamTrainer(TaskTrainer):
         self._test_queries: dict[int, Tensor | None] = {}
         self._operations: dict[Any, int] = {}
         self._sizes, self._beginning = BatchSizes(self.args, lambda: self._train_batch_size), None
+        self._trunk = make_trunk(self.args.compile_trunk, learner, self._sizes, self.args.device)
         self._scorer = Scorer(stream, self.method, self.args.eval_mask)
         self._blank = copy.deepcopy(self.method.state())
         self.stops = StopOnSignal(self.folder, self.is_world_process_zero())
@@ -181,6 +183,7 @@ class StreamTrainer(TaskTrainer):
         return TrainOutput(steps, loss / max(self.stream.num_tasks - first, 1), results)
 
     @holding
+    @compiling
     def train_task(self, t: int, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Learn the task with 0-based index t, then gather statistics, evaluate, and write its folder.
 

@@ -115,7 +115,7 @@ class Passes:
             "precision": [str(self.accelerator.mixed_precision), torch.get_float32_matmul_precision()],
             "device": [self.args.device.type, torch.get_num_threads(), self.args.world_size],
             "batch": self.sizes.evaluation,
-            "compiled": self.args.torch_compile,
+            "compiled": self.args.compile_trunk,
             "last_block": self.args.last_block,
             "images": [self.args.exact_images, self.args.process_on_device],
         }

@@ -840,6 +840,15 @@ def test_differences_are_paired(script, folder):
     assert found["joint"][0] == "fine_tuning" and found["joint"][-5] == "–" and found["fine_tuning"][0] == ""
 
 
+@pytest.mark.parametrize("setting", ["compile_trunk=True", "bf16=True", "last_block=read", "exact_images=False"])
+def test_rows_that_are_computed_differently_are_not_compared(planned, setting):
+    names = ("l2p-none", "l2p-frozen", "l2p-pgp", f"l2p-pgp@{setting}", f"l2p-functional@{setting}")
+    found = cells(table.differences({name: [made_up(planned(name), 0)] for name in names}), "## Paired differences")
+    assert found["l2p-pgp"][0] == "l2p-none" and found["l2p-pgp"][1] != "–"
+    for name in ("l2p-pgp", "l2p-functional"):
+        assert found[f"{name}@{setting}"] == ["", *["–"] * 5, "", *["–"] * 3]
+
+
 def test_a_row_with_settings_is_compared_with_the_one_without(script):
     """Where no row without projection ran."""
     folder = SCRIPT.parents[1] / "model_cards" / "cifar100-rivals"

@@ -11,11 +11,13 @@ import substitute
 import tiny
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.backends.registry import lookup_backend
 from transformers import TrainerCallback
 
 from pgp_hf import ProjectionConfig, load_pretrained, methods
 from pgp_hf.projection import Basis, SecondMoment
 from pgp_hf.projection.moments import FrequentDirections
+from pgp_hf.tuners.base import compiled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("without_figures")]
 
@@ -261,6 +263,60 @@ def test_no_step_waits_for_the_device(tmp_path, adapter, method, device):
     finally:
         may_wait(device, True)
     assert watch.steps == 12
+
+
+# ---- compiled blocks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(device, monkeypatch):
+    """Count what is compiled: by inductor, which the substitute does not have, and whose graphs run there as they are."""
+    compile_graph, found = lookup_backend("inductor" if device.type == "cuda" else "eager"), []
+
+    def backend(graph, inputs):
+        found.append(graph)
+        return compile_graph(graph, inputs)
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    return found
+
+
+@pytest.mark.parametrize(("adapter", "last_block"), [("l2p", "read"), ("dualprompt", "full"), ("clip", "full")])
+def test_a_compiled_run_is_the_run_and_waits_for_nothing(tmp_path, adapter, last_block, device, graphs):
+    """Prompts, keys and class statistics to 1e-3 of their norm; later tasks compile nothing."""
+    sizes = {"per_device_eval_batch_size": 8, "save_strategy": "no", "last_block": last_block}
+    train(tmp_path / "plain", False, adapter, **sizes)
+    counts, watch = [], Unwaited(device)
+
+    class Count(TrainerCallback):
+        def on_task_end(self, args, state, control, **kwargs):
+            counts.append(len(graphs))
+
+    # in CLIP's text tower, transformers reads the padding mask
+    callbacks = [Count()] if adapter == "clip" else [Count(), watch]
+    try:
+        train(tmp_path / "compiled", False, adapter, compile_trunk=True, callbacks=callbacks, **sizes)
+    finally:
+        may_wait(device, True)
+    agree(tmp_path / "plain", tmp_path / "compiled")
+    assert not leaks(tmp_path / "compiled", 2) + leaks(tmp_path / "compiled", 3)
+    assert 2 < counts[0] <= 16 and len(set(counts)) == 1
+    assert watch.steps == (0 if adapter == "clip" else 6)
+
+
+@pytest.mark.parametrize("adapter", ["l2p", "dualprompt"])
+def test_compiled_blocks_in_bf16_leave_what_learns_in_full_precision(tmp_path, adapter, device, graphs):
+    if device.type != "cuda":
+        pytest.skip("bf16 is a matter of the real device")
+    for name in ("plain", "compiled"):
+        trainer = train(tmp_path / name, False, adapter, bf16=True, compile_trunk=name == "compiled")
+        assert {p.dtype for p in trainer.stream_model.trainable().values()} == {torch.float32}
+        assert all(b.columns.dtype == torch.float64 for b in trainer.projection.bases.values())
+    assert not leaks(tmp_path / "compiled", 2) + leaks(tmp_path / "compiled", 3)
+    one, two = (load_file(tmp_path / name / "task-1" / "adapter_model.safetensors") for name in ("plain", "compiled"))
+    for name in one:
+        if not name.endswith("calibration"):
+            assert (one[name] - two[name]).norm() < 2e-2 * one[name].norm().clamp_min(1e-12), name
 
 
 def test_batches_are_pinned(tmp_path, device):

@@ -75,7 +75,7 @@ def test_every_tag_loads_to_the_bit_and_again_without_a_network(hub, repo, run, 
     hub.fail(r".*", cut="before", times=None)  # the cable is out, and nobody said so
     assert python(LOAD, options={"revision": "task-2", "cache_dir": cache}).value == raw(run, 2)
     error = python(LOAD, options={"revision": "task-2", "cache_dir": str(tmp_path / "other")}, fails=True).error
-    assert "ConnectionError: the Hub cannot be reached" in error and "me/run@task-2 is not in the cache" in error
+    assert "ConnectionError: there is no folder me/run here, and me/run@task-2 is not in the cache; the Hub" in error
 
 
 def test_bases_and_settings_by_tag(repo, run, python):
@@ -111,7 +111,7 @@ def test_what_the_hub_has_not(repo, python):
     error = python(LOAD, options={"revision": "task-9"}, fails=True).error
     assert "ValueError: me/run has no revision 'task-9': it has task-1, task-2, task-3, main." in error
     error = python(LOAD.replace("me/run", "me/nothing"), options={}, fails=True).error
-    assert "RepositoryNotFoundError" in error
+    assert "RepositoryNotFoundError" in error and "There is no folder me/nothing here either." in error
 
 
 def test_a_private_run_needs_its_token(hub, repo, python):

@@ -20,6 +20,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         bypass: set while the query is computed, which must see the frozen model.
         selected: `(B, k)` pool entries chosen for the running batch, or None.
         copies: during a traced pass, each image's copies of the parameters, by container; else None.
+        prepared: what `prepare` has made for the pass under way, or None.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -30,6 +31,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self.bypass = False
         self.selected: Tensor | None = None
         self.copies: dict[str, Tensor] | None = None
+        self.prepared: Any = None
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
 
@@ -70,6 +72,9 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         """
         parameter = getattr(self, name)[self.adapter]
         return self.capture_per_sample(name, parameter.expand(batch, *parameter.shape))
+
+    def prepare(self, batch: int) -> None:
+        """Make what a forward pass on so many images needs of the parameters, before a compiled block begins."""
 
     def release(self) -> None:
         """Undo what was done to the wrapped module; called when the adapter is unloaded."""
