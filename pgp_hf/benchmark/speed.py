@@ -15,14 +15,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from . import speed_input
+from . import speed_input, speed_statistics
 from .contenders import SIZES, Evaluation, PlainLoop, Setting, Threaded, counting, ours, plain_model, products
 
 PLAIN, CACHED, LIVE, UNPROJECTED = "plain loop", "ours, cached", "ours, live", "ours, cached, not projected"
+COMPILED = "ours, cached, compiled"  # with --compile
 READ = ", last block read"  # the rows with all exact savings, which the bars are about
 NAMES = {"tiny": "a tiny ViT", "ti": "ViT-Ti/16", "b": "ViT-B/16"}
 RATE = {"tiny": 0.0, "ti": 0.80, "b": 0.90}  # bar of the share of the matrix-product rate
@@ -41,6 +43,7 @@ TRAINING: dict[str, tuple[str, Callable[[Setting], Step]]] = {
     LIVE + READ: ('the same with last_block="read"', lambda setting: ours(setting, False, last_block="read")),
     CACHED: ("L2P with pgp at defaults, queries known", lambda setting: ours(setting, True)),
     CACHED + READ: ('the same with last_block="read"', lambda setting: ours(setting, True, last_block="read")),
+    COMPILED: ("L2P with pgp, queries known, compile_trunk", lambda setting: ours(setting, True, compile_trunk=True)),
     UNPROJECTED: ("L2P without projection, queries known", lambda setting: ours(setting, True, projected=False)),
     "full fine-tuning": ("transformers' Trainer, all weights", lambda setting: plain_model(setting, False)),
     "LoRA": ("transformers' Trainer, PEFT's LoRA of rank 8 on queries and values", lambda s: plain_model(s, True)),
@@ -241,6 +244,8 @@ def measure(
 
 def _flops(name: str, step: Step, timings: dict[str, Timing]) -> int:
     """Return the operations of a step; a `Trainer` runs in its thread, where they are counted by its own mode."""
+    if name == COMPILED:  # whose kernels no mode sees
+        return timings[CACHED].flops
     return step.flops() if isinstance(step, Threaded) else count_flops(step)
 
 
@@ -334,6 +339,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds in which all take their turn")
     parser.add_argument("--steps", type=int, help="steps of each in a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on a CPU")
+    parser.add_argument("--compile", action="store_true", help=f"a row '{COMPILED}' as well, with compile_trunk")
     parser.add_argument("--float32", action="store_true", help="no bf16 autocast on a GPU")
     args = parser.parse_args(list(argv))
     on_gpu = args.device == "cuda"
@@ -359,11 +365,12 @@ def main(argv: Sequence[str]) -> int:
         Setting(size, batch, device, device.type == "cuda" and not args.float32, args.pixels)
         for size, batch in zip(args.models, args.batch, strict=True)
     ]
+    training = {name: each for name, each in TRAINING.items() if name != COMPILED or args.compile}
     on_cpu = device.type == "cpu"
     peaks = [
         {name: memory_on_cpu(make, setting, args.threads) if on_cpu else None for name, (_, make) in each.items()}
         for setting in settings
-        for each in (TRAINING, EVALUATION)
+        for each in (training, EVALUATION)
     ]
     torch.set_num_threads(args.threads)
     if on_cpu:
@@ -373,7 +380,8 @@ def main(argv: Sequence[str]) -> int:
         rate = matrix_rate(setting)
         found = [
             measure(each, setting, args.rounds, args.steps, peaks[2 * i + j])
-            for j, each in enumerate((TRAINING, EVALUATION))
+            for j, each in enumerate((training, EVALUATION))
         ]
         print("\n".join(report(setting, found[0], found[1], rate, args)), flush=True)
+    print("\n".join(speed_statistics.table(settings[0], args.rounds, partial(clock, device))), flush=True)
     return 0
