@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import flop_counter
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -42,6 +43,17 @@ SIZES = {
 }
 CLASSES, TASKS = 100, 10
 OWN = CLASSES // TASKS  # of a task
+
+
+def counting() -> FlopCounterMode:
+    """Return a mode that counts the operations of matrix products, those of attention on a CPU as those on a GPU."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which PyTorch's own list lacks
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    own: dict[Any, Callable[..., int]] = {
+        attention: lambda q, k, v, *args, **kwargs: flop_counter.sdpa_flop_count(q, k, v),
+        backward: lambda grad, q, k, v, *args, **kwargs: flop_counter.sdpa_backward_flop_count(grad, q, k, v),
+    }
+    return FlopCounterMode(display=False, custom_mapping=own)
 
 
 class Stopped(Exception):
@@ -137,7 +149,7 @@ class Gate(TrainerCallback):
         if self.stop:
             raise Stopped
         if self.count:  # a mode counts what its own thread does
-            self._counter, self.count = FlopCounterMode(display=False), False
+            self._counter, self.count = counting(), False
             self._counter.__enter__()
 
 
@@ -215,14 +227,21 @@ def _stream() -> TaskStream:
     return TaskStream.from_dataset(splits, num_tasks=TASKS, seed=None)
 
 
-def ours(setting: Setting, cached: bool, projected: bool) -> Threaded:
-    """Return L2P by `PGPTrainer`; projected by bases of half the width, as a second task has them."""
+def ours(setting: Setting, cached: bool, projected: bool = True, **options: Any) -> Threaded:
+    """Return L2P by `PGPTrainer`; projected by bases of half the width, as a second task has them.
+
+    Args:
+        setting: what all contenders have in common.
+        cached: queries are known.
+        projected: by `pgp`.
+        options: further training arguments.
+    """
 
     def train(gate: Gate) -> None:
         model = get_peft_model(setting.model(), L2PConfig())
         with tempfile.TemporaryDirectory() as folder:
-            arguments = setting.arguments(folder)
-            args = PGPTrainingArguments(**arguments, cache_queries=cached, verify_images=False, augmentation="none")
+            arguments = {**setting.arguments(folder), "verify_images": False, "augmentation": "none", **options}
+            args = PGPTrainingArguments(**arguments, cache_queries=cached)
             processor = ViTImageProcessorPil(size={"height": setting.pixels, "width": setting.pixels})
             projection = ProjectionConfig(method="pgp" if projected else "none")
             trainer = LoadedPGPTrainer(
@@ -341,11 +360,17 @@ class PlainLoop:
 
 
 class Evaluation:
-    """Evaluate a batch of test images by L2P, whose queries are known from an earlier task's evaluation."""
+    """Evaluate a batch of test images by L2P, whose queries are known from an earlier task's evaluation.
 
-    def __init__(self, setting: Setting) -> None:
+    Args:
+        setting: what all contenders have in common.
+        read: whether the last block computes only the tokens that are read.
+    """
+
+    def __init__(self, setting: Setting, read: bool = False) -> None:
         self.setting, self.batch = setting, setting.batches(True)[0]
         self.model = get_peft_model(setting.model(), L2PConfig()).to(setting.device).eval()
+        cast(Any, self.model.base_model).read_last_block(read)
 
     @torch.no_grad()
     def __call__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import re
@@ -34,11 +35,21 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def pushed() -> dict:
+    """What the Hub has of the run, once it has been pushed."""
+    return {}
+
+
 @pytest.fixture
-def repo(hub, python, run):
+def repo(hub, python, run, pushed):
     """The run on the Hub, as "me/run"."""
-    python("from pgp_hf import hub; result = hub.push(folder, 'me/run').uploaded", folder=str(run))
-    hub.requests.clear()
+    if not pushed:
+        python("from pgp_hf import hub; result = hub.push(folder, 'me/run').uploaded", folder=str(run))
+        hub.requests.clear()
+        pushed.update(repo=copy.deepcopy(hub.repos["me/run"]), objects=dict(hub.objects))
+    hub.repos["me/run"] = copy.deepcopy(pushed["repo"])
+    hub.objects.update(pushed["objects"])
     return hub.repos["me/run"]
 
 

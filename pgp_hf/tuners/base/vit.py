@@ -20,6 +20,7 @@ from ...backbones.vit import ViTLike
 from ...projection.protocol import Traced
 from ...runs.digest import tensor_sha256
 from .config import PromptConfig
+from .embeddings import PromptedEmbeddings, shared_embeddings
 from .head import prepare_head
 from .last_block import begin_reading, end_reading, forget, is_reading, narrow
 from .layer import PromptLayer
@@ -43,6 +44,7 @@ class ViTPromptTuner(PromptTuner):
     `- pull_constraint_coeff * mean_b sum_k cos(q_b, k)`.
     """
 
+    _backbone_name: str | None = None  # in the model
     _similarity: Tensor | None = None
     _as_tuple = False
     _head_hook: RemovableHandle | None = None  # on the classifier, for one forward pass
@@ -108,7 +110,9 @@ class ViTPromptTuner(PromptTuner):
     @property
     def backbone(self) -> ViTModel:
         """Return the image model, such as a `ViTModel`."""
-        return self.model.get_submodule(find(self.model)[0])
+        if self._backbone_name is None:  # asked for many times in each pass
+            self._backbone_name = find(self.model)[0]
+        return self.model.get_submodule(self._backbone_name)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -285,6 +289,8 @@ class ViTPromptTuner(PromptTuner):
         self._similarity = None
         for layer in self.layers:
             layer.selected = None
+            if isinstance(layer, PromptedEmbeddings):
+                layer.forget()
         if self.layer.adapter is None:
             return args, kwargs
         config = self.adapter_config
@@ -294,7 +300,8 @@ class ViTPromptTuner(PromptTuner):
         self._check_size(pixel_values)
         if query is None:
             position = {k: v for k, v in kwargs.items() if k == "interpolate_pos_encoding" and v is not None}
-            query = self.query(pixel_values, **position)
+            with shared_embeddings(self.layer, pixel_values):
+                query = self.query(pixel_values, **position)
         elif query.shape != (len(pixel_values), config.hidden_size):
             raise ValueError(
                 f"prompt_query of shape {tuple(query.shape)}: expected {(len(pixel_values), config.hidden_size)}, "

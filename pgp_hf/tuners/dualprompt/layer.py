@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.attention import carrying, install, uninstall
+from ..base.embeddings import PromptedEmbeddings
 from ..base.layer import PromptLayer, uniform
 from ..base.learned import add_learned_entries
 from .config import DualPromptConfig
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ...backbones import Family
 
 
-class DualPromptEmbeddings(PromptLayer):
+class DualPromptEmbeddings(PromptedEmbeddings):
     """Wrap the embeddings to hold the experts' keys, `(pool_size, d)`; the forward pass is the backbone's own."""
 
     adapter_layer_names = ("dualprompt_key",)
@@ -30,7 +31,7 @@ class DualPromptEmbeddings(PromptLayer):
         add_learned_entries(self, "dualprompt_", adapter_name, config)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.base_layer(*args, **kwargs)
+        return self.embed(*args, **kwargs)
 
 
 class DualPromptAttention(PromptLayer):

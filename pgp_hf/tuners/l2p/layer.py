@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..base.layer import PromptLayer, uniform
+from ..base.embeddings import PromptedEmbeddings
+from ..base.layer import uniform
 from ..base.learned import add_learned_entries
 from .config import L2PConfig
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ...backbones import Family
 
 
-class L2PEmbeddings(PromptLayer):
+class L2PEmbeddings(PromptedEmbeddings):
     """Wrap embeddings such as `ViTEmbeddings`: CLS, then the selected prompts, then the patches.
 
     Parameters per adapter: `l2p_prompt` `(M, prompt_length, d)` and `l2p_key` `(M, d)`, M the size of the pool. Each prompt
@@ -50,7 +51,7 @@ class L2PEmbeddings(PromptLayer):
             add_learned_entries(self, "l2p_", adapter_name, config)
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        embeddings = self.base_layer(pixel_values, *args, **kwargs)
+        embeddings = self.embed(pixel_values, *args, **kwargs)
         self.inserted = 0
         if self.adapter is None or self.selected is None:
             return embeddings
