@@ -35,8 +35,10 @@ same command continues the benchmark; several commands may share an output folde
 the table and its figures are written again.
 
     python examples/benchmark.py --speed --help
+    python examples/benchmark.py --growth --help
 
-is another benchmark, of the time and memory that a step takes.
+are other benchmarks: of the time and memory that a step takes, and of how the cost of a task grows
+with tasks, classes, images, prompts and the model.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ from pathlib import Path
 from typing import Any
 
 from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, PGPTrainingArguments
-from pgp_hf.benchmark import speed, table
+from pgp_hf.benchmark import growth, speed, table
 from pgp_hf.benchmark.plans import Plan, Row, plan
 from pgp_hf.benchmark.runs import describe, execute, holder
 from pgp_hf.cli import console
@@ -288,6 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = expand(sys.argv[1:] if argv is None else argv).tokens
     if "--speed" in argv:
         return speed.main([token for token in argv if token != "--speed"])
+    if "--growth" in argv:
+        return growth.main([token for token in argv if token != "--growth"])
     bench, model, data, training = parse(argv)
     output = Path(str(training.output_dir))
     work = Path(bench.work_dir) if bench.work_dir else output.parent / "work" / output.name

@@ -23,6 +23,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli import console
+from .cli.console import Parser, whole
+
 if TYPE_CHECKING:  # imported when needed: the help of the command line needs none of them
     from torch import Tensor
     from transformers import ViTConfig, ViTForImageClassification, ViTModel
@@ -281,13 +284,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m pgp_hf.conver
     Args:
         argv: the command line without the program, `sys.argv[1:]` by default.
         prog: name of the program in its help.
+
+    Raises:
+        ValueError, OSError: as `convert`.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="timm's weights, a .safetensors file")
     parser.add_argument("output_dir", help="new folder for from_pretrained")
-    parser.add_argument("--num_heads", type=int, help="number of attention heads; width // 64 by default")
+    parser.add_argument("--num_heads", type=whole(1), help="number of attention heads; width // 64 by default")
     for name, what in (("--image_mean", "mean"), ("--image_std", "standard deviation")):
         parser.add_argument(
             name,
@@ -297,10 +301,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m pgp_hf.conver
             help=f"{what} of the pixel values in [0, 1], one number or one for each channel",
         )
     arguments = vars(parser.parse_args(argv))
-    try:
-        model = convert(**arguments)
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(2, f"error: {error}\n")
+    model = convert(**arguments)
     config = model.config
     print(
         f"{arguments['output_dir']}: {type(model).__name__}, width {config.hidden_size}, {config.num_hidden_layers} "
@@ -310,4 +311,4 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m pgp_hf.conver
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(console.run(main))

@@ -37,13 +37,5 @@ def without_figures():
         yield draw
 
 
-LONGEST = ("hub", "benchmark", "invariants", "methods", "presets", "inference", "heads", "tuners")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the folders that take longest: the workers, which take whole files, then end at the same time."""
-    items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if f"tests/{name}/" in item.nodeid), 99))
-
-
 def pytest_collection_finish() -> None:
     freeze()

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pgp_hf"
 # from the bottom up; a folder may import those of lower rows, and those of its own row as long as there is no circle
 LAYERS = [
-    {"version", "fields"},
+    {"version", "fields", "push_options"},
     {"projection", "data", "metrics", "embedded", "backbones"},
     {"runs", "heads"},
     {"tuners", "report", "models"},

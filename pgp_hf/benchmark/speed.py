@@ -15,11 +15,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from . import speed_input
+from . import speed_input, speed_statistics
 from .contenders import SIZES, Evaluation, PlainLoop, Setting, Threaded, counting, ours, plain_model, products
 
 PLAIN, CACHED, LIVE, UNPROJECTED = "plain loop", "ours, cached", "ours, live", "ours, cached, not projected"
@@ -382,4 +383,5 @@ def main(argv: Sequence[str]) -> int:
             for j, each in enumerate((training, EVALUATION))
         ]
         print("\n".join(report(setting, found[0], found[1], rate, args)), flush=True)
+    print("\n".join(speed_statistics.table(settings[0], args.rounds, partial(clock, device))), flush=True)
     return 0

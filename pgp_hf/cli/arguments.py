@@ -21,6 +21,15 @@ from ..tuners.base.config import PromptConfig
 from .model_arguments import ModelArguments
 
 
+def check_source(given: Any) -> None:
+    """Raise ValueError for an option of a source of images that is not the one in use."""
+    for name in ("dataset_config_name", "dataset_revision", "dataset_split"):
+        if getattr(given, name) is not None and given.dataset_name is None:
+            raise ValueError(f"--{name} goes with --dataset_name, which is not given.")
+    if getattr(given, "validation_dir", None) is not None and given.train_dir is None:
+        raise ValueError("--validation_dir goes with --train_dir: a data set has its own test split, or none.")
+
+
 @dataclass
 class DataArguments:
     """Describe the stream of tasks.
@@ -114,6 +123,9 @@ class DataArguments:
     max_eval_samples_per_class: int | None = field(
         default=None, metadata={"help": "maximum number of test images per class"}
     )
+
+    def __post_init__(self) -> None:
+        check_source(self)
 
     def choose_tasks(self, given: Container[str]) -> None:
         """Let `increment` replace the default of `num_tasks`.

@@ -42,7 +42,8 @@ class CommandLine(NamedTuple):
 
     def given(self) -> set[str]:
         """Return the options that are set, such as "--num_tasks"."""
-        return {option(token) for token in self.tokens} | {f"--{name}" for name in self.nothing}
+        named = {option(token) for token in self.tokens if token.startswith("-")}  # the others are values
+        return named | {f"--{name}" for name in self.nothing}
 
 
 def option(token: str) -> str:

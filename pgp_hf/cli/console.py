@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dis
 import os
+import re
 import select
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -16,6 +19,13 @@ from ..report.formatting import fill, one_line, printable
 TRACEBACK = "--traceback"
 # what refuses arguments, files and settings; anything else is a fault of the program, with its traceback
 REFUSALS = (TypeError, ValueError, OSError, FloatingPointError, ImportError)
+_RAISE = dis.opmap["RAISE_VARARGS"]
+# how error messages name arguments in Python, and what that is on a command line
+OPTIONS = {
+    r"(label|image)_column\b": r"--\1_column_name",
+    r"backbone=": "--backbone ",
+    r"(resume_from_checkpoint|overwrite_output_dir)=True\b": r"--\1 true",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,12 +36,40 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {printable(one_line(message))}\n")
 
 
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return a function that parses a whole number for argparse.
+
+    Args:
+        least, most: which are allowed themselves.
+    """
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{value} is above {most}")
+        return value
+
+    return parse
+
+
+def as_options(message: str, options: Mapping[str, str] = OPTIONS) -> str:
+    """Return an error message with the names of arguments in Python replaced by those of options."""
+    for name, option in options.items():
+        message = re.sub(rf"(?<![\w/\\-]){name}", option, message)  # but not within a path
+    return message
+
+
 def run(
     command: Callable[[list[str]], int | None],
     argv: Sequence[str] | None = None,
-    reword: Callable[[str], str] = str,
+    reword: Callable[[str], str] = as_options,
 ) -> int:
-    """Run a command and return its exit code: 2, after one line that says why, if it is refused.
+    """Run a command and return its exit code: 2, after one line that says why, if it is refused, 130 after Ctrl-C.
 
     With `--traceback` among the arguments, which no command sees, the error is raised.
 
@@ -47,13 +85,29 @@ def run(
             code = int(command(arguments) or 0)
             sys.stdout.flush()
             return code
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, SystemExit) or arguments != given:  # a training says itself how to go on
+            raise
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except REFUSALS as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 141  # as a shell has it for SIGPIPE
-        if arguments != given:
+        if arguments != given or _is_a_fault(error):
             raise
         print(f"error: {printable(reword(one_line(error) or type(error).__name__))}", file=sys.stderr)
         return 2
+
+
+def _is_a_fault(error: BaseException) -> bool:
+    """Return whether an operation found a type that it cannot take, such as a call; a refusal comes from a `raise`."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if not isinstance(error, TypeError) or frame is None:
+        return False
+    code = frame.tb_frame.f_code.co_code
+    return code[frame.tb_lasti : frame.tb_lasti + 1] != bytes([_RAISE])
 
 
 def _nobody_reads() -> bool:

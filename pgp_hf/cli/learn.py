@@ -34,8 +34,8 @@ from ..runs.sources import locate
 from ..training.arguments import PGPTrainingArguments
 from ..training.settings import RECORDED
 from ..training.trainer import StreamTrainer
-from . import helping
-from .arguments import DataArguments, string_labels_as_classes
+from . import console, helping
+from .arguments import DataArguments, check_source, string_labels_as_classes
 from .config_file import CommandLine, expand
 from .experiment import resume_argument
 from .folders import labelled_images
@@ -43,13 +43,7 @@ from .growth import growth_table, known_classes
 from .parsing import into_dataclasses, new_parser
 
 # how error messages name arguments in Python, and what that is on the command line
-_OPTIONS = {
-    r"test_dataset\b": "--known_test_dir",
-    r"label_names\b": "--class_names",
-    r"(label|image)_column\b": r"--\1_column_name",
-    r"backbone=": "--backbone ",
-    r"(resume_from_checkpoint|overwrite_output_dir)=True\b": r"--\1 true",
-}
+_OPTIONS = {**console.OPTIONS, r"test_dataset\b": "--known_test_dir", r"label_names\b": "--class_names"}
 
 
 @dataclass
@@ -142,6 +136,7 @@ class LearnArguments:
             raise ValueError(
                 "give the new images by --train_dir, a folder with one subfolder per class, or else by --dataset_name."
             )
+        check_source(self)
         if self.test_dir and not self.train_dir:
             raise ValueError("--test_dir goes with --train_dir: a data set has its own test split, or none.")
         test: datasets.Dataset | None
@@ -225,9 +220,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
 def as_options(message: str) -> str:
     """Return an error message with the names of arguments in Python replaced by those of options."""
-    for name, option in _OPTIONS.items():
-        message = re.sub(rf"(?<![\w/\\-]){name}", option, message)  # but not within a path
-    return message
+    return console.as_options(message, _OPTIONS)
 
 
 def parse(argv: Sequence[str] | None, prog: str | None) -> Command:

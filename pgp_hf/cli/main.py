@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 from ..version import __version__
 from . import console, helping
@@ -38,9 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "learn" and len(own) > 1 and set(own[1:]) <= {"-h", "--help"}:
             print(helping.text(name, prog))  # before anything is imported that takes seconds
             raise SystemExit(0)
-        command = importlib.import_module(_APART.get(name, f"pgp_hf.cli.{name}"))
-        traceback = [console.TRACEBACK] if own != given else []
-        return console.run(partial(command.main, prog=prog), own[1:] + traceback, getattr(command, "as_options", str))
+        module = _APART.get(name, f"pgp_hf.cli.{name}")
+
+        def command(rest: list[str]) -> int | None:  # imports take seconds, in which Ctrl-C is no fault either
+            return importlib.import_module(module).main(rest, prog=prog)
+
+        def reword(message: str) -> str:
+            return getattr(sys.modules.get(module), "as_options", console.as_options)(message)
+
+        return console.run(command, own[1:] + ([console.TRACEBACK] if own != given else []), reword)
     parser = console.Parser(
         prog="pgp-hf",
         description="Continual learning for Hugging Face vision models, without keeping old images.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from transformers import (
 from .. import embedded
 from ..backbones.loading import errors_only, renew_head, with_head_of
 from ..data.stream import TaskStream
+from ..runs.folder import ADAPTER_CONFIG
+from ..runs.sources import check_id
 from .resize import resized
 
 
@@ -75,6 +78,14 @@ class ModelArguments:
     )
     kind: str = field(default="vit", init=False)
 
+    def __post_init__(self) -> None:
+        if self.model_revision is not None and self.model_name_or_path is None:
+            raise ValueError("--model_revision goes with --model_name_or_path, which is not given.")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(
+                f"image_size={self.image_size}: expected a multiple of the backbone's patch size, such as 224."
+            )
+
     @property
     def source(self) -> str:
         """Hub id or folder of the backbone."""
@@ -84,12 +95,23 @@ class ModelArguments:
         """Load the backbone's image processor, with `image_size`, `image_mean` and `image_std` set.
 
         Raises:
-            ValueError: a mean or standard deviation with a wrong number of channels; a standard deviation that is not
-                above 0.
+            ValueError: no such backbone, or one without an image processor; a mean or standard deviation with a wrong
+                number of channels; a standard deviation that is not above 0.
         """
-        processor: Any = AutoImageProcessor.from_pretrained(
-            self.source, revision=self.model_revision or "main", backend="pil"
-        )
+        source = self.source
+        if not os.path.isdir(source):
+            check_id(source, "the folder of a backbone")
+        elif os.path.isfile(os.path.join(source, ADAPTER_CONFIG)):
+            raise ValueError(
+                f"{source} holds an adapter: expected the backbone alone. `pgp-hf learn` continues a run."
+            )
+        try:
+            processor: Any = AutoImageProcessor.from_pretrained(
+                source, revision=self.model_revision or "main", backend="pil"
+            )
+        except OSError as error:
+            where = "" if os.path.isdir(source) else f"; there is no folder {source} here"
+            raise ValueError(f"the image processor of {source} cannot be loaded{where}: {error}") from error
         if self.image_size is not None:
             square = {"height": self.image_size, "width": self.image_size}
             if getattr(processor, "do_center_crop", False):  # as CLIP's: resize the short side, then crop

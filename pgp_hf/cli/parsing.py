@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
@@ -69,14 +70,23 @@ class OptionParser(HfArgumentParser):
 
 
 def prompt_arguments(config: type[PromptConfig], **more: Any) -> type:
-    """Make a dataclass of the arguments that a configuration names in `command_line`, with its defaults and help.
+    """Make a dataclass of the arguments that a configuration names in `command_line`, with its defaults, help and checks.
 
     Args:
         config: the adapter's configuration.
         more: further arguments, each a `dataclasses.field` with a default of the argument's type.
     """
-    own = copied_fields(config, config.command_line)
-    return make_dataclass("PromptArguments", [*own, *((name, type(one.default), one) for name, one in more.items())])
+
+    def check(given: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is warned of is warned of when the adapter is made
+            config(**vars(given))
+
+    own = [
+        *copied_fields(config, config.command_line),
+        *((name, type(one.default), one) for name, one in more.items()),
+    ]
+    return make_dataclass("PromptArguments", own, namespace={"__post_init__": check})
 
 
 def copied_fields(config: type[DataclassInstance], names: Iterable[str]) -> list[tuple[str, Any, Any]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ..report.formatting import printable
-from .console import Parser
+from .console import Parser, whole
 
 if TYPE_CHECKING:
     from ..inference import Prediction, PromptClassifier
@@ -69,37 +69,28 @@ def _parse(argv: Sequence[str] | None, prog: str | None, description: str | None
     parser.add_argument("images", nargs="+", type=Path, help="image files and folders of images")
     parser.add_argument("--revision", help="task-1, task-2, ...: the state after that task (default: the last)")
     parser.add_argument("--backbone", help="Hub id or folder of the frozen model, if the run does not name it")
-    parser.add_argument("--top_k", type=_positive, default=1, help="number of classes to name per image (default: 1)")
+    parser.add_argument("--top_k", type=whole(1), default=1, help="number of classes to name per image (default: 1)")
     parser.add_argument(
-        "--batch_size", type=_positive, default=32, help="number of images in a forward pass (default: 32)"
+        "--batch_size", type=whole(1), default=32, help="number of images in a forward pass (default: 32)"
     )
     parser.add_argument(
-        "--num_workers", type=_from_zero, default=0, help="number of processes that read images ahead (default: 0)"
+        "--num_workers", type=whole(0), default=0, help="number of processes that read images ahead (default: 0)"
     )
     parser.add_argument("--json_lines", action="store_true", help="print one JSON object per line instead of a table")
-    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: a GPU if there is one)")
+    parser.add_argument("--device", type=_device, help="cpu, cuda, mps, ... (default: a GPU if there is one)")
     parser.add_argument("--token", help="for a private repository; by default that of HF_TOKEN or `hf auth login`")
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> int:
-    """Parse a whole number from 1."""
-    return _whole(text, 1)
+def _device(text: str) -> str:
+    """Parse the name of a device that tensors can be on here."""
+    import torch
 
-
-def _from_zero(text: str) -> int:
-    """Parse a whole number from 0."""
-    return _whole(text, 0)
-
-
-def _whole(text: str, least: int) -> int:
     try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value} is below {least}")
-    return value
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without it
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here: {error}") from None
+    return text
 
 
 def _find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:

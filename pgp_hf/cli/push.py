@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ..hub import PushError, command_line
+from ..push_options import PUSH, REPO_ID, add_options
 from ..report.formatting import printable
 from .console import Parser
 
@@ -20,12 +20,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     Raises:
         ValueError: what is refused.
     """
-    parser = Parser(prog=prog, description=command_line.PUSH)
+    parser = Parser(prog=prog, description=PUSH)
     parser.add_argument("output_dir", help="the run's folder, which holds task-1, task-2, ...")
-    parser.add_argument("repo_id", help=command_line.REPO_ID)
-    command_line.add_options(parser)
+    parser.add_argument("repo_id", help=REPO_ID)
+    add_options(parser)
+    args = parser.parse_args(argv)
+    from ..hub import PushError, command_line  # after the help, since these take seconds
+
     try:
-        command_line.upload(parser.parse_args(argv))
+        command_line.upload(args)
     except PushError as error:  # a line for each task
         print("\n".join(map(printable, f"error: {error}".splitlines())), file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -10,5 +11,22 @@ from PIL import Image
 
 def image_files(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the image files in a folder and its subfolders, sorted, by their endings; none is opened."""
+    return sorted(_found(folder))
+
+
+def check_utf8(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError for a path that is not UTF-8, which tables and JSON cannot hold."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the path {os.fspath(path)!a} is not UTF-8, as it must be here: choose another.") from error
+
+
+def holds_images(folder: str | os.PathLike[str]) -> bool:
+    """Return whether there is an image file in a folder or its subfolders."""
+    return next(_found(folder), None) is not None
+
+
+def _found(folder: str | os.PathLike[str]) -> Iterator[Path]:
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in endings and file.is_file())
+    return (file for file in Path(folder).rglob("*") if file.suffix.lower() in endings and file.is_file())

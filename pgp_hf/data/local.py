@@ -15,6 +15,8 @@ from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
 from datasets.load import infer_module_for_data_files
 from huggingface_hub import DatasetCard
 
+from .files import check_utf8, holds_images
+
 _PATTERN = re.compile(r"[*?\[]")
 
 
@@ -52,12 +54,14 @@ def load_image_folders(folders: Mapping[str, str]) -> datasets.DatasetDict:
     """Load a folder of images as each split, given by the split's name.
 
     Raises:
-        ValueError: no such folder, or a file whose name `datasets` would not take literally.
+        ValueError: a folder without images, or with a file whose name `datasets` would not take literally.
     """
     files = DataFilesDict()
     for split, folder in folders.items():
         root = os.path.abspath(folder)
         _check_literal(root)
+        if not holds_images(root):
+            raise ValueError(f"{folder} holds no images: expected one subfolder per class, {folder}/CLASS/IMAGE.")
         with _plain(root) as base:
             files.update(_files({split: ["**"]}, base, root))
     return _built(datasets.load_dataset_builder("imagefolder", data_files=files))
@@ -88,6 +92,7 @@ def _check_literal(root: str) -> None:
     for place, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # which are not read
         for path in (os.path.join(place, name) for name in files):
+            check_utf8(path)
             if "::" in path:
                 raise ValueError(
                     f"the '::' in {path} would be taken for the mark of a file within an archive: rename it"

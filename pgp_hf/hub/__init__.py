@@ -5,7 +5,7 @@ python -m pgp_hf.hub push OUTPUT_DIR --repo_id OWNER/NAME
 
 from .command_line import main
 from .origin import check_origin, choose_repo, origin_of
-from .push import Outcome, Pushed, PushError, TaskRepo, command, missing, push
+from .push import Outcome, Pushed, PushError, TaskRepo, check_license, command, missing, push
 from .snapshot import UPLOADED_FILES, listed, snapshot
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "PushError",
     "Pushed",
     "TaskRepo",
+    "check_license",
     "check_origin",
     "choose_repo",
     "command",

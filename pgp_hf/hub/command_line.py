@@ -1,43 +1,13 @@
-"""Run uploads from a command line: the options of a push, and what it prints."""
+"""Run uploads from a command line: what a push does and prints."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
+from ..push_options import PUSH, REPO_ID, add_options
 from ..report.formatting import printable
-from .push import WAIT, PushError, push
-
-PUSH = (
-    "Upload the finished tasks of a run that are missing on the Hub, each as a commit on main and a tag task-1, task-2, "
-    "... Running it again changes nothing."
-)
-REPO_ID = "owner/name, or name alone for a repository of your own"
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a push, but for the run and the repository."""
-    parser.add_argument(
-        "--private",
-        action=argparse.BooleanOptionalAction,
-        help="whether a new repository is private; by default as its owner's settings say",
-    )
-    parser.add_argument("--token", help="by default that of HF_TOKEN, or the one that `hf auth login` stored")
-    parser.add_argument(
-        "--base_model", "--base-model", help="Hub id of the backbone, if the run loaded it from a local folder"
-    )
-    parser.add_argument(
-        "--exemplars",
-        action="store_true",
-        help="also upload training images that the run stores (memory_stores 'images')",
-    )
-    parser.add_argument("--license", help="id of the license that the cards name, such as apache-2.0; none by default")
-    parser.add_argument(
-        "--wait",
-        type=float,
-        default=WAIT,
-        help="seconds without progress after which to give up (default: %(default)g)",
-    )
+from .push import PushError, push
 
 
 def upload(args: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from ..push_options import WAIT
 from ..runs.folder import DIGESTS, EXEMPLARS, MODEL, MODEL_CONFIG, RESULTS, RunFolder
 from ..runs.reading import read_json
 from .origin import origin_of, task_numbers
@@ -32,9 +33,6 @@ from .queue import Refused, Uploads, explain
 from .snapshot import CARD, UPLOADED_FILES, is_ours, listed, snapshot
 
 __all__ = ["UPLOADED_FILES", "PushError", "Pushed", "TaskRepo", "command", "listed", "missing", "push", "snapshot"]
-
-WAIT = 300.0
-"""Seconds to wait for an upload by default, before it is reported as missing."""
 
 
 class PushError(RuntimeError):
@@ -67,6 +65,14 @@ class Outcome(Enum):
     PRESENT = "is there already"
     LEFT_OUT = "left out, since the run has not kept its weights"
     ELSEWHERE = "left out, since it is in the repository that the run goes on from"
+
+
+def check_license(license: str | None) -> None:
+    """Raise ValueError for anything but the id of a license, or None."""
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(
+            f"license={license!r} is not the id of a license as the Hub writes them: 'apache-2.0', 'mit', 'other'."
+        )
 
 
 # ---- one repository ---------------------------------------------------------------------------------------------------
@@ -103,10 +109,7 @@ class TaskRepo:
                     validate_repo_id(value)
             except HFValidationError as error:
                 raise ValueError(f"{name}={value!r} is not 'name' or 'owner/name' on the Hub: {error}") from error
-        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
-            raise ValueError(
-                f"license={self.license!r} is not the id of a license as the Hub writes them: 'apache-2.0', 'mit', 'other'."
-            )
+        check_license(self.license)
         self._api = HfApi(token=self.token)
 
     @property
@@ -295,7 +298,8 @@ def push(
     folder.check_gaps()
     tasks = folder.finished_tasks()
     if not tasks:
-        raise ValueError(f"{folder.root} holds no finished task (task-1): give the output_dir of a run.")
+        found = "holds no finished task (task-1)" if folder.root.is_dir() else "is not a folder here"
+        raise ValueError(f"{folder.root} {found}: give the output_dir of a run.")
     repo = TaskRepo(
         repo_id, token, private, base_model, exemplars=exemplars, license=license, origin=origin_of(folder)
     )

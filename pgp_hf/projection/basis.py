@@ -331,7 +331,8 @@ def _extended(
 
 def _complement(m: Tensor) -> Tensor:
     """Return orthonormal columns `(n, n - r)` of what is orthogonal to those of M `(n, r)`."""
-    return torch.linalg.qr(m, mode="complete").Q[:, m.shape[1] :]
+    whole: Tensor = torch.linalg.qr(m, mode="complete").Q
+    return whole[:, m.shape[1] :]
 
 
 def _halve(entries: list[Tensor], inverse: list[bool]) -> None:
@@ -350,4 +351,5 @@ def _narrowed(
     values, vectors = moment.within(index, n)
     r = int((values.cumsum(0) < missing - noise).sum()) + 1
     r = min(r, int((values > noise).sum()), n.shape[1])
-    return torch.linalg.qr(n @ _complement(vectors[:, :r])).Q
+    left: Tensor = torch.linalg.qr(n @ _complement(vectors[:, :r])).Q
+    return left

@@ -145,8 +145,8 @@ class ProjectionConfig:
     bf16_probes: bool = field(
         default=False,
         metadata={
-            "help": "run the forward and backward passes of method 'functional' in bfloat16; queries, and sums over images, "
-            "stay as precise as they are"
+            "help": "run the forward and backward passes of method 'functional' in bfloat16, a third of the time where the "
+            "processor multiplies in it; queries, and sums over images, stay as precise as they are"
         },
     )
 

@@ -164,7 +164,7 @@ class RunFolder:
 
     def check_free(self, t: int) -> None:
         """Raise ValueError if the 0-based task t cannot be published here, such as one that is finished already."""
-        if t in self.tasks():
+        if _holds_task(self.task(t)):
             raise ValueError(
                 f"output_dir={self.root} holds task-{t + 1} already, and a finished task is never trained over: continue "
                 "the run with resume_from_checkpoint=True, or choose another folder."
@@ -314,9 +314,11 @@ class RunFolder:
     def drop_large(self, before: int) -> None:
         """Remove a whole model's weights and stored images from the folders of the tasks with 0-based index below `before`."""
         for folder in map(self.task, range(before)):
+            if not (there := [name for name in LARGE if os.path.lexists(folder / name)]):
+                continue  # most, in a long stream, whose files need not be read at the end of each task
             own = removal.listed(folder / DIGESTS)
             adapter = (folder / ADAPTER_CONFIG).is_file()  # beside which a model's weights are somebody else's
-            for name in LARGE:
+            for name in there:
                 if name in own and not (name == MODEL and adapter):
                     (folder / name).unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
+    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
@@ -74,18 +75,16 @@ def locate(
     """
     if Path(repo_or_dir).is_dir():
         return _local(Path(repo_or_dir), revision)
-    repo = str(repo_or_dir)
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ValueError(f"{repo!r} is neither a folder here nor the id of a repository on the Hub.") from error
+    repo = check_id(repo_or_dir, "a run's folder, one of its task folders")
     where = f"{repo}@{revision or 'main'}"
     listing: tuple[str, dict[str, int]] | None = None
     unreachable: HTTPError | None = None
     if not (local_files_only or constants.HF_HUB_OFFLINE):
         try:
             listing = _listing(repo, revision, token)
-        except HfHubHTTPError:  # the Hub has answered
+        except HfHubHTTPError as error:  # the Hub has answered
+            if isinstance(error, RepositoryNotFoundError):
+                error.append_to_message(f"\nThere is no folder {repo} here either.")
             raise
         except HTTPError as error:
             unreachable = error  # the cache may know the revision
@@ -103,15 +102,35 @@ def locate(
         else:
             folder = fetch(ADAPTER_CONFIG if ADAPTER_CONFIG in wanted else MODEL_CONFIG, revision).parent
     except LocalEntryNotFoundError as error:
+        nowhere = f"there is no folder {repo} here, and {where} is not in the cache"
         if unreachable is None:
-            raise
-        raise ConnectionError(
-            f"the Hub cannot be reached ({unreachable}), and {where} is not in the cache."
-        ) from error
+            raise LocalEntryNotFoundError(f"{nowhere}, the only place to look while offline.") from error
+        raise ConnectionError(f"{nowhere}; the Hub cannot be reached ({unreachable}).") from error
     if listing is not None and listing[0] != folder.name:
         raise ValueError(f"{where} moved from {listing[0]} to {folder.name} just now: load it again.")
     _fetch_all(wanted, lambda file: fetch(file, folder.name), where)
     return folder
+
+
+def check_id(given: str | os.PathLike[str], folder: str) -> str:
+    """Return the id of a repository on the Hub, given where there is no folder of that name.
+
+    Args:
+        given: the id.
+        folder: what else could have been given, for the message.
+
+    Raises:
+        ValueError: no such id, so that a path must be meant.
+    """
+    text = str(given)
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        wrong = f"{text} is a file" if Path(text).is_file() else f"the folder {text} does not exist"
+        raise ValueError(f"{wrong}: expected {folder}, or the id of a repository on the Hub, owner/name.") from error
+    if Path(text).is_file():
+        raise ValueError(f"{text} is a file: expected {folder}, or the id of a repository on the Hub, owner/name.")
+    return text
 
 
 def _local(folder: Path, revision: str | None) -> Path:

@@ -10,8 +10,15 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy
 
-from ..hub import TaskRepo, choose_repo
-from .checks import check_together, check_values, refuse_what_breaks_streams, refuse_whole_compilation
+from ..hub import TaskRepo, check_license, choose_repo
+from .checks import (
+    check_output_dir,
+    check_reporting,
+    check_together,
+    check_values,
+    refuse_what_breaks_streams,
+    refuse_whole_compilation,
+)
 from .choosing import CURRENT_ACCURACY, chooses
 
 
@@ -269,6 +276,7 @@ class PGPTrainingArguments(TrainingArguments):
         """Raise TypeError or ValueError for a value that cannot work, with the fix; some may have been set since."""
         if self.push_to_hub:
             self.check_hub()
+        check_license(self.hub_license)  # cards that are not uploaded name it as well
         check_values(self)
         refuse_whole_compilation(self)
         refuse_what_breaks_streams(self)
@@ -282,6 +290,8 @@ class PGPTrainingArguments(TrainingArguments):
                 f"crop_views={self.crop_views} with augmentation={self.augmentation!r}: there are crops with 'crop_flip' "
                 "alone; leave crop_views out."
             )
+        check_output_dir(str(self.output_dir))
+        check_reporting(self)
         check_together(self)
 
     def hub_repo(self, origin: dict[str, Any] | None = None, new_run: bool = False) -> TaskRepo:

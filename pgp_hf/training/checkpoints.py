@@ -105,6 +105,7 @@ class CheckpointTrainer(Trainer):
     method: ContinualMethod
     folder: RunFolder
     progress: Progress
+    _whole: tuple[nn.Module, PeftModel | PreTrainedModel] | None = None  # the model, and what is inside its wrappers
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -131,7 +132,9 @@ class CheckpointTrainer(Trainer):
         self.progress.task = task
 
     def _whole_model(self) -> PeftModel | PreTrainedModel:
-        return self.accelerator.unwrap_model(self.model)
+        if self._whole is None or self._whole[0] is not self.model:  # unwrapping looks for packages on the disk
+            self._whole = self.model, self.accelerator.unwrap_model(self.model)
+        return self._whole[1]
 
     # ---- writing -------------------------------------------------------------------------------------------------
 

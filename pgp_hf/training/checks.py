@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
+from ..data.files import check_utf8
 from ..fields import check_fields, check_value
 
 
@@ -168,6 +172,26 @@ def refuse_what_breaks_streams(args: TrainingArguments) -> None:
             f"{args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas share the prompt selection: "
             "start with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
         )
+
+
+def check_output_dir(folder: str) -> None:
+    """Raise ValueError for a path where there cannot be a folder, or whose files safetensors cannot read."""
+    check_utf8(folder)
+    for path in (Path(folder), *Path(folder).parents):
+        if path.is_file():
+            raise ValueError(f"output_dir={folder}: {path} is a file. Choose a folder, which need not be there yet.")
+
+
+def check_reporting(args: TrainingArguments) -> None:
+    """Raise ValueError for a tracker that is unknown, ImportError for one whose package is missing."""
+    for name in args.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"report_to={name!r} is unknown: choose none, all, or some of {known}.")
+        if name not in {*get_available_reporting_integrations(), "azure_ml", "flyte"}:  # which that may leave out
+            raise ImportError(
+                f"report_to={name!r} needs a package that is not installed here: leave it out, or install it."
+            )
 
 
 def refuse_whole_compilation(args: TrainingArguments) -> None:

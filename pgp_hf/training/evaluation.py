@@ -120,6 +120,14 @@ class Scorer:
         self.recording = False
         self.coming: Iterator[int] = iter(())
         self.dtype = torch.float32
+        self._seen: tuple[StreamModel, SelectsPrompts | None, KeepsClassStatistics | None] | None = None
+
+    def _kinds(self, model: StreamModel) -> tuple[SelectsPrompts | None, KeepsClassStatistics | None]:
+        """Return the model as what else it is, which Python finds out member by member: once, and not for each batch."""
+        if self._seen is None or self._seen[0] is not model:
+            selecting = model if isinstance(model, SelectsPrompts) else None
+            self._seen = model, selecting, model if isinstance(model, KeepsClassStatistics) else None
+        return self._seen[1:]
 
     def expect(self, images: object) -> None:
         """Note the task of the next images, which the user's own collator may not provide."""
@@ -157,8 +165,9 @@ class Scorer:
             return {"logits": keep_classes(logits, allowed)}
         self.dtype = features.dtype
         found = self._recorded(model, logits, features, allowed, autocast)
-        if isinstance(model, SelectsPrompts) and model.selected_prompts is not None:
-            found["selected"] = model.selected_prompts
+        selecting, _ = self._kinds(model)
+        if selecting is not None and selecting.selected_prompts is not None:
+            found["selected"] = selecting.selected_prompts
         return found
 
     @torch.no_grad()
@@ -196,9 +205,10 @@ class Scorer:
         autocast: Callable[[], AbstractContextManager[None]],
     ) -> dict[str, Tensor]:
         found = {"logits": keep_classes(logits, allowed), "features": features.float()}
-        if isinstance(model, KeepsClassStatistics) and model.uses_statistics_head:
+        _, keeping = self._kinds(model)
+        if keeping is not None and keeping.uses_statistics_head:
             with autocast():
-                found["linear"] = keep_classes(model.linear_logits(features).float(), allowed)
+                found["linear"] = keep_classes(keeping.linear_logits(features).float(), allowed)
         return found
 
 

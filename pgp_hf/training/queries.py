@@ -98,19 +98,25 @@ class QueryCache:
 
     def _make_room(self, size: int, path: Path) -> None:
         """Delete files until `size` more bytes fit; only for whoever holds the lock."""
-        for left in self.folder.glob(".queries-*.safetensors.*.tmp"):  # of a process that died
-            left.unlink(missing_ok=True)
-        files = [
-            (file.stat().st_mtime, file, file.stat().st_size) for file in self.folder.glob("queries-*.safetensors")
-        ]
-        taken = sum(taken for _, file, taken in files if file != path)
+        files = []
+        with os.scandir(self.folder) as entries:  # far quicker than `glob` in the folder of a long stream
+            there = list(entries)
+        for entry in there:
+            start, end = entry.name.startswith, entry.name.endswith
+            if start(".queries-") and end(".tmp"):  # of a process that died
+                Path(entry.path).unlink(missing_ok=True)
+            elif start("queries-") and end(".safetensors") and entry.name != path.name:
+                stat = entry.stat()
+                files.append((stat.st_mtime, Path(entry.path), stat.st_size))
+        taken = sum(taken for *_, taken in files)
+        if taken + size <= self.limit:
+            return
         for _, file, freed in sorted(files):
+            with contextlib.suppress(PermissionError):  # Windows keeps a file that is mapped
+                file.unlink(missing_ok=True)
+                taken -= freed
             if taken + size <= self.limit:
                 return
-            if file != path:
-                with contextlib.suppress(PermissionError):  # Windows keeps a file that is mapped
-                    file.unlink(missing_ok=True)
-                    taken -= freed
 
 
 def query_key(

@@ -180,11 +180,14 @@ class Recorder:
             after: the last task trained, 0-based; None before the first.
         """
         group: list[int] = []
+        held = 0
         for j in tasks:
-            if group and sum(len(self.images(one)) for one in (*group, j)) > GROUP:
+            count = len(self.images(j))
+            if group and held + count > GROUP:
                 yield from self._fitting(group, after)
-                group = []
+                group, held = [], 0
             group.append(j)
+            held += count
         yield from self._fitting(group, after)
 
     def _fitting(self, tasks: Sequence[int], after: int | None) -> list[Recorded]:
@@ -194,7 +197,7 @@ class Recorder:
         # a method with a pass of its own reads the images themselves
         own = type(self.method).predict_logits is ContinualMethod.predict_logits
         reusable = reusing(self.learner()) if own and self.alone else None
-        plans = [self._plan(j, reusable) for j in tasks]
+        plans = self._plans(tasks, reusable)
         computed = self._computed(
             [(plan, i) for plan in plans for i in range(len(plan.batches)) if not self._of(plan, i)]
         )
@@ -208,14 +211,23 @@ class Recorder:
             recorded.append(Recorded(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]}))
         return recorded
 
-    def _plan(self, j: int, reusable: ReusesFeatures | None) -> _Plan:
-        images, size = self.images(j), self.sizes.evaluation
-        batches = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
-        if reusable is None:
-            return _Plan(j, images, batches, [None] * len(batches))
-        queries = images.queries if isinstance(images, CachedQueries) else None
-        own = [None if queries is None else queries[batch.start : batch.stop] for batch in batches]
-        return _Plan(j, images, batches, reusable.feature_states(own))
+    def _plans(self, tasks: Sequence[int], reusable: ReusesFeatures | None) -> list[_Plan]:
+        """Return the batches of each task, whose states are asked for together: that costs as much as for one task."""
+        size, found = self.sizes.evaluation, [(j, self.images(j)) for j in tasks]
+        batches = [
+            [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
+            for _, images in found
+        ]
+        states: Iterator[str | None] = iter(())
+        if reusable is not None:
+            known = [images.queries if isinstance(images, CachedQueries) else None for _, images in found]
+            parts = zip(known, batches, strict=True)
+            own = [None if of is None else of[one.start : one.stop] for of, each in parts for one in each]
+            states = iter(reusable.feature_states(own))
+        return [
+            _Plan(j, images, each, [next(states, None) for _ in each])
+            for (j, images), each in zip(found, batches, strict=True)
+        ]
 
     def _of(self, plan: _Plan, i: int) -> _Kept | None:
         """Return what is kept of a batch, if nothing has moved since."""

@@ -69,8 +69,11 @@ def _no_run(where: str | Path) -> ValueError:
     """Return the error for a path that holds neither a finished task nor a checkpoint."""
     run = next((path for path in Path(where).absolute().parents if not RunFolder(path).is_empty()), None)
     hint = f" It is inside the run {run}: pass that." if run else ""
+    found = (
+        "holds neither a finished task nor a checkpoint to go on from" if Path(where).exists() else "does not exist"
+    )
     return ValueError(
-        f"resume_from_checkpoint={str(where)!r} holds neither a finished task nor a checkpoint to go on from: expected a "
+        f"resume_from_checkpoint={str(where)!r} {found}: expected a "
         f"run's folder, one of its task folders, or 'owner/name@task-3' on the Hub.{hint}"
     )
 

@@ -162,7 +162,7 @@ class TaskTrainer(ReportingTrainer):
         """
         most, sizes = getattr(self.method.config, "max_images", None), self._sizes
         alike = sizes.training == sizes.evaluation and self.accelerator.mixed_precision == "no"
-        if alike and most is None and self.method.passes_as_evaluation and not self.args.torch_compile:
+        if alike and most is None and self.method.passes_as_evaluation and not self.args.compile_trunk:
             seen = HeadInputs()
             self._end_method(seen.noting(context))
             self._passes().learn_class_statistics(context.task, before, seen.batches)
@@ -283,18 +283,21 @@ class TaskTrainer(ReportingTrainer):
 
     def _predict(self, images: Dataset[Any]) -> Found:
         """Return the model's view of test images."""
-        before = self.compute_metrics, self.data_collator
+        before = self.compute_metrics, self.data_collator, self.args.eval_do_concat_batches
         self.compute_metrics, self._scorer.recording = None, True
+        # a `Trainer` would copy all that it has found so far with each batch, which grows by the square of their number
+        self.args.eval_do_concat_batches = False
         self.callback_handler.measuring = True
         if isinstance(images, Batches):
             self.data_collator = CollateBatch(self.data_collator)
         try:
-            output = self.predict(images, metric_key_prefix="eval_stream")
+            output: Any = self.predict(images, metric_key_prefix="eval_stream")
         finally:
-            (self.compute_metrics, self.data_collator), self._scorer.recording = before, False
-            self.callback_handler.measuring = False
-        found: Any = output.predictions  # the dict that prediction_step has returned
-        return {"labels": np.asarray(output.label_ids), **found}
+            self.compute_metrics, self.data_collator, self.args.eval_do_concat_batches = before
+            self._scorer.recording = self.callback_handler.measuring = False
+        parts = output.predictions  # the dicts that prediction_step has returned
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {"labels": np.concatenate(output.label_ids), **found}
 
     def evaluate(
         self,

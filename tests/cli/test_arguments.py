@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from transformers import HfArgumentParser
 
 import pgp_hf.cli.parsing
-from pgp_hf import L2PConfig, ProjectionConfig
+from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, ProjectionConfig
 from pgp_hf.cli import baseline_arguments
 from pgp_hf.cli.arguments import DataArguments, RunArguments
+from pgp_hf.cli.model_arguments import ModelArguments
 from pgp_hf.cli.settings import differences, record
 from pgp_hf.projection import CONDITIONS
 
@@ -117,6 +120,64 @@ def test_tasks_by_size_replace_those_of_a_preset():
 def test_tasks_by_number_and_by_size(command, argv, message):
     with pytest.raises(ValueError, match=message):
         command(*argv)
+
+
+# ---- before anything is loaded --------------------------------------------------------------------------------------
+
+
+@COMMANDS
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train_dir", "x", "--dataset_split", "train"], "--dataset_split goes with --dataset_name"),
+        (["--dataset_revision", "v1"], "--dataset_revision goes with --dataset_name"),
+        (["--train_dir", "x", "--dataset_config_name", "a"], "--dataset_config_name goes with --dataset_name"),
+        (["--dataset_name", "x", "--validation_dir", "y"], "--validation_dir goes with --train_dir"),
+        (["--model_revision", "v1"], "--model_revision goes with --model_name_or_path"),
+        (["--image_size", "0"], "image_size=0: expected a multiple"),
+    ],
+)
+def test_options_that_would_be_ignored_or_fail_later(command, argv, message):
+    with pytest.raises(ValueError, match=message):
+        command(*argv)
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "argv", "message"),
+    [
+        (L2PConfig, "l2p", ["--pool_size", "0"], "pool_size=0 is out of range"),
+        (L2PConfig, "l2p", ["--top_k", "11"], "top_k=11 is above pool_size=10"),
+        (DualPromptConfig, "dualprompt", ["--general_layers", "0", "0"], "name each layer once"),
+        (ClipPromptConfig, "clip", ["--image_length", "-1"], "image_length=-1 is out of range"),
+    ],
+)
+def test_prompts_are_checked_when_they_are_read(config, method, argv, message):
+    with pytest.raises(ValueError, match=message):
+        pgp_hf.cli.parsing.parse("", pgp_hf.cli.parsing.prompt_arguments(config), method, [*argv, "--dry_run"])
+
+
+def test_a_source_of_the_users_own_replaces_all_of_a_preset():
+    data = prompted("--preset", "cifar100-10", "--train_dir", "photos", "--validation_dir", "others").data
+    assert (data.dataset_name, data.dataset_split, data.validation_dir) == (None, None, "others")
+
+
+@pytest.mark.parametrize("kind", ["nowhere", "file", "adapter", "empty"])
+def test_what_is_not_a_backbone(kind, tmp_path):
+    path = tmp_path / kind
+    if kind == "file":
+        path.touch()
+    elif kind != "nowhere":
+        path.mkdir()
+    if kind == "adapter":
+        (path / "adapter_config.json").touch()
+    told = {
+        "nowhere": f"the folder {path} does not exist: expected the folder of a backbone",
+        "file": f"{path} is a file",
+        "adapter": f"{path} holds an adapter",
+        "empty": f"the image processor of {path} cannot be loaded: ",
+    }
+    with pytest.raises(ValueError, match=re.escape(told[kind])):
+        ModelArguments(model_name_or_path=str(path)).processor()
 
 
 @COMMANDS

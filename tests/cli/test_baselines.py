@@ -187,7 +187,9 @@ def test_a_setting_with_the_name_of_another_option_is_refused(monkeypatch):
 # ---- one method ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("trainable", "model"), [("last:1", "last:1"), ("lora:2", "lora:2")])
+@pytest.mark.parametrize(
+    ("trainable", "model"), [("last:1", "last:1"), pytest.param("lora:2", "lora:2", marks=pytest.mark.slow)]
+)
 def test_one_method(main, tmp_path, trainable, model):
     out = tmp_path / "out"
     printed = main("--method", "ewc", "--strength", 7, "--trainable", trainable, "--output_dir", out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ import tiny
 
 from pgp_hf.cli import console
 from pgp_hf.cli.main import main
+from pgp_hf.training.signals import ending
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -29,9 +31,57 @@ def test_one_line(error, capsys):
         console.run(refuse, ["--traceback", "--x"])
 
 
-def test_a_fault_of_the_program_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        console.run(lambda argv: 1 // 0, [])
+@pytest.mark.parametrize("fault", [lambda: 1 // 0, lambda: len(3), lambda: console.one_line(), lambda: "a" + 1])
+def test_a_fault_of_the_program_keeps_its_traceback(fault):
+    with pytest.raises((ZeroDivisionError, TypeError)):
+        console.run(lambda argv: fault(), [])
+
+
+def test_a_type_that_is_refused_is_one_line(capsys):
+    def refuse():
+        raise TypeError(
+            "a model without a head"
+        )  # fmt: skip
+
+    assert console.run(lambda argv: refuse(), []) == 2 and capsys.readouterr().err == "error: a model without a head\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["--traceback"]])
+def test_an_interruption_is_no_fault(argv, capsys):
+    def interrupted(given):
+        raise KeyboardInterrupt
+
+    if argv:
+        with pytest.raises(KeyboardInterrupt):
+            console.run(interrupted, argv)
+    else:
+        assert console.run(interrupted, argv) == 130 and capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_a_training_that_is_interrupted_has_the_last_word(capsys):
+    def stopped(given):
+        raise ending(signal.SIGINT)
+
+    with pytest.raises(SystemExit) as error:
+        console.run(stopped, [])
+    assert error.value.code == 130 and capsys.readouterr() == ("", "")
+
+
+def test_an_interruption_of_imports_is_no_fault_either(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pgp_hf.cli.main.importlib.import_module", interrupted)
+    assert main(["learn", "out"]) == 130 and capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_arguments_in_python_are_told_as_options(capsys):
+    def refuse(argv):
+        raise ValueError("image_column='x'? resume_from_checkpoint=True, but a/backbone=b stays")
+
+    assert console.run(refuse, []) == 2
+    told = "--image_column_name='x'? --resume_from_checkpoint true, but a/backbone=b stays"
+    assert capsys.readouterr().err == f"error: {told}\n"
 
 
 def test_commands_return_their_codes_and_see_no_traceback_option():
@@ -88,11 +138,29 @@ def test_examples_show_help_that_fits(example):
         assert max(map(len, str(ast.get_docstring(ast.parse(text))).splitlines())) <= 100
 
 
-@pytest.mark.parametrize(("value", "reason"), [("x", "'x' is not a whole number"), ("-1", "-1 is below 0")])
-def test_numbers_that_predict_refuses(capsys, value, reason):
+@pytest.mark.parametrize(
+    ("command", "option", "value", "reason"),
+    [
+        ("predict run image.png", "num_workers", "x", "'x' is not a whole number"),
+        ("predict run image.png", "num_workers", "-1", "-1 is below 0"),
+        ("demo run", "port", "65536", "65536 is above 65535"),
+        ("convert weights.safetensors out", "num_heads", "0", "0 is below 1"),
+        ("push run me/run", "wait", "-1", "-1 is not a number of seconds from 0"),
+        ("push run me/run", "wait", "nan", "nan is not a number of seconds from 0"),
+    ],
+)
+def test_numbers_that_are_refused(capsys, command, option, value, reason):
     with pytest.raises(SystemExit):
-        main(["predict", "run", "image.png", f"--num_workers={value}"])
-    assert capsys.readouterr().err == f"error: argument --num_workers: {reason}\n"
+        main([*command.split(), f"--{option}={value}"])
+    assert capsys.readouterr().err == f"error: argument --{option}: {reason}\n"
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cpu7x", "cuda:99"])
+def test_a_device_that_is_not_here(device, capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "run", "image.png", f"--device={device}"])
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: argument --device: {device} cannot be used here: ") and told.count("\n") == 1
 
 
 def test_a_reader_that_has_gone_is_no_error():

@@ -56,7 +56,7 @@ def test_a_mistaken_path_deletes_neither_the_run_nor_its_twin(pair, tmp_path, wh
     before = content(pair)
     given = ("--output_dir", pair, "--overwrite_output_dir", "true", "--resume_from_checkpoint", tmp_path / where)
     for command in (run, run_baselines):
-        with pytest.raises(ValueError, match="rnu' holds neither a finished task nor a checkpoint"):
+        with pytest.raises(ValueError, match="rnu' does not exist: expected"):
             command(*given)
     assert content(pair) == before
 

@@ -195,7 +195,7 @@ def test_other_refusals(run, photos, teach, tmp_path, capsys):
     assert main(["learn", str(run), "--train_dir", str(photos / "train")]) == 2
     assert "error: --output_dir is missing" in capsys.readouterr().err
     code, _, err = teach("--train_dir", photos / "train", source=tmp_path / "nowhere")
-    assert code == 2 and "is neither a folder here nor the id of a repository" in err
+    assert code == 2 and "nowhere does not exist: expected a run's folder" in err
     shutil.copytree(run, tmp_path / "out")
     code, _, err = teach("--train_dir", photos / "train")
     assert code == 2 and "--overwrite_output_dir true" in err and "--resume_from_checkpoint true" in err

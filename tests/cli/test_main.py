@@ -27,14 +27,14 @@ def test_without_a_command_it_prints_help(capsys):
 def test_help_imports_nothing_that_takes_long():
     code = """
 import sys
-from pgp_hf.cli.main import main
+from pgp_hf.cli.main import COMMANDS, main
 main([])
-for command in ("train", "train l2p", "train baseline", "learn", "predict", "presets", "convert"):
+for command in (*COMMANDS, "train l2p", "train baseline"):
     try:
         main([*command.split(), "--help"])
     except SystemExit as stop:
         assert stop.code == 0
-print({"torch", "transformers", "datasets", "peft", "numpy"} & set(sys.modules))
+print({"torch", "transformers", "datasets", "peft", "numpy", "huggingface_hub", "gradio"} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "set()", done.stderr
@@ -66,6 +66,14 @@ def test_the_package_declares_the_command():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["scripts"] == {"pgp-hf": f"{main.__module__}:{main.__name__}"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_refuses_in_one_line(name, capsys):
+    with pytest.raises(SystemExit) as error:
+        raise SystemExit(main([name, "--no_such_option"]))
+    out, told = capsys.readouterr()
+    assert error.value.code == 2 and out == "" and told.startswith("error: ") and told.count("\n") == 1
 
 
 def test_predict(tmp_path, without_figures, capsys):

@@ -192,6 +192,17 @@ def test_a_reader_of_datasets_is_not_a_dataset(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["train_dir", "validation_dir"])
+def test_a_folder_without_images(option, tmp_path):
+    write(tmp_path / "data", "splits", first=0)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").touch()
+    folders = {"train_dir": str(tmp_path / "data" / "train"), "validation_dir": str(tmp_path / "data" / "test")}
+    folders[option] = str(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"empty holds no images: expected one subfolder per class"):
+        DataArguments(**folders, num_tasks=2).load(0)
+
+
+@pytest.mark.parametrize("option", ["train_dir", "validation_dir"])
 def test_a_pattern_is_not_a_folder(option, tmp_path):
     write(tmp_path / "data1", "splits", first=0)
     folders = {"train_dir": str(tmp_path / "data1" / "train"), "validation_dir": str(tmp_path / "data1" / "test")}

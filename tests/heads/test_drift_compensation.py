@@ -141,7 +141,7 @@ def head_inputs(run: PGPTrainer, t: int) -> torch.Tensor:
     return tiny.features(run.model, ImageCollator(tiny.processor())(list(images))["pixel_values"])
 
 
-@pytest.mark.parametrize("method", tiny.ADAPTERS)
+@pytest.mark.parametrize("method", tiny.some_of(tiny.ADAPTERS, "l2p", "clip"))
 def test_old_means_follow_the_new_tasks_images(tmp_path, method):
     run = trainer(tmp_path / "a", method)
     run.train_task(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import re
@@ -34,11 +35,21 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def pushed() -> dict:
+    """What the Hub has of the run, once it has been pushed."""
+    return {}
+
+
 @pytest.fixture
-def repo(hub, python, run):
+def repo(hub, python, run, pushed):
     """The run on the Hub, as "me/run"."""
-    python("from pgp_hf import hub; result = hub.push(folder, 'me/run').uploaded", folder=str(run))
-    hub.requests.clear()
+    if not pushed:
+        python("from pgp_hf import hub; result = hub.push(folder, 'me/run').uploaded", folder=str(run))
+        hub.requests.clear()
+        pushed.update(repo=copy.deepcopy(hub.repos["me/run"]), objects=dict(hub.objects))
+    hub.repos["me/run"] = copy.deepcopy(pushed["repo"])
+    hub.objects.update(pushed["objects"])
     return hub.repos["me/run"]
 
 
@@ -64,7 +75,7 @@ def test_every_tag_loads_to_the_bit_and_again_without_a_network(hub, repo, run, 
     hub.fail(r".*", cut="before", times=None)  # the cable is out, and nobody said so
     assert python(LOAD, options={"revision": "task-2", "cache_dir": cache}).value == raw(run, 2)
     error = python(LOAD, options={"revision": "task-2", "cache_dir": str(tmp_path / "other")}, fails=True).error
-    assert "ConnectionError: the Hub cannot be reached" in error and "me/run@task-2 is not in the cache" in error
+    assert "ConnectionError: there is no folder me/run here, and me/run@task-2 is not in the cache; the Hub" in error
 
 
 def test_bases_and_settings_by_tag(repo, run, python):
@@ -100,7 +111,7 @@ def test_what_the_hub_has_not(repo, python):
     error = python(LOAD, options={"revision": "task-9"}, fails=True).error
     assert "ValueError: me/run has no revision 'task-9': it has task-1, task-2, task-3, main." in error
     error = python(LOAD.replace("me/run", "me/nothing"), options={}, fails=True).error
-    assert "RepositoryNotFoundError" in error
+    assert "RepositoryNotFoundError" in error and "There is no folder me/nothing here either." in error
 
 
 def test_a_private_run_needs_its_token(hub, repo, python):

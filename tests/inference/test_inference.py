@@ -281,8 +281,17 @@ def test_no_such_revision(run, tmp_path):
         load_pretrained(run[1] / "task-1", "task-1")
     with pytest.raises(ValueError, match="eval_mask='all' is unknown"):
         load_pretrained(run[1], eval_mask="all")
-    with pytest.raises(ValueError, match="neither a folder here nor the id of a repository"):
+    with pytest.raises(
+        ValueError, match=r"the folder .*nowhere does not exist: expected a run's folder, one of its task"
+    ):
         load_pretrained(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is a file: expected a run's folder"):
+        load_pretrained(tmp_path / "file")
+    with pytest.raises(
+        OSError, match=r"there is no folder me/run here, and me/run@task-1 is not in the cache, the only"
+    ):
+        load_pretrained("me/run", "task-1", local_files_only=True, cache_dir=tmp_path)
     with pytest.raises(ValueError, match="has no adapter_config.json and adapter_model.safetensors"):
         load_pretrained(tmp_path)
 

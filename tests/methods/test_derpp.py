@@ -111,8 +111,15 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("task", [0, 1])
-@pytest.mark.parametrize("again", ["in a new process", "in the same trainer"])
+@pytest.mark.parametrize(
+    ("again", "task"),
+    [
+        ("in a new process", 1),
+        ("in the same trainer", 0),
+        pytest.param("in a new process", 0, marks=pytest.mark.slow),
+        pytest.param("in the same trainer", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_within_a_task(run, tmp_path, task, again):
     stop = StopAt(task)  # two steps behind the checkpoint
     stop.trainer = resumed = trainer(tmp_path, replay(), callbacks=[stop])

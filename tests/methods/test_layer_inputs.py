@@ -430,7 +430,7 @@ def levit():
 
 
 @pytest.mark.filterwarnings("ignore:.* bases have full rank")
-@pytest.mark.parametrize(("make", "side"), [(beit, tiny.SIDE), (levit, 64)])
+@pytest.mark.parametrize(("make", "side"), [(beit, tiny.SIDE), pytest.param(levit, 64, marks=pytest.mark.slow)])
 def test_other_architectures(tmp_path, make, side):
     with tiny.seeded(3):
         model = make()

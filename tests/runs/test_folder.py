@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 
+from pgp_hf.runs import removal
 from pgp_hf.runs.atomic import write_json, write_tensors
 from pgp_hf.runs.folder import RunFolder
 from pgp_hf.runs.reading import read_json, read_tensors
@@ -288,6 +289,15 @@ def test_only_large_files_of_the_run_are_dropped(tmp_path):
     run.drop_large(before=3)
     found = {name for name in files(tmp_path) if name.startswith("task-") and name.endswith(".safetensors")}
     assert found == {"task-2/model.safetensors", "task-3/model.safetensors"}
+
+
+def test_the_digests_of_a_long_stream_are_read_only_where_something_is_dropped(tmp_path, monkeypatch):
+    put(tmp_path, [f"task-{t}/digests.json" for t in (1, 2, 3)])
+    put(tmp_path, ["task-2/model.safetensors"])
+    read = []
+    monkeypatch.setattr(removal, "listed", lambda path: read.append(path) or {})
+    RunFolder(tmp_path).drop_large(before=3)
+    assert read == [tmp_path / "task-2" / "digests.json"]
 
 
 def test_a_task_beside_foreign_files_is_placed_whole_or_not_at_all(tmp_path, monkeypatch):

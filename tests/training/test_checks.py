@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from pgp_hf import PGPTrainer, PGPTrainingArguments
+from pgp_hf.training import checks
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 HINTS = get_type_hints(PGPTrainingArguments)
@@ -110,6 +111,33 @@ def test_a_schedule_that_cannot_be_made(settings, reason):
     name = settings["lr_scheduler_type"]
     with pytest.raises(ValueError, match=f"lr_scheduler_type='{name}' cannot be used with .*{reason}"):
         made(**settings)
+
+
+def test_trackers_that_are_unknown_or_not_installed(monkeypatch):
+    monkeypatch.setattr(checks, "get_available_reporting_integrations", lambda: ["trackio"])
+    assert made(report_to="trackio").report_to == ["trackio"]
+    with pytest.raises(ValueError, match="report_to='bogus' is unknown: choose none, all, or some of azure_ml, "):
+        made(report_to=["trackio", "bogus"])
+    with pytest.raises(ImportError, match="report_to='wandb' needs a package that is not installed here"):
+        made(report_to="wandb")
+
+
+def test_a_license_is_checked_without_a_push():
+    with pytest.raises(ValueError, match="license='Foo!' is not the id of a license"):
+        made(hub_license="Foo!")
+
+
+def test_a_folder_that_safetensors_cannot_read():
+    with pytest.raises(ValueError, match=r"the path 'out/\\udcff' is not UTF-8"):
+        PGPTrainingArguments("out/\udcff", use_cpu=True)
+
+
+@pytest.mark.parametrize("inside", ["", "a/b"])
+def test_a_file_in_the_place_of_a_folder(inside, tmp_path):
+    file = tmp_path / "out"
+    file.touch()
+    with pytest.raises(ValueError, match=rf"output_dir=.*: {file} is a file"):
+        PGPTrainingArguments(str(file / inside), use_cpu=True)
 
 
 def test_numbers_of_numpy_are_taken(tmp_path):

@@ -38,11 +38,16 @@ def settings_of(kind):
     return {
         "l2p": lambda: {**frozen, "model": tiny.model(head="statistics")},
         "dualprompt": lambda: {**frozen, "model": tiny.model("dualprompt")},
+        "clip": lambda: {**frozen, "model": tiny.model("clip")},
+        "clip with statistics": lambda: {**frozen, "model": tiny.model("clip", head="statistics")},
         "head": lambda: {"model": tiny.plain("head"), "method": FineTuning()},
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["l2p", "dualprompt", "head"])
+@pytest.mark.parametrize(
+    "kind",
+    tiny.some_of(["l2p", "dualprompt", "clip", "clip with statistics", "head"], "l2p", "dualprompt", "clip", "head"),
+)
 def test_nothing_changes_but_what_is_computed(tmp_path, monkeypatch, kind):
     kept, passed = run(tmp_path / "kept", **settings_of(kind))
     anew, all_passed = run(tmp_path / "anew", monkeypatch, **settings_of(kind))
@@ -78,6 +83,11 @@ def test_features_that_move_are_computed_again(tmp_path, monkeypatch):
 
 def test_all_tasks_are_predicted_at_once_each_in_its_own_batches(tmp_path, monkeypatch):
     trainer, _ = run(tmp_path)
+    asked, states = [], type(trainer.tuner).feature_states
+    count = lambda self, batches: asked.append(len(batches)) or states(self, batches)  # noqa: E731
+    monkeypatch.setattr(type(trainer.tuner), "feature_states", count)
+    trainer.evaluate_stream()
+    assert asked == [6]  # of an evaluation, not of a task
     monkeypatch.setattr(recording, "reusing", lambda learner: None)
     calls, batches, predict = [], [], trainer.predict
     step = trainer.prediction_step

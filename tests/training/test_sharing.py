@@ -46,10 +46,10 @@ def state(trainer):
     ("adapter", "method", "shared", "apart"),
     [
         ("l2p", "functional", 16, 32),
-        ("dualprompt", "functional", 16, 32),
-        ("clip", "functional", 16, 32),
+        pytest.param("dualprompt", "functional", 16, 32, marks=pytest.mark.slow),
+        pytest.param("clip", "functional", 16, 32, marks=pytest.mark.slow),
         ("dualprompt", "pgp", 16, 32),
-        ("l2p", "pgp", 16, 16),  # whose rows are those of the embeddings
+        pytest.param("l2p", "pgp", 16, 16, marks=pytest.mark.slow),  # whose rows are those of the embeddings
     ],
 )
 def test_one_pass_gives_the_same_bits(tmp_path, monkeypatch, adapter, method, shared, apart):
@@ -67,9 +67,9 @@ def test_one_pass_gives_the_same_bits(tmp_path, monkeypatch, adapter, method, sh
     ("settings", "projection"),
     [
         ({"per_device_eval_batch_size": 5}, {}),  # batches of other sizes round differently
-        ({}, {"bf16_probes": True}),
         ({}, {"max_images": 8}),
-        ({"bf16": True}, {}),
+        pytest.param({}, {"bf16_probes": True}, marks=pytest.mark.slow),
+        pytest.param({"bf16": True}, {}, marks=pytest.mark.slow),
     ],
 )
 def test_passes_that_differ_stay_apart(tmp_path, monkeypatch, settings, projection):

@@ -184,7 +184,14 @@ def test_growing_keeps_what_is_there():
             assert torch.equal(parameter.narrow(axis, 0, 2), old[name])
 
 
-@pytest.mark.parametrize("extra", [{}, {"weight_decay": 0.5}, {"reinit_optimizer": False, "weight_decay": 0.1}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"reinit_optimizer": False, "weight_decay": 0.1},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"weight_decay": 0.5}, marks=pytest.mark.slow),
+    ],
+)
 def test_finished_experts_never_move(tmp_path, extra):
     trainer = tiny.trainer(tmp_path, model=make(), projection=ProjectionConfig(method="none"), **extra)
     trainer.train()

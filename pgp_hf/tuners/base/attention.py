@@ -111,7 +111,7 @@ def carrying(attention: nn.Module, prefixes: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def in_products(config: PreTrainedConfig) -> Iterator[None]:
+def in_products(config: Any) -> Iterator[None]:
     """Let attentions of this configuration multiply their matrices one by one inside the block.
 
     In bfloat16 on a CPU, that takes a fifth of the time of PyTorch's fused kernel, which makes everything else wait there.

@@ -44,6 +44,7 @@ class ViTPromptTuner(PromptTuner):
     `- pull_constraint_coeff * mean_b sum_k cos(q_b, k)`.
     """
 
+    _backbone_name: str | None = None  # in the model
     _similarity: Tensor | None = None
     _as_tuple = False
     _head_hook: RemovableHandle | None = None  # on the classifier, for one forward pass
@@ -109,7 +110,9 @@ class ViTPromptTuner(PromptTuner):
     @property
     def backbone(self) -> ViTModel:
         """Return the image model, such as a `ViTModel`."""
-        return self.model.get_submodule(find(self.model)[0])
+        if self._backbone_name is None:  # asked for many times in each pass
+            self._backbone_name = find(self.model)[0]
+        return self.model.get_submodule(self._backbone_name)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -144,14 +147,14 @@ class ViTPromptTuner(PromptTuner):
             for layer in layers:
                 layer.bypass = True
             for module in training:  # one by one, so that modules that are in eval mode already stay in it
-                vars(module)["training"] = False  # half a millisecond less than by the attribute
+                module.training = False
             return family.query(backbone(pixel_values, return_dict=True, **kwargs))
         finally:
             self._reads_first = False
             for layer, value in zip(layers, bypass, strict=True):
                 layer.bypass = value
             for module in training:
-                vars(module)["training"] = True
+                module.training = True
 
     def traced(
         self, pixel_values: Tensor, prompt_query: Tensor | None = None, autocast: torch.dtype | None = None

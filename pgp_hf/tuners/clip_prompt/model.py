@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from transformers.utils.generic import ModelOutput
 
 from ...heads.growing import new_names
+from ...runs.digest import tensor_sha256
 from ..base.consistency import consistency_rows
 from ..base.entries import TaskEntryTuner
 from ..base.layer import strip_prompts
@@ -141,6 +142,32 @@ class ClipPromptModel(TaskEntryTuner):
         """Return the cosines with the stored text features times the logit scale, `(B, C)`."""
         table = _unit(self.text_layer.clip_prompt_features[self.adapter].to(features.dtype))
         return _unit(features) @ table.t() * self.model.logit_scale.exp()
+
+    def _scores_of(self, image: Tensor, table: Tensor) -> Tensor:
+        """Return the scores `(C, B)` of image embeddings at length 1 with text features at length 1."""
+        scores: Tensor = table @ image.t() * self.model.logit_scale.exp()
+        return scores
+
+    def _table(self, image: Tensor) -> Tensor:
+        return _unit(self.text_layer.clip_prompt_features[self.adapter].to(image.dtype))
+
+    # ---- what the head reads, again ------------------------------------------------------------------------------
+
+    def feature_states(self, batches: Sequence[Tensor | None]) -> list[str | None]:
+        """Return a digest of the image prompt, which all images share; contexts of class names change no image embedding."""
+        if self.layer.adapter is None or self._live:
+            return [None] * len(batches)
+        learns = (value for name, value in self.trainable().items() if not name.endswith("clip_prompt_context"))
+        return [" ".join([self.adapter, *map(tensor_sha256, learns)])] * len(batches)
+
+    @torch.no_grad()
+    def score_features(self, features: Tensor) -> Tensor:
+        """Return the scores `(B, C)` of image embeddings `(B, P)`, as a pass in evaluation has them."""
+        if self.uses_statistics_head and (statistics := self.statistics) is not None:
+            scores: Tensor = statistics(features)
+            return scores
+        image = _unit(features)
+        return self._scores_of(image, self._table(image)).t()
 
     @torch.no_grad()
     def frozen_features(self, pixel_values: Tensor) -> Tensor:
@@ -355,14 +382,14 @@ class ClipPromptModel(TaskEntryTuner):
             return None
         self._classifies, self.text_layer.entry = False, None
         image = output["image_embeds"]
-        table = _unit(self.text_layer.clip_prompt_features[self.adapter].to(image.dtype))
+        table = self._table(image)
         if self._live:
             known, live = self._last_live
             if known != (self._live, table.device):
                 live = torch.tensor(self._live, device=table.device)
                 self._last_live = (None if live.is_inference() else (list(self._live), table.device)), live
             table = table.index_copy(0, live, output["text_embeds"].to(table.dtype))
-        logits = table @ image.t() * model.logit_scale.exp()
+        logits = self._scores_of(image, table)
         if self._scores is not None:
             logits, self._scores = self._scores.t(), None
         output.text_embeds, output.logits_per_text, output.logits_per_image = table, logits, logits.t()
