@@ -66,6 +66,12 @@ def folder(name: str) -> str:
     return name.partition(".")[0]
 
 
+def test_test_files_have_names_of_their_own():
+    # pytest imports them by their bare names, and collects nothing where two have the same
+    names = [file.name for file in Path(__file__).parent.rglob("test_*.py")]
+    assert len(set(names)) == len(names), sorted(names)
+
+
 def test_the_reader_of_imports_sees_them():
     assert "data.stream" in imports("training.trainer") and "data.stream" not in imports("methods.base")
     assert "version" in imports("__init__")

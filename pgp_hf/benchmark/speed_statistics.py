@@ -118,7 +118,7 @@ class TaskEnd:
         return Seconds((whole - bases.seconds) / len(given) / self.setting.batch, bases.seconds)
 
 
-def table(setting: Setting, rounds: int, clock: Callable[[], float], batches: int = 4) -> list[str]:
+def table(setting: Setting, rounds: int, clock: Callable[[], float], batches: int = 2) -> list[str]:
     """Time all of them in turn; return the lines of a table."""
     kind = f"{setting.pixels} px, batches of {setting.batch}, float32 but for bf16_probes"
     lines = [

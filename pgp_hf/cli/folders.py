@@ -7,7 +7,7 @@ from pathlib import Path
 
 import datasets
 
-from ..data.files import image_files
+from ..data.files import check_utf8, image_files
 
 
 def labelled_images(folders: Sequence[str], option: str, names: Sequence[str] = ()) -> datasets.Dataset:
@@ -44,6 +44,7 @@ def _in_subfolders(folder: str, option: str) -> list[Path]:
     if not found:
         raise ValueError(f"{option} {folder} holds no images: {layout}.")
     for file in map(Path, found):
+        check_utf8(root / file)
         if len(file.parts) != 2:
             raise ValueError(f"{option}: {root / file} is not in the subfolder of a class: {layout}.")
     return [root / file for file in found]

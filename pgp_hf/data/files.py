@@ -14,6 +14,14 @@ def image_files(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(_found(folder))
 
 
+def check_utf8(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError for a path that is not UTF-8, which tables and JSON cannot hold."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the path {os.fspath(path)!a} is not UTF-8, as it must be here: choose another.") from error
+
+
 def holds_images(folder: str | os.PathLike[str]) -> bool:
     """Return whether there is an image file in a folder or its subfolders."""
     return next(_found(folder), None) is not None

@@ -15,7 +15,7 @@ from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
 from datasets.load import infer_module_for_data_files
 from huggingface_hub import DatasetCard
 
-from .files import holds_images
+from .files import check_utf8, holds_images
 
 _PATTERN = re.compile(r"[*?\[]")
 
@@ -92,6 +92,7 @@ def _check_literal(root: str) -> None:
     for place, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # which are not read
         for path in (os.path.join(place, name) for name in files):
+            check_utf8(path)
             if "::" in path:
                 raise ValueError(
                     f"the '::' in {path} would be taken for the mark of a file within an archive: rename it"

@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
+from ..data.files import check_utf8
 from ..fields import check_fields, check_value
 
 
@@ -174,7 +175,8 @@ def refuse_what_breaks_streams(args: TrainingArguments) -> None:
 
 
 def check_output_dir(folder: str) -> None:
-    """Raise ValueError for a path where there cannot be a folder."""
+    """Raise ValueError for a path where there cannot be a folder, or whose files safetensors cannot read."""
+    check_utf8(folder)
     for path in (Path(folder), *Path(folder).parents):
         if path.is_file():
             raise ValueError(f"output_dir={folder}: {path} is a file. Choose a folder, which need not be there yet.")

@@ -162,7 +162,7 @@ class TaskTrainer(ReportingTrainer):
         """
         most, sizes = getattr(self.method.config, "max_images", None), self._sizes
         alike = sizes.training == sizes.evaluation and self.accelerator.mixed_precision == "no"
-        if alike and most is None and self.method.passes_as_evaluation and not self.args.torch_compile:
+        if alike and most is None and self.method.passes_as_evaluation and not self.args.compile_trunk:
             seen = HeadInputs()
             self._end_method(seen.noting(context))
             self._passes().learn_class_statistics(context.task, before, seen.batches)

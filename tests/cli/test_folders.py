@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import datasets
 import pytest
 from PIL import Image
 
 from pgp_hf.cli.folders import image_files, labelled_images
+from pgp_hf.data.local import load_image_folders
 
 PHOTOS = ("a/2.png", "a-c/1.png", "a/10.png", "B/x.jpg", "a b/y.PNG", "a/1-2.png", "a/1.png")
 
@@ -66,6 +68,15 @@ def test_layouts_that_are_refused(photos, tmp_path):
     refused(tmp_path / "empty", r"--test_dir .*empty holds no images: expected")
     shutil.copytree(photos / "a", photos / "B" / "deep")
     refused(photos, r"B/deep/1-2\.png is not in the subfolder of a class")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names of files are Unicode")
+def test_names_that_are_not_utf8(photos):
+    shutil.copytree(photos / "a", photos / "\udcff")
+    with pytest.raises(ValueError, match=r"the path '.*\\udcff/1-2.png' is not UTF-8"):
+        labelled_images([str(photos)], "--train_dir")
+    with pytest.raises(ValueError, match=r"the path '.*\\udcff/.*' is not UTF-8"):
+        load_image_folders({"train": str(photos)})
 
 
 def test_image_files_are_those_of_all_subfolders(photos):

@@ -127,6 +127,11 @@ def test_a_license_is_checked_without_a_push():
         made(hub_license="Foo!")
 
 
+def test_a_folder_that_safetensors_cannot_read():
+    with pytest.raises(ValueError, match=r"the path 'out/\\udcff' is not UTF-8"):
+        PGPTrainingArguments("out/\udcff", use_cpu=True)
+
+
 @pytest.mark.parametrize("inside", ["", "a/b"])
 def test_a_file_in_the_place_of_a_folder(inside, tmp_path):
     file = tmp_path / "out"

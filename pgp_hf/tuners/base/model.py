@@ -413,7 +413,7 @@ class PromptTuner(BaseTuner):
         """
         device = pixel_values.device.type
         precision = nullcontext() if autocast is None else torch.autocast(device, autocast)
-        kernel = nullcontext() if autocast is None or device != "cpu" else in_products(self.backbone.config)
+        kernel = nullcontext() if autocast is None or device != "cpu" else in_products(cast(Any, self.backbone).config)
         given = {} if prompt_query is None else {"prompt_query": prompt_query}
         features: list[Tensor] = []
         watch = self.watch_features(features.append)

@@ -147,14 +147,14 @@ class ViTPromptTuner(PromptTuner):
             for layer in layers:
                 layer.bypass = True
             for module in training:  # one by one, so that modules that are in eval mode already stay in it
-                vars(module)["training"] = False  # half a millisecond less than by the attribute
+                module.training = False
             return family.query(backbone(pixel_values, return_dict=True, **kwargs))
         finally:
             self._reads_first = False
             for layer, value in zip(layers, bypass, strict=True):
                 layer.bypass = value
             for module in training:
-                vars(module)["training"] = True
+                module.training = True
 
     def traced(
         self, pixel_values: Tensor, prompt_query: Tensor | None = None, autocast: torch.dtype | None = None
