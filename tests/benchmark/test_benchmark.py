@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -682,16 +683,24 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(figures.several, "accuracy_and_forgetting", lambda heads, path, known: None)
 
 
-@pytest.fixture
-def folder(script, planned, tmp_path, undrawn):
+@pytest.fixture(scope="module")
+def made(script, local, tmp_path_factory):
     """Made-up runs of all rows and three seeds; of one row the last seed is not there yet."""
-    out = tmp_path / "benchmarks"
+    out = tmp_path_factory.mktemp("made")
+    _, model, data, training = script.parse([*local, "--output_dir", str(out)])
     varied = ("l2p-functional@energy=0.9", "l2p-functional@probes=4", "l2p-none@learning_rate=0.5")
     for name in (*script.ROWS, *varied, "ewc@trainable=head", "fine_tuning@trainable=head", "derpp@memory_size=9"):
+        plan = plans.plan(name, 0, script.ROWS, model, data, training, out / "work")
         for seed in range(3):
             if (name, seed) != ("l2p-attention", 2):
-                write_json(out / f"{name}-seed{seed}.json", made_up(planned(name), seed))
+                write_json(out / f"{name}-seed{seed}.json", made_up(plan, seed))
     return out
+
+
+@pytest.fixture
+def folder(made, tmp_path, undrawn):
+    """A copy of the runs, of which tables are made."""
+    return Path(shutil.copytree(made, tmp_path / "benchmarks"))
 
 
 def cells(text: str, heading: str) -> dict[str, list[str]]:

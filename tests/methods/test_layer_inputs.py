@@ -374,7 +374,7 @@ def change(folder, name="gpm", model=None, side=tiny.SIDE, learning_rate=0.01, *
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("gpm", {"weight_decay": 0.1}),
+        pytest.param("gpm", {"weight_decay": 0.1}, marks=pytest.mark.slow),
         ("null_space_adam", {"weight_decay": 0.1}),
         ("gpm", {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1})}),
     ],

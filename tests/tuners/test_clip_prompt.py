@@ -222,6 +222,7 @@ def test_task_incremental_is_among_the_tasks_own_classes(tmp_path, run):
     assert all(a >= b for x, y in zip(easier, harder, strict=True) for a, b in zip(x, y, strict=True))
 
 
+@pytest.mark.slow  # the contract resumes it too
 def test_resumed_is_straight(run, tmp_path):
     _, folder = run
     trainer = tiny.trainer(tmp_path, model=make(), weight_decay=0.1)
@@ -232,6 +233,7 @@ def test_resumed_is_straight(run, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow  # for L2P it is in the tests of the trainer
 def test_projection_narrows_drift(tmp_path):
     drifts = {}
     for method in ("none", "pgp"):

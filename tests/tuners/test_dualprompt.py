@@ -272,6 +272,7 @@ def test_protection_keeps_the_attentions_output(images):
     assert changes[0] < 1e-5 and changes[1] > 0.05
 
 
+@pytest.mark.slow  # for L2P it is in the tests of the trainer
 def test_projection_narrows_drift(tmp_path):
     drifts = {}
     for method in ("none", "pgp"):
@@ -338,6 +339,7 @@ def test_bad_settings(arguments, message):
         make(**arguments)
 
 
+@pytest.mark.slow  # the contract resumes it too
 def test_resumed_is_straight(tmp_path):
     for folder in ("straight", "stopped"):
         trainer = tiny.trainer(tmp_path / folder, model=make(pool_size=2, grow_pool=True))

@@ -113,8 +113,15 @@ def grow(model, names=NEW, seed=3):
 # ---- nothing that is known changes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [
+        ("sdpa", torch.float32),
+        ("eager", torch.bfloat16),
+        pytest.param("sdpa", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("eager", torch.float32, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("kind", "head"), KINDS)
 def test_what_is_known_stays(kind, head, attention, dtype):
     model = taught(kind, head, attention=attention).to(dtype)
