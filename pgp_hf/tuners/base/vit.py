@@ -44,7 +44,7 @@ class ViTPromptTuner(PromptTuner):
     `- pull_constraint_coeff * mean_b sum_k cos(q_b, k)`.
     """
 
-    _backbone_name: str | None = None  # in the model
+    _backbone_name: tuple[int, str] | None = None  # of the model with this id, which a head may be put around
     _similarity: Tensor | None = None
     _as_tuple = False
     _head_hook: RemovableHandle | None = None  # on the classifier, for one forward pass
@@ -110,9 +110,9 @@ class ViTPromptTuner(PromptTuner):
     @property
     def backbone(self) -> ViTModel:
         """Return the image model, such as a `ViTModel`."""
-        if self._backbone_name is None:  # asked for many times in each pass
-            self._backbone_name = find(self.model)[0]
-        return self.model.get_submodule(self._backbone_name)
+        if self._backbone_name is None or self._backbone_name[0] != id(self.model):  # asked for many times in each pass
+            self._backbone_name = id(self.model), find(self.model)[0]
+        return self.model.get_submodule(self._backbone_name[1])
 
     @property
     def blocks(self) -> nn.ModuleList:
