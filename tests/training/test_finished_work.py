@@ -94,8 +94,9 @@ def test_a_path_without_a_run_deletes_and_begins_nothing(run, tmp_path, where, o
     (tmp_path / "backbone").mkdir()
     (tmp_path / "backbone" / "model.safetensors").write_text("no run")
     before = content(run)
+    wrong = "holds neither a finished task nor a checkpoint" if (tmp_path / where).exists() else "does not exist"
     for folder in (run, tmp_path / "new"):
-        with pytest.raises(ValueError, match=f"{where}' holds neither a finished task nor a checkpoint") as caught:
+        with pytest.raises(ValueError, match=f"{where}' {wrong}") as caught:
             trainer(folder, overwrite_output_dir=overwrite).train(resume_from_checkpoint=str(tmp_path / where))
         assert (f"It is inside the run {run}: pass that." in str(caught.value)) == where.startswith("run/")
     assert content(run) == before and not content(tmp_path / "new")
