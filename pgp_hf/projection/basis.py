@@ -32,7 +32,7 @@ class Basis:
         ranks: number of columns in use, `(*batch)`.
 
     Raises:
-        ValueError: columns that are not orthonormal, or have fewer than two dimensions.
+        ValueError: columns that are not orthonormal, or have fewer than two dimensions; not one flag for each entry.
     """
 
     def __init__(self, columns: Tensor, complement: Sequence[bool] | None = None) -> None:
@@ -44,7 +44,9 @@ class Basis:
         self._entries: list[Tensor] = []
         self._inverse: list[bool] = []
         if complement is not None or (is_large(columns) and columns.dtype == torch.float32):
-            self._keep(list(columns.reshape(-1, *columns.shape[-2:]).to(torch.float32)), complement)
+            # the entries are counted, since columns of none, all of whose complements are empty, leave no -1 to infer
+            count = torch.Size(self.batch_shape).numel()
+            self._keep(list(columns.reshape(count, *columns.shape[-2:]).to(torch.float32)), complement)
             return
         self._dense = columns = columns.to(torch.float64)
         self.ranks = _count(columns)
@@ -63,6 +65,8 @@ class Basis:
     def _keep(self, entries: list[Tensor], complement: Sequence[bool] | None) -> None:
         ranks, dim = [], self._shape[-2]
         self._inverse = [False] * len(entries) if complement is None else list(complement)
+        if len(self._inverse) != len(entries):
+            raise ValueError(f"complement has {len(self._inverse)} flags: expected one for each of {len(entries)} entries.")
         for entry, inverse in zip(entries, self._inverse, strict=True):
             wide = entry.to(torch.float64)
             count = _count(wide)

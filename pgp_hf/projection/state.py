@@ -357,6 +357,12 @@ def _checked_info(name: str, columns: Tensor, info: object) -> BasisInfo:
             "batch's dimensions, rows and n, and the number of the first."
         )
     halved = "complement" in info  # the rank is then not the number of columns
+    count, flags = torch.Size(shape[:batch_dims]).numel(), info.get("complement")
+    if halved and not (isinstance(flags, list) and len(flags) == count and all(type(flag) is bool for flag in flags)):
+        raise ValueError(
+            f"the projection's description of {name!r} has complement={str(flags)[:60]}: expected true or false for each of its "
+            f"{count} entries."
+        )
     expected = (*shape[:batch_dims], shape[-1], columns.shape[-1] if halved else info.get("rank"))
     if tuple(columns.shape) != expected:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pgp_hf.projection import Basis, FrequentDirections, NullSpaceProjector, Projection, ProjectionConfig, SecondMoment
 from pgp_hf.projection.state import BasisInfo, Observed
@@ -107,6 +108,30 @@ def test_files_hold_what_the_projector_uses():
     assert torch.equal(wider.project(rows.new_ones(COUNT + 1, 2, DIM))[-1], rows.new_ones(2, DIM))
     with pytest.raises(ValueError, match="its description says 9"):
         loaded.load_state(tensors, {**description, "p": {**info, "rank": 9}})
+
+
+def test_files_of_full_bases_have_no_columns(tmp_path):
+    projection = Projection(ProjectionConfig(method="functional"))
+    projection._observed = {"p": Observed("prompt", 1.0, moments(SecondMoment, 0, (30, 30, 30))[0])}
+    with pytest.warns(UserWarning, match="The basis of p has full rank 24"):
+        projection.end_task({"p": (COUNT, 2, DIM // 2)})
+    tensors, description = projection.state()
+    save_file(tensors, tmp_path / "bases.safetensors")
+    loaded = Projection(projection.config)
+    loaded.load_state(load_file(tmp_path / "bases.safetensors"), description)
+    basis = loaded.bases["p"]
+    assert basis.full and tensors["p"].shape == (COUNT, DIM, 0) and loaded.info == projection.info
+    assert basis.columns.shape == (COUNT, DIM, DIM) and not basis.project(torch.randn(COUNT, 2, DIM)).any()
+
+
+@pytest.mark.parametrize("flags", [[True], True, None, [1, 0, 1], ["no"] * COUNT])
+def test_flags_are_those_of_the_entries(flags):
+    projection = learned()
+    tensors, description = projection.state()
+    with pytest.raises(ValueError, match="'p' has complement=.*: expected true or false for each of its 3 entries"):
+        projection.load_state(tensors, {**description, "p": {**description["p"], "complement": flags}})
+    with pytest.raises(ValueError, match="complement has 1 flags: expected one for each of 3 entries"):
+        Basis(tensors["p"], [True])
 
 
 def test_files_of_before_keep_their_columns():

@@ -145,9 +145,18 @@ def test_a_pass_embeds_its_images_once(adapter, monkeypatch):
     apart = scores(prompt_query=tuner.query(pixels))
     assert torch.equal(scores(), apart) and len(embedded) == 1
     hook = tuner.layer.register_forward_pre_hook(lambda layer, args: None if layer.bypass else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model(pixel_values=pixels)
+    changed = pixels.clone()
+    for given in (changed, pixels):
+        with pytest.raises(ZeroDivisionError):
+            model(pixel_values=given)
+        changed.neg_()  # in place, after a pass that failed
+        assert torch.equal(tuner.query(changed), tuner.query(changed.clone()))
     hook.remove()
+    failing = tuner.blocks[0].register_forward_pre_hook(lambda block, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # in the query: nothing of these images is kept
+        model(pixel_values=pixels)
+    failing.remove()
+    assert tuner.layer._shared is None
     other = torch.flip(pixels, [0])
     assert torch.equal(scores(other, prompt_query=tuner.query(other)), apart.flip(0)) and len(embedded) == 1
     scores(pixels.clone().requires_grad_()).sum().backward()  # such as a map of what the scores depend on

@@ -27,10 +27,13 @@ class PromptedEmbeddings(PromptLayer):
         self._shared: tuple[list[Any], Tensor] | None = None
 
     def embed(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the wrapped module's output, computed unless the query just before was given the same objects."""
+        """Return the wrapped module's output, computed unless the query just before was given the same objects.
+
+        A query takes nothing over: what there is may be of a pass that failed, and images may have changed in place since.
+        """
         given = [*args, *kwargs, *kwargs.values()]
         shared, self._shared = self._shared, None
-        if shared is not None and len(shared[0]) == len(given) and all(map(_same, shared[0], given)):
+        if shared is not None and not self.bypass and len(shared[0]) == len(given) and all(map(_same, shared[0], given)):
             return shared[1]
         found: Tensor = self.base_layer(*args, **kwargs)
         if self.sharing:
@@ -68,5 +71,8 @@ def shared_embeddings(layer: PromptLayer, pixel_values: Tensor) -> Iterator[None
     layer.sharing = True
     try:
         yield
+    except BaseException:
+        layer.forget()
+        raise
     finally:
         layer.sharing = False
