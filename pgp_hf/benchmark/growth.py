@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.files import check_utf8
 from ..runs.atomic import write_json
 from ..runs.reading import read_json
 from .growth_figure import draw
@@ -174,24 +175,34 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(list(argv))
     args.chosen = QUICK if args.quick else SWEEPS
     if args.sweeps:
+        names = [one.name for one in args.chosen]
+        for start in args.sweeps:
+            if not any(name.startswith(start) for name in names):
+                parser.error(f"--sweeps {start!r}: expected the beginning of one of {', '.join(map(repr, names))}")
         args.chosen = [one for one in args.chosen if one.name.startswith(tuple(args.sweeps))]
-        if not args.chosen:
-            parser.error(f"--sweeps {' '.join(args.sweeps)}: choose from {', '.join(one.name for one in SWEEPS)}")
     return args
 
 
 def find(point: Point, folder: Path) -> dict[str, Any]:
-    """Return what a point costs: as it was measured earlier, or else measured now and kept."""
-    path = folder / "points" / f"{point.label}.json"
-    if not path.exists():
-        write_json(path, measure_alone(point), rows=True)
-    return read_json(path)
+    """Return what a point costs: as it was measured here earlier, or else measured now and kept."""
+    path, here = folder / "points" / f"{point.label}.json", _here()
+    found: dict[str, Any] | None = read_json(path) if path.exists() else None
+    if found is None or found.get("measured by") != here:  # growth between versions or machines would mean nothing
+        found = {**measure_alone(point), "measured by": here}
+        write_json(path, found, rows=True)
+    return found
+
+
+def _here() -> str:
+    return f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread"
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the tables, and write results and figure; return the exit code."""
     args = parse(argv)
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread")
+    check_utf8(args.output_dir)
+    (args.output_dir / "points").mkdir(parents=True, exist_ok=True)  # before what takes minutes
+    print(_here())
     content: dict[str, Any] = {}
     for sweep in args.chosen:
         judged = judge(sweep, [find(point, args.output_dir) for point in sweep.points])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import resource
+import queue
+import signal
 import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,8 @@ def resident() -> int | None:
     """Return the largest memory that this process has had so far, in bytes; None where the system does not tell."""
     if not sys.platform.startswith("linux"):
         return None
+    import resource  # which Windows lacks
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -231,16 +235,13 @@ def measure(point: Point) -> dict[str, Any]:
 
 
 def _answer(point: Point, answers: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     # a `Trainer` collects garbage as each task begins, which would take longer than a small task itself
     gc.collect()
     gc.freeze()
-    try:
-        answers.put(measure(point))
-    except BaseException:
-        answers.put(None)
-        raise
+    answers.put(measure(point))
 
 
 def measure_alone(point: Point) -> dict[str, Any]:
@@ -254,11 +255,16 @@ def measure_alone(point: Point) -> dict[str, Any]:
     answers = context.Queue()
     process = context.Process(target=_answer, args=(point, answers))
     process.start()
+    found: dict[str, Any] | None = None
     try:
-        found: dict[str, Any] | None = answers.get()
-    finally:
+        while found is None and (process.is_alive() or not answers.empty()):
+            with suppress(queue.Empty):  # however long it takes, while nothing has killed it
+                found = answers.get(timeout=0.1)
         process.join(5)
+    finally:
         process.kill()
     if found is None:
-        raise RuntimeError(f"the stream {point} could not be learned: see the error above.")
+        raise RuntimeError(
+            f"the stream {point} could not be learned: see the error above, if there is one; else its process was killed."
+        )
     return found

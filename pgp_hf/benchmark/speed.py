@@ -7,7 +7,6 @@ import ctypes
 import multiprocessing
 import platform
 import queue
-import resource
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ..cli.console import whole
 from . import speed_input, speed_statistics
 from .contenders import SIZES, Evaluation, PlainLoop, Setting, Threaded, counting, ours, plain_model, products
 
@@ -179,6 +179,13 @@ def matrix_rate(setting: Setting) -> float:
     return best
 
 
+def _resident() -> int:
+    """Return the largest memory that this process has had so far, in kilobytes."""
+    import resource  # which Windows lacks
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def _peak(make: Callable[[Setting], Step], setting: Setting, threads: int, answer: Any) -> None:
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
@@ -186,11 +193,11 @@ def _peak(make: Callable[[Setting], Step], setting: Setting, threads: int, answe
         small = make(replace(setting, size="tiny", batch=1, pixels=32))  # what is imported and allocated once
         small()
         small.close()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _resident()
         step = make(setting)
         for _ in range(2):
             step()
-        answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        answer.put((_resident() - before) * 1024)
         step.close()
     except BaseException:
         answer.put(None)
@@ -301,7 +308,8 @@ def report(
     setting: Setting, training: dict[str, Timing], evaluation: dict[str, Timing], rate: float, args: argparse.Namespace
 ) -> list[str]:
     """Return the lines of the tables and bars of one model."""
-    on = torch.cuda.get_device_name() if setting.device.type == "cuda" else f"CPU, {args.threads} threads"
+    threads = "1 thread" if args.threads == 1 else f"{args.threads} threads"
+    on = torch.cuda.get_device_name() if setting.device.type == "cuda" else f"CPU, {threads}"
     kind = "bf16 autocast" if setting.half else "float32"
     lines = [
         "",
@@ -334,11 +342,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="where to run")
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=["ti", "b"], help="sizes of the ViT")
-    parser.add_argument("--batch", type=int, nargs="+", help="images in a step, for each model or for all")
-    parser.add_argument("--pixels", type=int, default=224, help="height and width of the images")
-    parser.add_argument("--rounds", type=int, help="rounds in which all take their turn")
-    parser.add_argument("--steps", type=int, help="steps of each in a round")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on a CPU")
+    parser.add_argument("--batch", type=whole(1), nargs="+", help="images in a step, for each model or for all")
+    parser.add_argument("--pixels", type=whole(16), default=224, help="height and width of the images")
+    parser.add_argument("--rounds", type=whole(1), help="rounds in which all take their turn")
+    parser.add_argument("--steps", type=whole(1), help="steps of each in a round")
+    parser.add_argument("--threads", type=whole(1), default=torch.get_num_threads(), help="threads on a CPU")
     parser.add_argument("--compile", action="store_true", help=f"a row '{COMPILED}' as well, with compile_trunk")
     parser.add_argument("--float32", action="store_true", help="no bf16 autocast on a GPU")
     args = parser.parse_args(list(argv))

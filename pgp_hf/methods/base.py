@@ -198,9 +198,7 @@ class ContinualMethod:
     scenarios: ClassVar[frozenset[str]] = frozenset(SCENARIOS)
     projection: Projection | None = None
     begun = False  # whether a trainer has used this instance
-    passes_as_evaluation = (
-        False  # whether `end_task` passes its views through the model as evaluation does, before scores
-    )
+    passes_as_evaluation = False  # whether `end_task` shows the head each view once, as evaluation does
 
     def __init__(self, config: DataclassInstance | None = None) -> None:
         if config is not None and not isinstance(config, self.config_class):

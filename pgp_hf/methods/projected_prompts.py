@@ -47,8 +47,8 @@ class ProjectedPrompts(ContinualMethod):
     @property
     def passes_as_evaluation(self) -> bool:  # type: ignore[override]  # it depends on the settings
         """Return True where the passes of `end_task` show the head what evaluation does, and need no class statistics."""
-        config = self.config
-        return self.projection.active and not (config.bf16_probes or config.reads_statistics)
+        config, own = self.config, type(self).end_task is ProjectedPrompts.end_task  # not that of a user's subclass
+        return own and self.projection.active and not (config.bf16_probes or config.reads_statistics)
 
     def describe(self) -> MethodCard:
         condition = self.config.method

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
@@ -83,7 +84,7 @@ def locate(
         try:
             listing = _listing(repo, revision, token)
         except HfHubHTTPError as error:  # the Hub has answered
-            if isinstance(error, RepositoryNotFoundError):
+            if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
                 error.append_to_message(f"\nThere is no folder {repo} here either.")
             raise
         except HTTPError as error:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 
-from pgp_hf.benchmark import growth
+from pgp_hf.benchmark import growth, growth_points
 from pgp_hf.benchmark.growth_points import SECONDS, Point, measure
 
 SMALL = Point(tasks=3, classes=1, images=2, pool=4, length=2, pixels=16, width=12)
@@ -66,6 +69,8 @@ def test_a_run_goes_on_and_says_what_grows_faster(tmp_path, monkeypatch, capsys)
         growth.main(argv)
     assert growth.main(argv) == 0
     assert measured == [2, 4, 8, 8]  # what was measured is kept
+    monkeypatch.setattr(growth.platform, "python_version", lambda: "3.99")
+    assert growth.main(argv) == 0 and measured == [2, 4, 8, 8, 2, 4, 8]  # but not compared with what others measured
     printed = capsys.readouterr().out
     assert "| statistics, ms | 400 | 1,600 | 6,400 | 2.00 | 0 | FASTER |" in printed
     assert "| evaluation, ms | 200 | 400 | 800 | 1.00 | 1 |  |" in printed
@@ -76,10 +81,30 @@ def test_a_run_goes_on_and_says_what_grows_faster(tmp_path, monkeypatch, capsys)
     assert {"growth.png", "growth.svg"} < {file.name for file in tmp_path.iterdir()}
 
 
-def test_an_unknown_quantity_is_refused(capsys):
+@pytest.mark.parametrize("argv", [["--sweeps", "colours"], ["--sweeps", "tasks", "colours"]])
+def test_an_unknown_quantity_is_refused(argv, capsys):
     with pytest.raises(SystemExit):
-        growth.parse(["--sweeps", "colours"])
-    assert "choose from tasks, classes" in capsys.readouterr().err
+        growth.parse(argv)
+    assert "--sweeps 'colours': expected the beginning of one of 'tasks', 'classes'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        growth.parse([*argv, "--quick"])
+    assert "one of 'tasks'\n" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(growth, "measure_alone", None)
+    with pytest.raises(OSError, match="file/points"):
+        growth.main(["--quick", "--output_dir", str(tmp_path / "file")])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the process is forked")
+def test_a_process_that_is_killed_is_an_error(monkeypatch):
+    monkeypatch.setattr(growth_points, "measure", lambda point: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RuntimeError, match="could not be learned"):
+        growth_points.measure_alone(SMALL)
+    monkeypatch.setattr(growth_points, "measure", lambda point: {"point": point.tasks})
+    assert growth_points.measure_alone(SMALL) == {"point": 3}
 
 
 @pytest.mark.slow

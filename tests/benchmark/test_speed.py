@@ -66,7 +66,14 @@ def test_the_report_has_a_row_for_each():
     rows = [line for line in lines if line.startswith("| ours")]
     assert len(rows) == 8 and "| ours, live, last block read | 8.0 | ± 0.0% | 1.00 | 50% | 0 MiB |" in rows[1]
     assert sum("last_block" in row for row in rows) == 3
-    assert lines[1] == "## a tiny ViT, 32 px, 8 images a step, float32, CPU, 1 threads"
+    assert lines[1] == "## a tiny ViT, 32 px, 8 images a step, float32, CPU, 1 thread"
+
+
+@pytest.mark.parametrize("option", ["--rounds 0", "--steps 0", "--threads 0", "--pixels 8", "--batch 8 -1"])
+def test_numbers_are_checked(option, capsys):
+    with pytest.raises(SystemExit):
+        speed.parse(option.split())
+    assert f"argument {option.split()[0]}: " in capsys.readouterr().err
 
 
 @pytest.mark.slow

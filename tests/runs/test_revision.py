@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from pgp_hf import metrics
+from pgp_hf.runs import sources
 from pgp_hf.runs.atomic import write_json, write_tensors
 from pgp_hf.runs.checks import check_results_file, check_stream_file, finished_tasks, first_task
 from pgp_hf.runs.folder import METHOD, METHOD_STATE
@@ -256,3 +259,15 @@ def test_seen_classes_are_named_once(folder):
     for done, seen in ((1, [4, 1]), (2, [4, 1, 0]), (3, [4, 1, 0])):
         matrix = rows[:done] + [[N] * 3] * (3 - done)
         assert Revision(folder, {}, manifest, {"accuracy_matrix": matrix}).seen_classes == seen
+
+
+@pytest.mark.parametrize(("kind", "told"), [(RepositoryNotFoundError, True), (GatedRepoError, False)])
+def test_a_repository_that_is_not_there_may_be_a_folder_that_is_not(kind, told, monkeypatch):
+    def refuse(*args):
+        raise kind("refused", response=mock.MagicMock())
+
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "_listing", refuse)
+    with pytest.raises(kind) as error:
+        sources.locate("me/nothing")
+    assert ("There is no folder me/nothing here either." in str(error.value)) is told

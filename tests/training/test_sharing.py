@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from pgp_hf import ProjectionConfig
+from pgp_hf.methods import ProjectedPrompts
 from pgp_hf.training import sharing, task_trainer
 
 pytestmark = pytest.mark.usefixtures("without_figures")
@@ -77,6 +78,26 @@ def test_passes_that_differ_stay_apart(tmp_path, monkeypatch, settings, projecti
     config = ProjectionConfig(method="functional", energy=0.9, key_energy=0.9, **projection)
     _, passed = learned(tmp_path, "l2p", config, **settings)
     assert passed == 16 + projection.get("max_images", 16)
+
+
+class Noisy(ProjectedPrompts):
+    """End a task by passes of its own, which are not those of evaluation."""
+
+    def end_task(self, context):
+        for batch, _ in context.views(None):
+            context.model.model(**{**batch.inputs, "pixel_values": torch.zeros_like(batch.inputs["pixel_values"])})
+
+
+def test_a_subclass_with_passes_of_its_own_changes_no_statistics(tmp_path, monkeypatch):
+    config = ProjectionConfig(method="functional", energy=0.9, key_energy=0.9)
+    model = tiny.model("l2p", head="statistics")
+    own = tiny.trainer(tmp_path / "own", model=model, method=Noisy(config), **SAME)
+    own.train_task(0)
+    usual, _ = learned(tmp_path / "usual", "l2p", config)
+    for (name, a), b in zip(
+        own.stream_model.statistics.named_buffers(), usual.tuner.statistics.buffers(), strict=True
+    ):
+        assert torch.equal(a, b), name
 
 
 def test_probes_in_the_metric_of_the_head_wait_for_it(tmp_path):
