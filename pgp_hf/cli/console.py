@@ -24,7 +24,7 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 OPTIONS = {
     r"(label|image)_column\b": r"--\1_column_name",
     r"backbone=": "--backbone ",
-    r"(resume_from_checkpoint|overwrite_output_dir)=True\b": r"--\1 true",
+    r"(resume_from_checkpoint|overwrite_output_dir|compile_trunk|torch_compile)=True\b": r"--\1 true",
 }
 
 

@@ -61,7 +61,9 @@ def load_image_folders(folders: Mapping[str, str]) -> datasets.DatasetDict:
         root = os.path.abspath(folder)
         _check_literal(root)
         if not holds_images(root):
-            raise ValueError(f"{folder} holds no images: expected one subfolder per class, {folder}/CLASS/IMAGE.")
+            raise ValueError(
+                f"{folder} holds no images: expected one subfolder per class, {folder}/CLASS/IMAGE, where CLASS is not a link."
+            )
         with _plain(root) as base:
             files.update(_files({split: ["**"]}, base, root))
     return _built(datasets.load_dataset_builder("imagefolder", data_files=files))

@@ -77,10 +77,10 @@ def test_an_interruption_of_imports_is_no_fault_either(monkeypatch, capsys):
 
 def test_arguments_in_python_are_told_as_options(capsys):
     def refuse(argv):
-        raise ValueError("image_column='x'? resume_from_checkpoint=True, but a/backbone=b stays")
+        raise ValueError("image_column='x'? resume_from_checkpoint=True, compile_trunk=True, but a/backbone=b stays")
 
     assert console.run(refuse, []) == 2
-    told = "--image_column_name='x'? --resume_from_checkpoint true, but a/backbone=b stays"
+    told = "--image_column_name='x'? --resume_from_checkpoint true, --compile_trunk true, but a/backbone=b stays"
     assert capsys.readouterr().err == f"error: {told}\n"
 
 
