@@ -186,7 +186,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def find(point: Point, folder: Path) -> dict[str, Any]:
     """Return what a point costs: as it was measured here earlier, or else measured now and kept."""
     path, here = folder / "points" / f"{point.label}.json", _here()
-    found: dict[str, Any] | None = read_json(path) if path.exists() else None
+    try:
+        found: dict[str, Any] | None = read_json(path) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: delete it, to have this measured again.") from error
     if found is None or found.get("measured by") != here:  # growth between versions or machines would mean nothing
         found = {**measure_alone(point), "measured by": here}
         write_json(path, found, rows=True)

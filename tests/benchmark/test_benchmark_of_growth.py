@@ -79,6 +79,10 @@ def test_a_run_goes_on_and_says_what_grows_faster(tmp_path, monkeypatch, capsys)
     content = json.loads((tmp_path / "growth.json").read_text())
     assert content["tasks"]["sizes"] == [2, 4, 8] and not content["tasks"]["measures"]["statistics"]["met"]
     assert {"growth.png", "growth.svg"} < {file.name for file in tmp_path.iterdir()}
+    damaged = tmp_path / "points" / f"{points[1].label}.json"
+    damaged.write_text("{")
+    with pytest.raises(ValueError, match=rf"{damaged.name} is damaged: delete it"):
+        growth.main(argv)
 
 
 @pytest.mark.parametrize("argv", [["--sweeps", "colours"], ["--sweeps", "tasks", "colours"]])
