@@ -125,7 +125,9 @@ def test_probes_go_backward_through_one_graph(adapter):
     expected = rows()
     with trunk(model, 4).running():
         found = rows()
-    assert len(found) == len(expected) and all(apart(one, two) < 1e-4 for one, two in zip(expected, found, strict=True))
+    assert len(found) == len(expected) and all(
+        apart(one, two) < 1e-4 for one, two in zip(expected, found, strict=True)
+    )
 
 
 def run(folder, compile_trunk, adapter="dualprompt", settings=None, **arguments):
