@@ -66,7 +66,9 @@ class Basis:
         ranks, dim = [], self._shape[-2]
         self._inverse = [False] * len(entries) if complement is None else list(complement)
         if len(self._inverse) != len(entries):
-            raise ValueError(f"complement has {len(self._inverse)} flags: expected one for each of {len(entries)} entries.")
+            raise ValueError(
+                f"complement has {len(self._inverse)} flags: expected one for each of {len(entries)} entries."
+            )
         for entry, inverse in zip(entries, self._inverse, strict=True):
             wide = entry.to(torch.float64)
             count = _count(wide)

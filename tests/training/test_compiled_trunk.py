@@ -17,6 +17,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from pgp_hf import ProjectionConfig, methods
+from pgp_hf.projection.conditions import Context, functional
 from pgp_hf.training.settings import check_same_settings
 from pgp_hf.tuners.base import compiled
 
@@ -100,6 +101,33 @@ def test_every_family_compiles(graphs, name, adapter):
     with trunk(model, 4).running():
         assert same(outputs(), expected) and len(graphs) == {"l2p": 2, "dualprompt": 3}[adapter]
         assert same(outputs(), expected) and len(graphs) == {"l2p": 2, "dualprompt": 3}[adapter]
+
+
+def test_graphs_may_run_backward_more_than_once():
+    """As those of several probes do, which inductor's refuse where buffers are given away."""
+    with trunk(tiny.model(), 4).running():
+        assert torch._functorch.config.donated_buffer is False
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("adapter", tiny.ADAPTERS)
+def test_probes_go_backward_through_one_graph(adapter):
+    model, pixels = tiny.model(adapter), tiny.images(4)
+    model.base_model.prepare_stream([[0, 1], [2, 3], [4, 5]], dict(enumerate("abcdef")))
+    model.base_model.begin_task(0)
+    model.base_model.end_task(0)
+    context = Context(ProjectionConfig(method="functional", probes=3), images=range(4))
+
+    def rows():
+        return [seen.rows for seen in functional(model.base_model, {"pixel_values": pixels}, context)]
+
+    expected = rows()
+    with trunk(model, 4).running():
+        found = rows()
+    assert len(found) == len(expected) and all(
+        apart(one, two) < 1e-4 for one, two in zip(expected, found, strict=True)
+    )
 
 
 def run(folder, compile_trunk, adapter="dualprompt", settings=None, **arguments):

@@ -8,6 +8,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 from torch import nn
 
 from .layer import PromptLayer
@@ -61,7 +62,8 @@ class Trunk:
         try:
             for block in blocks:  # their names in a state dict stay, as they would not in a module around each
                 block.__dict__["forward"] = _Forward(block, self)
-            with torch._dynamo.config.patch(recompile_limit=LIMIT):
+            # a projection's probes go through one graph backward several times, which its buffers must survive
+            with torch._dynamo.config.patch(recompile_limit=LIMIT), functorch.patch(donated_buffer=False):
                 yield
         finally:
             self._depth = 0

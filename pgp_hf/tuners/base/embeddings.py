@@ -33,7 +33,12 @@ class PromptedEmbeddings(PromptLayer):
         """
         given = [*args, *kwargs, *kwargs.values()]
         shared, self._shared = self._shared, None
-        if shared is not None and not self.bypass and len(shared[0]) == len(given) and all(map(_same, shared[0], given)):
+        if (
+            shared is not None
+            and not self.bypass
+            and len(shared[0]) == len(given)
+            and all(map(_same, shared[0], given))
+        ):
             return shared[1]
         found: Tensor = self.base_layer(*args, **kwargs)
         if self.sharing:
