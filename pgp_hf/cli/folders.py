@@ -7,7 +7,7 @@ from pathlib import Path
 
 import datasets
 
-from ..data.files import check_utf8, image_files
+from ..data.files import check_links, check_utf8, image_files
 
 
 def labelled_images(folders: Sequence[str], option: str, names: Sequence[str] = ()) -> datasets.Dataset:
@@ -21,7 +21,7 @@ def labelled_images(folders: Sequence[str], option: str, names: Sequence[str] = 
         names: further classes to number, in alphabetical order with those of the subfolders.
 
     Raises:
-        ValueError: no such folder, no images, or an image outside the subfolders of classes.
+        ValueError: no such folder, no images, a link to more of them, or an image outside the subfolders of classes.
     """
     files = [file for folder in folders for file in _in_subfolders(folder, option)]
     labels = [file.parent.name for file in files]
@@ -39,6 +39,7 @@ def _in_subfolders(folder: str, option: str) -> list[Path]:
     root, layout = Path(folder), f"expected one subfolder per class that holds its images itself, {folder}/CLASS/IMAGE"
     if not root.is_dir():
         raise ValueError(f"{option} {folder} is not a folder here: {layout}.")
+    check_links(root)
     inside = [file.relative_to(root) for file in image_files(root)]
     found = sorted(str(file) for file in inside if not any(part.startswith((".", "__")) for part in file.parts))
     if not found:

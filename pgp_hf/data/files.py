@@ -27,6 +27,18 @@ def holds_images(folder: str | os.PathLike[str]) -> bool:
     return next(_found(folder), None) is not None
 
 
+def check_links(folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError for a link, in a folder, to a folder of images: those would be left out without a word."""
+    for place, folders, _ in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # which are not read
+        for path in (os.path.join(place, name) for name in folders):
+            if os.path.islink(path) and holds_images(path):
+                raise ValueError(
+                    f"{path} is a link to a folder of images, which is not followed: put the folder itself there, or leave "
+                    "the link out."
+                )
+
+
 def _found(folder: str | os.PathLike[str]) -> Iterator[Path]:
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return (file for file in Path(folder).rglob("*") if file.suffix.lower() in endings and file.is_file())

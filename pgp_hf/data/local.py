@@ -15,7 +15,7 @@ from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
 from datasets.load import infer_module_for_data_files
 from huggingface_hub import DatasetCard
 
-from .files import check_utf8, holds_images
+from .files import check_links, check_utf8, holds_images
 
 _PATTERN = re.compile(r"[*?\[]")
 
@@ -61,9 +61,7 @@ def load_image_folders(folders: Mapping[str, str]) -> datasets.DatasetDict:
         root = os.path.abspath(folder)
         _check_literal(root)
         if not holds_images(root):
-            raise ValueError(
-                f"{folder} holds no images: expected one subfolder per class, {folder}/CLASS/IMAGE, where CLASS is not a link."
-            )
+            raise ValueError(f"{folder} holds no images: expected one subfolder per class, {folder}/CLASS/IMAGE.")
         with _plain(root) as base:
             files.update(_files({split: ["**"]}, base, root))
     return _built(datasets.load_dataset_builder("imagefolder", data_files=files))
@@ -90,7 +88,8 @@ def _refuse_saved(root: Path) -> None:
 
 
 def _check_literal(root: str) -> None:
-    """Raise ValueError if `datasets` takes the path of a folder, or of a file in it, for another; it may leave it out."""
+    """Raise ValueError if `datasets` takes the path of a folder, or of a file in it, for another, or leaves it out."""
+    check_links(root)
     for place, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # which are not read
         for path in (os.path.join(place, name) for name in files):

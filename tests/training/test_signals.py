@@ -127,7 +127,7 @@ def test_a_learned_task_goes_on_after_a_signal(tmp_path):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("phase", tiny.some_of(["_record", "_write_task", "_passes", "_start"], "_write_task"))
+@pytest.mark.parametrize("phase", tiny.some_of(["_predict", "_write_task", "_passes", "_start"], "_write_task"))
 def test_outside_of_steps_it_leaves_at_once(straight, tmp_path, monkeypatch, capsys, phase):
     made, calls = trainer(tmp_path, save_strategy="epoch"), []
     before = getattr(made, phase)
