@@ -286,7 +286,7 @@ def test_a_resumed_run_is_the_run_with_inductor(tmp_path):
         pass
 
     model = tiny.model("l2p", head="statistics")
-    settings = {"num_train_epochs": 1, "per_device_eval_batch_size": 6, "per_device_train_batch_size": 3}
+    settings = {"num_train_epochs": 1, "per_device_eval_batch_size": 2, "per_device_train_batch_size": 3}
     settings |= {"save_strategy": "steps", "save_steps": 2, "compile_trunk": True}
     with tiny.without_figures():
         broken = tiny.trainer(tmp_path / "resumed", model=model, **settings)
