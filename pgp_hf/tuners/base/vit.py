@@ -110,11 +110,10 @@ class ViTPromptTuner(PromptTuner):
     @property
     def backbone(self) -> ViTModel:
         """Return the image model, such as a `ViTModel`."""
-        if self._backbone_name is None or self._backbone_name[0] != id(
-            self.model
-        ):  # asked for many times in each pass
-            self._backbone_name = id(self.model), find(self.model)[0]
-        return self.model.get_submodule(self._backbone_name[1])
+        known = self._backbone_name  # asked for many times in each pass
+        if known is None or known[0] != id(self.model):
+            known = self._backbone_name = id(self.model), find(self.model)[0]
+        return self.model.get_submodule(known[1])
 
     @property
     def blocks(self) -> nn.ModuleList:
