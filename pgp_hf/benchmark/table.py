@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -15,9 +14,9 @@ from ..data.scenarios import SCENARIOS
 from ..report.table import markdown
 from ..runs.atomic import replacing
 from ..runs.reading import read_json
-from ..training.settings import BEFORE
-from .columns import columns_of, in_turn, paired_spread, spread
-from .figures import CLOSED, HEADS, Run, figures, of_method, own_head
+from .columns import columns_of
+from .comparison import differences, paired
+from .figures import CLOSED, Run, figures, of_method
 from .plans import Row
 
 
@@ -156,40 +155,6 @@ def _precision(run: Run) -> str:
     return "float32"
 
 
-LATER = {"later_prompt_learning_rate", "compensate_drift"}  # settings that have no effect in the first task
-
-
-def _training(run: Run) -> dict[str, Any]:
-    """Return a run's training settings without those that are off, which the files of older runs may lack."""
-    return {key: value for key, value in run["settings"]["training"].items() if value not in (None, False)}
-
-
-def paired(runs: list[Run]) -> str:
-    """Return a sentence on whether runs of one seed are paired.
-
-    No projection acts in the first task, so the accuracy after it must agree.
-    """
-    first: dict[str, dict[float, list[str]]] = {}
-    for run in runs:
-        if "prompt" in run["settings"] and run["num_tasks"] > 1:
-            training = {k: v for k, v in _training(run).items() if k not in LATER}
-            alike = json.dumps([run["seed"], run["settings"]["prompt"], training], sort_keys=True)
-            linear = run["heads"]["linear"]  # which has no matrix where the statistics head predicts
-            matrix = linear.get("accuracy_matrix")
-            accuracy = matrix[0][0] if matrix else linear["by_task"]["when_learned"][0]
-            first.setdefault(alike, {}).setdefault(accuracy, []).append(f"{run['row']} seed {run['seed']}")
-    groups = [found for found in first.values() if sum(map(len, found.values())) > 1]
-    apart = [name for found in groups if len(found) > 1 for names in found.values() for name in names]
-    if apart:
-        return f"NOT paired, since their accuracy after the first task differs: {', '.join(apart)}."
-    if not groups:
-        return ""
-    return (
-        "Runs of one seed are paired: those with the same prompts and training have the same accuracy after the first "
-        "task (checked)."
-    )
-
-
 def commands(rows: dict[str, list[Run]], folder: Path, usual: Sequence[str]) -> str:
     """Return the commands of these runs, one for each set of arguments and seeds."""
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
@@ -258,113 +223,6 @@ def legend(rows: dict[str, list[Run]], known: Mapping[str, Row]) -> str:
     """Return a list of the known rows, each described in a few words."""
     names = [name for name in known if name in map(base, rows)]
     return "\n".join(f"- `{name}`: {known[name].what}" for name in names)
-
-
-def differences(rows: dict[str, list[Run]]) -> str:
-    """Return the differences, paired by seed, of each row from its reference.
-
-    That of prompts is the row without projection or, where that did not run, the one without the settings in its name; a
-    row that is not trained like it has a control as well, the row without projection that is. That of a method is
-    fine-tuning.
-    """
-
-    def runs_of(name: str | None) -> list[Run]:
-        return [] if name is None else rows.get(name, [])
-
-    against = [name for name, runs in rows.items() if CLOSED in runs[0]["heads"] or name.endswith("-frozen")]
-    lines = [["row", "reference"]]
-    lines[0] += [f"{title} minus the reference's" for title in HEADS.values()]
-    lines[0] += ["statistics head minus the reference's linear head"]
-    lines[0] += [*(f"statistics head minus {name}" for name in against), "drift, times the reference's"]
-    lines[0] += [
-        "control",
-        *(f"{title} minus the control's" for title in HEADS.values()),
-        "drift, times the control's",
-    ]
-    for name, runs in rows.items():
-        if CLOSED in runs[0]["heads"]:
-            continue
-        reference = _reference(name, rows)
-        cells = [_paired(runs, head, runs_of(reference), head) for head in HEADS]
-        cells += [_paired(runs, "statistics", runs_of(reference), "linear")]
-        cells += [_paired(runs, "statistics", rows[other], "statistics") for other in against]
-        cells += [_drift_ratio(runs, runs_of(reference))]
-        control = None if of_method(runs) else _control(name, rows)
-        control = None if control == reference else control
-        cells += [control or "", *(_paired(runs, head, runs_of(control), head) for head in HEADS)]
-        cells += [_drift_ratio(runs, runs_of(control))]
-        lines.append([name, reference or "", *cells])
-    if len(lines) == 1:
-        return ""
-    return (
-        "## Paired differences of average accuracy (points), and of drift\n\nMean over the seeds, and the difference of each "
-        "seed. Of three seeds or more, with the standard error of the mean: better or worse is said only where all "
-        "differences have one sign and their mean exceeds two standard errors.\n\n"
-    ) + markdown(lines)
-
-
-def _reference(name: str, rows: dict[str, list[Run]]) -> str | None:
-    """Return the row without projection: the one with the same settings if there is one, else the plain one.
-
-    Where neither ran, a row with settings in its name has the row without them. None of another precision, or otherwise
-    computed. Of a method, the row of fine-tuning with the same training.
-    """
-    if of_method(rows[name]):
-        return _fine_tuned(name, rows)
-    method, _, setting = name.partition("@")
-    plain = f"{method.partition('-')[0]}-none"
-    candidates = (f"{plain}@{setting}", plain, method)
-    return next((row for row in candidates if row in rows and row != name and _alike(rows[name], rows[row])), None)
-
-
-def _alike(runs: list[Run], others: list[Run]) -> bool:
-    """Return True unless rows differ in settings that change numbers, but not what is learned: they are not compared."""
-    found = [{**BEFORE, **run[0]["settings"].get("training", {})} for run in (runs, others)]
-    if not all("training" in run[0]["settings"] for run in (runs, others)):  # a classifier in closed form
-        return True
-    names = ("bf16", "fp16", "exact_images", "last_block", "compile_trunk")
-    return all(found[0].get(name, False) == found[1].get(name, False) for name in names)
-
-
-def _fine_tuned(name: str, rows: dict[str, list[Run]]) -> str | None:
-    def alike(row: str) -> tuple[Any, ...]:
-        run = rows[row][0]
-        return run["settings"]["run"], _training(run), run["settings"]["data"]
-
-    tuned = [
-        row for row, runs in rows.items() if of_method(runs) and runs[0]["settings"]["method"]["name"] == "fine_tuning"
-    ]
-    return next((row for row in tuned if row != name and alike(row) == alike(name)), None)
-
-
-def _control(name: str, rows: dict[str, list[Run]]) -> str | None:
-    """Return the row without projection that has the prompts and the training of row `name`."""
-
-    def alike(run: Run) -> tuple[Any, ...]:
-        return run["settings"]["prompt"], _training(run), run["settings"]["data"]
-
-    own = alike(rows[name][0])
-    found = (
-        row
-        for row, (run, *_) in rows.items()
-        if row != name and "prompt" in run["settings"] and run["settings"]["projection"]["method"] == "none"
-    )
-    return next((row for row in found if alike(rows[row][0]) == own), None)
-
-
-def _paired(runs: list[Run], head: str, others: list[Run], other: str) -> str:
-    theirs = {run["seed"]: own_head(run, other) for run in others}
-    pairs = [(own_head(run, head), theirs.get(run["seed"])) for run in runs]
-    found = [a["average_accuracy"] - b["average_accuracy"] for a, b in pairs if a is not None and b is not None]
-    if not found or (runs[0]["row"] == others[0]["row"] and head == other) or not _alike(runs, others):
-        return "–"
-    return paired_spread(found, 2)
-
-
-def _drift_ratio(runs: list[Run], others: list[Run]) -> str:
-    theirs = {run["seed"]: run["drift"][-1] for run in others}
-    own = [(run["drift"][-1], theirs.get(run["seed"])) for run in runs if in_turn(run)]
-    return spread([drift / other for drift, other in own if drift is not None and other], 2)
 
 
 def settings(rows: dict[str, list[Run]]) -> str:
