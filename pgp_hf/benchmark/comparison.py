@@ -27,7 +27,8 @@ def paired(runs: list[Run]) -> str:
     for run in runs:
         if "prompt" in run["settings"] and run["num_tasks"] > 1:
             training = {k: v for k, v in _training(run).items() if k not in LATER}
-            alike = json.dumps([run["seed"], run["settings"]["prompt"], training], sort_keys=True)
+            own = [run["settings"]["prompt"], run["settings"].get("run"), training]
+            alike = json.dumps([run["seed"], *own], sort_keys=True)
             linear = run["heads"]["linear"]  # which has no matrix where the statistics head predicts
             matrix = linear.get("accuracy_matrix")
             accuracy = matrix[0][0] if matrix else linear["by_task"]["when_learned"][0]
@@ -122,18 +123,24 @@ def _fine_tuned(name: str, rows: dict[str, list[Run]]) -> str | None:
 
 
 def _control(name: str, rows: dict[str, list[Run]]) -> str | None:
-    """Return the row without projection that has the prompts and the training of row `name`."""
+    """Return the row without projection that has the prompts and the training of row `name`.
+
+    Of a row of surprises it is one of surprises, whose own control is the row that knows its stream in advance.
+    """
 
     def alike(run: Run) -> tuple[Any, ...]:
         return run["settings"]["prompt"], _training(run), run["settings"]["data"]
 
-    own = alike(rows[name][0])
-    found = (
-        row
-        for row, (run, *_) in rows.items()
-        if row != name and "prompt" in run["settings"] and run["settings"]["projection"]["method"] == "none"
-    )
-    return next((row for row in found if alike(rows[row][0]) == own), None)
+    run = rows[name][0]
+    own, begun = alike(run), run["settings"].get("run")
+    ways = (begun, None) if run["settings"]["projection"]["method"] == "none" else (begun,)
+    found = {
+        row: other["settings"].get("run")
+        for row, (other, *_) in rows.items()
+        if row != name and "prompt" in other["settings"] and other["settings"]["projection"]["method"] == "none"
+        if alike(other) == own
+    }
+    return next((row for way in ways for row in found if found[row] == way), None)
 
 
 def _paired(runs: list[Run], head: str, others: list[Run], other: str) -> str:

@@ -764,7 +764,7 @@ def test_a_table_of_older_runs_has_no_new_column(script, planned, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("name", ["cifar100-vit-tiny", "cifar100-shifted", "cifar100-rivals"])
+@pytest.mark.parametrize("name", ["cifar100-vit-tiny", "cifar100-shifted", "cifar100-rivals", "cifar100-surprises"])
 def test_published_tables_stay_as_they_are(script, tmp_path, monkeypatch, name):
     """Runs of the first are those of an older version."""
     published = Path("model_cards") / name
@@ -856,6 +856,27 @@ def test_rows_that_are_computed_differently_are_not_compared(planned, setting):
     assert found["l2p-pgp"][0] == "l2p-none" and found["l2p-pgp"][1] != "–"
     for name in ("l2p-pgp", "l2p-functional"):
         assert found[f"{name}@{setting}"] == ["", *["–"] * 5, "", *["–"] * 3]
+
+
+def test_surprises_have_a_control_of_their_own(planned):
+    """That a stream is not known in advance is no effect of the projection, nor is the head that it begins with."""
+    rows = {}
+    for name in ("l2p-control", "l2p-functional", "l2p-control-surprises", "l2p-functional-surprises"):
+        rows[name] = [made_up(planned(name), seed) for seed in range(3)]
+        if name.endswith("surprises"):  # whose head is drawn by itself
+            for run in rows[name]:
+                run["heads"]["linear"]["accuracy_matrix"][0][0] += 1
+    found = cells(table.differences(rows), "## Paired differences")
+    assert {name: row[-4] for name, row in found.items()} == {
+        "l2p-control": "",
+        "l2p-functional": "l2p-control",
+        "l2p-control-surprises": "l2p-control",
+        "l2p-functional-surprises": "l2p-control-surprises",
+    }
+    assert found["l2p-functional-surprises"][-2].startswith("+3.00 (")  # by the length of its name, as others
+    assert "(checked)" in table.paired([run for runs in rows.values() for run in runs])
+    del rows["l2p-control-surprises"]  # rather none than one that differs in two ways
+    assert cells(table.differences(rows), "## Paired differences")["l2p-functional-surprises"][-4] == ""
 
 
 def test_a_row_with_settings_is_compared_with_the_one_without(script):
