@@ -23,7 +23,7 @@ and with 10 images a class. Methods have the recipe of run_baselines.py: --learn
 the rows of surprises, where the model begins without classes and learns each task as it comes.
 
 With --shift renderings, each task sees the world differently; the joint rows of prompts are left
-out. Choose settings with --train_val_split 0.2 in an output folder of their own: all figures are
+out, and with --scenario whatever that scenario has no bound or method for. Choose settings with --train_val_split 0.2 in an output folder of their own: all figures are
 then those of held-out training images, and the test images choose nothing.
 
 Runs of one seed are paired: they have the same class order, images, initial prompts and batches.
@@ -52,6 +52,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +183,12 @@ class BenchmarkArguments:
 
 def usual_rows(argv: Sequence[str]) -> list[str]:
     """Return the names of the rows that run when the command line names none."""
-    given = set(map(option, argv))
-    rows = [name for name in ROWS if name not in WHEN_NAMED and not ("--shift" in given and ROWS[name].joint)]
+    given = {option(token): (token.partition("=")[2] or after) for token, after in pairwise([*argv, ""])}
+    scenario, shift = given.get("--scenario", DataArguments.scenario), given.get("--shift")
+    rows = [name for name, row in ROWS.items() if name not in WHEN_NAMED and row.refusal(scenario, shift) is None]
     if "--model_name_or_path" in given:
         return [name for name in rows if ROWS[name].prompt is not ClipPromptConfig]
-    if given & SOURCES:
+    if given.keys() & SOURCES:
         return rows
     return [each for name in rows for each in ([f"{name}@{one}" for one in EXEMPLARS.get(name, ())] or [name])]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..cli.arguments import DataArguments, ModelArguments
 from ..cli.settings import PER_RUN, Settings, differences, record
+from ..data.scenarios import SCENARIOS
 from ..methods import METHODS
 from ..models import check_trainable
 from ..projection import ProjectionConfig
@@ -47,6 +48,22 @@ class Row:
     training: dict[str, Any] = field(default_factory=dict)
     joint: bool = False
     surprises: bool = False
+
+    def refusal(self, scenario: str, shift: str | None) -> str | None:
+        """Return why the row does not run on such a stream, with the fix; None if it does."""
+        if shift is not None and (self.joint or self.surprises):
+            return (
+                f"learns other tasks than the stream's, and each task of shift={shift!r} has a rendering of its own: leave "
+                "out the row or --shift"
+            )
+        if self.joint and SCENARIOS[scenario].task_known:
+            return (
+                f"learns all classes as one task, in which all of them compete, and in scenario={scenario!r} only those of "
+                "an image's task do: leave it out. The method joint, which is tested task by task, is the bound there"
+            )
+        if self.method is not None and scenario not in (known := METHODS[self.method].scenarios):
+            return f"is not defined for scenario={scenario!r}, only for {', '.join(sorted(known))}: leave it out"
+        return None
 
 
 @dataclass
@@ -191,11 +208,8 @@ def plan(
     if base not in rows:
         raise ValueError(f"row {base!r} is unknown: choose from {', '.join(rows)}.")
     row = rows[base]
-    if data.shift is not None and (row.joint or row.surprises):
-        raise ValueError(
-            f"row {base!r} learns other tasks than the stream's, and each task of shift={data.shift!r} has a rendering of its "
-            "own: leave out the row or --shift."
-        )
+    if (reason := row.refusal(data.scenario, data.shift)) is not None:
+        raise ValueError(f"row {base!r} {reason}.")
     if row.prompt is not None and row.prompt.base_class == "CLIPModel":
         model = copy.copy(model)
         model.kind = "clip"

@@ -141,6 +141,25 @@ def test_usual_rows_of_a_shifted_stream(script):
     assert set(script.usual_rows([])) - set(script.usual_rows(["--shift=renderings"])) == {"l2p-joint"}
 
 
+def test_usual_rows_of_a_scenario(script, planned):
+    """Methods run where they are defined; prompts learn all classes as one task only where these compete in the others."""
+    for scenario, without in (
+        ("task_incremental", {"l2p-joint", *(f"bic@{one}" for one in script.EXEMPLARS["bic"])}),
+        ("online", {f"der_mcg@{one}" for one in script.EXEMPLARS["der_mcg"]}),
+        ("class_incremental", set()),
+    ):
+        rows = script.usual_rows(["--scenario", scenario])
+        assert set(script.usual_rows([])) - set(rows) == without
+        assert rows == script.usual_rows([f"--scenario={scenario}"])
+    for name, scenario, fix in (
+        ("dualprompt-joint", "task_incremental", "only those of an image.s task.*method joint.*is the bound there"),
+        ("bic", "task_incremental", "only for class_incremental, online: leave it out"),
+        ("der_mcg@memory_per_class=2", "online", "only for class_incremental, task_incremental: leave it out"),
+    ):
+        with pytest.raises(ValueError, match=f"row '{table.base(name)}' .*scenario='{scenario}'.*{fix}"):
+            planned(name, more=["--scenario", scenario])
+
+
 def test_a_method_in_a_name(planned):
     plan = planned("ewc@trainable=lora:8,strength=1000,learning_rate=0.5")
     assert plan.name == "ewc@learning_rate=0.5,strength=1000,trainable=lora:8" or "strength=1000.0" in plan.name
