@@ -59,7 +59,7 @@ from typing import Any
 from pgp_hf import ClipPromptConfig, DualPromptConfig, L2PConfig, PGPTrainingArguments
 from pgp_hf.benchmark import growth, speed, table
 from pgp_hf.benchmark.plans import Plan, Row, plan
-from pgp_hf.benchmark.runs import describe, execute, holder
+from pgp_hf.benchmark.runs import describe, device_name, execute, holder
 from pgp_hf.cli import console
 from pgp_hf.cli.arguments import DataArguments, ModelArguments
 from pgp_hf.cli.baseline_arguments import BaselineTrainingArguments, names
@@ -287,6 +287,35 @@ def stop(signum: int, frame: object) -> None:
     raise SystemExit(128 + signum)
 
 
+def write_so_far(output: Path, write: Callable[[], None]) -> None:
+    """Write the table of the runs that are finished, if any; what keeps it from being written must not end other runs."""
+    try:
+        if table.read(output):
+            write()
+    except ValueError as error:
+        say(f"no table: {error}")
+
+
+def in_groups(plans: Sequence[Plan]) -> list[list[Plan]]:
+    """Return what a process each runs: a plan, or all frozen rows of a seed, which share their features."""
+    groups: dict[str, list[Plan]] = {}
+    for each in plans:
+        groups.setdefault(each.label if each.classifier is None else f"frozen-{each.seed}", []).append(each)
+    return list(groups.values())
+
+
+def carry_out(groups: list[list[Plan]], argv: Sequence[str], jobs: int, work: Path, after: Callable[[], None]) -> int:
+    """Run groups of plans as `schedule` does, ended by signals in good order; return how many processes failed."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / ".gitignore").write_text("*\n", encoding="utf-8")
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return schedule(groups, argv, jobs, after)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
     argv = expand(sys.argv[1:] if argv is None else argv).tokens
@@ -304,35 +333,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if execute(plans, result_arguments(argv), bench.keep) else ELSEWHERE
 
     def write_table() -> None:
-        if table.read(output):
-            table.write(output, table_file, ROWS, usual_rows(argv))
+        table.write(output, table_file, ROWS, usual_rows(argv))
 
     if bench.table:
         write_table()
         say(f"table in {table_file}")
         return 0
-    groups: dict[str, list[Plan]] = {}  # frozen rows of a seed share a process and its features
     finished = {each.label: each.finished() for each in plans}
-    for each in plans:
-        if not finished[each.label]:
-            groups.setdefault(each.label if each.classifier is None else f"frozen-{each.seed}", []).append(each)
     if bench.dry_run:
         for each in plans:
             print(
                 f"{'finished' if finished[each.label] else 'to run  '}  {each.name} seed {each.seed}: {describe(each)}"
             )
         return 0
+    groups = in_groups([each for each in plans if not finished[each.label]])
+    if groups:  # rather than when the first run has been trained
+        table.check(table.read(output), output, device_name(training.device))
     say(f"{len(plans)} runs, {sum(finished.values())} of them finished earlier")
-    work.mkdir(parents=True, exist_ok=True)
-    (work / ".gitignore").write_text("*\n", encoding="utf-8")
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        failed = schedule(list(groups.values()), argv, bench.jobs, write_table)
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-    write_table()
-    say(f"table in {table_file}" + (f"; {failed} processes failed, run again to retry" if failed else ""))
+    failed = carry_out(groups, argv, bench.jobs, work, lambda: write_so_far(output, write_table))
+    written = bool(table.read(output))  # another process may be running all of them
+    if written:
+        write_table()
+    told = f"table in {table_file}" if written else "no run is finished"
+    say(told + (f"; {failed} processes failed, run again to retry" if failed else ""))
     return 1 if failed else 0
 
 

@@ -61,7 +61,7 @@ def execute(plans: list[Plan], arguments: str, keep: bool = False) -> bool:
             write_json(plan.folder / "settings.json", plan.settings())
         for plan, results in _frozen(plans) if plans[0].classifier is not None else _trained(*plans):
             head = {"row": plan.name, "seed": plan.seed, "arguments": arguments, "settings": plan.settings()}
-            write_json(plan.file, {**head, **results, **machine()}, rows=True)
+            write_json(plan.file, {**head, **results, **machine(plan.training.device)}, rows=True)
             if not keep:
                 RunFolder(plan.folder / "run").clear()
                 removal.remove(plan.folder, ["settings.json"])  # and the folder, if that was all
@@ -201,8 +201,17 @@ def _pid_file(lock: Path) -> Path:
     return lock.with_suffix(".pid")
 
 
-def machine() -> dict[str, Any]:
-    """Describe this process and its machine: CPU time (s), peak memory (MB), threads, cores, versions; no host name."""
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the kind of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Describe this process and its machine: CPU time (s), peak memory (MB), threads, cores, versions; no host name.
+
+    Args:
+        device: that the run has computed on, which may be a CPU beside a GPU.
+    """
     info = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return {
@@ -214,7 +223,7 @@ def machine() -> dict[str, Any]:
             "system": platform.system(),
             "architecture": platform.machine(),
             "processor": named[1] if named else platform.processor() or "unknown",
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "device": device_name(device),
         },
         "versions": versions(),
     }

@@ -21,8 +21,23 @@ from .plans import Row
 
 
 def read(folder: Path) -> list[Run]:
-    """Return all finished runs in a folder."""
-    return [read_json(file) for file in sorted(folder.glob("*-seed*.json"))]
+    """Return all finished runs in a folder.
+
+    Raises:
+        ValueError: a file that is damaged or not of a run; two of the same run, which would count as two seeds.
+    """
+    found: dict[tuple[str, int], tuple[Path, Run]] = {}
+    for file in sorted(folder.glob("*-seed*.json")):
+        run = read_json(file)
+        if not run.keys() >= {"row", "seed", "settings", "heads"}:
+            raise ValueError(f"{file} is not a run of the benchmark: move it out of {folder}.")
+        earlier, _ = found.setdefault(key := (run["row"], run["seed"]), (file, run))
+        if earlier != file:
+            raise ValueError(
+                f"{earlier.name} and {file.name} in {folder} both hold row {key[0]!r} with seed {key[1]}: a copy is not "
+                "another run. Move one of them out of the folder."
+            )
+    return [run for _, run in found.values()]
 
 
 def write(
@@ -37,16 +52,12 @@ def write(
         usual: names of the rows that a command has which names none.
 
     Raises:
-        ValueError: no finished run.
+        ValueError: no finished run, or some that `read` or `check` refuses.
     """
     runs = read(folder)
     if not runs:
         raise ValueError(f"{folder} holds no finished run (*-seed*.json): run the benchmark first.")
-    if len(devices := sorted({run.get("machine", {}).get("device", "unknown") for run in runs})) > 1:
-        raise ValueError(
-            f"{folder} holds runs of several devices ({', '.join(devices)}), whose numbers are not comparable: give each "
-            "device an --output_dir of its own."
-        )
+    check(runs, folder)
     place = {name: index for index, name in enumerate(known)}
     runs.sort(key=lambda run: (place.get(base(run["row"]), len(place)), _by_number(run["row"]), run["seed"]))
     rows: dict[str, list[Run]] = {}
@@ -60,6 +71,27 @@ def write(
     parts += [legend(rows, known), *drawn, differences(rows), settings(rows)]
     with replacing(file) as temporary:
         temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def check(runs: list[Run], folder: Path, device: str | None = None) -> None:
+    """Raise ValueError for runs of several devices.
+
+    Args:
+        runs: in `folder`.
+        folder: for the message.
+        device: the one that further runs will have; None for no further runs.
+    """
+    devices = {run.get("machine", {}).get("device", "unknown") for run in runs}
+    if device is not None and devices - {device}:
+        raise ValueError(
+            f"{folder} holds runs of another device ({', '.join(sorted(devices - {device}))}) than this one ({device}), whose "
+            "numbers are not comparable: give each device an --output_dir of its own."
+        )
+    if len(devices) > 1:
+        raise ValueError(
+            f"{folder} holds runs of several devices ({', '.join(sorted(devices))}), whose numbers are not comparable: give "
+            "each device an --output_dir of its own."
+        )
 
 
 def base(row: str) -> str:

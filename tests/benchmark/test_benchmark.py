@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from pgp_hf import PGPTrainingArguments, metrics
 from pgp_hf.benchmark import figures, plans, runs, table
@@ -924,9 +925,49 @@ def test_devices_are_not_mixed(script, folder, planned):
         table.write(folder, folder / "table.md", script.ROWS)
 
 
+def test_runs_of_another_device_are_refused_before_any_is_trained(script, folder, local, planned, monkeypatch, capsys):
+    for file in folder.glob("*.json"):
+        if not file.name.startswith("l2p-none-"):
+            file.unlink()
+    monkeypatch.setattr(script, "device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(script.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a run was begun"))
+    command = [*local, "--output_dir", str(folder), "--work_dir", str(folder / "work"), "--rows", "l2p-none"]
+    with pytest.raises(
+        ValueError, match=r"runs of another device \(cpu\) than this one \(NVIDIA H100\).*--output_dir"
+    ):
+        script.main([*command, "l2p-pgp"])
+    assert script.main(command) == 0 and "table in" in capsys.readouterr().out  # nothing is left to run
+
+
+def test_a_runs_device_is_its_own(monkeypatch):
+    """A run with `--use_cpu` on a machine with a GPU is one of a CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
+    assert runs.machine(torch.device("cpu"))["machine"]["device"] == "cpu"
+    assert runs.machine(torch.device("cuda", 0))["machine"]["device"] == "NVIDIA H100"
+
+
+def test_a_copy_is_not_another_seed(script, folder):
+    """It would halve the standard deviation, and three of them would make any difference a verdict."""
+    shutil.copy(folder / "l2p-pgp-seed0.json", folder / "l2p-pgp-seed0.bak.json")
+    with pytest.raises(
+        ValueError, match=r"l2p-pgp-seed0.bak.json and l2p-pgp-seed0.json in .* row 'l2p-pgp' with seed 0"
+    ):
+        table.write(folder, folder / "table.md", script.ROWS)
+    write_json(folder / "l2p-pgp-seed0.bak.json", {"row": "l2p-pgp", "seed": 7})
+    with pytest.raises(ValueError, match=r"l2p-pgp-seed0.bak.json is not a run of the benchmark: move it out"):
+        table.write(folder, folder / "table.md", script.ROWS)
+
+
+def test_no_table_is_said_to_be_where_none_was_written(script, tmp_path):
+    with pytest.raises(ValueError, match=r"empty holds no finished run \(.*run the benchmark first"):
+        script.main(["--table", "--output_dir", str(tmp_path / "empty")])
+    assert not (tmp_path / "empty").exists()
+
+
 def test_a_run_without_a_measured_memory_has_a_dash(script, planned, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")  # which has no module `resource`
-    assert "peak_memory_mb" not in runs.machine()
+    assert "peak_memory_mb" not in runs.machine(torch.device("cpu"))
     monkeypatch.undo()
     run = made_up(planned("l2p-none"), 0)
     del run["peak_memory_mb"]
