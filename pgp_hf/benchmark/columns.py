@@ -92,6 +92,14 @@ def in_turn(run: Run) -> bool:
     return run["num_tasks"] > 1 and not first_task({**run, "accuracy_matrix": head.get("accuracy_matrix")})
 
 
+def equal_tasks(run: Run) -> bool:
+    """Return True if all tasks of a run have the same number of classes."""
+    data, classes = run["settings"]["data"], run["num_classes"]
+    if (increment := data.get("increment")) is None:
+        return bool(classes % run["num_tasks"] == 0)
+    return bool((data.get("init_classes") or increment) == increment and classes % increment == 0)
+
+
 def _of_head(head: str, key: str) -> Callable[[list[Run]], list[float]]:
     def value(found: Run) -> float | None:
         if key == "task_incremental":

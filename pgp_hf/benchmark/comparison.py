@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..cli.arguments import DataArguments, ModelArguments
 from ..report.table import markdown
 from ..training.settings import BEFORE
-from .columns import in_turn, paired_spread, spread
+from .columns import equal_tasks, in_turn, paired_spread, spread
 from .figures import CLOSED, HEADS, Run, of_method, own_head
 
 LATER = {"later_prompt_learning_rate", "compensate_drift"}  # settings that have no effect in the first task
@@ -27,8 +28,8 @@ def paired(runs: list[Run]) -> str:
     for run in runs:
         if "prompt" in run["settings"] and run["num_tasks"] > 1:
             training = {k: v for k, v in _training(run).items() if k not in LATER}
-            own = [run["settings"]["prompt"], run["settings"].get("run"), training]
-            alike = json.dumps([run["seed"], *own], sort_keys=True)
+            own = [run["settings"].get(part) for part in ("prompt", "run", "data", "model")]
+            alike = json.dumps([run["seed"], *own, training], sort_keys=True)
             linear = run["heads"]["linear"]  # which has no matrix where the statistics head predicts
             matrix = linear.get("accuracy_matrix")
             accuracy = matrix[0][0] if matrix else linear["by_task"]["when_learned"][0]
@@ -103,10 +104,32 @@ def _reference(name: str, rows: dict[str, list[Run]]) -> str | None:
 
 
 def _alike(runs: list[Run], others: list[Run]) -> bool:
-    """Return True unless rows differ in settings that change numbers, but not what is learned: they are not compared."""
-    found = [{**BEFORE, **run[0]["settings"].get("training", {})} for run in (runs, others)]
-    if not all("training" in run[0]["settings"] for run in (runs, others)):  # a classifier in closed form
+    """Return True for rows that are compared: of one stream and backbone, and computed alike."""
+    one, other = runs[0], others[0]
+    return _stream_of(one, other) == _stream_of(other, one) and _computed_alike(one, other)
+
+
+def _stream_of(run: Run, other: Run) -> tuple[dict[str, Any], ...]:
+    """Return the settings of the stream and the backbone, without the division into tasks where one of two runs has none.
+
+    That one's average accuracy is over images, and the other's over tasks: they are comparable where these are equal.
+    """
+    data: dict[str, Any] = {**vars(DataArguments()), **run["settings"]["data"]}
+    model: dict[str, Any] = {
+        **vars(ModelArguments()),
+        **run["settings"]["model"],
+        "kind": None,
+    }  # as a row's name says
+    if 1 in (run["num_tasks"], other["num_tasks"]) and equal_tasks(run) and equal_tasks(other):
+        data |= dict.fromkeys(("num_tasks", "init_classes", "increment"))
+    return data, model
+
+
+def _computed_alike(one: Run, other: Run) -> bool:
+    """Return True unless runs differ in settings that change numbers, but not what is learned."""
+    if not all("training" in run["settings"] for run in (one, other)):  # a classifier in closed form
         return True
+    found = [{**BEFORE, **run["settings"]["training"]} for run in (one, other)]
     names = ("bf16", "fp16", "exact_images", "last_block", "compile_trunk")
     return all(found[0].get(name, False) == found[1].get(name, False) for name in names)
 
@@ -119,7 +142,9 @@ def _fine_tuned(name: str, rows: dict[str, list[Run]]) -> str | None:
     tuned = [
         row for row, runs in rows.items() if of_method(runs) and runs[0]["settings"]["method"]["name"] == "fine_tuning"
     ]
-    return next((row for row in tuned if row != name and alike(row) == alike(name)), None)
+    return next(
+        (row for row in tuned if row != name and alike(row) == alike(name) and _alike(rows[row], rows[name])), None
+    )
 
 
 def _control(name: str, rows: dict[str, list[Run]]) -> str | None:
@@ -138,18 +163,28 @@ def _control(name: str, rows: dict[str, list[Run]]) -> str | None:
         row: other["settings"].get("run")
         for row, (other, *_) in rows.items()
         if row != name and "prompt" in other["settings"] and other["settings"]["projection"]["method"] == "none"
-        if alike(other) == own
+        if alike(other) == own and _alike(rows[row], rows[name])
     }
     return next((row for way in ways for row in found if found[row] == way), None)
 
 
 def _paired(runs: list[Run], head: str, others: list[Run], other: str) -> str:
-    theirs = {run["seed"]: own_head(run, other) for run in others}
-    pairs = [(own_head(run, head), theirs.get(run["seed"])) for run in runs]
+    theirs = {run["seed"]: run for run in others}
+    pairs = [
+        (own_head(run, head), own_head(theirs[run["seed"]], other))
+        for run in runs
+        if run["seed"] in theirs and _of_the_same_images(run, theirs[run["seed"]])
+    ]
     found = [a["average_accuracy"] - b["average_accuracy"] for a, b in pairs if a is not None and b is not None]
     if not found or (runs[0]["row"] == others[0]["row"] and head == other) or not _alike(runs, others):
         return "–"
     return paired_spread(found, 2)
+
+
+def _of_the_same_images(run: Run, other: Run) -> bool:
+    """Return False if the data has changed between two runs that name the same."""
+    digests = {one["sha256"]["stream"] for one in (run, other) if "sha256" in one}
+    return len(digests) < 2 or run["num_tasks"] != other["num_tasks"]  # the digest is also of the division into tasks
 
 
 def _drift_ratio(runs: list[Run], others: list[Run]) -> str:

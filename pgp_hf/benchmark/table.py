@@ -14,7 +14,7 @@ from ..data.scenarios import SCENARIOS
 from ..report.table import markdown
 from ..runs.atomic import replacing
 from ..runs.reading import read_json
-from .columns import columns_of
+from .columns import columns_of, equal_tasks
 from .comparison import differences, paired
 from .figures import CLOSED, Run, figures, of_method
 from .plans import Row
@@ -170,9 +170,15 @@ def _one_epoch(run: Run) -> bool:
 
 
 def _shown(runs: list[Run]) -> str:
-    shifted, held_out = (any(run["settings"]["data"].get(key) for run in runs) for key in ("shift", "train_val_split"))
-    text = ", each task's images in a rendering of its own" if shifted else ""
-    return text + (", tested on images held out of the training images" if held_out else "")
+    text = ""
+    for key, told in (
+        ("shift", "each task's images in a rendering of its own"),
+        ("train_val_split", "tested on images held out of the training images"),
+    ):
+        rows = {run["row"]: bool(run["settings"]["data"].get(key)) for run in runs}
+        which = f" ({', '.join(row for row, own in rows.items() if own)} alone)" if not all(rows.values()) else ""
+        text += f", {told}{which}" if any(rows.values()) else ""
+    return text
 
 
 def _backbone(run: Run) -> str:
@@ -181,10 +187,11 @@ def _backbone(run: Run) -> str:
 
 
 def _precision(run: Run) -> str:
+    frozen = run["settings"]["model"].get("dtype", "float32")
     for short, name in (("bf16", "bfloat16"), ("fp16", "float16")):
         if run["settings"]["training"].get(short):
-            return f"{name} autocast over float32 weights"
-    return "float32"
+            return f"{name} autocast over {frozen} weights"
+    return "float32" if frozen == "float32" else f"frozen weights in {frozen}"
 
 
 def commands(rows: dict[str, list[Run]], folder: Path, usual: Sequence[str]) -> str:
@@ -233,6 +240,11 @@ def notes(runs: list[Run]) -> str:
         text.append(
             "Task-incremental: average accuracy, after the same training, where each test image's task is given, so that "
             "only the task's classes compete; a classifier in closed form then learns each task by itself."
+        )
+    if any(run["num_tasks"] == 1 for run in runs) and not all(map(equal_tasks, runs)):
+        text.append(
+            "Average accuracy is over tasks, which differ in their number of classes here, and that of prompts which learn all "
+            "classes as one task is over images: it is compared with no other row's."
         )
     if any(run.get("memory", {}).get("images") for run in runs):
         text.append(

@@ -21,7 +21,7 @@ import tiny
 import torch
 
 from pgp_hf import PGPTrainingArguments, metrics
-from pgp_hf.benchmark import figures, plans, runs, table
+from pgp_hf.benchmark import columns, figures, plans, runs, table
 from pgp_hf.benchmark.columns import paired_spread
 from pgp_hf.cli.arguments import ModelArguments
 from pgp_hf.cli.baseline_arguments import BaselineTrainingArguments, names
@@ -876,6 +876,48 @@ def test_rows_that_are_computed_differently_are_not_compared(planned, setting):
     assert found["l2p-pgp"][0] == "l2p-none" and found["l2p-pgp"][1] != "–"
     for name in ("l2p-pgp", "l2p-functional"):
         assert found[f"{name}@{setting}"] == ["", *["–"] * 5, "", *["–"] * 3]
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ("--num_tasks 2", "tasks: 3 / 2"),
+        ("--train_val_split 0.2", ", tested on images held out of the training images (l2p-attention alone); classes"),
+        ("--scenario task_incremental", "class_incremental / task_incremental; classes"),
+        ("--image_size 32", "image size: 20 / 32"),
+        ("--dtype bfloat16", "precision: float32 / frozen weights in bfloat16."),
+    ],
+)
+def test_rows_of_other_streams_and_backbones_are_not_compared(planned, more, text):
+    rows = {
+        name: [made_up(planned(name), seed) for seed in range(3)] for name in ("frozen-lda", "l2p-none", "l2p-pgp")
+    }
+    rows["l2p-attention"] = [made_up(planned("l2p-attention", more=more.split()), seed) for seed in range(3)]
+    found = cells(table.differences(rows), "## Paired differences")
+    assert found["l2p-pgp"][0] == "l2p-none" and all("worse" in found["l2p-pgp"][each] for each in (1, 4))
+    assert found["l2p-attention"] == ["", *["–"] * 5, "", *["–"] * 3]
+    assert text in table.protocol([run for runs in rows.values() for run in runs])
+
+
+def test_a_seed_whose_images_have_changed_is_no_pair(planned):
+    rows = {name: [made_up(planned(name), seed) for seed in range(3)] for name in ("l2p-none", "l2p-pgp")}
+    rows["l2p-none"][1]["sha256"]["stream"] = "other"
+    found = cells(table.differences(rows), "## Paired differences")["l2p-pgp"]
+    assert found[:2] == ["l2p-none", "-1.00 (-1.00, -1.00)"]  # its name is shorter by one
+
+
+def test_prompts_that_learn_unequal_tasks_as_one_are_not_compared(planned):
+    """The one average is over images, the others are over tasks; with equal tasks that is the same."""
+    for more, compared in ((["--num_tasks", "3"], True), (["--num_tasks", "4"], False)):
+        rows = {name: [made_up(planned(name, more=more), 0)] for name in ("l2p-none", "l2p-joint")}
+        found = cells(table.differences(rows), "## Paired differences")["l2p-joint"]
+        assert (found[0] == "l2p-none") is (found[1] != "–") is compared
+        said = table.notes([run for runs in rows.values() for run in runs])
+        assert ("over tasks, which differ in their number of classes" in said) is not compared
+    sizes = {"num_classes": 11, "num_tasks": 3}
+    for first, increment, equal in ((5, 3, False), (None, 3, False), (None, 11, True), (11, 11, True)):
+        data = {"init_classes": first, "increment": increment}
+        assert columns.equal_tasks({**sizes, "settings": {"data": data}}) is equal
 
 
 def test_surprises_have_a_control_of_their_own(planned):
