@@ -204,7 +204,7 @@ def commands(rows: dict[str, list[Run]], folder: Path, usual: Sequence[str]) -> 
     lines = []
     for (arguments, seeds), names in groups.items():
         chosen = "" if set(names) == set(usual) else f" --rows {shlex.join(names)}"
-        where = folder.name if folder.is_absolute() else folder
+        where = shlex.quote(folder.name if folder.is_absolute() else str(folder))
         lines.append(
             f"python examples/benchmark.py {arguments}{' ' * bool(arguments)}--output_dir {where}{chosen} "
             f"--seeds {' '.join(map(str, seeds))}"

@@ -152,6 +152,11 @@ class LayerInputs(ContinualMethod, ABC):
         return self.config.energy > 0
 
     @property
+    def approximate(self) -> bool:
+        """Return whether directions that inputs have are left free."""
+        return self.config.energy < 1
+
+    @property
     def rank(self) -> int:
         """Return the largest rank of the bases."""
         return max((own.basis.rank for own in self.inputs.values()), default=0)
@@ -251,7 +256,7 @@ class LayerInputs(ContinualMethod, ABC):
             "LayerNorms, embeddings and convolutions of the backbone learned from the first task alone.",
             "Each input of a linear layer has a basis in the files, and each step is projected by all of them.",
         ]
-        if self.config.energy < 1:
+        if self.approximate:
             limits.insert(
                 0, "The protection is approximate: old features move along the directions that were left free."
             )
@@ -366,6 +371,10 @@ class NullSpaceAdam(LayerInputs):
     @property
     def active(self) -> bool:
         return self.config.a is not None or super().active
+
+    @property
+    def approximate(self) -> bool:
+        return self.config.a is not None or super().approximate
 
     def check(self, model: StreamModel) -> None:
         super().check(model)

@@ -1037,6 +1037,9 @@ def test_the_text_is_computed(script, folder, planned):
     assert "python examples/benchmark.py --lr 1 --output_dir benchmarks" in text and "resumed" not in text
     line = next(line for line in text.splitlines() if line.startswith("python") and "l2p-attention" in line)
     assert shlex.split(line)[-5:] == ["--rows", "l2p-attention", "--seeds", "0", "1"]
+    assert "--output_dir 'my runs' --rows" in table.commands(
+        {"l2p-pgp": rows_of(folder)["l2p-pgp"]}, Path("my runs"), ()
+    )
     settings = cells(text, "## Settings")
     assert "energy=0.9" in settings["l2p-functional@energy=0.9"][0] and "method=pgp" in settings["dualprompt-pgp"][0]
     assert "learning_rate=0.5" in settings["l2p-none@learning_rate=0.5"][0]

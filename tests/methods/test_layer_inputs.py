@@ -490,6 +490,13 @@ def test_a_warns_of_itself_and_needs_no_energy(tmp_path):
     assert own.method.inputs[Q].basis.rank == 24  # of 25
 
 
+@pytest.mark.parametrize(("settings", "approximate"), [({"a": 10.0, "energy": 1.0}, True), ({"energy": 1.0}, False)])
+def test_the_card_calls_a_approximate_whatever_energy_is(settings, approximate):
+    """Energy is then not read."""
+    limits = create("null_space_adam", **settings).describe().limits
+    assert any("The protection is approximate" in limit for limit in limits) is approximate
+
+
 def test_full_bases_are_told_once(tmp_path):
     own = tiny.trainer(tmp_path, model=tiny.plain(), method=create("gpm", energy=1.0), num_train_epochs=1)
     with pytest.warns(
