@@ -19,6 +19,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..data.stream import TaskStream
 from ..methods import ContinualMethod
 from ..models import stream_model
+from ..report.formatting import fill
 from ..runs.atomic import write_json
 from ..runs.folder import MANIFEST, METHOD, RESULTS, RunFolder
 from ..runs.lock import held
@@ -78,6 +79,8 @@ def _run(arguments: BaselineArguments, make_model: Callable[[TaskStream], Model]
             rows = {**runs.frozen(output_dir / FROZEN if every else None), **rows}
         drawn = args.figures != "none"
         print_comparison(rows, output_dir, refused, draw=drawn)
+        if text := exemplars(rows, sum(stream.num_images("train", t) for t in range(stream.num_tasks))):
+            print("\n" + fill(text))
         curves = f" and {output_dir}/figures/comparison.png: this table, its curves." if drawn else ": this table."
         print(
             f"\nWritten to {output_dir}{'/METHOD' if every else ''}: the model after the last task, results.json,"
@@ -230,6 +233,26 @@ class Runs:
         if file is not None:
             write_json(file, rows, rows=True)
         return rows
+
+
+def exemplars(rows: Results, images: int) -> str:
+    """Return a sentence on how many training images the methods of a table keep; nothing where none keeps any.
+
+    Args:
+        rows: results by the name of the row.
+        images: number of all training images.
+    """
+    kept = {name: row["memory"]["images"] for name, row in rows.items() if row.get("memory", {}).get("images")}
+    if not kept:
+        return ""
+    shares = ", ".join(f"{name} {count:,} ({100 * count / images:.3g} %)" for name, count in kept.items())
+    every = [name for name, count in kept.items() if count >= images]
+    more = (
+        f" A memory of all images repeats the whole stream: --method {every[0]} --memory_size N keeps fewer."
+        if every
+        else ""
+    )
+    return f"Kept at the end, of {images:,} training images: {shares}.{more}"
 
 
 def head_features(model: Model) -> Extract:

@@ -331,6 +331,23 @@ def test_all_methods_make_one_table(finished):
     assert (finished / "figures" / "comparison.png").is_file() and not (finished / "picky").exists()
 
 
+def test_a_table_tells_how_much_each_method_keeps():
+    """By default, some keep 2000 images, which is more than the digits have."""
+    rows = {
+        "frozen, nearest class mean": {},
+        "ewc": {"memory": {"images": 0, "bytes": 0}},
+        "derpp": {"memory": {"images": 1000, "bytes": 1}},
+    }
+    assert baselines.exemplars(rows, 1437) == "Kept at the end, of 1,437 training images: derpp 1,000 (69.6 %)."
+    rows["icarl"] = {"memory": {"images": 1437, "bytes": 1}}
+    assert baselines.exemplars(rows, 1437).endswith(
+        "derpp 1,000 (69.6 %), icarl 1,437 (100 %). A memory of all images repeats the whole stream: --method icarl "
+        "--memory_size N keeps fewer."
+    )
+    del rows["derpp"], rows["icarl"]
+    assert baselines.exemplars(rows, 1437) == ""
+
+
 def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, main, tmp_path):
     main("--output_dir", tmp_path, "--no_compare", "true")
     rows = [read(folder / "results.json") for folder in (tmp_path, finished / "fine_tuning")]
