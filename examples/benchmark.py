@@ -339,7 +339,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_table()
         say(f"table in {table_file}")
         return 0
-    finished = {each.label: each.finished() for each in plans}
+    finished, runs = {each.label: each.finished() for each in plans}, table.read(output)
+    for each in plans:
+        each.check_seeds(runs)
     if bench.dry_run:
         for each in plans:
             print(
@@ -348,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     groups = in_groups([each for each in plans if not finished[each.label]])
     if groups:  # rather than when the first run has been trained
-        table.check(table.read(output), output, device_name(training.device))
+        table.check(runs, output, device_name(training.device))
     say(f"{len(plans)} runs, {sum(finished.values())} of them finished earlier")
     failed = carry_out(groups, argv, bench.jobs, work, lambda: write_so_far(output, write_table))
     written = bool(table.read(output))  # another process may be running all of them

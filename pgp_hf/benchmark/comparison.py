@@ -6,11 +6,15 @@ import json
 from typing import Any
 
 from ..cli.arguments import DataArguments, ModelArguments
+from ..cli.settings import Settings
+from ..cli.settings import differences as unlike
 from ..report.table import markdown
 from ..training.settings import BEFORE
 from .columns import equal_tasks, in_turn, paired_spread, spread
 from .figures import CLOSED, HEADS, Run, of_method, own_head
+from .plans import without_seed
 
+WITH_DEFAULTS = {"model", "data", "training"}  # parts of the settings whose defaults `unlike` knows
 LATER = {"later_prompt_learning_rate", "compensate_drift"}  # settings that have no effect in the first task
 
 
@@ -44,6 +48,22 @@ def paired(runs: list[Run]) -> str:
         "Runs of one seed are paired: those with the same prompts and training have the same accuracy after the first "
         "task (checked)."
     )
+
+
+def mixed(runs: list[Run]) -> str:
+    """Return a sentence on rows whose seeds have other settings than one another; nothing where there are none."""
+    first: dict[str, Settings] = {}  # those of a row
+    apart: dict[str, dict[str, None]] = {}
+    for run in runs:
+        own = without_seed(run["settings"])
+        if own == (here := first.setdefault(run["row"], own)):
+            continue
+        # what only one of them has was not recorded yet when the other was made
+        known = {part: {**own.get(part, {}), **here.get(part, {})} for part in {*own, *here} - WITH_DEFAULTS}
+        for text in unlike(here, own, known):
+            apart.setdefault(run["row"], {})[text.partition(" is ")[0]] = None
+    told = "; ".join(f"{row} in {', '.join(keys)}" for row, keys in apart.items())
+    return f"NOT of one setting each, since seeds of a row differ: {told}." if told else ""
 
 
 def differences(rows: dict[str, list[Run]]) -> str:
@@ -100,12 +120,13 @@ def _reference(name: str, rows: dict[str, list[Run]]) -> str | None:
     method, _, setting = name.partition("@")
     plain = f"{method.partition('-')[0]}-none"
     candidates = (f"{plain}@{setting}", plain, method)
-    return next((row for row in candidates if row in rows and row != name and _alike(rows[name], rows[row])), None)
+    return next(
+        (row for row in candidates if row in rows and row != name and _alike(rows[name][0], rows[row][0])), None
+    )
 
 
-def _alike(runs: list[Run], others: list[Run]) -> bool:
-    """Return True for rows that are compared: of one stream and backbone, and computed alike."""
-    one, other = runs[0], others[0]
+def _alike(one: Run, other: Run) -> bool:
+    """Return True for runs that are compared: of one stream and backbone, and computed alike."""
     return _stream_of(one, other) == _stream_of(other, one) and _computed_alike(one, other)
 
 
@@ -143,7 +164,8 @@ def _fine_tuned(name: str, rows: dict[str, list[Run]]) -> str | None:
         row for row, runs in rows.items() if of_method(runs) and runs[0]["settings"]["method"]["name"] == "fine_tuning"
     ]
     return next(
-        (row for row in tuned if row != name and alike(row) == alike(name) and _alike(rows[row], rows[name])), None
+        (row for row in tuned if row != name and alike(row) == alike(name) and _alike(rows[row][0], rows[name][0])),
+        None,
     )
 
 
@@ -163,7 +185,7 @@ def _control(name: str, rows: dict[str, list[Run]]) -> str | None:
         row: other["settings"].get("run")
         for row, (other, *_) in rows.items()
         if row != name and "prompt" in other["settings"] and other["settings"]["projection"]["method"] == "none"
-        if alike(other) == own and _alike(rows[row], rows[name])
+        if alike(other) == own and _alike(rows[row][0], rows[name][0])
     }
     return next((row for way in ways for row in found if found[row] == way), None)
 
@@ -171,12 +193,12 @@ def _control(name: str, rows: dict[str, list[Run]]) -> str | None:
 def _paired(runs: list[Run], head: str, others: list[Run], other: str) -> str:
     theirs = {run["seed"]: run for run in others}
     pairs = [
-        (own_head(run, head), own_head(theirs[run["seed"]], other))
+        (own_head(run, head), own_head(twin, other))
         for run in runs
-        if run["seed"] in theirs and _of_the_same_images(run, theirs[run["seed"]])
+        if (twin := theirs.get(run["seed"])) and _alike(run, twin) and _of_the_same_images(run, twin)
     ]
     found = [a["average_accuracy"] - b["average_accuracy"] for a, b in pairs if a is not None and b is not None]
-    if not found or (runs[0]["row"] == others[0]["row"] and head == other) or not _alike(runs, others):
+    if not found or (runs[0]["row"] == others[0]["row"] and head == other):
         return "–"
     return paired_spread(found, 2)
 
@@ -188,6 +210,10 @@ def _of_the_same_images(run: Run, other: Run) -> bool:
 
 
 def _drift_ratio(runs: list[Run], others: list[Run]) -> str:
-    theirs = {run["seed"]: run["drift"][-1] for run in others}
-    own = [(run["drift"][-1], theirs.get(run["seed"])) for run in runs if in_turn(run)]
+    theirs = {run["seed"]: run for run in others}
+    own = [
+        (run["drift"][-1], twin["drift"][-1])
+        for run in runs
+        if in_turn(run) and (twin := theirs.get(run["seed"])) and _alike(run, twin)
+    ]
     return spread([drift / other for drift, other in own if drift is not None and other], 2)

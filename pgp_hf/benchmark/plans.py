@@ -6,6 +6,7 @@ import contextlib
 import copy
 import re
 import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,23 @@ class Plan:
                 if differ:
                     raise ValueError(f"{file} has other settings ({'; '.join(differ[:4])}): {remedy}.")
         return self.file.exists()
+
+    def check_seeds(self, runs: Iterable[Mapping[str, Any]]) -> None:
+        """Raise ValueError if finished runs of the same row and other seeds have other settings: one mean is of them all."""
+        for run in runs:
+            if run["row"] != self.name:
+                continue
+            own, theirs = without_seed(self.settings()), without_seed(run["settings"])
+            if own != theirs and (differ := differences(own, theirs, self._defaults())):
+                raise ValueError(
+                    f"row {self.name!r} has other settings with seed {run['seed']} in {self.output} ({'; '.join(differ[:4])}): "
+                    "choose another --output_dir, or name the settings in the row: ROW@field=value."
+                )
+
+
+def without_seed(settings: Settings) -> Settings:
+    """Return settings without that of a classifier which depends on the run's seed."""
+    return {part: {key: value for key, value in own.items() if key != "seed"} for part, own in settings.items()}
 
 
 def plan(

@@ -15,7 +15,7 @@ from ..report.table import markdown
 from ..runs.atomic import replacing
 from ..runs.reading import read_json
 from .columns import columns_of, equal_tasks
-from .comparison import differences, paired
+from .comparison import differences, mixed, paired
 from .figures import CLOSED, Run, figures, of_method
 from .plans import Row
 
@@ -118,12 +118,13 @@ def protocol(runs: list[Run]) -> str:
 
     source = "train_dir" if any(run["settings"]["data"].get("train_dir") for run in runs) else "dataset_name"
     tasks = _values([run for run in runs if run["num_tasks"] > 1] or runs, "num_tasks")
+    told = " ".join(filter(None, [paired(runs), mixed(runs)]))
     text = [
         f"Data: {of('settings', 'data', source, none='the embedded digits')}, {data('scenario')}{_shown(runs)}; classes: "
         f"{of('num_classes')}, tasks: {tasks}, training images a class: {data('max_train_samples_per_class')}, test "
         f"images a class: {data('max_eval_samples_per_class')}. Backbone: "
         f"{' / '.join(dict.fromkeys(map(_backbone, runs)))}, image size: "
-        f"{of('settings', 'model', 'image_size', none='its own')}. Seeds: {of('seed')}. {paired(runs)}".strip()
+        f"{of('settings', 'model', 'image_size', none='its own')}. Seeds: {of('seed')}. {told}".strip()
     ]
     if any("training" in run["settings"] for run in runs):
         text.append(

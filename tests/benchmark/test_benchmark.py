@@ -542,6 +542,11 @@ def made_up(plan: plans.Plan, seed: int, measured: bool = True, **more) -> dict:
     }  # fmt: skip
 
 
+def three(plan: plans.Plan) -> list[dict]:
+    """Made-up runs of three seeds."""
+    return [made_up(plan, seed) for seed in range(3)]
+
+
 @pytest.mark.slow
 def test_a_crash_stops_nothing_else_and_finished_runs_are_skipped(
     script, planned, local, tmp_path, monkeypatch, capsys
@@ -804,7 +809,7 @@ def test_published_runs_are_finished(script, tmp_path, monkeypatch, name):
     (tmp_path / "vit-tiny-patch16-224").mkdir()
     (tmp_path / "cifar100").mkdir()
     on_gpu = "" if name == "cifar100-vit-tiny" else " --use_cpu --bf16 --exact_images false --process_on_device"
-    parsed = {}
+    parsed, others = {}, [run for run in table.read(published) if run["seed"] == 1]
     for file in published.glob("*-seed0.json"):
         run = json.loads(file.read_text())
         arguments = run["arguments"].replace("DIR", str(tmp_path)) + on_gpu
@@ -812,7 +817,9 @@ def test_published_runs_are_finished(script, tmp_path, monkeypatch, name):
             parsed[arguments] = script.parse([*arguments.split(), "--output_dir", str(published)])
         _, model, data, training = parsed[arguments]
         training.use_cpu = not on_gpu  # the others are what a GPU changes in the defaults
-        assert plans.plan(run["row"], 0, script.ROWS, model, data, training, tmp_path).finished(), file
+        plan = plans.plan(run["row"], 0, script.ROWS, model, data, training, tmp_path)
+        assert plan.finished(), file
+        plan.check_seeds(others)  # one more seed may come
     assert parsed
 
 
@@ -889,10 +896,8 @@ def test_rows_that_are_computed_differently_are_not_compared(planned, setting):
     ],
 )
 def test_rows_of_other_streams_and_backbones_are_not_compared(planned, more, text):
-    rows = {
-        name: [made_up(planned(name), seed) for seed in range(3)] for name in ("frozen-lda", "l2p-none", "l2p-pgp")
-    }
-    rows["l2p-attention"] = [made_up(planned("l2p-attention", more=more.split()), seed) for seed in range(3)]
+    rows = {name: three(planned(name)) for name in ("frozen-lda", "l2p-none", "l2p-pgp")}
+    rows["l2p-attention"] = three(planned("l2p-attention", more=more.split()))
     found = cells(table.differences(rows), "## Paired differences")
     assert found["l2p-pgp"][0] == "l2p-none" and all("worse" in found["l2p-pgp"][each] for each in (1, 4))
     assert found["l2p-attention"] == ["", *["–"] * 5, "", *["–"] * 3]
@@ -900,7 +905,7 @@ def test_rows_of_other_streams_and_backbones_are_not_compared(planned, more, tex
 
 
 def test_a_seed_whose_images_have_changed_is_no_pair(planned):
-    rows = {name: [made_up(planned(name), seed) for seed in range(3)] for name in ("l2p-none", "l2p-pgp")}
+    rows = {name: three(planned(name)) for name in ("l2p-none", "l2p-pgp")}
     rows["l2p-none"][1]["sha256"]["stream"] = "other"
     found = cells(table.differences(rows), "## Paired differences")["l2p-pgp"]
     assert found[:2] == ["l2p-none", "-1.00 (-1.00, -1.00)"]  # its name is shorter by one
@@ -924,7 +929,7 @@ def test_surprises_have_a_control_of_their_own(planned):
     """That a stream is not known in advance is no effect of the projection, nor is the head that it begins with."""
     rows = {}
     for name in ("l2p-control", "l2p-functional", "l2p-control-surprises", "l2p-functional-surprises"):
-        rows[name] = [made_up(planned(name), seed) for seed in range(3)]
+        rows[name] = three(planned(name))
         if name.endswith("surprises"):  # whose head is drawn by itself
             for run in rows[name]:
                 run["heads"]["linear"]["accuracy_matrix"][0][0] += 1
@@ -987,6 +992,28 @@ def test_a_runs_device_is_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
     assert runs.machine(torch.device("cpu"))["machine"]["device"] == "cpu"
     assert runs.machine(torch.device("cuda", 0))["machine"]["device"] == "NVIDIA H100"
+
+
+def test_seeds_of_a_row_have_one_setting(script, folder, local, planned, monkeypatch):
+    """A mean over seeds of different settings is that of no row."""
+    monkeypatch.setattr(script.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a run was begun"))
+    command = [*local, "--output_dir", str(folder), "--work_dir", str(folder / "work"), "--seeds", "3"]
+    message = r"row 'l2p-pgp' has other settings with seed 0 in .*training.num_train_epochs is 2.0 there, 5.0 here"
+    for more in ([], ["--dry_run"]):
+        with pytest.raises(ValueError, match=message):
+            script.main([*command, "--num_train_epochs", "5", "--rows", "l2p-pgp", *more])
+    assert script.main([*command, "--rows", "l2p-pgp", "frozen-ridge", "--dry_run"]) == 0  # whose settings have a seed
+    assert "NOT of one setting" not in table.protocol(table.read(folder))
+    write_json(folder / "l2p-pgp-seed3.json", made_up(planned("l2p-pgp", 3, more=["--num_train_epochs", "5"]), 3))
+    said = "NOT of one setting each, since seeds of a row differ: l2p-pgp in training.num_train_epochs."
+    assert said in table.protocol(table.read(folder))
+
+
+def test_a_seed_that_is_computed_differently_is_no_pair(planned):
+    rows = {name: three(planned(name)) for name in ("l2p-none", "l2p-pgp")}
+    rows["l2p-none"][1]["settings"]["training"]["bf16"] = True
+    found = cells(table.differences(rows), "## Paired differences")["l2p-pgp"]
+    assert found[:2] == ["l2p-none", "-1.00 (-1.00, -1.00)"] and found[4] == "1.00 ± 0.00"
 
 
 def test_a_copy_is_not_another_seed(script, folder):
