@@ -82,9 +82,10 @@ def run(
     arguments = [token for token in given if token != TRACEBACK]
     try:
         with _for_people(traceback=arguments != given):
-            code = int(command(arguments) or 0)
-            sys.stdout.flush()
-            return code
+            try:
+                return int(command(arguments) or 0)
+            finally:
+                sys.stdout.flush()  # here, where it may find that nobody reads
     except KeyboardInterrupt as stop:
         if isinstance(stop, SystemExit) or arguments != given:  # a training says itself how to go on
             raise

@@ -14,9 +14,9 @@ _TITLES = {
     "dualprompt": "Learn a stream of tasks with DualPrompt, its general prefixes projected and not, and compare.",
     "clip": "Learn a stream of tasks with CLIP prompts, the image prompt projected and not, and compare.",
     "baseline": "Learn a stream of tasks by a method that trains the model itself, to compare prompts with.",
-    "learn": "Teach a finished run the classes of new images. None of its old images is needed. The run is left\n"
-    "as it is: --output_dir gets a run of its own, with the earlier tasks and the new one. Settings are\n"
-    "those of the run, unless options say otherwise.",
+    "learn": "Teach a finished run the classes of new images. None of its old images is needed. A new\n"
+    "--output_dir gets a run of its own, with the earlier tasks and the new one; in that of the run\n"
+    "itself, the new task is added. Settings are those of the run, unless options say otherwise.",
 }
 _USAGES = {"learn": "[CONFIG] RUN_OR_REPO --train_dir DIR --output_dir DIR [--OPTION VALUE ...]"}
 _COMMANDS = {

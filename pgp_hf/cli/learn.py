@@ -4,9 +4,10 @@
 
 `new_photos` has one subfolder for each class, named after it; new images of known
 classes may be among them. The run is a folder that a training left, one of its task
-folders, or a repository on the Hub (with --revision task-3). It is left as it is:
---output_dir gets a run of its own, with the earlier tasks and the new one. Settings of
-the training are those of the run, unless options say otherwise.
+folders, or a repository on the Hub (with --revision task-3). A new --output_dir gets a run of its
+own, with the earlier tasks and the new one; with that of the run itself, the new task is
+added there, and no finished task changes. Settings of the training are those of the run,
+unless options say otherwise.
 
 Test images are those of --test_dir, or a share of the new images. How well the run
 still knows its old classes is measured where their test images are given:

@@ -34,18 +34,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = given[1:] if given[:1] == [console.TRACEBACK] else given
     if own and own[0] in COMMANDS:
         name, prog = own[0], f"pgp-hf {own[0]}"
-        if name == "learn" and len(own) > 1 and set(own[1:]) <= {"-h", "--help"}:
-            print(helping.text(name, prog))  # before anything is imported that takes seconds
-            raise SystemExit(0)
         module = _APART.get(name, f"pgp_hf.cli.{name}")
 
         def command(rest: list[str]) -> int | None:  # imports take seconds, in which Ctrl-C is no fault either
+            if name == "learn" and rest and set(rest) <= {"-h", "--help"}:  # which needs none of them
+                print(helping.text(name, prog))
+                raise SystemExit(0)
             return importlib.import_module(module).main(rest, prog=prog)
 
         def reword(message: str) -> str:
             return getattr(sys.modules.get(module), "as_options", console.as_options)(message)
 
         return console.run(command, own[1:] + ([console.TRACEBACK] if own != given else []), reword)
+    return console.run(_overview, given)
+
+
+def _overview(argv: list[str]) -> None:
+    """Print what the commands are, or the version, or that there is no such command."""
     parser = console.Parser(
         prog="pgp-hf",
         description="Continual learning for Hugging Face vision models, without keeping old images.",
@@ -57,6 +62,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, what in COMMANDS.items():
         commands.add_parser(name, help=what)
-    parser.parse_args(given)
+    parser.parse_args(argv)
     parser.print_help()
-    return 0

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from ..push_options import PUSH, REPO_ID, add_options
-from ..report.formatting import printable
 from .console import Parser
 
 
@@ -25,11 +23,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("repo_id", help=REPO_ID)
     add_options(parser)
     args = parser.parse_args(argv)
-    from ..hub import PushError, command_line  # after the help, since these take seconds
+    from ..hub import command_line  # after the help, since this takes seconds
 
-    try:
-        command_line.upload(args)
-    except PushError as error:  # a line for each task
-        print("\n".join(map(printable, f"error: {error}".splitlines())), file=sys.stderr)
-        return 1
-    return 0
+    return command_line.run(args)

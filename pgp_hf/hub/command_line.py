@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from ..push_options import PUSH, REPO_ID, add_options
@@ -10,38 +11,32 @@ from ..report.formatting import printable
 from .push import PushError, push
 
 
-def upload(args: argparse.Namespace) -> None:
-    """Upload `args.output_dir` to `args.repo_id`.
+def run(args: argparse.Namespace) -> int:
+    """Upload `args.output_dir` to `args.repo_id`; return 0 if everything is on the Hub, 1 if tasks are missing there.
 
     Raises:
-        PushError: tasks are missing on the Hub.
         ValueError: as `push`.
     """
-    push(
-        args.output_dir,
-        args.repo_id,
-        token=args.token,
-        private=args.private,
-        base_model=args.base_model,
-        exemplars=args.exemplars,
-        license=args.license,
-        wait=args.wait,
-        say=lambda line: print(line, flush=True),
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Upload, and print what is wrong; return 0 if everything is on the Hub, 1 if not."""
     try:
-        upload(args)
-    except (PushError, ValueError) as error:
-        print("\n".join(map(printable, f"error: {error}".splitlines())), flush=True)
+        push(
+            args.output_dir,
+            args.repo_id,
+            token=args.token,
+            private=args.private,
+            base_model=args.base_model,
+            exemplars=args.exemplars,
+            license=args.license,
+            wait=args.wait,
+            say=lambda line: print(line, flush=True),
+        )
+    except PushError as error:  # a line for each task
+        _print(error)
         return 1
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `python -m pgp_hf.hub`; return 0 if everything is on the Hub, 1 if not."""
+    """Run `python -m pgp_hf.hub`; return 0 if everything is on the Hub, 1 if tasks are missing there, 2 if refused."""
     parser = argparse.ArgumentParser(
         prog="python -m pgp_hf.hub", description="Share finished tasks on the Hugging Face Hub."
     )
@@ -51,4 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("output_dir", help="the run's folder, which holds task-1, task-2, ...")
     one.add_argument("--repo_id", "--repo-id", required=True, help=REPO_ID)
     add_options(one)
-    return run(parser.parse_args(argv))
+    try:
+        return run(parser.parse_args(argv))
+    except ValueError as error:
+        _print(error)
+        return 2
+
+
+def _print(error: Exception) -> None:
+    print("\n".join(map(printable, f"error: {error}".splitlines())), file=sys.stderr, flush=True)

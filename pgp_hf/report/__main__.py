@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(*draw_run(args.run, args.tasks), sep="\n")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

@@ -163,8 +163,11 @@ def test_a_device_that_is_not_here(device, capsys):
     assert told.startswith(f"error: argument --device: {device} cannot be used here: ") and told.count("\n") == 1
 
 
-def test_a_reader_that_has_gone_is_no_error():
-    program = [sys.executable, "-m", "pgp_hf", "presets"]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=EXAMPLES.parent) as process:
+@pytest.mark.parametrize("command", ["presets", "--help", "learn --help", "train l2p --help"])
+def test_a_reader_that_has_gone_is_no_error(command):
+    program = [sys.executable, "-m", "pgp_hf", *command.split()]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(program, **pipes, cwd=EXAMPLES.parent, env=buffered) as process:
         process.stdout.close()  # before anything is written
         assert process.stderr.read() == b"" and process.wait() == 141

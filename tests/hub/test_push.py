@@ -454,20 +454,20 @@ def test_published_revisions_are_never_changed(hub, python, expected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "options, code, message",
     [
-        (["--repo_id", "me/run", "--token", READER], "The token has no write access there (403)"),
-        (["--repo_id", "me/run", "--token", STRANGER], "The token has no write access there (403)"),
-        (["--repo_id", "elsewhere/run"], "The token has no write access there (403)"),
-        (["--repo_id", "me/run/task-1"], "repo_id='me/run/task-1' is not 'name' or 'owner/name'"),
-        (["--repo_id", "me/run", "--base_model", "/models/vit"], "base_model='/models/vit' is not"),
-        (["--repo_id", "me/open", "--private"], "me/open exists and is public"),
+        (["--repo_id", "me/run", "--token", READER], 1, "The token has no write access there (403)"),
+        (["--repo_id", "me/run", "--token", STRANGER], 1, "The token has no write access there (403)"),
+        (["--repo_id", "elsewhere/run"], 1, "The token has no write access there (403)"),
+        (["--repo_id", "me/run/task-1"], 2, "repo_id='me/run/task-1' is not 'name' or 'owner/name'"),
+        (["--repo_id", "me/run", "--base_model", "/models/vit"], 2, "base_model='/models/vit' is not"),
+        (["--repo_id", "me/open", "--private"], 1, "me/open exists and is public"),
     ],
 )
-def test_refusals(hub, python, expected, options, message):
+def test_refusals(hub, python, expected, options, code, message):
     hub.repos["me/open"] = Repo("me/open", private=False)
     answer = python(PUSH, argv=[str(expected[0]), *options])
-    assert answer.value == 1 and message in answer.out
+    assert answer.value == code and message in answer.out
     assert READER not in answer.out and STRANGER not in answer.out
     assert set(hub.repos) == {"me/open"} and len(hub.repos["me/open"].commits) == 1
 
@@ -489,7 +489,7 @@ def test_private_repositories_are_closed_to_strangers(hub, python, expected):
 
 def test_a_folder_without_tasks(hub, python, tmp_path):
     answer = python(PUSH, argv=[str(tmp_path), "--repo_id", "me/run"])
-    assert answer.value == 1 and "holds no finished task" in answer.out and hub.repos == {}
+    assert answer.value == 2 and "holds no finished task" in answer.out and hub.repos == {}
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_a_copy_of_a_task_and_a_comparison_are_drawn(run, tmp_path, capsys):
     write_json(run / "comparison.json", {"L2P": read_json(run / "results.json")})
     assert draw_run(run)[-1] == run / "figures" / "comparison.png"
     assert main([str(run / "comparison.json"), "--panels", "drift", "--to", str(tmp_path / "a.png")]) == 0
-    assert (tmp_path / "a.svg").exists() and main([str(tmp_path)]) == 1
+    assert (tmp_path / "a.svg").exists() and main([str(tmp_path)]) == 2
     assert "holds no results.json" in capsys.readouterr().err
     with pytest.raises(ValueError, match="'last' or 'each'"):
         draw_run(run, "all")
@@ -154,7 +154,7 @@ def test_options_of_a_comparison_are_not_ignored(tmp_path, capsys):
         [str(tmp_path), "--rows", "x"],
         [str(tmp_path), "--panels", "rank"],
     ):
-        assert main(argv) == 1 and "--to FILE.png" in capsys.readouterr().err
+        assert main(argv) == 2 and "--to FILE.png" in capsys.readouterr().err
 
 
 def test_figures_of_an_earlier_task_leave_the_top_level_with_it(tmp_path):
