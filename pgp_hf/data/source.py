@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from .checking import check_optional_int, shorten
-from .local import is_reader, load_folder
+from .local import is_reader, load_labelled_folder
 from .rows import ImageRows
 
 EVAL_SPLITS = ("test", "validation", "valid", "val")
@@ -60,25 +60,16 @@ def load(
     chosen = {} if config is None else {"name": config}
     try:
         if local:
-            return _labelled_folder(text, load_folder(text, **chosen)), name
+            return load_labelled_folder(text, **chosen), name
         return datasets.load_dataset(text, **chosen, **({} if revision is None else {"revision": revision})), name
     except Exception as error:  # load_dataset raises a dozen unrelated types; the reason is kept
         where = "folder" if local else "no such folder exists; as a Hub id"
+        reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        reason = reason or error  # the former says that there was an error, and not which
         raise ValueError(
-            f"dataset {text!r} ({where}) could not be loaded: {type(error).__name__}: {error}. "
+            f"dataset {text!r} ({where}) could not be loaded: {type(reason).__name__}: {reason}. "
             f"Fix the path or id, or load it yourself and pass the datasets.DatasetDict"
         ) from error
-
-
-def _labelled_folder(folder: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Return the images of a folder of one class with their label, which `datasets` leaves out."""
-    any_split = next(iter(splits.values()))
-    if any_split.info.builder_name != "imagefolder" or list(any_split.features) != ["image"]:
-        return splits
-    labelled = load_folder(folder, drop_labels=False)
-    names = next(iter(labelled.values())).features["label"].names
-    flat = any(entry.is_file() for entry in os.scandir(folder))
-    return splits if set(names) & {*splits, *([Path(folder).resolve().name] if flat else [])} else labelled
 
 
 def map_style(name: str, data: Any) -> datasets.Dataset:
