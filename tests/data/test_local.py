@@ -270,6 +270,13 @@ def test_folders_of_one_name_are_not_one_class(tmp_path):
         TaskStream.empty().append(root)
 
 
+def test_what_cannot_be_read_is_told_with_its_reason(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("a,b\n1\n1,2,3,4\n")
+    with pytest.raises(ValueError, match=r"could not be loaded: ParserError: .*Expected 2 fields in line 3, saw 4"):
+        TaskStream.from_dataset(tmp_path / "data", num_tasks=1)
+
+
 def test_metadata_in_place_of_labels_is_named(tmp_path):
     root = images(tmp_path / "pets", "cat/1.png", "dog/2.png")
     (root / "metadata.csv").write_text("file_name,breed\ncat/1.png,siam\ndog/2.png,boxer\n")
