@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from .checking import check_optional_int, shorten
+from .classes import alike
 from .local import is_reader, load_labelled_folder
 from .rows import ImageRows
 
@@ -231,10 +232,12 @@ def map_labels(
     known = {names[position]: position for position in np.unique(found).tolist()}
     unknown = [position for position in np.unique(test_found).tolist() if test_names[position] not in known]
     if unknown:
+        pairs = (alike(test_names[position], name) for position in unknown for name in known)
+        hint = next((f" ({pair})" for pair in pairs if pair), "")
         raise ValueError(
             f"{len(unknown)} labels are in the test split but not in train: "
-            f"{shorten((test_names if named else test_values)[position] for position in unknown)}; remove those rows from "
-            f"the test split, or add training images of these classes"
+            f"{shorten((test_names if named else test_values)[position] for position in unknown)}{hint}; remove those rows "
+            f"from the test split, or add training images of these classes"
         )
     ids = np.array([known.get(name, -1) for name in test_names])
     return found, ids[test_found], names, values
