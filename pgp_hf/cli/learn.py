@@ -182,9 +182,21 @@ class LearnArguments:
 
 
 def _named_labels(given: Sequence[str] | None) -> Sequence[str] | dict[int, str] | None:
-    """Return names of classes, by label where each is given as "3=cat"."""
-    pairs = [re.fullmatch(r"(-?\d+)=(.+)", one) for one in given or ()]
-    return {int(pair[1]): pair[2] for pair in pairs if pair} if given and all(pairs) else given
+    """Return names of classes, by label where each is given as "3=cat".
+
+    Raises:
+        ValueError: names with and without a label, or several for one label.
+    """
+    pairs = [pair for one in given or () if (pair := re.fullmatch(r"(-?\d+)=(.+)", one))]
+    if not given or not pairs:
+        return given
+    named = {int(pair[1]): pair[2] for pair in pairs}
+    if len(named) < len(given):
+        raise ValueError(
+            f"--class_names {shlex.join(given)}: expected a name for each label 0, 1, ..., or all of them as LABEL=NAME, each "
+            "label once."
+        )
+    return named
 
 
 class Command(NamedTuple):

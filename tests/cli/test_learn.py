@@ -117,6 +117,16 @@ def test_integer_labels_are_named(teach, tmp_path):
     assert code == 0 and "new    task 4: cat, dog" in out, err
 
 
+@pytest.mark.parametrize("given", [["3=cat", "dog"], ["dog", "3=cat"], ["3=cat", "3=dog"]])
+def test_names_for_some_labels_or_several_for_one_are_refused(given):
+    with pytest.raises(
+        ValueError, match="expected a name for each label .*, or all of them as LABEL=NAME, each label once"
+    ):
+        learn._named_labels(given)
+    assert learn._named_labels(["3=cat", "-1=a=b"]) == {3: "cat", -1: "a=b"}
+    assert learn._named_labels(["cat", "do=g"]) == ["cat", "do=g"] and learn._named_labels(None) is None
+
+
 def test_names_that_differ_only_in_case(photos, teach, tmp_path):
     shutil.copytree(photos / "one" / "owl", tmp_path / "photos" / "Class 1")
     with pytest.warns(UserWarning, match=r"'Class 1' differs from 'class 1' only in case or blanks"):
