@@ -88,10 +88,15 @@ class Division:
         return [tuple(part.tolist()) for part in parts], list(range(len(names)))
 
 
+def drawn_order(seed: int, num_classes: int) -> list[int]:
+    """Return the label ids 0..C-1 in the order that a seed draws."""
+    return np.random.default_rng(seed).permutation(num_classes).tolist()
+
+
 def _class_order(given: Sequence[int] | None, seed: int | None, num_classes: int) -> Sequence[int]:
     """Return the label ids in stream order: as given, drawn with `seed`, or in label order when `seed` is None."""
     if given is None:
-        return range(num_classes) if seed is None else np.random.default_rng(seed).permutation(num_classes).tolist()
+        return range(num_classes) if seed is None else drawn_order(seed, num_classes)
     if not isinstance(given, Sequence | np.ndarray):
         raise TypeError(f"class_order must be a list of label ids, got {given!r} ({type(given).__name__})")
     order = [check_int("an element of class_order", label, 0, num_classes - 1) for label in given]
