@@ -291,6 +291,15 @@ def test_protocol_is_stated():
     assert validation in render(inputs).text
 
 
+def test_metadata_say_what_was_tested_on():
+    inputs, found = make_inputs(), []
+    for settings in ({}, {"train_val_split": 0.25}, {"shift": "renderings", "renderings": ["grey"] * 3}):
+        card = render({**inputs, "manifest": inputs["manifest"] | settings})
+        found.append(model_index_to_eval_results(card.data.to_dict()["model-index"])[1][0])
+    assert [one.dataset_split for one in found] == ["test", "validation", "test"]
+    assert [one.dataset_args.get("shift") for one in found] == [None, None, "renderings"]
+
+
 def test_the_limits_of_the_size_check_are_stated():
     inputs = make_inputs()
     said = "cannot notice another mean or standard deviation"
