@@ -81,11 +81,13 @@ def map_style(name: str, data: Any) -> datasets.Dataset:
             f"load it without streaming=True, or materialise it: "
             f"datasets.Dataset.from_list(list(it), features=it.features)"
         )
-    if not isinstance(data, datasets.Dataset):
+    if isinstance(data, datasets.DatasetDict):
         raise TypeError(
-            f"{name} must be a datasets.Dataset or datasets.DatasetDict (or for `dataset` a folder or Hub id), "
-            f"got {type(data).__name__}"
+            f"{name} is a datasets.DatasetDict with the splits {shorten(data)}: pass one of them, as {name}=ds['...']"
         )
+    if not isinstance(data, datasets.Dataset):
+        more = ", a datasets.DatasetDict, a folder or a Hub id" if name == "dataset" else ""
+        raise TypeError(f"{name} must be a datasets.Dataset{more}, got {type(data).__name__}")
     return data
 
 
