@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Container
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
@@ -203,6 +204,10 @@ class DataArguments:
                 "one subfolder per class that holds its images itself, FOLDER/CLASS/IMAGE, and at least two classes. Move "
                 "images that are nested deeper, as in Tiny ImageNet's archive, up into the folder of their class."
             )
+        root = Path(train_dir).resolve()
+        named = root.parent if root.name.lower() in ("train", "training") else root
+        for data in splits.values():
+            data.info.dataset_name = named.name  # and not that of the reader
         return splits
 
     def _named(self, name: str) -> datasets.DatasetDict:

@@ -234,7 +234,7 @@ def test_test_images_of_a_class_called_train_are_not_trained_on(tmp_path):
         TaskStream.from_dataset(root, num_tasks=1)
     folders = {"train_dir": str(root / "train"), "validation_dir": str(root / "test")}
     stream = DataArguments(**folders, num_tasks=1).load(0)  # as the message says
-    assert stream.label_names == ["apple", "train"]
+    assert stream.label_names == ["apple", "train"] and stream.manifest()["dataset"]["name"] == "cifar"
     assert (stream.train(0).labels.tolist(), stream.test(0).labels.tolist()) == ([0, 1], [0, 1])
 
 
