@@ -331,11 +331,11 @@ def report(trainer: StreamTrainer, known: int) -> str:
     ]
     if not all(trainer.stream.has_test(t) for t in range(tasks)):
         lines += ["Not measured: tasks whose test images are not here (--known_test_dir, --known_test_dataset).", ""]
-    quoted = shlex.quote(str(folder))
+    quoted, drawn = shlex.quote(str(folder)), "" if trainer.args.figures == "none" else ", figures/"
     return "\n".join(
         [
             *lines,
-            f"Written to {folder}: the model after task {tasks}, results.json, README.md (model card), figures/;",
+            f"Written to {folder}: the model after task {tasks}, results.json, README.md (model card){drawn};",
             f"  task-1 ... task-{tasks}: the same after each task. Next:",
             f"  pgp-hf predict {quoted} photo.jpg",
             f"  pgp-hf learn {quoted} --train_dir newer_photos --output_dir {quoted}_more",
