@@ -126,7 +126,7 @@ def _splits(files: Mapping[str, Sequence[str]]) -> dict[str, str]:
     found: dict[str, str] = {}
     for split in (name for name in _BY_NAME if name in files):
         for file in map(os.path.normpath, dict.fromkeys(files[split])):
-            if file in found:
+            if file in found and not _is_metadata(file):  # which may describe the images of several
                 raise ValueError(
                     f"{file} would be in the splits {found[file]!r} and {split!r}, since its path has words for both: rename "
                     "one folder, or name the folder of each split: on the command line by --train_dir and --validation_dir, "
