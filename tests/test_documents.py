@@ -81,6 +81,12 @@ def test_the_test_command_is_the_readmes():
     assert BLOCKS[0].strip() in read("README.md").splitlines()
 
 
+def test_sections_that_are_named_exist():
+    named = re.findall(r'"([^"]+)"\s+in\s+`([\w/]+\.md)`', CONTRIBUTING)
+    assert named and not [(title, page) for title, page in named if f"\n## {title}\n" not in read(page)]
+    assert "README's" not in CONTRIBUTING.replace("The README's command", "")
+
+
 @pytest.mark.parametrize("name", IDENTIFIERS)
 def test_names_are_those_of_the_code(name):
     if f'"{name.replace("_", "-")}' in read("pyproject.toml"):  # a dependency

@@ -6,13 +6,14 @@ import argparse
 import os
 from collections.abc import Container
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
 
 from .. import embedded
 from ..data import source as source_data
-from ..data.local import load_image_folders
+from ..data.local import find_metadata, load_image_folders
 from ..data.stream import TaskStream
 from ..projection import CONDITIONS, ProjectionConfig
 from ..projection.config import APPLY_TO, PROBE_SPACES
@@ -193,11 +194,20 @@ class DataArguments:
                 raise ValueError(f"{option} {folder} is not a folder here: expected one with a subfolder per class.")
         splits = load_image_folders(folders)
         if self.label_column_name is None and "label" not in splits["train"].features:
+            if file := find_metadata(folders.values()):
+                raise ValueError(
+                    f"{file} takes the place of the folders' names as labels: name the column of the labels by "
+                    "--label_column_name, or move the file elsewhere."
+                )
             raise ValueError(
                 f"the images in {' and '.join(folders.values())} have no labels: expected "
                 "one subfolder per class that holds its images itself, FOLDER/CLASS/IMAGE, and at least two classes. Move "
                 "images that are nested deeper, as in Tiny ImageNet's archive, up into the folder of their class."
             )
+        root = Path(train_dir).resolve()
+        named = root.parent if root.name.lower() in ("train", "training") else root
+        for data in splits.values():
+            data.info.dataset_name = named.name  # and not that of the reader
         return splits
 
     def _named(self, name: str) -> datasets.DatasetDict:

@@ -109,6 +109,11 @@ def _tokens(file: str, name: str, value: Any) -> list[str]:
     if isinstance(value, list):
         if not value or not all(isinstance(each, str | int | float) for each in value):
             raise ValueError(f"{file}: {name} is {value!r}: expected one or more numbers or texts, or null.")
+        if any(isinstance(each, bool) for each in value):  # a class called "no" would be called "false"
+            raise ValueError(
+                f"{file}: {name} is {value!r}: expected numbers or texts; write yes, no, on and off in quotes, since YAML "
+                "takes them for true and false."
+            )
         return [f"--{name}", *map(_text, value)]
     return [f"--{name}={_text(value)}"]
 

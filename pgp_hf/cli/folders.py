@@ -41,11 +41,15 @@ def _in_subfolders(folder: str, option: str) -> list[Path]:
         raise ValueError(f"{option} {folder} is not a folder here: {layout}.")
     check_links(root)
     inside = [file.relative_to(root) for file in image_files(root)]
-    found = sorted(str(file) for file in inside if not any(part.startswith((".", "__")) for part in file.parts))
+    found = sorted(str(file) for file in inside if not any(part.startswith(".") for part in file.parts))
     if not found:
         raise ValueError(f"{option} {folder} holds no images: {layout}.")
     for file in map(Path, found):
         check_utf8(root / file)
         if len(file.parts) != 2:
             raise ValueError(f"{option}: {root / file} is not in the subfolder of a class: {layout}.")
+        if file.parts[0].startswith("__"):  # which a training does not read
+            raise ValueError(
+                f"{option}: {root / file.parts[0]} cannot be a class, since its name begins with '__': rename it."
+            )
     return [root / file for file in found]

@@ -132,7 +132,7 @@ _GROUPS = {
     "learn": ("new images", "the run", "training"),
 }
 BASELINES = {  # in one line: --help_all has their full titles
-    "fine_tuning": "sequential fine-tuning, a lower bound",
+    "fine_tuning": "sequential training, a lower bound",
     "joint": "all tasks at once, an upper bound",
     "ewc": "elastic weight consolidation",
     "lwf": "learning without forgetting",

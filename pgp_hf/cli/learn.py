@@ -183,9 +183,21 @@ class LearnArguments:
 
 
 def _named_labels(given: Sequence[str] | None) -> Sequence[str] | dict[int, str] | None:
-    """Return names of classes, by label where each is given as "3=cat"."""
-    pairs = [re.fullmatch(r"(-?\d+)=(.+)", one) for one in given or ()]
-    return {int(pair[1]): pair[2] for pair in pairs if pair} if given and all(pairs) else given
+    """Return names of classes, by label where each is given as "3=cat".
+
+    Raises:
+        ValueError: names with and without a label, or several for one label.
+    """
+    pairs = [pair for one in given or () if (pair := re.fullmatch(r"(-?\d+)=(.+)", one))]
+    if not given or not pairs:
+        return given
+    named = {int(pair[1]): pair[2] for pair in pairs}
+    if len(named) < len(given):
+        raise ValueError(
+            f"--class_names {shlex.join(given)}: expected a name for each label 0, 1, ..., or all of them as LABEL=NAME, each "
+            "label once."
+        )
+    return named
 
 
 class Command(NamedTuple):
@@ -320,11 +332,11 @@ def report(trainer: StreamTrainer, known: int) -> str:
     ]
     if not all(trainer.stream.has_test(t) for t in range(tasks)):
         lines += ["Not measured: tasks whose test images are not here (--known_test_dir, --known_test_dataset).", ""]
-    quoted = shlex.quote(str(folder))
+    quoted, drawn = shlex.quote(str(folder)), "" if trainer.args.figures == "none" else ", figures/"
     return "\n".join(
         [
             *lines,
-            f"Written to {folder}: the model after task {tasks}, results.json, README.md (model card), figures/;",
+            f"Written to {folder}: the model after task {tasks}, results.json, README.md (model card){drawn};",
             f"  task-1 ... task-{tasks}: the same after each task. Next:",
             f"  pgp-hf predict {quoted} photo.jpg",
             f"  pgp-hf learn {quoted} --train_dir newer_photos --output_dir {quoted}_more",

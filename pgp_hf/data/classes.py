@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -87,10 +88,15 @@ class Division:
         return [tuple(part.tolist()) for part in parts], list(range(len(names)))
 
 
+def drawn_order(seed: int, num_classes: int) -> list[int]:
+    """Return the label ids 0..C-1 in the order that a seed draws."""
+    return np.random.default_rng(seed).permutation(num_classes).tolist()
+
+
 def _class_order(given: Sequence[int] | None, seed: int | None, num_classes: int) -> Sequence[int]:
     """Return the label ids in stream order: as given, drawn with `seed`, or in label order when `seed` is None."""
     if given is None:
-        return range(num_classes) if seed is None else np.random.default_rng(seed).permutation(num_classes).tolist()
+        return range(num_classes) if seed is None else drawn_order(seed, num_classes)
     if not isinstance(given, Sequence | np.ndarray):
         raise TypeError(f"class_order must be a list of label ids, got {given!r} ({type(given).__name__})")
     order = [check_int("an element of class_order", label, 0, num_classes - 1) for label in given]
@@ -192,7 +198,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def warn_of_similar(names: Sequence[str], new: Sequence[str]) -> None:
-    """Warn of new class names that differ from another, known or new, only in case or blanks."""
+    """Warn of new class names that look like another, known or new: see [`alike`]."""
     known: dict[str, str] = {}
     for name in names:
         known.setdefault(_plain(name), name)
@@ -200,12 +206,25 @@ def warn_of_similar(names: Sequence[str], new: Sequence[str]) -> None:
         other = known.setdefault(_plain(name), name)
         if other != name:
             warnings.warn(
-                f"the new class {name!r} differs from {other!r} only in case or blanks, and is another class: if it is "
-                f"the same, name it {other!r} by label_names",
+                f"the new class {alike(name, other)}, and is another class: if it is the same, name it {other!r} by "
+                "label_names",
                 UserWarning,
                 stacklevel=3,
             )
 
 
+def alike(name: str, other: str) -> str | None:
+    """Return how two names differ if they differ only in case, blanks, or Unicode form as "é" may; None otherwise."""
+    if name == other or _plain(name) != _plain(other):
+        return None
+    if _composed(name) == _composed(other):
+        return f"{name!a} differs from {other!a} only in the Unicode form of its letters"
+    return f"{name!r} differs from {other!r} only in case or blanks"
+
+
 def _plain(name: str) -> str:
-    return "".join(name.split()).casefold()
+    return _composed("".join(name.split()).casefold())
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)

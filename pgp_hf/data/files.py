@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,11 @@ def check_utf8(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"the path {os.fspath(path)!a} is not UTF-8, as it must be here: choose another.") from error
 
 
+def is_image(name: str) -> bool:
+    """Return whether a file is an image, by its ending."""
+    return os.path.splitext(name)[1].lower() in _endings()
+
+
 def holds_images(folder: str | os.PathLike[str]) -> bool:
     """Return whether there is an image file in a folder or its subfolders."""
     return next(_found(folder), None) is not None
@@ -40,5 +46,10 @@ def check_links(folder: str | os.PathLike[str]) -> None:
 
 
 def _found(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    endings = _endings()
     return (file for file in Path(folder).rglob("*") if file.suffix.lower() in endings and file.is_file())
+
+
+@functools.cache
+def _endings() -> frozenset[str]:
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)

@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from .checking import check_optional_int, shorten
-from .local import is_reader, load_folder
+from .classes import alike
+from .local import is_reader, load_labelled_folder
 from .rows import ImageRows
 
 EVAL_SPLITS = ("test", "validation", "valid", "val")
@@ -60,25 +61,16 @@ def load(
     chosen = {} if config is None else {"name": config}
     try:
         if local:
-            return _labelled_folder(text, load_folder(text, **chosen)), name
+            return load_labelled_folder(text, **chosen), name
         return datasets.load_dataset(text, **chosen, **({} if revision is None else {"revision": revision})), name
     except Exception as error:  # load_dataset raises a dozen unrelated types; the reason is kept
         where = "folder" if local else "no such folder exists; as a Hub id"
+        reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        reason = reason or error  # the former says that there was an error, and not which
         raise ValueError(
-            f"dataset {text!r} ({where}) could not be loaded: {type(error).__name__}: {error}. "
+            f"dataset {text!r} ({where}) could not be loaded: {type(reason).__name__}: {reason}. "
             f"Fix the path or id, or load it yourself and pass the datasets.DatasetDict"
         ) from error
-
-
-def _labelled_folder(folder: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Return the images of a folder of one class with their label, which `datasets` leaves out."""
-    any_split = next(iter(splits.values()))
-    if any_split.info.builder_name != "imagefolder" or list(any_split.features) != ["image"]:
-        return splits
-    labelled = load_folder(folder, drop_labels=False)
-    names = next(iter(labelled.values())).features["label"].names
-    flat = any(entry.is_file() for entry in os.scandir(folder))
-    return splits if set(names) & {*splits, *([Path(folder).resolve().name] if flat else [])} else labelled
 
 
 def map_style(name: str, data: Any) -> datasets.Dataset:
@@ -89,11 +81,13 @@ def map_style(name: str, data: Any) -> datasets.Dataset:
             f"load it without streaming=True, or materialise it: "
             f"datasets.Dataset.from_list(list(it), features=it.features)"
         )
-    if not isinstance(data, datasets.Dataset):
+    if isinstance(data, datasets.DatasetDict):
         raise TypeError(
-            f"{name} must be a datasets.Dataset or datasets.DatasetDict (or for `dataset` a folder or Hub id), "
-            f"got {type(data).__name__}"
+            f"{name} is a datasets.DatasetDict with the splits {shorten(data)}: pass one of them, as {name}=ds['...']"
         )
+    if not isinstance(data, datasets.Dataset):
+        more = ", a datasets.DatasetDict, a folder or a Hub id" if name == "dataset" else ""
+        raise TypeError(f"{name} must be a datasets.Dataset{more}, got {type(data).__name__}")
     return data
 
 
@@ -240,10 +234,12 @@ def map_labels(
     known = {names[position]: position for position in np.unique(found).tolist()}
     unknown = [position for position in np.unique(test_found).tolist() if test_names[position] not in known]
     if unknown:
+        pairs = (alike(test_names[position], name) for position in unknown for name in known)
+        hint = next((f" ({pair})" for pair in pairs if pair), "")
         raise ValueError(
             f"{len(unknown)} labels are in the test split but not in train: "
-            f"{shorten((test_names if named else test_values)[position] for position in unknown)}; remove those rows from "
-            f"the test split, or add training images of these classes"
+            f"{shorten((test_names if named else test_values)[position] for position in unknown)}{hint}; remove those rows "
+            f"from the test split, or add training images of these classes"
         )
     ids = np.array([known.get(name, -1) for name in test_names])
     return found, ids[test_found], names, values

@@ -264,7 +264,7 @@ def _metadata(run: _Run, name: str, license: str | None) -> ModelCardData:
         datasets=[name for name in run.datasets if is_owned(name)] or None,
         metrics=["accuracy"],
         model_name=name,
-        eval_results=eval_results(run.results, run.datasets, run.trained),
+        eval_results=eval_results(run.results, run.manifest, run.datasets, run.trained),
     )
 
 

@@ -85,11 +85,13 @@ def task_rows(
     return rows
 
 
-def eval_results(results: Mapping[str, Any], datasets: Sequence[str], trained: int) -> list[EvalResult] | None:
+def eval_results(
+    results: Mapping[str, Any], manifest: Mapping[str, Any], datasets: Sequence[str], trained: int
+) -> list[EvalResult] | None:
     """Return average accuracy and forgetting, where known, in the form that the Hub's leaderboards read.
 
     Args:
-        results: content of `results.json`.
+        results, manifest: content of `results.json` and `stream.json`.
         datasets: names of those that the tasks are from; a path is named by its last part.
         trained: number of finished tasks.
     """
@@ -97,6 +99,7 @@ def eval_results(results: Mapping[str, Any], datasets: Sequence[str], trained: i
     names = list(map(public_name, datasets)) or ["unnamed dataset"]
     public = names[0] if len(names) == 1 else " and ".join(name.split("/")[-1] for name in names)
     so_far = f", after task {trained}" if trained < num_tasks else ""
+    shift = {"shift": manifest["shift"]} if manifest.get("shift") else {}
     conditions = {"after_task": trained, "head": results.get("head"), "eval_mask": results.get("eval_mask")}
     found = [
         EvalResult(
@@ -104,8 +107,8 @@ def eval_results(results: Mapping[str, Any], datasets: Sequence[str], trained: i
             task_name="Image classification",
             dataset_type=datasets[0] if len(datasets) == 1 and is_owned(datasets[0]) else "other",  # an id on the Hub
             dataset_name=f"Split {public.split('/')[-1]} ({num_tasks} tasks, {scenario.replace('_', '-')}{so_far})",
-            dataset_split="test",
-            dataset_args={"scenario": scenario, "num_tasks": num_tasks, "seed": results.get("seed")},
+            dataset_split="validation" if manifest.get("train_val_split") else "test",
+            dataset_args={"scenario": scenario, "num_tasks": num_tasks, **shift, "seed": results.get("seed")},
             metric_type=kind,
             metric_name=_SUMMARY[key],
             metric_value=round(float(results[key]), 2),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Resampling
 
+from ..data.classes import drawn_order
 from ..data.scenarios import Scenario
 from ..runs.checks import origin_on_hub
 from .formatting import MISSING, as_number, as_text, is_number
@@ -105,8 +106,11 @@ def describe_class_order(manifest: Mapping[str, Any]) -> str:
     order = [label for label in order if label not in later]
     if arrived and not order:
         return "as the tasks arrived"
-    drawn = "given" if seed is None else f"drawn with stream seed {seed}"
-    first = "label order" if order and order == sorted(order) else drawn
+    first = "label order" if order and order == sorted(order) else "given"
+    if first == "given" and isinstance(seed, int):  # which a stream has in any case, since it draws images too
+        count = len(manifest.get("label_values") or order)
+        if order == drawn_order(seed, count)[: len(order)]:
+            first = f"drawn with stream seed {seed}"
     return f"{first}, then as the tasks arrived" if arrived else first
 
 

@@ -48,20 +48,19 @@ def frozen_wins(rows: Mapping[str, Row], embedded: bool) -> str | None:
     """Say why classifiers on frozen features are above all runs that were trained; None if they are not.
 
     Args:
-        rows: results by the name of the row; runs that were trained have a "method".
+        rows: results by the name of the row; runs that were trained have a "method", and features of a backbone with
+            random weights, a lower bound, have names that begin with "random".
         embedded: whether images and backbone are those of this package.
     """
-    trained, frozen = (
-        {name: row["average_accuracy"] for name, row in rows.items() if ("method" in row) is wanted}
-        for wanted in (True, False)
-    )
-    known = [value for value in trained.values() if is_number(value)]
+    accuracies = {name: row["average_accuracy"] for name, row in rows.items()}
+    known = [accuracies[name] for name, row in rows.items() if "method" in row and is_number(accuracies[name])]
+    frozen = [name for name, row in rows.items() if "method" not in row and not name.startswith("random, ")]
     if not known or not frozen:
         return None
-    best = max(frozen, key=lambda name: frozen[name])
-    if frozen[best] <= max(known):
+    best = max(frozen, key=lambda name: accuracies[name])
+    if accuracies[best] <= max(known):
         return None
-    wins = f"{best} wins here ({frozen[best]:.2f} %)"
+    wins = f"{best} wins here ({accuracies[best]:.2f} %)"
     if not embedded:
         linear = all(row.get("head") == "linear" for row in rows.values() if "method" in row)
         hint = " A head of class statistics often does better: --head statistics." if linear else ""

@@ -100,6 +100,7 @@ def test_a_file_may_name_the_run_that_learns_on(file):
         ("- num_tasks\n", "config.yaml holds no options: expected lines such as"),
         ("seed: [1\n", "config.yaml cannot be read"),
         ("image_mean: []\n", r"config.yaml: image_mean is \[\]: expected one or more numbers or texts, or null"),
+        ("report_to: [no]\n", r"config.yaml: report_to is \[False\]: .* write yes, no, on and off in quotes"),
         ("num_tasks: 3\nincrement: 2\n", "mutually exclusive"),
         ("num_tasks: null\n", "num_tasks"),
     ],

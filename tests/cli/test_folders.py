@@ -68,6 +68,9 @@ def test_layouts_that_are_refused(photos, tmp_path):
     refused(tmp_path / "empty", r"--test_dir .*empty holds no images: expected")
     shutil.copytree(photos / "a", photos / "B" / "deep")
     refused(photos, r"B/deep/1-2\.png is not in the subfolder of a class")
+    (photos / "B" / "deep").rename(tmp_path / "deep")
+    shutil.copytree(photos / "a", photos / "__none__")
+    refused(photos, r"photos/__none__ cannot be a class, since its name begins with '__': rename it")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names of files are Unicode")

@@ -97,8 +97,9 @@ def test_known_classes_may_come_again_and_nothing_may_be_new(photos, teach):
 
 
 def test_a_revision_and_a_finished_run_that_is_resumed(photos, teach, tmp_path):
-    given = ("--train_dir", photos / "train", "--revision", "task-2")
+    given = ("--train_dir", photos / "train", "--revision", "task-2", "--figures", "none")
     code, out, err = teach(*given)
+    assert "README.md (model card);" in out
     assert code == 0 and "task-2, knows 4 classes" in out and "new    task 3: cat, dog" in out, err
     assert not (tmp_path / "out" / "task-4").exists()
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.safetensors")}
@@ -115,6 +116,17 @@ def test_integer_labels_are_named(teach, tmp_path):
     assert code == 2 and "by --class_names" in err and not list((tmp_path / "out").glob("*"))
     code, out, err = teach("--dataset_name", tmp_path / "data", "--class_names", "1=dog", "0=cat")
     assert code == 0 and "new    task 4: cat, dog" in out, err
+    assert "README.md (model card), figures/;" in out
+
+
+@pytest.mark.parametrize("given", [["3=cat", "dog"], ["dog", "3=cat"], ["3=cat", "3=dog"]])
+def test_names_for_some_labels_or_several_for_one_are_refused(given):
+    with pytest.raises(
+        ValueError, match="expected a name for each label .*, or all of them as LABEL=NAME, each label once"
+    ):
+        learn._named_labels(given)
+    assert learn._named_labels(["3=cat", "-1=a=b"]) == {3: "cat", -1: "a=b"}
+    assert learn._named_labels(["cat", "do=g"]) == ["cat", "do=g"] and learn._named_labels(None) is None
 
 
 def test_names_that_differ_only_in_case(photos, teach, tmp_path):

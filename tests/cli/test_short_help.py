@@ -38,6 +38,7 @@ def test_short_help_has_all_own_options_and_fits(name, capsys):
     text = shown(name, capsys, "--help")
     lines = text.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 100
+    assert not re.search(r"bound\w", text)  # where two columns met
     own = {field.name for kind in KINDS[name] for field in dataclasses.fields(kind) if field.init}
     own |= set(PGPTrainingArguments.__annotations__) - HIDDEN
     own -= set() if name == "baseline" else {"head_learning_rate"}  # of a model without prompts

@@ -52,6 +52,19 @@ def test_each_test_image_keeps_its_name():
     assert named == [NAMES[label] for label in TEST["label"]]
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "told"),
+    [
+        ("caf\u00e9", "cafe\u0301", r"'cafe\\u0301' differs from 'caf\\xe9' only in the Unicode form of its letters"),
+        ("Owl", "owl", "'owl' differs from 'Owl' only in case or blanks"),
+    ],
+)
+def test_a_class_that_is_called_almost_the_same_in_the_test_split(train, test, told):
+    one, other = (make([0] * 4).cast_column("label", datasets.ClassLabel(names=[name])) for name in (train, test))
+    with pytest.raises(ValueError, match=rf"1 labels are in the test split but not in train: .* \({told}\); remove"):
+        TaskStream.from_dataset(one, test_dataset=other, num_tasks=1)
+
+
 def test_a_test_split_may_name_fewer_classes():
     few = ordered(TEST.filter(lambda label: NAMES[label] in "bee fox", input_columns="label"), ["fox", "bee"])
     stream = TaskStream.from_dataset(TRAIN, test_dataset=few, tasks=[NAMES])

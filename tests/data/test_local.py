@@ -218,6 +218,74 @@ def test_a_class_that_is_a_link_is_not_left_out_without_a_word(tmp_path):
             call()
 
 
+def images(root: Path, *names: str) -> Path:
+    """A folder with images of these names."""
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(pixel(i))
+    return root
+
+
+def test_test_images_of_a_class_called_train_are_not_trained_on(tmp_path):
+    root = images(tmp_path / "cifar", "train/apple/1.png", "train/train/2.png", "test/apple/3.png", "test/train/4.png")
+    with pytest.raises(
+        ValueError, match=r"test/train/4\.png would be in the splits 'train' and 'test', .*--train_dir"
+    ):
+        TaskStream.from_dataset(root, num_tasks=1)
+    folders = {"train_dir": str(root / "train"), "validation_dir": str(root / "test")}
+    stream = DataArguments(**folders, num_tasks=1).load(0)  # as the message says
+    assert stream.label_names == ["apple", "train"] and stream.manifest()["dataset"]["name"] == "cifar"
+    assert (stream.train(0).labels.tolist(), stream.test(0).labels.tolist()) == ([0, 1], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("train/3.png", r"bus/2\.png would be left out: the path of .*train/3\.png has a word for the split 'train'"),
+        ("__none__/3.png", r"3\.png would be left out: .*names begin with '__', such as '__none__'; rename it"),
+        ("car/3.QOI", r"3\.QOI would be left out: datasets does not read \.qoi files; convert it, or remove it"),
+        ("new\nline/3.png", r"new\\nline/3\.png' would be left out: .*rename it"),
+    ],
+)
+def test_no_image_is_left_out_without_a_word(name, reason, tmp_path):
+    root = images(tmp_path / "photos", "car/1.png", "bus/2.png", name)
+    with pytest.raises(ValueError, match=reason):
+        TaskStream.from_dataset(root, num_tasks=1)
+
+
+def test_what_lies_elsewhere_or_is_hidden_may_be_left_out(tmp_path):
+    hidden = ("._1.png", "__MACOSX/._1.png", ".ipynb_checkpoints/1.png")
+    root = images(tmp_path / "data", *(f"{split}/{name}/1.png" for split in ("train", "test") for name in NAMES))
+    images(root, *(f"train/{NAMES[0]}/{name}" for name in hidden), "extra/1.png", "more/ant/1.png", "preview.png")
+    (root / "train" / NAMES[0] / "broken.png").symlink_to("nowhere")
+    stream = TaskStream.from_dataset(root, num_tasks=1)
+    assert (len(stream.train(0)), len(stream.test(0))) == (len(NAMES), len(NAMES))
+
+
+def test_folders_of_one_name_are_not_one_class(tmp_path):
+    root = images(tmp_path / "tiny", *(f"{name}/images/{i}.png" for name in ("cat", "dog") for i in range(2)))
+    with pytest.raises(
+        ValueError, match=r"cat/images and .*dog/images would be one class, 'images': expected one sub"
+    ):
+        TaskStream.empty().append(root)
+
+
+def test_what_cannot_be_read_is_told_with_its_reason(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("a,b\n1\n1,2,3,4\n")
+    with pytest.raises(ValueError, match=r"could not be loaded: ParserError: .*Expected 2 fields in line 3, saw 4"):
+        TaskStream.from_dataset(tmp_path / "data", num_tasks=1)
+
+
+def test_metadata_in_place_of_labels_is_named(tmp_path):
+    root = images(tmp_path / "pets", "cat/1.png", "dog/2.png")
+    (root / "metadata.csv").write_text("file_name,breed\ncat/1.png,siam\ndog/2.png,boxer\n")
+    with pytest.raises(ValueError, match=r"pets/metadata\.csv takes the place of the folders' names as labels: name"):
+        DataArguments(train_dir=str(root), num_tasks=1).load(0)
+    found = DataArguments(train_dir=str(root), label_column_name="breed", num_tasks=1)  # as the message says
+    assert found.source()["train"].unique("breed") == ["siam", "boxer"]
+
+
 @pytest.mark.parametrize("option", ["train_dir", "validation_dir"])
 def test_a_pattern_is_not_a_folder(option, tmp_path):
     write(tmp_path / "data1", "splits", first=0)

@@ -411,7 +411,12 @@ def test_label_outside_its_class_label():
         ({"train_val_split": 1.5}, ValueError, "train_val_split.*got 1.5"),
         ({"test_split": "dev"}, ValueError, r"test_split='dev'.*\['test'\]"),
         ({"test_split": "train"}, ValueError, r"test_split='train'.*\['test'\]"),
-        ({"test_dataset": 5}, TypeError, "test_dataset must be a datasets.Dataset.*got int"),
+        ({"test_dataset": 5}, TypeError, "test_dataset must be a datasets.Dataset, got int"),
+        (
+            {"test_dataset": datasets.DatasetDict(eval=datasets.Dataset.from_dict({"a": [1]}))},
+            TypeError,
+            r"test_dataset is a datasets.DatasetDict with the splits \['eval'\]: pass one of them, as test_dataset=ds\[",
+        ),
     ],
 )
 def test_bad_arguments(splits, arguments, error, message):

@@ -10,7 +10,9 @@ import json
 import re
 from dataclasses import asdict
 
+import numpy as np
 import pytest
+import tiny
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
@@ -19,11 +21,12 @@ from PIL import Image
 
 from pgp_hf import metrics
 from pgp_hf.data.scenarios import SCENARIOS, Scenario
+from pgp_hf.data.stream import TaskStream
 from pgp_hf.methods import create
 from pgp_hf.report import card as model_card
 from pgp_hf.report import figures as plots
 from pgp_hf.report.learning import describe_learning
-from pgp_hf.report.sentences import describe_head
+from pgp_hf.report.sentences import describe_class_order, describe_head
 from pgp_hf.tuners.base.card import AdapterCard
 from pgp_hf.tuners.base.config import PromptConfig
 
@@ -57,7 +60,7 @@ def make_inputs(matrix=MATRIX, num_tasks: int = 3) -> dict:
             "num_tasks": num_tasks,
             "num_classes": 2 * num_tasks,
             "seed": 3,
-            "class_order": list(range(2 * num_tasks))[::-1],
+            "class_order": np.random.default_rng(3).permutation(2 * num_tasks).tolist(),
             "label_names": [f"name {c}" for c in range(2 * num_tasks)],
             "test_fraction": None,
             "max_train_samples_per_class": None,
@@ -288,6 +291,15 @@ def test_protocol_is_stated():
     assert validation in render(inputs).text
 
 
+def test_metadata_say_what_was_tested_on():
+    inputs, found = make_inputs(), []
+    for settings in ({}, {"train_val_split": 0.25}, {"shift": "renderings", "renderings": ["grey"] * 3}):
+        card = render({**inputs, "manifest": inputs["manifest"] | settings})
+        found.append(model_index_to_eval_results(card.data.to_dict()["model-index"])[1][0])
+    assert [one.dataset_split for one in found] == ["test", "validation", "test"]
+    assert [one.dataset_args.get("shift") for one in found] == [None, None, "renderings"]
+
+
 def test_the_limits_of_the_size_check_are_stated():
     inputs = make_inputs()
     said = "cannot notice another mean or standard deviation"
@@ -350,12 +362,24 @@ def test_evaluation_rules(scenario, mask, fact):
     assert ("are masked" in text) == (mask == "seen" and scenario != "task_incremental")
 
 
-def test_class_order_in_label_order_or_given():
-    inputs = make_inputs()
-    inputs["manifest"]["seed"] = None
-    assert "**Class order:** given;" in render(inputs).text
-    inputs["manifest"]["class_order"].sort()
-    assert "**Class order:** label order;" in render(inputs).text
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"num_tasks": 2}, "drawn with stream seed 0"),
+        ({"num_tasks": 2, "seed": 7}, "drawn with stream seed 7"),
+        ({"num_tasks": 2, "seed": None}, "label order"),
+        ({"num_tasks": 2, "class_order": [5, 0, 1, 2, 3, 4]}, "given"),
+        ({"num_tasks": 2, "class_order": [5, 0, 1, 2, 3, 4], "seed": None}, "given"),
+        ({"tasks": [[3, 1], [0]]}, "given"),
+    ],
+)
+def test_class_order(settings, told):
+    data = tiny.data(classes=6, train=2, test=1)
+    stream = TaskStream.from_dataset(data, **settings)
+    assert describe_class_order(stream.manifest()) == told
+    first = TaskStream.from_manifest(stream.manifest(), num_tasks=1)
+    first.append(data["train"])
+    assert describe_class_order(first.manifest()) == f"{told}, then as the tasks arrived"
 
 
 def test_batchwise_prompts_are_warned_about():
@@ -942,7 +966,7 @@ def test_datasets_of_appended_tasks_are_named():
     photos = "[me/photos](https://huggingface.co/datasets/me/photos)"
     known = "[uoft-cs/cifar100](https://huggingface.co/datasets/uoft-cs/cifar100)"
     assert f"- **Data:** {known}, {photos}, 6 classes in 3 tasks; limits and shares held out differ" in card.text
-    assert "drawn with stream seed 3, then as the tasks arrived;" in card.text
+    assert "given, then as the tasks arrived;" in card.text
     assert card.data.datasets == ["uoft-cs/cifar100", "me/photos"]
     _, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert {(result.dataset_type, result.dataset_name.split(" (")[0]) for result in found} == {

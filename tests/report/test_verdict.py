@@ -76,3 +76,5 @@ def test_frozen_classifiers_that_win_are_named_with_the_reason():
     assert frozen_wins({**rows, "L2P": row(0.3, 99.9, method="l2p")}, embedded=True) is None
     assert frozen_wins({"L2P": row(0.3, 94.98, method="l2p")}, embedded=True) is None  # none beside it
     assert frozen_wins({"frozen, ridge": row(0.0, 99.0)}, embedded=True) is None
+    rows = {"random, ridge": row(0.0, 50.0), "frozen, ridge": row(0.0, 9.0), "L2P": row(0.3, 15.0, method="l2p")}
+    assert frozen_wins(rows, embedded=False) is None  # what no training has seen is no reason to train nothing
