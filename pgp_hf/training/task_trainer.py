@@ -21,6 +21,7 @@ from ..data.stream import TaskStream
 from ..methods import Batch, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts
 from ..tuners.base.compiled import Trunk
+from .accelerating import in_own_state
 from .choosing import check_choice, summarize
 from .compiling import compiling
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
@@ -184,11 +185,13 @@ class TaskTrainer(ReportingTrainer):
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
+    @in_own_state
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Return a loader of these images, as a `Trainer` does."""
         with self._for_one_pass():
             return super().get_eval_dataloader(eval_dataset)
 
+    @in_own_state
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """Return a loader of these images, as a `Trainer` does."""
         with self._for_one_pass(1 if isinstance(test_dataset, Batches) else None):
@@ -208,6 +211,7 @@ class TaskTrainer(ReportingTrainer):
         finally:
             args.dataloader_persistent_workers, args.per_device_eval_batch_size = before
 
+    @in_own_state
     @compiling
     def evaluate_stream(self) -> dict[str, Any]:
         """Evaluate every task trained so far, take the figures into `results`, and return the results file's content.
@@ -244,6 +248,7 @@ class TaskTrainer(ReportingTrainer):
             digest=lambda: self._digest,
         )
 
+    @in_own_state
     @compiling
     def _record(self, j: int) -> Recorded:
         """Predict the test images of the 0-based task j."""
@@ -330,6 +335,7 @@ class TaskTrainer(ReportingTrainer):
     def _check_choice(self) -> None:
         check_choice(self.args, self.stream, self.callback_handler.callbacks, self.compute_metrics is not accuracy)
 
+    @in_own_state
     @compiling
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as a `Trainer` does, after noting the task of the test images by their dataset."""
