@@ -28,6 +28,7 @@ from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
 from .finite import LossWatch, check_outputs, check_weights
 from .fitting import BatchSizes, Beginning, remember
 from .loss import image_losses, mean_over_step
+from .optimizers import check_given, of_one_task
 from .recording import Batches, CollateBatch, Found, Images, Recorder
 from .reporting import ReportingTrainer
 from .setup import set_learning_rates
@@ -83,9 +84,13 @@ class TaskTrainer(ReportingTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with the rules of the model and of the method attached to it."""
-        new = self.optimizer is None
+        new, given = self.optimizer is None, of_one_task(self.optimizer_cls_and_kwargs)  # which may be used up
+        self.optimizer_cls_and_kwargs = of_one_task(given)
         optimizer = super().create_optimizer(model)
+        self.optimizer_cls_and_kwargs = given
         plain, context, learner = getattr(optimizer, "optimizer", optimizer), self._context, self.stream_model
+        if new and given is not None and "params" in given[1]:
+            check_given(plain, self.model)
         if new:
             set_learning_rates(plain, self.args, learner, 0 if context is None else context.task)
         for handle in self._handles:  # an optimizer that is kept still has those of the task before
