@@ -294,6 +294,8 @@ class TaskTrainer(ReportingTrainer):
     def _predict(self, images: Dataset[Any]) -> Found:
         """Return the model's view of test images."""
         before = self.compute_metrics, self.data_collator, self.args.eval_do_concat_batches
+        # the user's own see evaluations by `evaluate`, of logits alone
+        prepare, self.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics, None
         self.compute_metrics, self._scorer.recording = None, True
         # a `Trainer` would copy all that it has found so far with each batch, which grows by the square of their number
         self.args.eval_do_concat_batches = False
@@ -304,6 +306,7 @@ class TaskTrainer(ReportingTrainer):
             output: Any = self.predict(images, metric_key_prefix="eval_stream")
         finally:
             self.compute_metrics, self.data_collator, self.args.eval_do_concat_batches = before
+            self.preprocess_logits_for_metrics = prepare
             self._scorer.recording = self.callback_handler.measuring = False
         parts = output.predictions  # the dicts that prediction_step has returned
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
