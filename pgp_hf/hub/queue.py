@@ -71,7 +71,7 @@ class Uploads:
     def wait(self, seconds: float) -> bool:
         """Wait until all is uploaded, an error blocks the queue, or `seconds` have passed; return True in the first case."""
         with self._changed:
-            self._changed.wait_for(lambda: self._blocked or self._idle(), seconds)
+            self._changed.wait_for(lambda: self._blocked or self._idle(), min(seconds, threading.TIMEOUT_MAX))
             return self._idle()
 
     def close(self) -> None:
