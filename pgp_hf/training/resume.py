@@ -123,6 +123,7 @@ class Resumer:
             self.folder.check_top_level()  # where the run has no file yet
         earlier = self._earlier(source)
         if finished:
+            self._check_room(source.task(finished - 1), finished + (checkpoint is not None))
             self._check_settings(source.task(finished - 1), following)
             self._take_over(earlier, finished - 1)
         if not finished and progress.interrupted:
@@ -142,6 +143,21 @@ class Resumer:
         if not finished and checkpoint is None:
             warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=5)
         return finished or progress.results.first, checkpoint
+
+    def _check_room(self, folder: Path, taken_over: int) -> None:
+        """Raise ValueError if this trainer's model has grown for tasks of which nothing can be taken over.
+
+        What it grew by has learned since, and would not begin as in a run that never stopped.
+
+        Args:
+            folder: of the last finished task.
+            taken_over: number of tasks, with the one that a checkpoint is of.
+        """
+        if self.room.tasks > max(taken_over, read_json(folder / MANIFEST)["num_tasks"]):
+            raise ValueError(
+                f"this trainer's model has grown for task {self.room.tasks}, which it has begun, and there is no checkpoint of "
+                "it: make a new model and a new trainer."
+            )
 
     def _check_settings(self, folder: Path, following: int) -> None:
         """Raise ValueError if a finished task was trained with other settings; print them where no task is left to train."""
