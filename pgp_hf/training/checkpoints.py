@@ -267,6 +267,9 @@ class CheckpointTrainer(Trainer):
             "best": None if self.state.best_model_checkpoint is None else Path(self.state.best_model_checkpoint).name,
             "epoch": place.epoch,
             "step": self.state.global_step - place.start,
+            # which `auto_find_batch_size` may have lowered
+            "batch_size": self._train_batch_size,
+            "images_per_step": self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
         }
         write_json(folder / files.PROGRESS, progress)
 
