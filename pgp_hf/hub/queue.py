@@ -41,6 +41,7 @@ class Uploads:
         wanted: number of tasks that are finished.
         done: number of tasks that are uploaded, or come before `first`.
         error: the error of the last attempt, None after a success.
+        closed: whether no further attempt is started.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Uploads:
         self._prepare, self._put, self._notify = prepare, put, notify or warnings.warn
         self.token = token or get_token()
         self._changed = threading.Condition()
-        self._started = self._prepared = self._blocked = self._closed = False
+        self._started = self._prepared = self._blocked = self.closed = False
         self.wanted = self.done = first
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="pgp_hf uploads", daemon=True)
@@ -71,13 +72,13 @@ class Uploads:
     def wait(self, seconds: float) -> bool:
         """Wait until all is uploaded, an error blocks the queue, or `seconds` have passed; return True in the first case."""
         with self._changed:
-            self._changed.wait_for(lambda: self._blocked or self._idle(), seconds)
+            self._changed.wait_for(lambda: self._blocked or self._idle(), min(seconds, threading.TIMEOUT_MAX))
             return self._idle()
 
     def close(self) -> None:
         """Start no further attempt."""
         with self._changed:
-            self._closed = True
+            self.closed = True
             self._changed.notify_all()
 
     def _idle(self) -> bool:
@@ -87,8 +88,8 @@ class Uploads:
         chance, failures = random.Random(), 0  # its own generator, so that the training's random numbers do not change
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or not (self._blocked or self._idle()))
-                if self._closed:
+                self._changed.wait_for(lambda: self.closed or not (self._blocked or self._idle()))
+                if self.closed:
                     return
                 prepared = self._prepared
                 attempt = partial(self._put, self.done) if prepared else self._prepare
@@ -102,7 +103,7 @@ class Uploads:
                     if not lasting:
                         pause = min(LONGEST_PAUSE, 2.0**failures) * chance.uniform(0.5, 1)
                         failures += 1
-                        self._changed.wait_for(lambda: self._closed, pause)
+                        self._changed.wait_for(lambda: self.closed, pause)
                 if lasting:
                     with contextlib.suppress(Warning):  # raised under -W error, where it would end the thread
                         self._notify(f"Uploading to the Hub failed. {explain(error, self.token)}")

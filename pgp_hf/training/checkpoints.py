@@ -29,6 +29,7 @@ from ..runs.folder import ADAPTER, MANIFEST, RunFolder
 from ..runs.reading import read_json, read_tensors
 from ..runs.revision import read_method
 from ..runs.states import encode, read_state, write_state
+from .accelerating import OwnState
 from .arguments import PGPTrainingArguments
 from .callbacks import ends_epoch
 from .optimizer_state import check_optimizer_state, load_optimizer, note_learning_rates, optimizer_state, plain
@@ -108,9 +109,15 @@ class CheckpointTrainer(Trainer):
     _whole: tuple[nn.Module, PeftModel | PreTrainedModel] | None = None  # the model, and what is inside its wrappers
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._own_state = OwnState()
         super().__init__(*args, **kwargs)
         self._saves = SaveAtTheEnd(self._check_states)
         self.add_callback(self._saves)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator as a `Trainer` does, and keep its state."""
+        with self._own_state.making(self.args.mixed_precision):
+            super().create_accelerator_and_postprocess()
 
     @property
     def stream_model(self) -> StreamModel:
@@ -260,6 +267,9 @@ class CheckpointTrainer(Trainer):
             "best": None if self.state.best_model_checkpoint is None else Path(self.state.best_model_checkpoint).name,
             "epoch": place.epoch,
             "step": self.state.global_step - place.start,
+            # which `auto_find_batch_size` may have lowered
+            "batch_size": self._train_batch_size,
+            "images_per_step": self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
         }
         write_json(folder / files.PROGRESS, progress)
 

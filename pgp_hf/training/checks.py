@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
@@ -157,6 +158,11 @@ def refuse_what_breaks_streams(args: TrainingArguments) -> None:
     for name, (refused, why) in _REFUSED.items():
         if (value := getattr(args, name, None)) in refused:
             raise ValueError(f"{name}={value} {why}")
+    if isinstance(args.accelerator_config, AcceleratorConfig) and not args.accelerator_config.use_seedable_sampler:
+        raise ValueError(
+            "accelerator_config with use_seedable_sampler=False would draw another order of images after a resume, and train "
+            "on some of them again and on others not at all: leave it True."
+        )
     if args.neftune_noise_alpha is not None:
         raise ValueError(
             f"neftune_noise_alpha={args.neftune_noise_alpha} adds noise to the embeddings of words, which images do not "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +36,34 @@ def check_optimizer(trainer: Trainer) -> None:
             f"the optimizer {name!r} moves weights in {moved}, and not in step() alone: what is evaluated and saved would "
             "leave the null space of a projection, and entries of finished tasks would move. Choose another, such as "
             "optim='adamw_torch' or 'sgd'."
+        )
+
+
+def of_one_task(given: tuple[Any, dict[str, Any]] | None) -> tuple[Any, dict[str, Any]] | None:
+    """Return a copy of an optimizer's class and arguments, which a `Trainer` uses up: it takes the parameters out of them."""
+    if given is None:
+        return None
+    kind, settings = given[0], dict(given[1])
+    if "params" in settings:
+        settings["params"] = [_group(one) for one in settings["params"]]
+    return kind, settings
+
+
+def _group(one: Any) -> Any:
+    """Return a copy of a group of parameters: an optimizer keeps the group itself, with its changing learning rate."""
+    if not isinstance(one, dict):
+        return one
+    return {name: list(value) if isinstance(value, Iterator) else value for name, value in one.items()}
+
+
+def check_given(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raise ValueError if an optimizer was given parameters that the model does not have, or no longer has."""
+    own = {id(parameter) for parameter in model.parameters()}
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if lost := sum(id(parameter) not in own for parameter in given):
+        raise ValueError(
+            f"optimizer_cls_and_kwargs: {lost} of the {len(given)} parameters in 'params' are not the model's, whose own would "
+            "learn nothing. Those of a head that grows are new ones in each task: leave 'params' out."
         )
 
 

@@ -54,8 +54,9 @@ class PushTasks(StreamCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            # on_stream_begin has not run where tasks are trained one by one
-            uploads = self.uploads or self._start(args, task)
+            # on_stream_begin has not run where tasks are trained one by one, and they may follow a stream that has ended
+            known = self.uploads
+            uploads = self._start(args, task) if known is None or known.closed else known
             _drop_large(args, uploads)
             _add(uploads, args, task + 1)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..data.stream import TaskStream
 from ..methods import ContinualMethod, MethodState
 from ..models import StreamModel, load_weights
-from ..runs.checkpoint import SETTINGS, step_of
+from ..runs.checkpoint import PROGRESS, SETTINGS, step_of
 from ..runs.folder import MANIFEST, RESULTS, RunFolder
 from ..runs.open import open_run
 from ..runs.reading import read_json
@@ -123,6 +123,7 @@ class Resumer:
             self.folder.check_top_level()  # where the run has no file yet
         earlier = self._earlier(source)
         if finished:
+            self._check_room(source.task(finished - 1), finished + (checkpoint is not None))
             self._check_settings(source.task(finished - 1), following)
             self._take_over(earlier, finished - 1)
         if not finished and progress.interrupted:
@@ -143,6 +144,21 @@ class Resumer:
             warnings.warn(f"{source.root} holds no run to resume: starting with the first task.", stacklevel=5)
         return finished or progress.results.first, checkpoint
 
+    def _check_room(self, folder: Path, taken_over: int) -> None:
+        """Raise ValueError if this trainer's model has grown for tasks of which nothing can be taken over.
+
+        What it grew by has learned since, and would not begin as in a run that never stopped.
+
+        Args:
+            folder: of the last finished task.
+            taken_over: number of tasks, with the one that a checkpoint is of.
+        """
+        if self.room.tasks > max(taken_over, read_json(folder / MANIFEST)["num_tasks"]):
+            raise ValueError(
+                f"this trainer's model has grown for task {self.room.tasks}, which it has begun, and there is no checkpoint of "
+                "it: make a new model and a new trainer."
+            )
+
     def _check_settings(self, folder: Path, following: int) -> None:
         """Raise ValueError if a finished task was trained with other settings; print them where no task is left to train."""
         recorded, now = read_json(folder / RESULTS).get("training"), recorded_settings(self.args)
@@ -156,9 +172,25 @@ class Resumer:
         if (path := checkpoint / SETTINGS).exists():  # earlier versions did not write it
             now = run_settings(self.args, self.method, self.learner)
             check_same_settings(read_json(path), now, checkpoint)
+        self._check_batch_size(checkpoint)
         check_same_task(self.stream, t, checkpoint, gone=t if self.method.stores_images else 0)
         if (found := read_method(checkpoint)) is not None:
             check_method(self.method, found[1], checkpoint)
+
+    def _check_batch_size(self, checkpoint: Path) -> None:
+        """Raise ValueError unless steps go on with as many images as `auto_find_batch_size` has found for them."""
+        noted, args = read_json(checkpoint / PROGRESS), self.args
+        if "images_per_step" not in noted:  # by an earlier version
+            return
+        # a `Trainer` that looks for the size begins with that of the checkpoint
+        size = noted["batch_size"] if args.auto_find_batch_size else args.per_device_train_batch_size
+        was, now = noted["images_per_step"], size * args.gradient_accumulation_steps * args.world_size
+        if was != now:
+            raise ValueError(
+                f"{checkpoint} was trained with {was} images in each step, in batches of {noted['batch_size']} that "
+                f"auto_find_batch_size may have found, and now there would be {now}: go on with auto_find_batch_size, "
+                "gradient_accumulation_steps and the number of processes as they were."
+            )
 
     def go_on(self, source: RunFolder) -> None:
         """Take over the newest finished task of a run, from which the stream goes on; no file is written yet."""

@@ -172,6 +172,11 @@ def check_settings(
             f"head_learning_rate={args.head_learning_rate} is for models without prompts (see "
             f"pgp_hf.set_trainable), and this one has the adapter {learner.name!r}: leave it out."
         )
+    if args.later_prompt_learning_rate is not None and not isinstance(learner, Protectable):
+        raise ValueError(
+            f"later_prompt_learning_rate={args.later_prompt_learning_rate} is for prompts, and this model, {learner.name!r}, has "
+            "none: leave it out. head_learning_rate is that of its head."
+        )
     head = learner.settings().get("head")
     if args.compensate_drift and head != "statistics":
         raise ValueError(

@@ -23,6 +23,7 @@ from ..report.formatting import fill
 from ..runs.checkpoint import checkpoints, has_states
 from ..runs.folder import RunFolder
 from ..runs.lock import held
+from .accelerating import OwnState
 from .callbacks import ends_epoch
 
 Handler = Callable[[int, FrameType | None], Any]
@@ -263,17 +264,18 @@ class StopOnSignal(TrainerCallback):
 
 class _Holds(Protocol):
     stops: StopOnSignal
+    _own_state: OwnState
 
 
 T = TypeVar("T", bound=_Holds)
 
 
 def holding(method: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T, P], R]:
-    """Make a trainer's method hold the run's folder while it runs, and stop on signals."""
+    """Make a trainer's method hold the run's folder while it runs, in the state of its own accelerator, and stop on signals."""
 
     @functools.wraps(method)
     def run(self: T, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self.stops.around():
+        with self._own_state.current(), self.stops.around():
             return method(self, *args, **kwargs)
 
     return run

@@ -21,12 +21,14 @@ from ..data.stream import TaskStream
 from ..methods import Batch, TaskContext
 from ..models import KeepsClassStatistics, SelectsPrompts
 from ..tuners.base.compiled import Trunk
+from .accelerating import in_own_state
 from .choosing import check_choice, summarize
 from .compiling import compiling
 from .evaluation import Recorded, Scorer, accuracy, measure, summary_logs
 from .finite import LossWatch, check_outputs, check_weights
 from .fitting import BatchSizes, Beginning, remember
 from .loss import image_losses, mean_over_step
+from .optimizers import check_given, of_one_task
 from .recording import Batches, CollateBatch, Found, Images, Recorder
 from .reporting import ReportingTrainer
 from .setup import set_learning_rates
@@ -82,9 +84,13 @@ class TaskTrainer(ReportingTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with the rules of the model and of the method attached to it."""
-        new = self.optimizer is None
+        new, given = self.optimizer is None, of_one_task(self.optimizer_cls_and_kwargs)  # which may be used up
+        self.optimizer_cls_and_kwargs = of_one_task(given)
         optimizer = super().create_optimizer(model)
+        self.optimizer_cls_and_kwargs = given
         plain, context, learner = getattr(optimizer, "optimizer", optimizer), self._context, self.stream_model
+        if new and given is not None and "params" in given[1]:
+            check_given(plain, self.model)
         if new:
             set_learning_rates(plain, self.args, learner, 0 if context is None else context.task)
         for handle in self._handles:  # an optimizer that is kept still has those of the task before
@@ -184,11 +190,13 @@ class TaskTrainer(ReportingTrainer):
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
+    @in_own_state
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Return a loader of these images, as a `Trainer` does."""
         with self._for_one_pass():
             return super().get_eval_dataloader(eval_dataset)
 
+    @in_own_state
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """Return a loader of these images, as a `Trainer` does."""
         with self._for_one_pass(1 if isinstance(test_dataset, Batches) else None):
@@ -208,6 +216,7 @@ class TaskTrainer(ReportingTrainer):
         finally:
             args.dataloader_persistent_workers, args.per_device_eval_batch_size = before
 
+    @in_own_state
     @compiling
     def evaluate_stream(self) -> dict[str, Any]:
         """Evaluate every task trained so far, take the figures into `results`, and return the results file's content.
@@ -244,6 +253,7 @@ class TaskTrainer(ReportingTrainer):
             digest=lambda: self._digest,
         )
 
+    @in_own_state
     @compiling
     def _record(self, j: int) -> Recorded:
         """Predict the test images of the 0-based task j."""
@@ -284,6 +294,8 @@ class TaskTrainer(ReportingTrainer):
     def _predict(self, images: Dataset[Any]) -> Found:
         """Return the model's view of test images."""
         before = self.compute_metrics, self.data_collator, self.args.eval_do_concat_batches
+        # the user's own see evaluations by `evaluate`, of logits alone
+        prepare, self.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics, None
         self.compute_metrics, self._scorer.recording = None, True
         # a `Trainer` would copy all that it has found so far with each batch, which grows by the square of their number
         self.args.eval_do_concat_batches = False
@@ -294,6 +306,7 @@ class TaskTrainer(ReportingTrainer):
             output: Any = self.predict(images, metric_key_prefix="eval_stream")
         finally:
             self.compute_metrics, self.data_collator, self.args.eval_do_concat_batches = before
+            self.preprocess_logits_for_metrics = prepare
             self._scorer.recording = self.callback_handler.measuring = False
         parts = output.predictions  # the dicts that prediction_step has returned
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -330,6 +343,7 @@ class TaskTrainer(ReportingTrainer):
     def _check_choice(self) -> None:
         check_choice(self.args, self.stream, self.callback_handler.callbacks, self.compute_metrics is not accuracy)
 
+    @in_own_state
     @compiling
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as a `Trainer` does, after noting the task of the test images by their dataset."""

@@ -237,6 +237,27 @@ def test_other_processes_upload_nothing_and_wait_for_nothing(tmp_path):
     assert push.uploads is None
 
 
+def test_a_task_after_the_end_of_a_stream_is_uploaded(tmp_path, monkeypatch):
+    """By `train_task`, after a stream whose uploads have ended."""
+    put = []
+    monkeypatch.setattr(TaskRepo, "create", lambda repo: None)
+    monkeypatch.setattr(TaskRepo, "put", lambda repo, t, folder: put.append(t))
+    args = PGPTrainingArguments(
+        str(tmp_path), use_cpu=True, push_to_hub=True, hub_model_id="me/run", disable_tqdm=True
+    )
+    push, state = PushTasks(), mock.MagicMock(is_world_process_zero=True)
+    push.on_stream_begin(args, state, None, first_task=0)
+    for t in range(2):
+        (tmp_path / f"task-{t + 1}").mkdir()
+        (tmp_path / f"task-{t + 1}" / "results.json").write_text("{}")
+        push.on_task_end(args, state, None, task=t, results={}, folder=tmp_path / f"task-{t + 1}")
+        assert push.uploads.wait(5)
+        if not t:
+            push.on_stream_end(args, state, None, results={})
+    push.uploads.close()
+    assert put == [0, 1]
+
+
 # ---- whatever the network does ----------------------------------------------------------------------------------------
 
 

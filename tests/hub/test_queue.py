@@ -53,6 +53,15 @@ def test_tasks_go_in_order_and_once():
     assert uploads.done == 4 and uploads.error is None and put.said == []
 
 
+def test_waiting_without_an_end():
+    begun, done = threading.Event(), threading.Event()
+    uploads = Uploads(lambda: None, lambda t: (begun.set(), done.wait(5)))
+    uploads.add(1)
+    assert begun.wait(5)
+    threading.Timer(0.05, done.set).start()
+    assert uploads.wait(float("inf")) and uploads.done == 1
+
+
 def test_later_tasks_wait_for_the_one_that_fails():
     put = Recorder(t1=[ConnectionError("reset"), TimeoutError(), ConnectionError("again")])
     uploads = put.uploads()

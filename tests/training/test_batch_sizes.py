@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from transformers import TrainerCallback
 
 from pgp_hf import ProjectionConfig, methods
 
@@ -84,6 +85,30 @@ def test_a_run_whose_size_was_found_is_one_that_began_with_it(kind, after, tmp_p
         {**found.results.to_dict(), "training": None}, {**straight.results.to_dict(), "training": None}
     )
     assert found.results.images_trained == straight.results.images_trained
+
+
+def test_steps_go_on_with_the_size_that_was_found(tmp_path):
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    how = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    model = l2p()
+    Memory(model, training=5)
+    found = run(tmp_path, model, 8, auto_find_batch_size=True, callbacks=[Stop()], **how)
+    with pytest.raises(KeyboardInterrupt):
+        found.train()
+    with pytest.raises(
+        ValueError, match="trained with 5 images in each step, in batches of 5 .* now there would be 8: go"
+    ):
+        run(tmp_path, l2p(), 8, **how).train(resume_from_checkpoint=True)
+    other = run(tmp_path, l2p(), 4, auto_find_batch_size=True, gradient_accumulation_steps=2, **how)
+    with pytest.raises(ValueError, match="and now there would be 10: go on with"):
+        other.train(resume_from_checkpoint=True)
+    again = run(tmp_path, l2p(), 8, auto_find_batch_size=True, callbacks=[Stop()], **how)
+    with pytest.raises(KeyboardInterrupt):
+        again.train(resume_from_checkpoint=True)
+    assert again.results.images_trained == 2 * 5
 
 
 @pytest.mark.parametrize("kind", tiny.some_of(MODELS, "l2p"))

@@ -87,6 +87,14 @@ def test_values_out_of_range_are_named(name, wrong, right):
         made(**{name: value})
 
 
+def test_an_order_of_images_that_no_resume_finds_again():
+    with pytest.raises(
+        ValueError, match=r"^accelerator_config with use_seedable_sampler=False would draw another order"
+    ):
+        made(accelerator_config={"use_seedable_sampler": False})
+    made(accelerator_config={"split_batches": True})
+
+
 @pytest.mark.parametrize(
     ("name", "strategy"), [(f"{what}_steps", f"{what}_strategy") for what in ("eval", "save", "logging")]
 )

@@ -189,6 +189,21 @@ def test_a_stream_that_was_appended_is_trained_and_resumed_as_a_whole(
     assert_same(run, tmp_path / "run")
 
 
+def test_a_model_that_has_grown_does_not_begin_its_task_again(tmp_path: Path) -> None:
+    """Its new classes have learned already, and no checkpoint says how they were: the run goes on with a new one."""
+
+    trainer = tiny.trainer(tmp_path, stream=TaskStream.empty(seed=0), save_strategy="no", max_steps=2)
+    for classes in PARTS[:2]:
+        trainer.stream.append(part(*classes))
+    trainer.add_callback(StopInTask(1, 1))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(
+        ValueError, match="model has grown for task 2.*no checkpoint of it: make a new model and a new t"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+
+
 class StopInTask(Stop):
     def __init__(self, task: int, step: int) -> None:
         super().__init__(step)

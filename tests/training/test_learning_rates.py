@@ -49,6 +49,13 @@ def test_the_schedule_scales_both(tmp_path):
     assert seen == [{round(rate * part, 9) for rate in (0.01, 1e-4)} for part in (1, 0.75, 0.5, 0.25)]
 
 
+def test_a_rate_of_prompts_where_there_are_none(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"later_prompt_learning_rate=0.01 is for prompts, and this model, 'head', has none"
+    ):
+        trainer(tmp_path, "head", later_prompt_learning_rate=0.01)
+
+
 def test_without_one_all_learn_at_the_same_rate(tmp_path):
     made = trainer(tmp_path, head_learning_rate=None)
     made.train_task(0)

@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers import TrainerCallback
 
-from pgp_hf import StreamTrainer, methods
+from pgp_hf import StreamTrainer, TaskStream, methods
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -125,6 +125,44 @@ def test_modes_that_move_nothing_are_taken(tmp_path):
     given = {"lr": 0.1}
     tiny.trainer(tmp_path, optimizer_cls_and_kwargs=(HasModes, given))
     assert given == {"lr": 0.1}
+
+
+@pytest.mark.parametrize("lazily", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_every_task_has_the_parameters_that_were_given(tmp_path, lazily):
+    """And their learning rates, which the schedule of the task before has lowered."""
+
+    class Note(TrainerCallback):
+        def on_step_begin(self, *args, optimizer, **kwargs):
+            seen.append([(len(group["params"]), round(group["lr"], 9)) for group in optimizer.param_groups])
+
+    model, seen = tiny.model(), []
+    prompts, head = (
+        [p for n, p in model.named_parameters() if p.requires_grad and part in n] for part in ("l2p", "cl")
+    )
+    groups = [{"params": prompts, "lr": 0.4}, {"params": iter(head) if lazily else head}]
+    given = {"params": iter(groups) if lazily else groups, "lr": 0.1}
+    trainer = tiny.trainer(
+        tmp_path,
+        model=model,
+        optimizer_cls_and_kwargs=(torch.optim.SGD, given),
+        max_steps=2,
+        lr_scheduler_type="linear",
+        callbacks=[Note()],
+    )
+    for t in range(2):
+        trainer.train_task(t)
+    assert seen == [[(2, 0.4), (2, 0.1)], [(2, 0.2), (2, 0.05)]] * 2
+    assert groups[0] == {"params": prompts, "lr": 0.4}
+
+
+def test_parameters_of_a_head_that_has_been_replaced_are_refused(tmp_path):
+    model, stream = tiny.model(), TaskStream.empty()
+    given = {"params": [p for p in model.parameters() if p.requires_grad], "lr": 0.1}
+    trainer = tiny.trainer(
+        tmp_path, model=model, stream=stream, optimizer_cls_and_kwargs=(torch.optim.SGD, given), max_steps=1
+    )
+    with pytest.raises(ValueError, match="2 of the 4 parameters in 'params' are not the model's.*leave 'params' out"):
+        trainer.learn(tiny.data()["train"])
 
 
 def test_an_optimizer_that_a_small_model_cannot_try_is_taken(tmp_path):

@@ -399,6 +399,18 @@ def test_task_incremental_evaluation_by_the_trainers_own_method(tmp_path):
     assert [metrics[f"eval_task_{j}_accuracy"] for j in (1, 2)] == pytest.approx(trainer.results.matrix[1])
 
 
+def test_predictions_that_a_user_prepares_for_metrics(tmp_path):
+    """As scripts do that measure labels: the stream's own measures come from the logits all the same."""
+    trainer = tiny.trainer(
+        tmp_path,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        compute_metrics=lambda found: {"right": float((found.predictions == found.label_ids).mean())},
+        num_train_epochs=1,
+    )
+    trainer.train_task(0)
+    assert 100 * trainer.evaluate()["eval_task_1_right"] == trainer.results.matrix[0][0]
+
+
 def test_tasks_come_in_turn(tmp_path):
     trainer = tiny.trainer(tmp_path)
     with pytest.raises(ValueError, match="t=1 is not the next task: 0 of 3 tasks are trained, so t=0 comes next"):
