@@ -224,7 +224,6 @@ def test_a_pass_that_failed_leaves_nothing_on_the_unloaded_model(method, setting
     assert torch.equal(found, expected)
 
 
-
 @pytest.mark.parametrize("base", [tiny.backbone("backbone"), tiny.backbone(num_labels=0)])
 def test_a_model_without_a_head_waits_for_its_classes(tmp_path, base):
     model = tiny.model(base=base, head="statistics")

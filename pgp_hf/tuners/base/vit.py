@@ -123,11 +123,14 @@ class ViTPromptTuner(PromptTuner):
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         if was_active and self.active_adapters:
-            self.set_adapter(self.active_adapters)  # PEFT chooses for each module, among those that have parameters there
+            self.set_adapter(
+                self.active_adapters
+            )  # PEFT chooses for each module, among those that have parameters there
 
     def _name_classes(self) -> None:
         """Note the class names of the active adapter in the model, as pipelines read them."""
-        for config in (self.peft_config[name] for name in self.active_adapters if name in self.peft_config):
+        known = cast("dict[str, PromptConfig]", self.peft_config)
+        for config in (known[name] for name in self.active_adapters if name in known):
             if config.id2label is not None and "classifier" in (config.modules_to_save or ()):
                 name_classes(self.model, config.id2label)
 
