@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from .backbones.loading import wrapping
+from .backbones.still import hold_statistics, release_statistics
 from .heads import ClassStatistics
-from .heads.growing import grow_classifier, new_names
+from .heads.growing import grow_classifier, name_classes, new_names
 from .heads.opening import open_adapter_head, open_classifier
 from .projection import Protectable
 from .runs.digest import backbone_key, backbone_sha256
@@ -223,8 +224,7 @@ class PlainModel:
 
     def class_logits(self, output: ModelOutput) -> Tensor:
         """Return the scores `(B, C)`."""
-        logits: Tensor = output["logits"]
-        return logits
+        return cast(Tensor, output["logits"])
 
     def watch_features(self, callback: Callable[[Tensor], object]) -> RemovableHandle:
         """Call `callback` with the classifier's input, `(B, d)`, at each forward pass until the handle is removed."""
@@ -232,8 +232,7 @@ class PlainModel:
 
     def run(self, inputs: Mapping[str, Any]) -> ModelOutput:
         """Return the model's output, past the hooks on it as a whole: from within such a hook, it can run again."""
-        output: ModelOutput = self.model.forward(**inputs)
-        return output
+        return cast(ModelOutput, self.model.forward(**inputs))
 
     def auxiliary_loss(self, output: ModelOutput) -> Tensor | None:
         """Return None: the model has no loss of its own."""
@@ -243,8 +242,7 @@ class PlainModel:
         """Take the classes' names from a stream, unless the model had names for them."""
         config = self.base.config
         if config.id2label == {label: f"LABEL_{label}" for label in config.id2label}:
-            own = {label: names.get(label, before) for label, before in config.id2label.items()}
-            config.id2label, config.label2id = own, {name: label for label, name in own.items()}
+            name_classes(self.base, {label: names.get(label, own) for label, own in config.id2label.items()})
 
     def add_classes(self, names: Sequence[str], seed: int) -> None:
         """Add a row to the head for each of these new classes, drawn by the seed and the class id alone."""
@@ -269,13 +267,15 @@ class PlainModel:
         """Do nothing: tasks share all parameters."""
 
     def training_starts(self) -> None:
-        """Do nothing: see `begin_task`."""
+        """Hold the running statistics of frozen layers, such as BatchNorms."""
+        hold_statistics(self.base)
 
     def after_step(self) -> None:
         """Do nothing: what must not move has no gradient."""
 
     def end_task(self, task: int) -> None:
-        """Do nothing: see `begin_task`."""
+        """Let go of the running statistics."""
+        release_statistics(self.base)
 
     def resume_after(self, task: int) -> None:
         """Do nothing: see `begin_task`."""

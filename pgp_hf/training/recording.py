@@ -63,7 +63,7 @@ class _HeadAlone:
 def reusing(learner: StreamModel) -> ReusesFeatures | None:
     """Return the model as one whose features may be used again; None for one whose features always move."""
     if isinstance(learner, PlainModel):
-        # running statistics, such as those of a BatchNorm, move while the head learns
+        # buffers may move although the head alone learns
         still = all(not buffer.is_floating_point() for buffer in learner.model.buffers())
         return _HeadAlone(learner) if still and learner.name == "head" and _is_linear(learner.head) else None
     return learner if isinstance(learner, ReusesFeatures) else None

@@ -210,6 +210,20 @@ def test_configuration_refuses():
         L2PConfig(shrinkage=0)
 
 
+@pytest.mark.parametrize(("method", "settings"), [("l2p", {"modules_to_save": []}), ("clip", {})])
+def test_a_pass_that_failed_leaves_nothing_on_the_unloaded_model(method, settings):
+    model = taught(method, **settings)
+    with pytest.raises(ValueError, match="doesn't match model"):
+        logits(model, tiny.images(2, size=17))
+    base, expected = model.unload(), tiny.backbone(tiny.ADAPTERS[method])
+    with torch.no_grad():
+        if method == "clip":
+            found, expected = (one.get_image_features(PIXELS).pooler_output for one in (base, expected))
+        else:
+            found, expected = (one(pixel_values=PIXELS).logits for one in (base, expected))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("base", [tiny.backbone("backbone"), tiny.backbone(num_labels=0)])
 def test_a_model_without_a_head_waits_for_its_classes(tmp_path, base):
     model = tiny.model(base=base, head="statistics")

@@ -9,9 +9,9 @@ import shutil
 import pytest
 import tiny
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 
 from pgp_hf import load_pretrained
 from pgp_hf.methods import create
@@ -176,6 +176,44 @@ def test_another_rank_or_backbone_beneath_lora_is_not_continued(tmp_path):
 def test_another_backbone_is_not_continued(run, tmp_path, kind, size):
     with pytest.raises(ValueError, match="is another kind than this one: '.*' has shape .* there, .* here"):
         trainer(tmp_path, model=tiny.plain(kind, tiny.backbone(**size))).train(resume_from_checkpoint=str(run[1]))
+
+
+# ---- running statistics ----------------------------------------------------------------------------------------------
+
+
+def resnet(what):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+    with tiny.seeded(7):
+        model = ResNetForImageClassification(ResNetConfig(num_labels=tiny.CLASSES, **sizes)).eval()
+    lora = LoraConfig(r=2, target_modules=["convolution"], modules_to_save=["classifier"])
+    return get_peft_model(model, lora) if what == "lora" else tiny.plain(what, model)
+
+
+@pytest.mark.parametrize(
+    ("what", "moves"),
+    [
+        ("lora", ()),
+        ("last:1", ("stages.1.",)),
+        pytest.param("head", (), marks=pytest.mark.slow),
+        pytest.param("full", ("embedder", "stages"), marks=pytest.mark.slow),
+    ],
+)
+def test_running_statistics_of_frozen_layers_do_not_follow_the_images(tmp_path, what, moves):
+    """A backbone that does not learn does not drift, and what is loaded predicts as what was trained."""
+    model = resnet(what)
+    means = {name: value.clone() for name, value in model.named_buffers() if name.endswith("running_mean")}
+    made = trainer(tmp_path / "run", model=model, num_train_epochs=1)
+    made.train_task(0)
+    moved = {name for name, value in model.named_buffers() if name in means and not torch.equal(value, means[name])}
+    assert moved == {name for name in means if any(part in name for part in moves)}
+    if what == "lora":
+        loaded = load_pretrained(tmp_path / "run", backbone=resnet("full"), processor=tiny.processor()).model
+        with torch.no_grad():
+            found, expected = (one.eval()(pixel_values=tiny.images()).logits for one in (loaded, model))
+        seen = torch.isfinite(found)
+        assert torch.equal(found[seen], expected[seen])
+    model.train()(pixel_values=tiny.images())  # in a loop of one's own, they do what they do
+    assert not any(torch.equal(value, means[name]) for name, value in model.named_buffers() if name in means)
 
 
 # ---- files from elsewhere --------------------------------------------------------------------------------------------

@@ -99,6 +99,25 @@ def test_prompts_equal_a_forward_pass_written_out(images):
     assert torch.allclose(logits, cosine * plain.logit_scale.exp(), atol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_float32_beneath_half_precision(images, dtype):
+    """Two digits, as bfloat16 has them, give many classes the same score, and the first of them would win."""
+    model = tiny.model(config(), base=tiny.backbone("clip").to(dtype))
+    tuner = model.base_model
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(pixel_values=images.to(dtype))
+        again = tuner.score_features(output.image_embeds)
+        linear = tuner.linear_logits(output.image_embeds)
+    table = tuner.text_layer.clip_prompt_features["default"].double()
+    image = output.image_embeds.double()
+    expected = image @ (table / table.norm(dim=-1, keepdim=True)).T * tuner.model.logit_scale.double().exp()
+    assert output.image_embeds.dtype == torch.bfloat16 and output.logits_per_image.dtype == torch.float32
+    assert torch.allclose(output.logits_per_image.double(), expected, rtol=1e-5, atol=1e-5)
+    for scores in (again, linear):  # of embeddings that are brought to length 1 once more
+        assert scores.dtype == torch.float32 and torch.allclose(scores.double(), expected, rtol=0.02, atol=0.02)
+
+
 def test_finished_tasks_keep_their_text_features(images):
     model = make()
     tuner = model.base_model

@@ -299,6 +299,20 @@ def test_save_load_predict_and_several_adapters(tmp_path, images):
     assert torch.equal(loaded(images).logits, expected)
 
 
+@torch.no_grad()
+def test_after_the_active_adapter_is_deleted_all_layers_use_the_same(images):
+    """Of the adapters left, PEFT takes the first that has parameters in a layer, and the first of all has none in one."""
+    general = {"expert_layers": [], "general_layers": [0, 1]}
+    model = make(expert_layers=[])
+    expected = model(images).logits
+    for name in ("other", "third"):
+        model.add_adapter(name, tiny.config("dualprompt", **general))
+    model.set_adapter("other")
+    with pytest.warns(UserWarning, match="Setting active adapter to default"):
+        model.delete_adapter("other")
+    assert torch.equal(model.eval()(images).logits, expected)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(images, reentrant):
     gradients = []

@@ -186,6 +186,27 @@ def test_added_adapters_start_afresh():
     assert model.base_model.layer.inserted == 10 and model.base_model.selected_prompts.shape == (5, 5)
 
 
+def test_the_model_has_the_class_names_of_the_active_adapter(saved):
+    """Pipelines read them there, and adapters side by side need only have as many classes."""
+    model = saved[0]
+    config, own = model.get_base_model().config, {0: "ant", 1: "bee", 2: "cat", 3: "dog"}
+    other = {0: "elm", 1: "fir", 2: "gum", 3: "hop"}
+    model.add_adapter("other", L2PConfig(**OTHER, id2label=other))
+    assert config.id2label == own
+    model.set_adapter("other")
+    assert config.id2label == other and config.label2id == {"elm": 0, "fir": 1, "gum": 2, "hop": 3}
+    with pytest.warns(UserWarning, match="Setting active adapter to default"):
+        model.delete_adapter("other")
+    assert config.id2label == own
+
+
+def test_names_of_a_stream_are_those_of_the_model():
+    model, names = tiny.model(), {0: "ant", 1: "bee"}
+    model.base_model.prepare_stream([[0, 1]], names)
+    expected = {**{label: f"LABEL_{label}" for label in range(tiny.CLASSES)}, **names}
+    assert model.get_base_model().config.id2label == expected == model.base_model.class_names
+
+
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
 

@@ -109,6 +109,17 @@ def test_models_of_which_all_is_read_are_refused(tmp_path):
         tiny.trainer(tmp_path, model=tiny.model("clip"), last_block="read")
 
 
+@torch.no_grad()
+def test_prefixes_in_a_last_block_that_was_read_make_it_whole():
+    model, pixels = tiny.model("dualprompt", general_layers=[0], expert_layers=[0]), tiny.images()
+    expected = model(pixels).logits
+    model.base_model.read_last_block()
+    model.add_adapter("other", tiny.config("dualprompt", general_layers=[1], expert_layers=[]))
+    assert torch.equal(model(pixels).logits, expected) and not model.base_model.reads_last_block
+    model.set_adapter("other")
+    assert not torch.allclose(model(pixels).logits, expected)
+
+
 def test_a_run_records_it_and_keeps_its_queries_apart(tmp_path):
     runs = {}
     for choice in ("full", "read"):

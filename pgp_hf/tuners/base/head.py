@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def prepare_head(model: ViTForImageClassification, config: PromptConfig, width: int) -> None:
     """Make `model.classifier` and `config` (fields `id2label`, `modules_to_save`) agree.
 
-    A new adapter takes its class names from the model; a loaded one gives the model a head of its own size and names,
-    so that a checkpoint works on a bare backbone. A model without a classifier is left as it is, and so is a head that
-    the adapter does not save.
+    A new adapter takes its class names from the model; a loaded one gives the model a head of its own size, so that a
+    checkpoint works on a bare backbone. A model without a classifier is left as it is, and so is a head that the adapter
+    does not save.
 
     Args:
         model: the backbone, with its head.
@@ -55,8 +55,6 @@ def prepare_head(model: ViTForImageClassification, config: PromptConfig, width: 
         model.classifier = fresh.to_empty(device=reference.device)
         model.classifier.reset_parameters()
         model.num_labels = classes
-    model.config.id2label = dict(config.id2label)
-    model.config.label2id = {name: index for index, name in config.id2label.items()}
 
 
 def grow_head(

@@ -285,7 +285,8 @@ class PromptTuner(BaseTuner):
         self.model.__dict__["_prompt_hooks"] = hooks
 
     def _remove_hooks(self) -> None:
-        for hook in self.model.__dict__.pop("_prompt_hooks", []):
+        of_failed_pass = self.__dict__.pop("_head_hook", None)
+        for hook in [*self.model.__dict__.pop("_prompt_hooks", []), *([of_failed_pass] if of_failed_pass else [])]:
             hook.remove()
 
     def _check_merge_allowed(self) -> None:

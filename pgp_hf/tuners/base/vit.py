@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from ...backbones import Family
 from ...backbones.family import CLS
 from ...backbones.registry import check, find
 from ...backbones.vit import ViTLike
+from ...heads.growing import name_classes
 from ...projection.protocol import Traced
 from ...runs.digest import tensor_sha256
 from .config import PromptConfig
@@ -86,6 +87,7 @@ class ViTPromptTuner(PromptTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         config = cast(PromptConfig, peft_config)
         prepare_head(cast("ViTForImageClassification", model), config, self._head_width(config))
+        self._name_classes()  # of the active adapter, which need not be this one
         inside = [name for name, _ in self.backbone.named_modules() if name]
         for saved in config.modules_to_save or []:
             if any(name == saved or name.endswith(f".{saved}") for name in inside):
@@ -106,6 +108,31 @@ class ViTPromptTuner(PromptTuner):
                 model.register_forward_hook(self._after_model, with_kwargs=True),
             ]
         )
+
+    def prepare_stream(self, tasks: list[list[int]], names: Mapping[int, str]) -> None:
+        super().prepare_stream(tasks, names)
+        self._name_classes()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Use another adapter, and its class names."""
+        super().set_adapter(adapter_name, inference_mode)
+        self._name_classes()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; after the active one, all wrapped modules use the same other one."""
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.active_adapters:
+            self.set_adapter(
+                self.active_adapters
+            )  # PEFT chooses for each module, among those that have parameters there
+
+    def _name_classes(self) -> None:
+        """Note the class names of the active adapter in the model, as pipelines read them."""
+        known = cast("dict[str, PromptConfig]", self.peft_config)
+        for config in (known[name] for name in self.active_adapters if name in known):
+            if config.id2label is not None and "classifier" in (config.modules_to_save or ()):
+                name_classes(self.model, config.id2label)
 
     @property
     def backbone(self) -> ViTModel:

@@ -140,16 +140,21 @@ class ClipPromptModel(TaskEntryTuner):
 
     def linear_logits(self, features: Tensor) -> Tensor:
         """Return the cosines with the stored text features times the logit scale, `(B, C)`."""
-        table = _unit(self.text_layer.clip_prompt_features[self.adapter].to(features.dtype))
-        return _unit(features) @ table.t() * self.model.logit_scale.exp()
+        return self._cosines(_unit(features), self._table(features).t())
 
     def _scores_of(self, image: Tensor, table: Tensor) -> Tensor:
         """Return the scores `(C, B)` of image embeddings at length 1 with text features at length 1."""
-        scores: Tensor = table @ image.t() * self.model.logit_scale.exp()
-        return scores
+        return self._cosines(table, image.t())
+
+    def _cosines(self, one: Tensor, other: Tensor) -> Tensor:
+        # at least float32, since half precision has too few digits to rank classes
+        precision = torch.promote_types(one.dtype, other.dtype)
+        with torch.autocast(one.device.type, enabled=False):
+            return one.to(precision) @ other.to(precision) * self.model.logit_scale.to(precision).exp()
 
     def _table(self, image: Tensor) -> Tensor:
-        return _unit(self.text_layer.clip_prompt_features[self.adapter].to(image.dtype))
+        table = self.text_layer.clip_prompt_features[self.adapter]
+        return _unit(table.to(torch.promote_types(image.dtype, torch.float32)))
 
     # ---- what the head reads, again ------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..base.config import PromptConfig
 from ..base.entries import TaskEntryTuner
+from ..base.last_block import end_reading
 from ..base.layer import PromptLayer
 from ..base.pool import cosine_similarity
 from ..base.vit import ViTPromptTuner
@@ -56,6 +57,7 @@ class DualPromptModel(TaskEntryTuner, ViTPromptTuner):
             self._add_queries(embeddings, adapter_name, config)
             return embeddings
         index = int(name.split(".")[-2])
+        end_reading(target)  # a last block that gets prefixes computes all tokens
         attention = target if isinstance(target, DualPromptAttention) else DualPromptAttention(target, self.family)
         attention.update_layer(adapter_name, config, index in config.general_layers, index in config.expert_layers)
         return attention
