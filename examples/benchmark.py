@@ -23,8 +23,9 @@ and with 10 images a class. Methods have the recipe of run_baselines.py: --learn
 the rows of surprises, where the model begins without classes and learns each task as it comes.
 
 With --shift renderings, each task sees the world differently; the joint rows of prompts are left
-out, and with --scenario whatever that scenario has no bound or method for. Choose settings with --train_val_split 0.2 in an output folder of their own: all figures are
-then those of held-out training images, and the test images choose nothing.
+out. With --scenario, so are rows that the scenario does not have. Choose settings with
+--train_val_split 0.2 in an output folder of their own: all figures are then those of held-out
+training images, and the test images choose nothing.
 
 Runs of one seed are paired: they have the same class order, images, initial prompts and batches.
 The joint rows train their single task for as many epochs as the others train each task.
@@ -49,6 +50,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -201,7 +203,12 @@ def parse(argv: Sequence[str]) -> tuple[BenchmarkArguments, ModelArguments, Data
         raise ValueError(
             f"{', '.join(sorted(own))}: runs are named by --seeds and resumed automatically; leave it out."
         )
-    description = str(__doc__).format(rows="\n".join(f"    {name:<23}{row.what}" for name, row in ROWS.items()))
+    indent = max(map(len, ROWS)) + 6
+    listed = [
+        textwrap.fill(row.what, 100, initial_indent=f"    {name}".ljust(indent), subsequent_indent=" " * indent)
+        for name, row in ROWS.items()
+    ]
+    description = str(__doc__).format(rows="\n".join(listed))
     line = CommandLine(list(argv))
     kinds = (BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments)
     bench, model, data, training = read(kinds, line, PROTOCOL if given & (SOURCES | HELP) else EMBEDDED, description)

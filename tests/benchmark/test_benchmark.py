@@ -184,7 +184,7 @@ def test_help_explains(script):
     text = script_help(script)
     for name in (*script.ROWS, "--rows", "--seeds", "--jobs", "--work_dir", "--table", "--dry_run", "--image_size"):
         assert name in text
-    assert "--worker" not in text and "@energy=0.9" in text
+    assert "--worker" not in text and "@energy=0.9" in text and max(map(len, text.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
