@@ -204,10 +204,8 @@ def parse(argv: Sequence[str]) -> tuple[BenchmarkArguments, ModelArguments, Data
             f"{', '.join(sorted(own))}: runs are named by --seeds and resumed automatically; leave it out."
         )
     indent = max(map(len, ROWS)) + 6
-    listed = [
-        textwrap.fill(row.what, 100, initial_indent=f"    {name}".ljust(indent), subsequent_indent=" " * indent)
-        for name, row in ROWS.items()
-    ]
+    wrapper = textwrap.TextWrapper(100, subsequent_indent=" " * indent, break_on_hyphens=False)
+    listed = [wrapper.fill(f"    {name}".ljust(indent) + row.what) for name, row in ROWS.items()]
     description = str(__doc__).format(rows="\n".join(listed))
     line = CommandLine(list(argv))
     kinds = (BenchmarkArguments, ModelArguments, DataArguments, PGPTrainingArguments)
