@@ -17,10 +17,12 @@ A row's name may carry settings: `l2p-functional@energy=0.9,max_images=100` chan
 row's ProjectionConfig, prompt configuration or PGPTrainingArguments, and counts as a row of its
 own; `ewc@strength=1000` and `fine_tuning@trainable=lora:8` change those of a method, and what of
 the model learns. On the embedded digits, methods with exemplars have two rows by default, with 2
-and with 10 images a class. Methods have the recipe of run_baselines.py: --learning_rate and
---lr_scheduler_type are for prompts. The clip rows have the embedded CLIP; with
---model_name_or_path, a CLIP model, they run only when they are named. So do dualprompt-joint and
-the rows of surprises, where the model begins without classes and learns each task as it comes.
+and with 10 images a class. Methods have the recipe of run_baselines.py: --learning_rate,
+--lr_scheduler_type, --later_prompt_learning_rate, --compensate_drift, --last_block and
+--compile_trunk are for prompts, --last_block not for those of CLIP. The clip rows have the embedded
+CLIP; with --model_name_or_path, a CLIP model, they run only when they are named. So do
+dualprompt-joint and the rows of surprises, where the model begins without classes and learns each
+task as it comes.
 
 With --shift renderings, each task sees the world differently; the joint rows of prompts are left
 out. With --scenario, so are rows that the scenario does not have. Choose settings with
@@ -72,6 +74,12 @@ from pgp_hf.heads.closed_form import NearestClassMean, RandomProjectionRidge, Sh
 from pgp_hf.methods import create
 from pgp_hf.tuners.base.config import PromptConfig
 
+# what the command line says of prompts, and methods have as it is by default: they refuse anything else
+PROMPTS_ALONE: dict[str, Any] = {
+    name: PGPTrainingArguments.__dataclass_fields__[name].default
+    for name in ("later_prompt_learning_rate", "compensate_drift", "last_block", "compile_trunk")
+}
+
 
 def prompts(
     what: str,
@@ -82,7 +90,9 @@ def prompts(
     **projection: Any,
 ) -> Row:
     """Define a row of prompts; a careful one is trained as `CAREFUL` describes."""
-    training = {"later_prompt_learning_rate": 0.004, "compensate_drift": True} if careful else {}
+    training: dict[str, Any] = {"later_prompt_learning_rate": 0.004, "compensate_drift": True} if careful else {}
+    if config is ClipPromptConfig:
+        training["last_block"] = PROMPTS_ALONE["last_block"]
     return Row(what, prompt=config, projection={"method": method, **projection}, training=training, joint=joint)
 
 
@@ -126,7 +136,7 @@ WHEN_NAMED = {*SURPRISES, "dualprompt-joint"}  # rows that run when they are nam
 RECIPE = {
     one: BaselineTrainingArguments.__dataclass_fields__[one].default
     for one in BaselineTrainingArguments.__annotations__
-}
+} | PROMPTS_ALONE
 ROWS |= {
     name: Row(create(name).describe().title, method=name, training=RECIPE)
     for name in sorted(names(), key=lambda name: name not in ("fine_tuning", "joint"))  # the bounds come first

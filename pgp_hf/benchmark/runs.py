@@ -59,13 +59,24 @@ def execute(plans: list[Plan], arguments: str, keep: bool = False) -> bool:
             return True
         for plan in plans:
             write_json(plan.folder / "settings.json", plan.settings())
-        for plan, results in _frozen(plans) if plans[0].classifier is not None else _trained(*plans):
-            head = {"row": plan.name, "seed": plan.seed, "arguments": arguments, "settings": plan.settings()}
-            write_json(plan.file, {**head, **results, **machine(plan.training.device)}, rows=True)
-            if not keep:
-                RunFolder(plan.folder / "run").clear()
-                removal.remove(plan.folder, ["settings.json"])  # and the folder, if that was all
+        try:
+            for plan, results in _frozen(plans) if plans[0].classifier is not None else _trained(*plans):
+                head = {"row": plan.name, "seed": plan.seed, "arguments": arguments, "settings": plan.settings()}
+                write_json(plan.file, {**head, **results, **machine(plan.training.device)}, rows=True)
+                if not keep:
+                    _clear(plan)
+        except Exception:
+            for plan in plans:
+                if RunFolder(plan.folder / "run").is_empty():  # what was refused may come back with other settings
+                    _clear(plan)
+            raise
     return True
+
+
+def _clear(plan: Plan) -> None:
+    """Delete what a run has written into its work folder."""
+    RunFolder(plan.folder / "run").clear()
+    removal.remove(plan.folder, ["settings.json"])  # and the folder, if that was all
 
 
 def _frozen(plans: list[Plan]) -> Iterator[tuple[Plan, dict[str, Any]]]:

@@ -172,6 +172,29 @@ def test_a_method_in_a_name(planned):
     assert (few.memory_size, few.memory_per_class) == (None, 2)
 
 
+def test_options_of_prompts_do_not_stop_rows_that_have_none(planned, local, tmp_path):
+    more = "--last_block read --later_prompt_learning_rate 0.004 --compensate_drift true --compile_trunk true".split()
+    keys = ("last_block", "later_prompt_learning_rate", "compensate_drift", "compile_trunk")
+
+    def found(name):
+        return tuple(getattr(planned(name, more=more).training, key) for key in keys)
+
+    assert found("l2p-none") == ("read", 0.004, True, True)
+    assert found("lwf") == found("joint") == ("full", None, False, False)
+    assert planned("lwf", more=more).settings() == planned("lwf").settings()
+    assert found("clip-none") == ("full", 0.004, True, True)
+    for option in (
+        "last_block=read",
+        "later_prompt_learning_rate=0.004",
+        "compensate_drift=True",
+        "compile_trunk=True",
+    ):
+        plan = planned(f"lwf@{option}")  # by its own name it is asked for, and refused
+        with pytest.raises(ValueError, match=option.partition("=")[0]):
+            runs.execute([plan], "--some arguments")
+        assert not plan.folder.exists()  # so that the option may be left out
+
+
 def script_help(script) -> str:
     import contextlib
     import io
