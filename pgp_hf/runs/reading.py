@@ -19,6 +19,7 @@ MAX_HEADER = 8 * 2**20
 MAX_NAMES = 50_000  # tensors in a file
 MAX_TENSORS = 2**31
 MAX_DIMS = 8
+MAX_DIGITS = 1000  # of a whole number
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".dill", ".ckpt", ".joblib", ".npy", ".npz")
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 _ENTRY = {"dtype", "shape", "data_offsets"}
@@ -40,6 +41,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_float=_finite,
+            parse_int=_whole,
         )
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__} where an object is expected")
@@ -172,6 +174,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:  # Python refuses them too, and names a setting of its own
+        raise ValueError(f"a number of {len(text)} digits, at most {MAX_DIGITS} are allowed")
+    return int(text)
 
 
 def _finite(text: str) -> float:

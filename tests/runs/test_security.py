@@ -221,6 +221,10 @@ BAD = {
     "a path as the kind": (content(CONFIG, peft_type="../../evil"), "peft_type='../../evil'"),
     "a list as the kind": (content(CONFIG, peft_type=["L2P"]), r"peft_type=\['L2P'\]"),
     "modules of the backbone to save": (content(CONFIG, modules_to_save=["embeddings"]), "must stay frozen"),
+    "modules to save that are not there": (
+        content(CONFIG, modules_to_save=["../evil"]),
+        "ViTForImageClassification has no module '../evil'",
+    ),
     "a path among the modules to wrap": (content(CONFIG, target_modules=["../vit"]), "made for the modules"),
     "a path as a tensor's name": (
         tensors(ADAPTER, lambda found: found.update({"../../evil": torch.zeros(1)})),
@@ -341,6 +345,10 @@ BAD = {
     "JSON with a name twice": (text("results.json", '{"a": 1, "a": 2}'), "'a' occurs twice"),
     "JSON with NaN": (text("results.json", '{"a": NaN}'), "NaN is not JSON"),
     "JSON with an endless number": (text("results.json", '{"a": 1e999}'), "too large"),
+    "JSON with a number without end": (
+        text("results.json", f'{{"a": {"9" * 5000}}}'),
+        "a number of 5000 digits, at most",
+    ),
     "JSON in another encoding": (raw("stream.json", lambda data: b"\xff\xfe" + data), "missing or damaged"),
     # results and manifest
     "a matrix of another size": (content("results.json", accuracy_matrix=[[50.0]]), "not 3 rows of 3 numbers"),

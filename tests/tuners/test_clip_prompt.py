@@ -285,6 +285,11 @@ def test_what_does_not_fit(kind, settings, message):
         tiny.model(settings(), kind=kind)
 
 
+def test_one_name_is_not_a_sequence_of_names():
+    with pytest.raises(TypeError, match=r"names='cat': expected a sequence of names, .* such as \['cat'\]"):
+        ClipPromptConfig.for_classes(None, "cat")
+
+
 @pytest.mark.parametrize("length", [9, 17, 18, 19, 200])
 @pytest.mark.parametrize("text_length", [0, 2, 10, 40])
 def test_advice_about_long_class_names_works(length, text_length):

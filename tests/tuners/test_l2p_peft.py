@@ -226,6 +226,16 @@ def test_the_head_is_saved_by_default_and_left_alone_on_request(tmp_path):
     assert predict(loaded, images).shape == (5, 7)
 
 
+@pytest.mark.parametrize("adapter", ["l2p", "clip"])
+def test_modules_that_are_not_there_are_named(adapter):
+    """PEFT would leave a misspelt head frozen, and out of the adapter's file."""
+    kind = "CLIPModel" if adapter == "clip" else "ViTForImageClassification"
+    with pytest.raises(ValueError, match=rf"\['clasifier'\]: this {kind} has no module 'clasifier'. Leave"):
+        tiny.model(adapter, modules_to_save=["clasifier"])
+    with pytest.raises(TypeError, match=r"modules_to_save='classifier': expected a list of names, such as \['class"):
+        tiny.config(adapter, modules_to_save="classifier")
+
+
 def test_modules_of_the_backbone_stay_frozen():
     """A backbone that learned would move the queries of old images."""
     with pytest.raises(ValueError, match="'layernorm' is in the backbone, which must stay frozen"):

@@ -41,6 +41,7 @@ class PromptConfig(PeftConfig):
         filled_in: names of the fields that are not settings, since the stream or its training fills them in.
 
     Raises:
+        TypeError: a setting of another type.
         ValueError: a setting out of its range.
     """
 
@@ -95,6 +96,10 @@ class PromptConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, skip=PeftConfig.__mro__)
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(
+                f"modules_to_save={self.modules_to_save!r:.80}: expected a list of names, such as ['classifier']."
+            )
         self.peft_type = extend_peft_type(self.method_name)
         self._at_least(pull_constraint_coeff=0)
         if not 0 < self.shrinkage <= 1:

@@ -57,6 +57,17 @@ def prepare_head(model: ViTForImageClassification, config: PromptConfig, width: 
         model.num_labels = classes
 
 
+def check_modules_to_save(model: nn.Module, config: PromptConfig) -> None:
+    """Raise ValueError for a name in `modules_to_save` that no module has: PEFT would train nothing, without a word."""
+    known = [*(name for name, _ in model.named_modules()), "classifier"]  # which a bare backbone may be given later
+    for saved in config.modules_to_save or []:
+        if not any(name.endswith(saved) for name in known):  # as PEFT compares them
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save}: this {type(model).__name__} has no module {saved!r:.80}. Leave "
+                "modules_to_save out for the classifier alone, or name modules outside the backbone."
+            )
+
+
 def grow_head(
     model: nn.Module, configs: Mapping[str, PromptConfig], adapter: str, new: Sequence[str], seed: int
 ) -> None:

@@ -22,7 +22,7 @@ from ...projection.protocol import Traced
 from ...runs.digest import tensor_sha256
 from .config import PromptConfig
 from .embeddings import PromptedEmbeddings, shared_embeddings
-from .head import prepare_head
+from .head import check_modules_to_save, prepare_head
 from .last_block import begin_reading, end_reading, forget, is_reading, narrow
 from .layer import PromptLayer
 from .model import PromptTuner
@@ -88,6 +88,7 @@ class ViTPromptTuner(PromptTuner):
         config = cast(PromptConfig, peft_config)
         prepare_head(cast("ViTForImageClassification", model), config, self._head_width(config))
         self._name_classes()  # of the active adapter, which need not be this one
+        check_modules_to_save(model, config)
         inside = [name for name, _ in self.backbone.named_modules() if name]
         for saved in config.modules_to_save or []:
             if any(name == saved or name.endswith(f".{saved}") for name in inside):

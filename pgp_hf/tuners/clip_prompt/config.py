@@ -86,7 +86,14 @@ class ClipPromptConfig(PoolConfig):
             names: of the classes, in the order of their labels.
             template: text around the name, such as "a photo of a {}.".
             kwargs: any other field.
+
+        Raises:
+            TypeError: a single text instead of a sequence of names.
         """
+        if isinstance(names, str):
+            raise TypeError(
+                f"names={names!r:.80}: expected a sequence of names, one for each class, such as [{names!r:.80}]."
+            )
         tokens = tokenize(tokenizer, list(map(str, names)), template)
         return cls(class_tokens=tokens, template=template, id2label=dict(enumerate(map(str, names))), **kwargs)
 

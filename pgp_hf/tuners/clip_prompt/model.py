@@ -19,6 +19,7 @@ from ...heads.growing import new_names
 from ...runs.digest import tensor_sha256
 from ..base.consistency import consistency_rows
 from ..base.entries import TaskEntryTuner
+from ..base.head import check_modules_to_save
 from ..base.layer import strip_prompts
 from ..base.structure import check_clip
 from .config import ClipPromptConfig, tokenize
@@ -59,6 +60,7 @@ class ClipPromptModel(TaskEntryTuner):
         check_clip(model)
         self._check_width(config, model.config.vision_config.hidden_size)
         self._check_tokens(config.class_tokens or [], config.text_length)
+        check_modules_to_save(model, config)
         config.target_modules = ["vision_model.embeddings", "text_model.embeddings"]
         return config
 
