@@ -77,7 +77,7 @@ class TaskImages(torch.utils.data.Dataset[ImageItem]):
         if not -len(self) <= position < len(self):
             raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
         position %= len(self)
-        return {"image": self._decoded(position), **self.described(position)}  # type: ignore[typeddict-item]
+        return {"image": self._decoded(position), **self.described(position)}  # type: ignore[typeddict-item]  # keys are not literal
 
     def described(self, position: int) -> dict[str, int]:
         """Return what an item holds besides its image."""
