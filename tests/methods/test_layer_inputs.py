@@ -115,10 +115,12 @@ def test_layers_are_joined_with_their_biases_and_taken_apart_again():
     assert layers[1].weight.tolist() == [[8, 9, 10]] and layers[1].bias.tolist() == [11]
 
 
-@pytest.mark.parametrize(("a", "free"), [(1.5, 1), (2, 2), (10, 3), (50, 4)])
-def test_a_compares_with_the_smallest_eigenvalue(a, free):
-    basis = NullSpaceAdam(NullSpaceAdamConfig(a=a)).extended(Basis.empty(6), diagonal(100, 10, 2, 0.5, 0.1, 0.05))
+@pytest.mark.parametrize(("a", "free", "left"), [(1.5, 1, 0.0004), (2, 2, 0.0013), (10, 3, 0.0058), (50, 4, 0.0235)])
+def test_a_compares_with_the_smallest_eigenvalue(a, free, left):
+    seen = diagonal(100, 10, 2, 0.5, 0.1, 0.05)
+    basis = NullSpaceAdam(NullSpaceAdamConfig(a=a)).extended(Basis.empty(6), seen)
     assert basis.dim - basis.rank == free
+    assert 1 - float(basis.captured(seen)) == pytest.approx(left, abs=5e-5)  # R of the paper
     assert torch.allclose(
         span(basis), torch.diag(torch.tensor([1.0] * (6 - free) + [0.0] * free, dtype=torch.float64))
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
-from pgp_hf.methods.memory import Examples, HerdedMemory, Reservoir, herd
+from pgp_hf.methods.memory import Examples, HerdedMemory, Reservoir, herd, rgb_bytes
 
 
 def examples(numbers):
@@ -29,6 +30,22 @@ def test_each_of_eight_examples_is_among_three_with_the_same_probability(parts):
         counts[kept(memory)] += 1
         assert len(memory) == 3 and memory.presented == 8
     assert torch.allclose(counts / 3000, torch.tensor(0.375), atol=0.03)
+
+
+def test_presentations_count_and_not_images():
+    """Of 1,000 images that are presented in five epochs, 500 places hold some twice: 406 or so are different."""
+    memory = Reservoir(500)
+    for epoch in range(5):
+        for first in range(0, 1000, 100):
+            memory.add(examples(range(first, first + 100)), (epoch, first))
+    assert memory.presented == 5000 and len(memory) == 500
+    assert len(set(kept(memory))) == pytest.approx(1000 * (1 - 0.9**5), abs=30)  # 409.5; the standard deviation is 9
+
+
+@pytest.mark.parametrize(("side", "size"), [(32, 3_072), (112, 37_632), (224, 150_528)])
+def test_images_count_as_8_bit_rgb_at_their_own_resolution(side, size):
+    images = [{"image": Image.new(mode, (side, side))} for mode in ("RGB", "L")]
+    assert rgb_bytes(images, [0, 1]) == [size, size]
 
 
 def test_while_there_is_room_examples_stay_in_order_and_whole():

@@ -214,11 +214,14 @@ def test_images_of_older_tasks_are_trained_on(tmp_path, head):
 
 
 def test_cross_entropy_counts_the_given_classes_alone():
-    logits = torch.tensor([[2.0, 0.0, -1.0, 1.0, 0.0]])
-    found = cross_entropy(logits, torch.tensor([3]), [3, 4])
-    assert found.tolist() == pytest.approx([0.3133], abs=1e-4)
-    found = cross_entropy(logits, torch.tensor([3]), [0, 1, 2, 3, 4])
-    assert found.tolist() == pytest.approx([1.5237], abs=1e-4)
+    logits = torch.tensor([[2.0, 0.0, -1.0, 1.0, 0.0]], requires_grad=True)
+    for classes, loss, old in (([3, 4], 0.3133, [0, 0, 0]), ([0, 1, 2, 3, 4], 1.5237, [0.592, 0.080, 0.029])):
+        found = cross_entropy(logits, torch.tensor([3]), classes)
+        assert found.tolist() == pytest.approx([loss], abs=1e-4)
+        gradient = torch.autograd.grad(found.sum(), logits)[0][0, :3].tolist()
+        assert (
+            gradient == pytest.approx(old, abs=5e-4) if len(classes) > 2 else gradient == old
+        )  # pushed down, or free
     with pytest.raises(ValueError, match=r"1 of 2 images .*: \[3\] are not among \[0, 1, 4\]"):
         cross_entropy(logits.expand(2, -1), torch.tensor([3, 4]), [0, 1, 4])
 

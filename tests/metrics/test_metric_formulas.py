@@ -52,6 +52,18 @@ HAND = {
             "per_task_average_accuracy": [50.0, 70.0, 220 / 3],
         },
     ),
+    # Eq. 36 as it is printed is -21.5 here, and the tables of the paper have its magnitude
+    "of the paper's sign": (
+        [[90, N, N], [70, 88, N], [60, 75, 85]],
+        {
+            "average_accuracy": 220 / 3,
+            "forgetting": 21.5,
+            "forgetting_clipped": 21.5,
+            "backward_transfer": -21.5,
+            "learning_accuracy": 263 / 3,
+            "per_task_average_accuracy": [90.0, 79.0, 220 / 3],
+        },
+    ),
     "one task": (
         [[88.5]],
         {

@@ -88,6 +88,13 @@ def test_energy_is_reached_by_the_fewest_directions(energy):
     assert old.extend(moment_of(task_rows(9)), 1e-6).rank == old.rank
 
 
+@pytest.mark.parametrize(("power", "ranks"), [(1, [536, 619, 715]), (2, [12, 20, 56])])
+def test_the_rank_depends_on_the_spectrum(power, ranks):
+    """Of 768 directions, where the energy of the i-th is i^-1 or i^-2."""
+    moment = SecondMoment(768).update(torch.arange(1, 769, dtype=torch.float64).pow(-power / 2).diag())
+    assert [Basis.empty(768).extend(moment, energy).rank for energy in (0.95, 0.97, 0.99)] == ranks
+
+
 def test_ties_take_one_direction():
     moment = SecondMoment(4).update(torch.eye(4))
     assert [Basis.empty(4).extend(moment, e).rank for e in (0.25, 0.5, 0.500001, 1.0)] == [1, 2, 3, 4]
