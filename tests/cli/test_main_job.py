@@ -90,6 +90,21 @@ def test_the_end_is_a_verdict_from_the_numbers(finished, main, capsys):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_first_run_keeps_its_promise(tmp_path, without_figures):
+    """On seed 42, as the command comes: at least as accurate as its twin, with at most a third of the drift."""
+    with tiny.script(SCRIPT) as script, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", ["run", "--output_dir", str(tmp_path), "--use_cpu", "true", "--disable_tqdm", "true"]
+        )
+        script.main()
+    rows = json.loads((tmp_path / "comparison.json").read_text())
+    twin, own = rows["L2P"], rows["L2P-FUNCTIONAL"]
+    assert own["seed"] == 42 and own["num_tasks"] == 5
+    assert own["average_accuracy"] >= twin["average_accuracy"] and 0 < own["drift"][-1] <= twin["drift"][-1] / 3
+
+
 @pytest.fixture
 def killed(monkeypatch):
     """Have a run die when it begins in a folder of this name; the value names it."""
