@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -33,6 +34,7 @@ from pgp_hf.training.trainer import StreamTrainer
 pytestmark = pytest.mark.usefixtures("without_figures")
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmark.py"
+CARDS = SCRIPT.parents[1] / "model_cards"
 
 
 @pytest.fixture(scope="module")
@@ -813,7 +815,7 @@ def test_a_table_of_older_runs_has_no_new_column(script, planned, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("name", ["cifar100-vit-tiny", "cifar100-shifted", "cifar100-rivals", "cifar100-surprises"])
+@pytest.mark.parametrize("name", sorted(file.parent.name for file in CARDS.glob("*/table.md")))
 def test_published_tables_stay_as_they_are(script, tmp_path, monkeypatch, name):
     """Runs of the first are those of an older version."""
     published = Path("model_cards") / name
@@ -823,6 +825,29 @@ def test_published_tables_stay_as_they_are(script, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     table.write(published, published / "table.md", script.ROWS, script.usual_rows([]))
     assert (published / "table.md").read_text() == (SCRIPT.parents[1] / published / "table.md").read_text()
+
+
+def test_published_methods_are_in_the_orders_that_can_be_expected():
+    """Joint training above all, more exemplars above fewer, and accuracy that is no lower where tasks are given."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for run in table.read(CARDS / "digits-methods"):
+        if "method" in run["settings"]:
+            head = run["heads"]["linear"]
+            pair = head["average_accuracy"], head["task_incremental"]["average_accuracy"]
+            found.setdefault(run["row"], []).append(pair)
+    assert len(found) == 14 and all(len(runs) == 3 for runs in found.values())
+    assert all(within >= among for runs in found.values() for among, within in runs)
+    mean = {row: np.mean(runs, 0)[0] for row, runs in found.items()}
+    assert max(mean, key=mean.__getitem__) == "joint"
+    for few, many in (
+        ("bic@memory_per_class=2,validation_share=0.5", "bic@memory_per_class=10"),
+        ("der_mcg@memory_per_class=2", "der_mcg@memory_per_class=10"),
+        ("derpp@memory_size=20", "derpp@memory_size=100"),
+        ("icarl@memory_per_class=2", "icarl@memory_per_class=10"),
+    ):
+        assert mean[many] > mean[few]
+    for kept in ("bic@memory_per_class=10", "derpp@memory_size=100"):
+        assert mean[kept] > 2 + max(mean[row] for row in ("fine_tuning", "ewc", "lwf"))
 
 
 @pytest.mark.parametrize("name", ["cifar100-vit-tiny", "cifar100-shifted", "cifar100-rivals"])
