@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from ..runs.digest import tensor_sha256
 LOCK = ".lock"
 SECONDS = 30.0
 """Time to wait for another process that writes."""
+_OWN = re.compile(r"queries-[0-9a-f]{32}\.safetensors|(?P<temporary>\.queries-[0-9a-f]{32}\.safetensors\.\d+\.tmp)")
 # of a backbone's configuration, what does not enter its forward pass, or differs between copies of one backbone
 _NO_PART = {
     *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "problem_type"),
@@ -102,10 +104,12 @@ class QueryCache:
         with os.scandir(self.folder) as entries:  # far quicker than `glob` in the folder of a long stream
             there = list(entries)
         for entry in there:
-            start, end = entry.name.startswith, entry.name.endswith
-            if start(".queries-") and end(".tmp"):  # of a process that died
+            own = _OWN.fullmatch(entry.name)  # the folder may hold files of others
+            if own is None:
+                continue
+            if own["temporary"]:  # of a process that died
                 Path(entry.path).unlink(missing_ok=True)
-            elif start("queries-") and end(".safetensors") and entry.name != path.name:
+            elif entry.name != path.name:
                 stat = entry.stat()
                 files.append((stat.st_mtime, Path(entry.path), stat.st_size))
         taken = sum(taken for *_, taken in files)

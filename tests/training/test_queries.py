@@ -119,9 +119,14 @@ def test_the_longest_unused_make_room(cache):
     assert cache.read({"name": "c"}, 4) is not None  # in use from now on
     left = cache.folder / f".{files['a'].name}.123.tmp"
     left.write_bytes(b"of a process that died")
+    foreign = [cache.folder / name for name in ("queries-mine.safetensors", ".queries-mine.tmp")]
+    for file in foreign:
+        file.write_bytes(b"of somebody else")
+        os.utime(file, (1, 1))
     whole = sum(path.stat().st_size for path in files.values())
     QueryCache(cache.folder, whole).write({"name": "d"}, QUERIES)
     assert not files["a"].exists() and files["b"].exists() and files["c"].exists() and not left.exists()
+    assert all(file.exists() for file in foreign)
     cache.write({"name": "f"}, torch.full_like(QUERIES, float("nan")))
     assert not cache.path({"name": "f"}).exists()
     QueryCache(cache.folder, size - 1).write({"name": "e"}, QUERIES)
