@@ -67,11 +67,11 @@ class Outcome(Enum):
     ELSEWHERE = "left out, since it is in the repository that the run goes on from"
 
 
-def check_license(license: str | None) -> None:
-    """Raise ValueError for anything but the id of a license, or None."""
-    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+def check_license(license: str | None, name: str = "license") -> None:
+    """Raise ValueError for anything but the id of a license, or None; `name` is that of the argument, for the message."""
+    if license is not None and not (isinstance(license, str) and re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license)):
         raise ValueError(
-            f"license={license!r} is not the id of a license as the Hub writes them: 'apache-2.0', 'mit', 'other'."
+            f"{name}={license!r} is not the id of a license as the Hub writes them: 'apache-2.0', 'mit', 'other'."
         )
 
 

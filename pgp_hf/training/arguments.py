@@ -276,7 +276,7 @@ class PGPTrainingArguments(TrainingArguments):
         """Raise TypeError or ValueError for a value that cannot work, with the fix; some may have been set since."""
         if self.push_to_hub:
             self.check_hub()
-        check_license(self.hub_license)  # cards that are not uploaded name it as well
+        check_license(self.hub_license, "hub_license")  # cards that are not uploaded name it as well
         check_values(self)
         refuse_whole_compilation(self)
         refuse_what_breaks_streams(self)

@@ -83,6 +83,7 @@ _CHOICES: dict[str, Any] = {
     "lr_scheduler_type": SchedulerType,
     "save_strategy": SaveStrategy,
 }
+_TEXTS = ("query_cache", "metric_for_best_model", "optim_args", "run_name", "hub_model_id", "hub_base_model")
 _CASTS = "would cast the prompts permanently, and rounding would undo the projection: use bf16=True, which keeps them in float32."
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "bf16_full_eval": ((True,), _CASTS),
@@ -122,6 +123,9 @@ def check_values(args: TrainingArguments) -> None:
     check_fields(args)
     for name, kind in _CHOICES.items():
         check_value(name, getattr(args, name), kind)
+    for name in _TEXTS:
+        if (text := getattr(args, name)) is not None and not isinstance(text, str | os.PathLike):
+            raise TypeError(f"{name}={text!r:.80}: expected text, or None to leave it out.")
     for name in ("log_level", "log_level_replica"):
         if getattr(args, name) not in trainer_log_levels:
             raise ValueError(

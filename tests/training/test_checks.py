@@ -30,6 +30,14 @@ def test_none_or_text_where_a_number_belongs(name, value):
         made(**{name: value})
 
 
+@pytest.mark.parametrize(
+    "name", ["query_cache", "metric_for_best_model", "optim_args", "hub_model_id", "hub_base_model"]
+)
+def test_a_number_where_text_belongs(name):
+    with pytest.raises(TypeError, match=f"^{name}=5: expected text, or None to leave it out"):
+        made(**{name: 5})
+
+
 @pytest.mark.parametrize("name", TRUTHS)
 def test_text_where_a_truth_value_belongs(name):
     with pytest.raises(TypeError, match=rf"^{name}='False' is a str: expected True or False"):
@@ -131,7 +139,9 @@ def test_trackers_that_are_unknown_or_not_installed(monkeypatch):
 
 
 def test_a_license_is_checked_without_a_push():
-    with pytest.raises(ValueError, match="license='Foo!' is not the id of a license"):
+    with pytest.raises(ValueError, match="hub_license=5 is not the id of a license"):
+        made(hub_license=5)
+    with pytest.raises(ValueError, match="hub_license='Foo!' is not the id of a license"):
         made(hub_license="Foo!")
 
 
