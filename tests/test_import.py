@@ -114,6 +114,10 @@ def test_public_names():
 
     for name in pgp_hf.__all__:
         assert getattr(pgp_hf, name).__name__ == name and name in dir(pgp_hf)
+    from pgp_hf import arguments
+    from pgp_hf.cli.arguments import DataArguments
+
+    assert arguments.DataArguments is DataArguments  # where it was once
     with pytest.raises(AttributeError, match="'pgp_hf' has no attribute 'L3PConfig'"):
         pgp_hf.L3PConfig  # noqa: B018
 
