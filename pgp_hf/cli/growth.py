@@ -1,4 +1,4 @@
-"""Tell what a run knew before it learned on, and what it knows now."""
+"""Tabulate what a run knew before it learned on, and what it knows now."""
 
 from __future__ import annotations
 
