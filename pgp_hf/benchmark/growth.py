@@ -169,9 +169,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "1 is a straight line, 2 a square. A table is printed; OUTPUT_DIR has growth.json, growth.png and growth.svg. "
         "The same command continues what was interrupted.",
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("out/growth"), help="folder of the results")
-    parser.add_argument("--quick", action="store_true", help="two small streams alone, to see that it works")
-    parser.add_argument("--sweeps", nargs="+", help="the beginnings of names of quantities, to vary these alone")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("out/growth"), help="folder of the results (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="run two small streams only, to see that it works")
+    parser.add_argument(
+        "--sweeps", nargs="+", help="quantities to vary, by the beginnings of their names (default: all)"
+    )
     args = parser.parse_args(list(argv))
     args.chosen = QUICK if args.quick else SWEEPS
     if args.sweeps:

@@ -340,14 +340,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "threads of the process, so that other programs on the machine hardly matter.",
     )
     cuda = torch.cuda.is_available()
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="where to run")
-    parser.add_argument("--models", nargs="+", choices=list(SIZES), default=["ti", "b"], help="sizes of the ViT")
-    parser.add_argument("--batch", type=whole(1), nargs="+", help="images in a step, for each model or for all")
-    parser.add_argument("--pixels", type=whole(16), default=224, help="height and width of the images")
-    parser.add_argument("--rounds", type=whole(1), help="rounds in which all take their turn")
-    parser.add_argument("--steps", type=whole(1), help="steps of each in a round")
-    parser.add_argument("--threads", type=whole(1), default=torch.get_num_threads(), help="threads on a CPU")
-    parser.add_argument("--compile", action="store_true", help=f"a row '{COMPILED}' as well, with compile_trunk")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if cuda else "cpu",
+        help="where to run (default: a GPU if there is one)",
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=list(SIZES), default=["ti", "b"], help="sizes of the ViT (default: ti b)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=whole(1),
+        nargs="+",
+        help="images in a step, for each model or for all (default: tiny 8, ti 8, b 4; on a GPU 8, 512, 256)",
+    )
+    parser.add_argument("--pixels", type=whole(16), default=224, help="height and width of the images (default: 224)")
+    parser.add_argument("--rounds", type=whole(1), help="rounds in which all take their turn (default: 5; on a GPU 7)")
+    parser.add_argument("--steps", type=whole(1), help="steps of each in a round (default: 1; on a GPU 4)")
+    parser.add_argument(
+        "--threads", type=whole(1), default=torch.get_num_threads(), help="threads on a CPU (default: %(default)s)"
+    )
+    parser.add_argument("--compile", action="store_true", help=f"add a row '{COMPILED}', with compile_trunk")
     parser.add_argument("--float32", action="store_true", help="no bf16 autocast on a GPU")
     args = parser.parse_args(list(argv))
     on_gpu = args.device == "cuda"

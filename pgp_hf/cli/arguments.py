@@ -84,7 +84,7 @@ class DataArguments:
     label_column_name: str | None = field(default=None, metadata={"help": "label column, if there are several"})
     num_tasks: int | None = field(default=10, metadata={"help": "number of tasks that the classes are divided into"})
     init_classes: int | None = field(
-        default=None, metadata={"help": "number of classes of the first task, with --increment; as many if not given"}
+        default=None, metadata={"help": "number of classes of the first task, with --increment, which is the default"}
     )
     increment: int | None = field(
         default=None, metadata={"help": "number of classes of each further task, instead of --num_tasks"}

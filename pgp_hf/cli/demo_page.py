@@ -12,6 +12,7 @@ from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from .. import embedded, metrics
+from ..data.markup import shorten_names
 from ..inference import PromptClassifier, load_pretrained
 from ..report.names import public_name
 from ..report.sentences import dataset_names
@@ -175,11 +176,10 @@ def known(classifier: PromptClassifier) -> str:
     average, lost = summary["average_accuracy"], summary["forgetting"]
     accuracy = "Average accuracy not measured" if average is None else f"Average accuracy {average:.1f} %"
     accuracy += "" if lost is None else f", forgetting {lost:.1f} points"
-    names = ", ".join(html.escape(classifier.id2label[c]) for c in brought[:NAMED])
-    more = f" and {len(brought) - NAMED} more" if len(brought) > NAMED else ""
+    names = shorten_names([html.escape(classifier.id2label[c]) for c in brought], NAMED)
     return (
         f"<p class='count'>{len(classifier.classes)} of {everything} classes known</p>"
-        f"<p>after {after}, which brought: {names}{more}.<br>{accuracy}.</p>"
+        f"<p>after {after}, which brought: {names}.<br>{accuracy}.</p>"
     )
 
 

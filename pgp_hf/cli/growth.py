@@ -1,4 +1,4 @@
-"""Tell what a run knew before it learned on, and what it knows now."""
+"""Tabulate what a run knew before it learned on, and what it knows now."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from ..data.markup import shorten_names
 from ..data.stream import TaskStream
 from ..report.formatting import WIDTH, one_line, printable
 from ..report.table import plain
@@ -57,8 +58,7 @@ def known_classes(stream: TaskStream) -> str:
 
 def _names(names: Sequence[str], shown: int = _SHOWN) -> str:
     """Return class names as a phrase; of many, the first ones and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(printable(one_line(name)) for name in names[:shown]) + more
+    return shorten_names([printable(one_line(name)) for name in names], shown)
 
 
 def _described(task: Mapping[str, Any], names: Sequence[str], shown: int) -> str:

@@ -64,9 +64,9 @@ image_length N|image prompt tokens after CLS (default: 10)
 template TEXT|around each class name, such as 'a photo of a {}.' (default: {})""",
     "method and comparison": """\
 preset NAME|published settings, such as cifar100-10: `pgp-hf presets` lists them
-projection NAME|none, pgp (default), attention, frozen, functional (on digits)
+projection NAME|none, pgp (default), attention, frozen, or functional (used on digits)
 energy SHARE|how much of what old images show is protected (default: 0.99)
-head NAME|linear (default), or statistics (on digits): means and covariance
+head NAME|linear (default), or statistics (used on digits): means, covariance
 no_compare|train this run alone, without its twin and the frozen rows
 dry_run|print all settings that result, and stop
 also|key_energy value_energy apply_to softness max_images all_keys equal_images bf16_probes probes probe_space \
@@ -99,15 +99,16 @@ push_to_hub|upload each finished task to the Hub, as {repo}
 also|{also}""",
 }
 _OWN = {"repo": "--hub_model_id OWNER/NAME", "epochs": " (default: 5)", "seed": " (default: 42)"}
-_ALSO = """per_device_train_batch_size per_device_eval_batch_size augmentation lr_scheduler_type optim later_prompt_learning_rate compensate_drift \
-exact_images process_on_device reinit_optimizer train_mask eval_mask crop_min_scale last_block skip_fixed compile_trunk crop_views cache_queries query_cache query_cache_gb \
-verify_images save_strategy save_full_weights figures keep_samples hub_model_id hub_private_repo hub_strategy \
-hub_base_model hub_exemplars hub_license hub_wait"""
+_ALSO = """per_device_train_batch_size per_device_eval_batch_size augmentation crop_min_scale crop_views lr_scheduler_type optim \
+reinit_optimizer train_mask eval_mask exact_images process_on_device verify_images save_strategy save_full_weights figures \
+keep_samples hub_model_id hub_private_repo hub_strategy hub_base_model hub_exemplars hub_license hub_wait"""
+PROMPTS_ALONE = """later_prompt_learning_rate compensate_drift last_block skip_fixed compile_trunk cache_queries query_cache \
+query_cache_gb"""  # refused for a model without prompts, or without effect there
 _PROMPTS = {
     **_OWN,
     "output": " (default: out/{method}_pgp, or out/{method}_PRESET)",
     "rate": "constant (default: 0.001875)",
-    "also": _ALSO,
+    "also": f"{PROMPTS_ALONE} {_ALSO}",
 }
 _TRAINING: Mapping[str, Mapping[str, str]] = {
     "baseline": {
@@ -121,7 +122,7 @@ _TRAINING: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("epochs", "seed"), ""),
         "output": ", a new folder",
         "rate": "of the new task",
-        "also": _ALSO,
+        "also": f"{PROMPTS_ALONE} {_ALSO}",
     },
 }
 _GROUPS = {

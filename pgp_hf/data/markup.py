@@ -34,10 +34,10 @@ def tasks_table(title: str, classes: Sequence[Sequence[str]], counts: Sequence[S
     return table(title, ["task", "classes", "training images", "test images"], rows)
 
 
-def shorten_names(names: Sequence[str]) -> str:
+def shorten_names(names: Sequence[str], most: int = _LONGEST) -> str:
     """Return the first names, and the number of the others."""
-    more = len(names) - _LONGEST
-    return ", ".join(names[:_LONGEST]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _cell(value: object, shade: float | None) -> str:

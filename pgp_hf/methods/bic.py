@@ -41,7 +41,9 @@ class BiCConfig(ExemplarConfig):
         ValueError: a setting out of its range.
     """
 
-    temperature: float = field(default=2.0, metadata={"help": "what scores are divided by before they are compared"})
+    temperature: float = field(
+        default=2.0, metadata={"help": "temperature of the distillation, which divides both scores"}
+    )
     validation_share: float = field(
         default=0.1, metadata={"help": "share of a class's exemplars that is used to correct the bias alone"}
     )

@@ -54,9 +54,14 @@ class DERMCGConfig(ExemplarConfig):
         ValueError: a setting out of its range.
     """
 
-    combine: str = field(default="multiply", metadata={"help": "how weights meet scores: multiply, or log"})
-    gate_temperature: float = field(default=12.0, metadata={"help": "divides the gate's scores, before the softmax"})
-    centroids_per_class: float = field(default=1.0, metadata={"help": "the gate's centroids for each class, from 1"})
+    combine: str = field(
+        default="multiply",
+        metadata={"help": "how the gate weighs scores: multiply them by its weights, or add their log"},
+    )
+    gate_temperature: float = field(default=12.0, metadata={"help": "temperature of the gate's softmax"})
+    centroids_per_class: float = field(
+        default=1.0, metadata={"help": "number of the gate's centroids per class, at least 1"}
+    )
     tuning_epochs: int = field(default=30, metadata={"help": "passes over the exemplars that tune all heads"})
     tuning_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of the heads in these passes"})
     gate_epochs: int = field(default=5, metadata={"help": "passes over all images that train the gate; 0 for no gate"})

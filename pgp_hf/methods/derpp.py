@@ -35,9 +35,11 @@ class DERppConfig(MemoryConfig):
         ValueError: a setting out of its range.
     """
 
-    memory_size: int = field(default=1000, metadata={"help": "number of images that are kept; 0 is fine-tuning"})
-    alpha: float = field(default=0.3, metadata={"help": "weight of the squared error to the scores of that time"})
-    beta: float = field(default=0.5, metadata={"help": "weight of the cross-entropy of kept images"})
+    memory_size: int = field(default=1000, metadata={"help": "number of images kept; 0 is fine-tuning"})
+    alpha: float = field(
+        default=0.3, metadata={"help": "weight of the squared error to the scores stored with kept images"}
+    )
+    beta: float = field(default=0.5, metadata={"help": "weight of the cross-entropy on kept images"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,10 +35,10 @@ class ExemplarConfig(MemoryConfig):
     """
 
     memory_size: int | None = field(
-        default=None, metadata={"help": "images that are kept in all; 2000 if neither number is given"}
+        default=None, metadata={"help": "number of images kept in total; 2000 if neither number is given"}
     )
     memory_per_class: int | None = field(
-        default=None, metadata={"help": "images that are kept of each class, instead of a number in all"}
+        default=None, metadata={"help": "number of images kept per class, instead of a total"}
     )
 
     def __post_init__(self) -> None:

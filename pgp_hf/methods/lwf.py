@@ -32,7 +32,9 @@ class LwFConfig:
     """
 
     strength: float = field(default=1.0, metadata={"help": "weight of the distillation; 0 is fine-tuning"})
-    temperature: float = field(default=2.0, metadata={"help": "what scores are divided by before they are compared"})
+    temperature: float = field(
+        default=2.0, metadata={"help": "temperature of the distillation, which divides both scores"}
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -121,12 +121,13 @@ def functional(model: Protectable, inputs: Mapping[str, Tensor], context: Contex
     keeps a later task's key from winning an old image. `changed_selections` measures both.
 
     At a task's end, each image costs one forward pass (two if its query has to be computed) and `probes` backward
-    passes, each of which takes a little longer, with the memory of one training batch. Half of the probes do not give the
-    same basis: at equal rank, it holds less of what other images of the task depend on. Passes in bfloat16 do. Each protected parameter (of L2P: each entry of the pool) needs a
-    second moment of n x n values, or a sketch of `2 * SKETCH` x n once that is smaller (`moments.py`), and its
-    eigenvectors. While later tasks train, each has a basis of n x r values, r <= n, by which every step is multiplied: for
-    a pool of M entries at most 4 M n^2 bytes in single precision (all but small bases), where n is the prompt's length
-    times the width; above 64 MB at most 2 M n^2, because entries above half of all dimensions are kept by their complements.
+    passes, each of which takes a little longer, with the memory of one training batch. Half of the probes do not give
+    the same basis: at equal rank, it holds less of what other images of the task depend on. Passes in bfloat16 do.
+    Each protected parameter (of L2P: each entry of the pool) needs a second moment of n x n values, or a sketch of `2
+    * SKETCH` x n once that is smaller (`moments.py`), and its eigenvectors. While later tasks train, each has a basis
+    of n x r values, r <= n, by which every step is multiplied: for a pool of M entries at most 4 M n^2 bytes in single
+    precision (all but small bases), where n is the prompt's length times the width; above 64 MB at most 2 M n^2,
+    because entries above half of all dimensions are kept by their complements.
 
     With `bf16_probes`, both passes run in bfloat16, from features and to gradients in float32.
 

@@ -50,6 +50,9 @@ class PGPTrainingArguments(TrainingArguments):
         crop_views: number of different random crops of each training image, whose queries are then kept; None for new
             crops in each epoch.
         cache_queries: keep the queries of images, which never change, instead of computing them again.
+        exact_images: let the image processor process each image; otherwise, batches are processed at once, which is faster
+            and differs by at most one grey level.
+        process_on_device: with `exact_images=False`, process them on the device that trains.
         query_cache: folder that queries are kept in, which runs may share; `queries` in `output_dir` by default.
         query_cache_gb: largest size of that folder in GB; 0 keeps queries in memory alone.
         verify_images: decode every image once before training starts.
@@ -78,7 +81,12 @@ class PGPTrainingArguments(TrainingArguments):
         ValueError: a value out of range, or a combination that cannot work, each with the fix.
     """
 
-    learning_rate: float = field(default=0.001875, metadata={"help": "constant learning rate: 0.03 * 16 / 256"})
+    learning_rate: float = field(
+        default=0.001875,
+        metadata={
+            "help": "learning rate, constant by default; L2P has 0.03 for 256 images a step, which is 0.001875 for 16"
+        },
+    )
     per_device_train_batch_size: int = field(default=16, metadata={"help": "training images per step and process"})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "test images per step and process"})
     num_train_epochs: float = field(default=5.0, metadata={"help": "epochs per task; 1 when scenario is online"})

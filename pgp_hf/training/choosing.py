@@ -1,7 +1,7 @@
-"""Choosing by an evaluation: a checkpoint, when to stop, a learning rate; only ever on a validation split.
+"""Choose by evaluations, and only ever on a validation split: a checkpoint, when to stop, a learning rate.
 
 While a task is trained, the images of every task so far are evaluated, under names such as `eval_task_2_accuracy`. What is
-chosen by needs names that exist in every task: `eval_current_accuracy`, of the task in training, and
+chosen by must exist in every task: `eval_current_accuracy`, of the task in training, and
 `eval_mean_accuracy`, the mean over the tasks so far; likewise `..._loss` and whatever `compute_metrics` returns.
 """
 

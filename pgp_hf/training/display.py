@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data.markup import shorten_names
 from ..data.stream import TaskStream
 from ..report.formatting import WIDTH, fill, printable
 from ..runs.checks import first_task
@@ -44,7 +45,7 @@ class StreamLines(StreamCallback):
         self.learned = f"tasks 1 to {task + 1}" if before else self.learned
         if state.is_world_process_zero:
             names = [stream.label_names[label] for label in own.tasks[task - before].classes]
-            shown = ", ".join(map(printable, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            shown = shorten_names(list(map(printable, names)), 6)
             title = f"{self.learned} of {stream.num_tasks}{' as one' if before else ''}".capitalize()
             tqdm.write(fill(f"{title}: {len(own.train(task - before))} images of {shown}", "    "))
 

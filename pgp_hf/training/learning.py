@@ -1,4 +1,4 @@
-"""Learning on: take up a finished run, and make room in its model for classes that nobody foresaw."""
+"""Take up a finished run to learn on, and make room in its model for classes that nobody foresaw."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resuming: a trainer takes over an earlier run, whose files have been checked."""
+"""Resume: let a trainer take over an earlier run, whose files have been checked."""
 
 from __future__ import annotations
 

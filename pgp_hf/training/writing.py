@@ -1,4 +1,4 @@
-"""Writing the files of a task that has ended."""
+"""Write the files of a task that has ended."""
 
 from __future__ import annotations
 

@@ -872,6 +872,18 @@ def test_published_runs_are_finished(script, tmp_path, monkeypatch, name):
     assert parsed
 
 
+@pytest.mark.parametrize(
+    "card", sorted(SCRIPT.parents[1].glob("model_cards/*/table.md")), ids=lambda card: card.parent.name
+)
+def test_the_command_of_a_card_trains_no_other_rows(script, card):
+    """Not those either that have become usual since."""
+    text = card.with_name("README.md").read_text().replace("\\\n", " ")
+    published = {run["row"] for run in table.read(card.parent)}
+    for line in re.findall(r"^python examples/benchmark.py (.*)$", text, re.MULTILINE):
+        rows = script.parse(shlex.split(line))[0].rows
+        assert rows and set(rows) <= published
+
+
 def test_differences_are_paired(script, folder):
     table.write(folder, folder / "table.md", script.ROWS)
     found = cells((folder / "table.md").read_text(), "## Paired differences")

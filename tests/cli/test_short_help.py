@@ -41,9 +41,13 @@ def test_short_help_has_all_own_options_and_fits(name, capsys):
     assert not re.search(r"bound\w", text)  # where two columns met
     own = {field.name for kind in KINDS[name] for field in dataclasses.fields(kind) if field.init}
     own |= set(PGPTrainingArguments.__annotations__) - HIDDEN
-    own -= set() if name == "baseline" else {"head_learning_rate"}  # of a model without prompts
+    # of models without prompts, and of those with
+    others = set(helping.PROMPTS_ALONE.split()) if name == "baseline" else {"head_learning_rate"}
+    assert others <= own
+    own -= others
     told = set(re.findall(r"--(\w+)", text))
     assert own <= told, f"pgp_hf/cli/helping.py lacks {sorted(own - told)}"
+    assert not others & told
     full = shown(name, capsys, "--help_all")
     unknown = told - set(re.findall(r"--(\w+)", full)) - {"traceback", "help"}
     assert not unknown, f"pgp_hf/cli/helping.py names {sorted(unknown)}"

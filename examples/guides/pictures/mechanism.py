@@ -18,7 +18,7 @@ from matplotlib.transforms import Affine2D
 from pgp_hf import embedded
 from pgp_hf.report.drawing import save
 
-INK, SOFT, PALE = "#222222", "#777777", "#F3F3F3"
+INK, SOFT = "#222222", "#777777"
 OLD, NEW, KEPT = "#0072B2", "#D55E00", "#009E73"  # told apart by dashes and words as well
 TASKS = ((0, 1, "task 1"), (2, 3, "task 2"), (4, 5, "task 3"))
 
