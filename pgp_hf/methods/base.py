@@ -181,6 +181,7 @@ class ContinualMethod:
 
     Args:
         config: an instance of `config_class`; its defaults when not given.
+        settings: fields of `config_class`, in place of a `config`, as in `EWC(strength=100.0)`.
 
     Attributes:
         name: by which it is registered, recorded and chosen.
@@ -190,7 +191,8 @@ class ContinualMethod:
             `projection.safetensors` and `projection.json`.
 
     Raises:
-        TypeError: `config` is not an instance of `config_class`.
+        TypeError: `config` is not an instance of `config_class`, or settings come with it.
+        ValueError: an unknown setting, or one out of its range.
     """
 
     name: ClassVar[str]
@@ -200,12 +202,27 @@ class ContinualMethod:
     begun = False  # whether a trainer has used this instance
     passes_as_evaluation = False  # whether `end_task` shows the head each view once, as evaluation does
 
-    def __init__(self, config: DataclassInstance | None = None) -> None:
+    def __init__(self, config: DataclassInstance | None = None, **settings: Any) -> None:
         if config is not None and not isinstance(config, self.config_class):
             raise TypeError(
                 f"config is a {type(config).__name__}: {type(self).__name__} takes a {self.config_class.__name__}."
             )
-        self.config = self.config_class() if config is None else config
+        if config is not None and settings:
+            raise TypeError(
+                f"{type(self).__name__} takes a config or settings, not both: put {min(settings)} into the "
+                f"{self.config_class.__name__}, or leave that out."
+            )
+        self.config = self.configure(**settings) if config is None else config
+
+    @classmethod
+    def configure(cls, **settings: Any) -> DataclassInstance:
+        """Return an instance of `config_class` with these settings; raise ValueError for one that it does not have."""
+        known = cls.config_class.__dataclass_fields__
+        if unknown := sorted(settings.keys() - known.keys()):
+            raise ValueError(
+                f"method {cls.name!r} has no setting {unknown[0]!r}: it has {', '.join(known) or 'none'}."
+            )
+        return cls.config_class(**settings)
 
     # ---- what it is ----------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class BiC(ExemplarMethod):
     nothing, since only classes of one task compete: the task-incremental scenario is not BiC's.
 
     Args:
-        config: see [`BiCConfig`].
+        config, settings: see [`BiCConfig`].
 
     Attributes:
         memory: the exemplars.
@@ -91,8 +91,8 @@ class BiC(ExemplarMethod):
     config_class = BiCConfig
     config: BiCConfig
 
-    def __init__(self, config: BiCConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: BiCConfig | None = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
         self.bias = self._teachers = BiasCorrection()
         self.validation: list[tuple[list[int], int]] = []
 

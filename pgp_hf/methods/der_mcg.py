@@ -139,7 +139,7 @@ class DERMCG(ExemplarMethod):
     expert, while older ones do not move.
 
     Args:
-        config: see [`DERMCGConfig`].
+        config, settings: see [`DERMCGConfig`].
 
     Attributes:
         tasks: the classes of each expert, that in training included.
@@ -154,8 +154,8 @@ class DERMCG(ExemplarMethod):
     config: DERMCGConfig
     scenarios = frozenset({"class_incremental", "task_incremental"})
 
-    def __init__(self, config: DERMCGConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: DERMCGConfig | None = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
         self.tasks: list[list[int]] = []
         self.experts: list[dict[str, Tensor]] = []
         self.gate = Gate(self.config.centroids_per_class)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class DERpp(ContinualMethod):
     nor the number of processes changes them.
 
     Args:
-        config: see [`DERppConfig`].
+        config, settings: see [`DERppConfig`].
 
     Attributes:
         memory: the `Reservoir`.
@@ -95,8 +96,8 @@ class DERpp(ContinualMethod):
     config_class = DERppConfig
     config: DERppConfig
 
-    def __init__(self, config: DERppConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: DERppConfig | None = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
         self.memory, self.step = Reservoir(self.config.memory_size), 0
         self._shown: list[tuple[Tensor, ...]] = []  # places, labels, logits of the step under way
 

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ class EWC(ContinualMethod):
     classes have to move. p covers the classes of the loss.
 
     Args:
-        config: see [`EWCConfig`].
+        config, settings: see [`EWCConfig`].
 
     Attributes:
         terms: the penalties so far, one with `mode="online"`.
@@ -162,8 +162,8 @@ class EWC(ContinualMethod):
     config_class = EWCConfig
     config: EWCConfig
 
-    def __init__(self, config: EWCConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: EWCConfig | None = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
         self.terms: list[Quadratic] = []
 
     def describe(self) -> MethodCard:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class ExemplarMethod(ContinualMethod):
     the task in training.
 
     Args:
-        config: see [`ExemplarConfig`].
+        config, settings: see [`ExemplarConfig`].
 
     Attributes:
         memory: the exemplars.
@@ -86,8 +86,8 @@ class ExemplarMethod(ContinualMethod):
     config_class = ExemplarConfig
     config: ExemplarConfig
 
-    def __init__(self, config: ExemplarConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: ExemplarConfig | None = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
         self.memory = HerdedMemory()
         self.teacher: dict[str, Tensor] | None = None
 

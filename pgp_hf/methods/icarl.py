@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class ICaRL(ExemplarMethod):
     to predict by, and is refused.
 
     Args:
-        config: see [`ExemplarConfig`].
+        config, settings: see [`ExemplarConfig`].
 
     Attributes:
         memory: the exemplars.
@@ -66,8 +67,8 @@ class ICaRL(ExemplarMethod):
 
     name = "icarl"
 
-    def __init__(self, config: ExemplarConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: ExemplarConfig | None = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
         self.means: Tensor | None = None
 
     def describe(self) -> MethodCard:

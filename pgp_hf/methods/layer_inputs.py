@@ -130,7 +130,7 @@ class LayerInputs(ContinualMethod, ABC):
     dimensions; and at half rank 0.5 GiB of bases, 0.3 GiB as a file with each task, and 261 GFLOP a step in float64.
 
     Args:
-        config: an instance of `config_class`.
+        config, settings: as `ContinualMethod` takes them.
 
     Attributes:
         inputs: what is known of the layers' inputs, by the name of the first layer that reads them.
@@ -141,8 +141,8 @@ class LayerInputs(ContinualMethod, ABC):
     pools: ClassVar[bool] = False  # whether second moments are summed over tasks
     inputs: dict[str, Inputs]
 
-    def __init__(self, config: GPMConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: GPMConfig | None = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
         self.inputs = {}
         self._guard: Guard | None = None
 
@@ -332,7 +332,7 @@ class GPM(LayerInputs):
     then projected as well; here updates are projected, under any optimizer.
 
     Args:
-        config: see [`GPMConfig`].
+        config, settings: see [`GPMConfig`].
     """
 
     name = "gpm"
@@ -360,7 +360,7 @@ class NullSpaceAdam(LayerInputs):
     The moments are part of the state: for ViT-B/16, 0.5 GiB more in each task's files.
 
     Args:
-        config: see [`NullSpaceAdamConfig`].
+        config, settings: see [`NullSpaceAdamConfig`].
     """
 
     name = "null_space_adam"

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,15 +63,15 @@ class LwF(ContinualMethod):
     task before.
 
     Args:
-        config: see [`LwFConfig`].
+        config, settings: see [`LwFConfig`].
     """
 
     name = "lwf"
     config_class = LwFConfig
     config: LwFConfig
 
-    def __init__(self, config: LwFConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: LwFConfig | None = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
         self._teacher: dict[str, Tensor] | None = None
 
     def describe(self) -> MethodCard:

@@ -40,8 +40,8 @@ class ProjectedPrompts(ContinualMethod):
     config: ProjectionConfig
     projection: Projection
 
-    def __init__(self, config: ProjectionConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: ProjectionConfig | None = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
         self.projection = Projection(self.config)
 
     @property

@@ -38,7 +38,4 @@ def create(name: str, **settings: object) -> ContinualMethod:
     if name not in METHODS:
         raise ValueError(f"method {name!r} is unknown: choose one of {', '.join(sorted(METHODS))}.")
     method = METHODS[name]
-    known = method.config_class.__dataclass_fields__
-    if unknown := sorted(settings.keys() - known.keys()):
-        raise ValueError(f"method {name!r} has no setting {unknown[0]!r}: it has {', '.join(known) or 'none'}.")
-    return method(method.config_class(**settings))
+    return method(method.configure(**settings))

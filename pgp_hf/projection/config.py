@@ -23,10 +23,10 @@ class ProjectionConfig:
     Args:
         method: the condition to hold: "pgp", "attention", "functional" or "frozen"; "none" for no projection.
         energy: share of the second moment that the basis of a prompt must hold, in (0, 1].
-        key_energy: the same for the keys of a pool; None leaves keys unprojected.
-        value_energy: the same for prefix values and for the token axis of a prompt; None leaves these unprojected.
         apply_to: "update" projects the movement after each optimizer step, "gradient" the gradient before it, and
             "both" does both.
+        key_energy: `energy` for the keys of a pool; None leaves keys unprojected.
+        value_energy: the same for prefix values and for the token axis of a prompt; None leaves these unprojected.
         max_images: number of training images per task that the statistics are taken from; None takes all.
         probes: number of random output directions per old image ("functional" only).
         probe_space: space of these directions: "features", "logits" or "statistics" ("functional" only).
@@ -63,6 +63,15 @@ class ProjectionConfig:
             "leave no direction to move in"
         },
     )
+    apply_to: str = field(
+        default="update",
+        metadata={
+            "help": "'update': the displacement from the task's start is projected after each optimizer step, so that "
+            "no optimizer can leave the null space; 'gradient': the gradient is projected before the step (the "
+            "paper's algorithm; Adam leaves the null space); 'both': as 'update', and the optimizer sees only gradients "
+            "inside the null space"
+        },
+    )
     key_energy: float | None = field(
         default=0.95,
         metadata={
@@ -75,15 +84,6 @@ class ProjectionConfig:
         metadata={
             "help": "the same for the attention that old queries pay to prefix values (pgp, attention) or to the tokens "
             "of a prompt (attention), in (0, 1]; None leaves these unprojected"
-        },
-    )
-    apply_to: str = field(
-        default="update",
-        metadata={
-            "help": "'update': the displacement from the task's start is projected after each optimizer step, so that "
-            "no optimizer can leave the null space; 'gradient': the gradient is projected before the step (the "
-            "paper's algorithm; Adam leaves the null space); 'both': as 'update', and the optimizer sees only gradients "
-            "inside the null space"
         },
     )
     max_images: int | None = field(
@@ -211,7 +211,8 @@ class ProjectionConfig:
 
     def to_dict(self) -> dict[str, object]:
         """Return the settings, ready for JSON."""
-        return asdict(self)
+        # in the order that files have
+        return {**dict.fromkeys(("method", "energy", "key_energy", "value_energy")), **asdict(self)}
 
     @classmethod
     def from_pretrained(cls, repo_or_dir: str | Path, revision: str | None = None, **hub: object) -> ProjectionConfig:

@@ -259,6 +259,17 @@ def test_methods_by_name():
         FineTuning(AnchorConfig())
 
 
+@pytest.mark.parametrize(("name", "settings"), [("EWC", {"strength": 100.0}), ("ICaRL", {"memory_per_class": 5})])
+def test_a_class_takes_its_settings_by_name(name, settings):
+    made = getattr(methods, name)(**settings)
+    assert made.settings() == create(made.name, **settings).settings()
+    assert all(getattr(made.config, key) == value for key, value in settings.items())
+    with pytest.raises(ValueError, match=f"method '{made.name}' has no setting 'streng': it has "):
+        getattr(methods, name)(streng=1.0)
+    with pytest.raises(TypeError, match=f"{name} takes a config or settings, not both: put {min(settings)} into the "):
+        getattr(methods, name)(made.config, **settings)
+
+
 def test_a_name_is_given_once(monkeypatch):
     monkeypatch.setattr(methods.registry, "METHODS", dict(METHODS))
     assert register(Anchor) is Anchor is register(Anchor)

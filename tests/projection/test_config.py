@@ -36,3 +36,9 @@ def test_a_number_of_any_kind(name, value, kind):
 def test_other_values_are_still_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name}="):
         ProjectionConfig(**{name: value})
+
+
+def test_the_order_of_arguments_and_of_files():
+    config = ProjectionConfig("functional", 0.9, "both")
+    assert (config.method, config.energy, config.apply_to) == ("functional", 0.9, "both")
+    assert list(config.to_dict())[:6] == ["method", "energy", "key_energy", "value_energy", "apply_to", "max_images"]
