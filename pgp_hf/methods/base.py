@@ -202,7 +202,7 @@ class ContinualMethod:
     begun = False  # whether a trainer has used this instance
     passes_as_evaluation = False  # whether `end_task` shows the head each view once, as evaluation does
 
-    def __init__(self, config: DataclassInstance | None = None, **settings: Any) -> None:
+    def __init__(self, config: DataclassInstance | None = None, **settings: object) -> None:
         if config is not None and not isinstance(config, self.config_class):
             raise TypeError(
                 f"config is a {type(config).__name__}: {type(self).__name__} takes a {self.config_class.__name__}."
@@ -215,7 +215,7 @@ class ContinualMethod:
         self.config = self.configure(**settings) if config is None else config
 
     @classmethod
-    def configure(cls, **settings: Any) -> DataclassInstance:
+    def configure(cls, **settings: object) -> DataclassInstance:
         """Return an instance of `config_class` with these settings; raise ValueError for one that it does not have."""
         known = cls.config_class.__dataclass_fields__
         if unknown := sorted(settings.keys() - known.keys()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class BiC(ExemplarMethod):
     config_class = BiCConfig
     config: BiCConfig
 
-    def __init__(self, config: BiCConfig | None = None, **settings: Any) -> None:
+    def __init__(self, config: BiCConfig | None = None, **settings: object) -> None:
         super().__init__(config, **settings)
         self.bias = self._teachers = BiasCorrection()
         self.validation: list[tuple[list[int], int]] = []

@@ -154,7 +154,7 @@ class DERMCG(ExemplarMethod):
     config: DERMCGConfig
     scenarios = frozenset({"class_incremental", "task_incremental"})
 
-    def __init__(self, config: DERMCGConfig | None = None, **settings: Any) -> None:
+    def __init__(self, config: DERMCGConfig | None = None, **settings: object) -> None:
         super().__init__(config, **settings)
         self.tasks: list[list[int]] = []
         self.experts: list[dict[str, Tensor]] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +95,7 @@ class DERpp(ContinualMethod):
     config_class = DERppConfig
     config: DERppConfig
 
-    def __init__(self, config: DERppConfig | None = None, **settings: Any) -> None:
+    def __init__(self, config: DERppConfig | None = None, **settings: object) -> None:
         super().__init__(config, **settings)
         self.memory, self.step = Reservoir(self.config.memory_size), 0
         self._shown: list[tuple[Tensor, ...]] = []  # places, labels, logits of the step under way

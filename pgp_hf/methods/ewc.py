@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -162,7 +162,7 @@ class EWC(ContinualMethod):
     config_class = EWCConfig
     config: EWCConfig
 
-    def __init__(self, config: EWCConfig | None = None, **settings: Any) -> None:
+    def __init__(self, config: EWCConfig | None = None, **settings: object) -> None:
         super().__init__(config, **settings)
         self.terms: list[Quadratic] = []
 

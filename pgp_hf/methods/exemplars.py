@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class ExemplarMethod(ContinualMethod):
     config_class = ExemplarConfig
     config: ExemplarConfig
 
-    def __init__(self, config: ExemplarConfig | None = None, **settings: Any) -> None:
+    def __init__(self, config: ExemplarConfig | None = None, **settings: object) -> None:
         super().__init__(config, **settings)
         self.memory = HerdedMemory()
         self.teacher: dict[str, Tensor] | None = None

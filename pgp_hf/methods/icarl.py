@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +66,7 @@ class ICaRL(ExemplarMethod):
 
     name = "icarl"
 
-    def __init__(self, config: ExemplarConfig | None = None, **settings: Any) -> None:
+    def __init__(self, config: ExemplarConfig | None = None, **settings: object) -> None:
         super().__init__(config, **settings)
         self.means: Tensor | None = None
 

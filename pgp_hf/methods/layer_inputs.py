@@ -141,7 +141,7 @@ class LayerInputs(ContinualMethod, ABC):
     pools: ClassVar[bool] = False  # whether second moments are summed over tasks
     inputs: dict[str, Inputs]
 
-    def __init__(self, config: GPMConfig | None = None, **settings: Any) -> None:
+    def __init__(self, config: GPMConfig | None = None, **settings: object) -> None:
         super().__init__(config, **settings)
         self.inputs = {}
         self._guard: Guard | None = None

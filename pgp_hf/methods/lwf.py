@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +69,7 @@ class LwF(ContinualMethod):
     config_class = LwFConfig
     config: LwFConfig
 
-    def __init__(self, config: LwFConfig | None = None, **settings: Any) -> None:
+    def __init__(self, config: LwFConfig | None = None, **settings: object) -> None:
         super().__init__(config, **settings)
         self._teacher: dict[str, Tensor] | None = None
 

@@ -40,7 +40,7 @@ class ProjectedPrompts(ContinualMethod):
     config: ProjectionConfig
     projection: Projection
 
-    def __init__(self, config: ProjectionConfig | None = None, **settings: Any) -> None:
+    def __init__(self, config: ProjectionConfig | None = None, **settings: object) -> None:
         super().__init__(config, **settings)
         self.projection = Projection(self.config)
 
